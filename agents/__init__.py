@@ -1,0 +1,25 @@
+"""Learners and policies for token games: MAPPO, IPPO, heuristics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["MAPPO", "ActorPolicy", "MAPPOConfig", "PettingZooArena", "load", "parse_policy"]
+
+_HOME = {
+    "MAPPO": "agents.mappo",
+    "MAPPOConfig": "agents.mappo",
+    "ActorPolicy": "agents.policy",
+    "load": "agents.policy",
+    "parse_policy": "agents.spec",
+    "PettingZooArena": "agents.arena",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: the command line's --help needs no torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'agents' has no attribute '{name}'")
+    import importlib
+
+    return getattr(importlib.import_module(_HOME[name]), name)

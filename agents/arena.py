@@ -1,0 +1,142 @@
+"""What a learner plays: the tensor game itself, or PettingZoo environments in its clothes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenenv.errors import UserError
+from tokenenv.rules import Observation
+
+
+class Step(Protocol):
+    """What a step gives back.
+
+    ``observation`` is None when every episode has ended and the arena wants a reset;
+    ``reward`` is ``(B, A)``; ``done`` is ``(B,)`` bool.
+    """
+
+    @property
+    def observation(self) -> Observation | None: ...  # noqa: D102
+    @property
+    def reward(self) -> Tensor: ...  # noqa: D102
+    @property
+    def done(self) -> Tensor: ...  # noqa: D102
+
+
+class Arena(Protocol):
+    """``B`` copies of a game with ``A`` agents each, in tensors. ``tokenenv.game.Game`` is one."""
+
+    batch_size: int
+    agents: int
+    actions: int
+    agent_dim: int
+    shared_dim: int
+    state_dim: int
+
+    def reset(self) -> Observation:
+        """Start every copy anew."""
+
+    def step(self, action: Tensor) -> Step:
+        """Play ``action (B, A)`` integers in every copy."""
+
+
+@dataclass(frozen=True)
+class PettingZooStep:
+    """A :class:`Step` of :class:`PettingZooArena`."""
+
+    observation: Observation
+    reward: Tensor
+    done: Tensor
+
+
+class PettingZooArena:
+    """Several copies of any PettingZoo parallel environment as one :class:`Arena`.
+
+    Agents that die leave the dictionaries; here they stay on the roster as inactive agents that
+    see zeros. A copy whose agents are all gone is reset at once (its ``done`` is True). The
+    critic sees ``env.state()`` where the environment has one, else all agents' views in a row.
+    Copies are seeded ``seed``, ``seed + 1`` ...
+
+    Args:
+        make_env: builds one environment; all agents need the same Box observation and
+            Discrete action space.
+        copies: B.
+        seed: of the first copy.
+
+    Raises:
+        UserError: for other spaces.
+    """
+
+    def __init__(self, make_env: Callable[[], Any], copies: int, seed: int = 0) -> None:
+        self.envs = [make_env() for _ in range(copies)]
+        self.names: list[str] = list(self.envs[0].possible_agents)
+        first = self.names[0]
+        space, actions = self.envs[0].observation_space(first), self.envs[0].action_space(first)
+        for name in self.names:
+            if self.envs[0].observation_space(name) != space or not hasattr(space, "shape"):
+                raise UserError(f"agent '{name}' needs the same Box observation space as '{first}'")
+            if self.envs[0].action_space(name) != actions or not hasattr(actions, "n"):
+                raise UserError(f"agent '{name}' needs the same Discrete action space as '{first}'")
+        self.batch_size, self.agents, self.actions = copies, len(self.names), int(actions.n)
+        self.agent_dim = int(np.prod(space.shape))
+        self.shared_dim = 0
+        self._layout = {"observation": slice(0, self.agent_dim)}
+        self._seeds: Sequence[int | None] = [seed + i for i in range(copies)]
+        self._has_state = hasattr(self.envs[0], "state_space")
+        self.state_dim = (
+            int(np.prod(self.envs[0].state_space.shape))
+            if self._has_state
+            else self.agents * self.agent_dim
+        )
+
+    def reset(self) -> Observation:
+        """Start every copy anew; the seeds count for the first reset."""
+        self._seen = [
+            env.reset(seed=seed)[0] for env, seed in zip(self.envs, self._seeds, strict=True)
+        ]
+        self._seeds = [None] * len(self.envs)
+        return self._observe()
+
+    def step(self, action: Tensor) -> PettingZooStep:
+        """Play ``action (B, A)``."""
+        rewards = np.zeros((self.batch_size, self.agents), np.float32)
+        done = np.zeros(self.batch_size, bool)
+        moves = action.cpu().numpy()
+        for i, env in enumerate(self.envs):
+            living = set(env.agents)
+            chosen = {n: int(moves[i, j]) for j, n in enumerate(self.names) if n in living}
+            seen, reward, _, _, _ = env.step(chosen)
+            rewards[i] = [reward.get(n, 0.0) for n in self.names]
+            self._seen[i] = {n: seen[n] for n in env.agents}
+            if not env.agents:
+                done[i] = True
+                self._seen[i] = env.reset()[0]
+        return PettingZooStep(self._observe(), torch.from_numpy(rewards), torch.from_numpy(done))
+
+    def _observe(self) -> Observation:
+        own = np.zeros((self.batch_size, self.agents, self.agent_dim), np.float32)
+        active = np.zeros((self.batch_size, self.agents), bool)
+        for i, seen in enumerate(self._seen):
+            for j, name in enumerate(self.names):
+                if name in seen:
+                    own[i, j] = np.asarray(seen[name], np.float32).reshape(-1)
+                    active[i, j] = True
+        state = (
+            np.stack([np.asarray(e.state(), np.float32).reshape(-1) for e in self.envs])
+            if self._has_state
+            else own.reshape(self.batch_size, -1)
+        )
+        return Observation(
+            agents=torch.from_numpy(own),
+            shared=torch.zeros(self.batch_size, 0),
+            active=torch.from_numpy(active),
+            step=0,
+            layout=self._layout,
+            state=torch.from_numpy(state),
+        )

@@ -1,0 +1,110 @@
+"""Small networks that look at one agent at a time and share their weights among all agents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class SharedMLP(nn.Module):
+    """One perceptron for every agent, fed with the agent's own view and one shared by all.
+
+    The first layer is split: the shared part is multiplied once per image, not once per agent,
+    which costs ``G x hidden`` instead of ``A x G x hidden``. Hidden layers are Linear,
+    LayerNorm, ReLU with orthogonal initialisation (on-policy's MAPPO networks).
+
+    Args:
+        own: F, width of an agent's own view.
+        shared: G, width of the shared view, may be 0.
+        hidden: widths of the hidden layers, at least one.
+        out: outputs per agent.
+        gain: gain of the last layer's orthogonal initialisation.
+    """
+
+    def __init__(
+        self, own: int, shared: int, hidden: Sequence[int], out: int, *, gain: float
+    ) -> None:
+        super().__init__()
+        self.own = _linear(own, hidden[0], 2**0.5)
+        self.shared = _linear(shared, hidden[0], 2**0.5, bias=False) if shared else None
+        self.first_norm = nn.LayerNorm(hidden[0])
+        layers: list[nn.Module] = []
+        for before, after in zip(hidden[:-1], hidden[1:], strict=True):
+            layers += [_linear(before, after, 2**0.5), nn.LayerNorm(after), nn.ReLU()]
+        self.body = nn.Sequential(*layers)
+        self.head = _linear(hidden[-1], out, gain)
+
+    def forward(self, own: Tensor, shared: Tensor) -> Tensor:
+        """``own (..., A, F)`` and ``shared (..., G)`` -> ``(..., A, out)``."""
+        h = self.own(own)
+        if self.shared is not None:
+            h = h + self.shared(shared)[..., None, :]
+        return self.head(self.body(self.first_norm(h).relu()))
+
+    def macs(self, agents: Tensor) -> Tensor:
+        """Multiply-adds for ``agents`` agents of an image (tensor of any shape, float)."""
+        per_agent = sum(
+            m.weight.numel()
+            for name, m in self.named_modules()
+            if isinstance(m, nn.Linear) and name != "shared"
+        )
+        once = self.shared.weight.numel() if self.shared is not None else 0
+        return agents * per_agent + once
+
+
+def _linear(inputs: int, outputs: int, gain: float, bias: bool = True) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs, bias=bias)
+    nn.init.orthogonal_(layer.weight, gain)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class ValueNorm(nn.Module):
+    """Running mean and spread of returns; the critic predicts normalised values.
+
+    A debiased exponential average (on-policy's ValueNorm), but over the returns of active agents
+    only, once per rollout, with a decay that forgets (0.99 by default; the reference's 0.99999
+    hardly does), and part of the checkpoint.
+    """
+
+    mean: Tensor
+    square: Tensor
+    weight: Tensor
+
+    def __init__(self, decay: float = 0.99) -> None:
+        super().__init__()
+        self.decay = decay
+        for name in ("mean", "square", "weight"):
+            self.register_buffer(name, torch.zeros(()))
+
+    @torch.no_grad()
+    def update(self, values: Tensor, active: Tensor) -> None:
+        """Take in ``values`` where ``active`` (same shape, bool). None active: nothing changes."""
+        count = active.sum()
+        keep = torch.where(count > 0, self.decay, 1.0)
+        count = count.clamp(min=1)
+        mean = torch.where(active, values, 0.0).sum() / count
+        square = torch.where(active, values**2, 0.0).sum() / count
+        self.mean.mul_(keep).add_((1 - keep) * mean)
+        self.square.mul_(keep).add_((1 - keep) * square)
+        self.weight.mul_(keep).add_(1 - keep)
+
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        weight = self.weight.clamp(min=1e-8)
+        mean = self.mean / weight
+        spread = (self.square / weight - mean**2).clamp(min=1e-8).sqrt()
+        started = self.weight > 0
+        return mean, torch.where(started, spread.clamp(min=1e-4), 1.0)
+
+    def normalise(self, values: Tensor) -> Tensor:
+        """Returns -> what the critic predicts."""
+        mean, spread = self._moments()
+        return (values - mean) / spread
+
+    def denormalise(self, values: Tensor) -> Tensor:
+        """What the critic predicts -> returns."""
+        mean, spread = self._moments()
+        return values * spread + mean

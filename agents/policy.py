@@ -1,0 +1,166 @@
+"""Policies: what decides in a game, learned or not, and how a learned one is kept on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from agents.networks import SharedMLP
+from agents.storage import read_tensors, write_tensors
+from tokenenv.errors import UserError
+from tokenenv.rules import Observation, TokenPrune
+
+
+class Policy(Protocol):
+    """Decides for all agents of a batch of images at once."""
+
+    rules: TokenPrune
+
+    def act(self, observation: Observation) -> Tensor:
+        """``(B, A)`` int64 actions."""
+
+    def macs(self, agents: Tensor) -> Tensor:
+        """Multiply-adds of one decision for ``agents`` living agents of an image."""
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Widths of an observation's parts: agent's own view F, shared view G, state S."""
+
+    own: int
+    shared: int
+    state: int
+
+
+class ActorPolicy(nn.Module):
+    """One perceptron shared by all agents: keep where it is sure enough.
+
+    Args:
+        rules: the rules it was trained under.
+        widths: of the observations it reads.
+        hidden: widths of the hidden layers.
+        actions: number of actions.
+        initial_keep: probability of the last action (keep) before training.
+        threshold: the last action is taken where its probability is at least this.
+        trained_on: name of the backbone, for the error message when it doesn't fit.
+    """
+
+    def __init__(
+        self,
+        rules: TokenPrune,
+        widths: Widths,
+        *,
+        hidden: Sequence[int] = (64, 64),
+        actions: int = 2,
+        initial_keep: float = 0.5,
+        threshold: float = 0.5,
+        trained_on: str = "",
+    ) -> None:
+        super().__init__()
+        self.rules, self.widths, self.hidden = rules, widths, tuple(hidden)
+        self.actions, self.threshold, self.trained_on = actions, threshold, trained_on
+        self.actor = SharedMLP(widths.own, widths.shared, hidden, actions, gain=0.01)
+        with torch.no_grad():
+            odds = initial_keep / (1 - initial_keep) * (actions - 1)
+            self.actor.head.bias[-1] = torch.tensor(odds).log()
+
+    def logits(self, agents: Tensor, shared: Tensor) -> Tensor:
+        """``(..., A, actions)`` unnormalised log-probabilities."""
+        return self.actor(agents, shared)
+
+    @torch.no_grad()
+    def act(self, observation: Observation) -> Tensor:
+        """The deterministic decision, ``(B, A)``."""
+        logits = self.logits(observation.agents, observation.shared)
+        if self.actions != 2:
+            return logits.argmax(-1)
+        keep = logits[..., 1] - logits[..., 0]
+        return (keep >= torch.logit(torch.tensor(self.threshold)).item()).long()
+
+    def macs(self, agents: Tensor) -> Tensor:
+        """Multiply-adds of one decision for ``agents`` living agents of an image."""
+        return self.actor.macs(agents)
+
+    def check(self, agent_dim: int, shared_dim: int, model: str) -> None:
+        """Raise :class:`UserError` unless the policy reads observations of these widths."""
+        if (self.widths.own, self.widths.shared) != (agent_dim, shared_dim):
+            raise UserError(
+                f"the policy was trained for '{self.trained_on}' ({self.widths.own}+"
+                f"{self.widths.shared} inputs) and model '{model}' gives {agent_dim}+{shared_dim}: "
+                "use it with the model it was trained on, or train one for this model"
+            )
+
+    def config(self) -> dict[str, Any]:
+        """Everything but the weights, as JSON."""
+        return {
+            "class": "ActorPolicy",
+            "rules": {"class": type(self.rules).__name__, **asdict(self.rules)},
+            "widths": asdict(self.widths),
+            "hidden": list(self.hidden),
+            "actions": self.actions,
+            "threshold": self.threshold,
+            "trained_on": self.trained_on,
+        }
+
+    def save(self, path: Path) -> None:
+        """Write weights and config into one safetensors file, atomically."""
+        write_tensors(path, dict(self.state_dict()), self.config())
+
+
+def load_policy(path: Path) -> ActorPolicy:
+    """Read a policy that :meth:`ActorPolicy.save` wrote.
+
+    Raises:
+        UserError: no such file, or not a policy.
+    """
+    tensors, config = read_tensors(path)
+    try:
+        rules = dict(config["rules"])
+        if config["class"] != "ActorPolicy" or rules.pop("class") != "TokenPrune":
+            raise KeyError("class")
+        policy = ActorPolicy(
+            TokenPrune(
+                blocks=tuple(rules["blocks"]),
+                features=tuple(rules["features"]),
+                share=rules["share"],
+            ),
+            Widths(**config["widths"]),
+            hidden=config["hidden"],
+            actions=config["actions"],
+            threshold=config["threshold"],
+            trained_on=config["trained_on"],
+        )
+        policy.load_state_dict(tensors)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(
+            f"'{path}' is not a policy of this version ({error}): train it anew"
+        ) from None
+    return policy.eval()
+
+
+SHIPPED = Path(__file__).parent / "policies"
+
+
+def shipped() -> list[str]:
+    """Names of the policies that come with the package."""
+    return sorted(p.parent.name for p in SHIPPED.glob("*/policy.safetensors"))
+
+
+def load(what: str | Path) -> ActorPolicy:
+    """A trained policy: a run folder, or the name of one shipped with the package.
+
+    Raises:
+        UserError: neither of the two.
+    """
+    for folder in (Path(what), SHIPPED / str(what)):
+        if (folder / "policy.safetensors").is_file():
+            return load_policy(folder / "policy.safetensors")
+    raise UserError(
+        f"'{what}' is neither a run folder with a policy.safetensors nor a shipped policy "
+        f"({', '.join(shipped()) or 'none'}): train one with 'tokenenv train rl4evit'"
+    )

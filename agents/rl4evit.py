@@ -1,0 +1,147 @@
+"""RL4EViT (Lu et al., ICME 2025): the settings of a run and the pieces built from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from agents.mappo import MAPPO, MAPPOConfig
+from agents.policy import ActorPolicy, Widths
+from tokenenv.errors import UserError
+from tokenenv.game import Game
+
+
+@dataclass(frozen=True)
+class RL4EViTConfig:
+    """What ``tokenenv train rl4evit --set key=value`` can set.
+
+    Attributes:
+        updates: rollouts of ``batch`` images and their PPO epochs.
+        batch: images per rollout.
+        blocks: decision blocks; empty: three, spread evenly.
+        features: what an agent sees of its own token.
+        share: whether it also sees the class token and progress.
+        reward: ``cooperative`` (ours), ``alpha_beta`` or ``keep_target`` (RL4EViT's).
+        beta: price of a token per decision (``cooperative``, ``alpha_beta``).
+        alpha: weight of the class reward; 0: the default of the reward for this model.
+        class_reward: RL4EViT's class reward, paid for ``each`` decision or the ``final`` one.
+        targets: shares to keep after each decision (``keep_target``); empty: 0.7, 0.49, 0.343.
+        centralised: critic with the global state (MAPPO); without it IPPO.
+        hidden: widths of the actor's and critic's hidden layers.
+        initial_keep: probability of keeping a token before training.
+        lr, entropy, epochs, minibatches, gamma, lam, clip: PPO.
+        held_back: share of the training images on which policies are compared, not trained.
+        evaluate_every: updates between two such comparisons.
+        target_drop: percentage points of top-1 that the policy may lose there.
+        calibrate: bisection steps for the policy's threshold at the end; 0 leaves it at 0.5.
+    """
+
+    updates: int = 150
+    batch: int = 64
+    blocks: tuple[int, ...] = ()
+    features: tuple[str, ...] = ("token", "position", "cls_attention")
+    share: bool = True
+    reward: Literal["cooperative", "alpha_beta", "keep_target"] = "cooperative"
+    alpha: float = 0.0
+    beta: float = 0.0007
+    class_reward: Literal["each", "final"] = "each"
+    targets: tuple[float, ...] = ()
+    centralised: bool = True
+    hidden: tuple[int, ...] = (64, 64)
+    initial_keep: float = 0.9
+    lr: float = 1e-3
+    entropy: float = 0.001
+    epochs: int = 4
+    minibatches: int = 4
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip: float = 0.2
+    held_back: float = 0.2
+    evaluate_every: int = 10
+    target_drop: float = 0.5
+    calibrate: int = 6
+
+    def reward_kwargs(self) -> dict[str, Any]:
+        """What the chosen reward is built with; what is left out takes the reward's default."""
+        alpha = {"alpha": self.alpha} if self.alpha else {}
+        if self.reward == "cooperative":
+            return {**alpha, "beta": self.beta}
+        if self.reward == "alpha_beta":
+            return {**alpha, "beta": self.beta, "class_reward": self.class_reward}
+        targets = {"targets": self.targets} if self.targets else {}
+        return {**alpha, **targets, "class_reward": self.class_reward}
+
+    def policy(self, game: Game, model: str) -> ActorPolicy:
+        """An untrained policy for ``game``; initialised from torch's global generator."""
+        return ActorPolicy(
+            game.rules,
+            Widths(game.agent_dim, game.shared_dim, game.state_dim),
+            hidden=self.hidden,
+            initial_keep=self.initial_keep,
+            trained_on=model,
+        ).to(game.backbone.device)
+
+    def learner(self, policy: ActorPolicy, game: Game, seed: int) -> MAPPO:
+        """MAPPO, or IPPO without the centralised critic."""
+        config = MAPPOConfig(
+            steps=game.steps,
+            epochs=self.epochs,
+            minibatches=self.minibatches,
+            gamma=self.gamma,
+            lam=self.lam,
+            clip=self.clip,
+            actor_lr=self.lr,
+            critic_lr=self.lr,
+            entropy=self.entropy,
+            hidden=self.hidden,
+            centralised=self.centralised,
+        )
+        return MAPPO(policy, game, config, seed=seed)
+
+
+def with_settings(config: RL4EViTConfig, settings: list[str]) -> RL4EViTConfig:
+    """``config`` with ``key=value`` words applied; lists are separated by slashes or commas.
+
+    Raises:
+        UserError: unknown key, or a value of the wrong type.
+    """
+    hints = typing.get_type_hints(RL4EViTConfig)
+    values: dict[str, Any] = {}
+    for setting in settings:
+        key, sep, text = setting.partition("=")
+        if not sep:
+            raise UserError(f"--set {setting}: the form is key=value")
+        if key not in hints:
+            raise UserError(f"--set {setting}: unknown key; choose from {', '.join(sorted(hints))}")
+        try:
+            values[key] = _parse(hints[key], text)
+        except ValueError:
+            raise UserError(f"--set {setting}: {key} takes {_describe(hints[key])}") from None
+    return dataclasses.replace(config, **values)
+
+
+def _parse(hint: Any, text: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        return tuple(_parse(args[0], part) for part in text.replace("/", ",").split(",") if part)
+    if origin is Literal:
+        if text not in args:
+            raise ValueError(text)
+        return text
+    if hint is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(text)
+        return text.lower() == "true"
+    return hint(text)
+
+
+def _describe(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        return f"a list of {_describe(args[0])}, such as a/b/c"
+    if origin is Literal:
+        return " or ".join(args)
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+    return names[hint]

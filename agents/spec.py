@@ -1,0 +1,87 @@
+"""Policies by the words a user types: ``keep-all``, ``random:keep=0.7``, a run folder ..."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from agents.heuristics import KeepAll, RandomPrune, TopK
+from agents.policy import Policy, load, shipped
+from tokenenv.errors import UserError
+from tokenenv.rules import TokenPrune
+from tokenenv.rules.token_prune import spread_blocks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+HEURISTICS: dict[str, str] = {
+    "keep-all": "nobody leaves; the dense model played as a game",
+    "random": "random:keep=0.7[,blocks=3/6/9][,seed=0]",
+    "cls-attention": "cls-attention:keep=0.7[,blocks=3/6/9]: top-k by class attention (EViT)",
+    "norm": "norm:keep=0.7[,blocks=3/6/9]: top-k by length of the embedding",
+}
+
+
+def parse_policy(what: str, depth: int) -> Policy:
+    """A policy by name.
+
+    Args:
+        what: a heuristic of :data:`HEURISTICS`, a run folder, or the name of a shipped policy.
+        depth: number of blocks of the model, for the default decision blocks.
+
+    Raises:
+        UserError: unknown name, unknown or missing argument, value out of range.
+    """
+    name, _, rest = what.partition(":")
+    if name not in HEURISTICS:
+        if Path(what).is_dir() or what in shipped():
+            return load(what)
+        known = ", ".join([*HEURISTICS, *shipped()])
+        raise UserError(f"'{what}' is neither a run folder nor a policy: choose from {known}")
+    arguments = _arguments(what, rest)
+    blocks = arguments.pop("blocks", None)
+    rules = TokenPrune(
+        blocks=_blocks(what, blocks) if blocks is not None else spread_blocks(depth),
+        features=("position",),
+        share=False,
+    )
+    builders: dict[str, Callable[[], Policy]] = {
+        "keep-all": lambda: KeepAll(rules),
+        "random": lambda: RandomPrune(
+            rules, _number(what, arguments, "keep"), int(_number(what, arguments, "seed", 0))
+        ),
+        "cls-attention": lambda: TopK(rules, _number(what, arguments, "keep"), "cls_attention"),
+        "norm": lambda: TopK(rules, _number(what, arguments, "keep"), "norm"),
+    }
+    policy = builders[name]()
+    if arguments:
+        raise UserError(f"'{what}': unknown argument '{next(iter(arguments))}': {HEURISTICS[name]}")
+    return policy
+
+
+def _arguments(what: str, rest: str) -> dict[str, str]:
+    pairs = [part.partition("=") for part in rest.split(",") if part]
+    if any(not sep or not value for _, sep, value in pairs):
+        raise UserError(f"'{what}': arguments have the form key=value, separated by commas")
+    return {key: value for key, _, value in pairs}
+
+
+def _blocks(what: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split("/"))
+    except ValueError:
+        raise UserError(f"'{what}': blocks={text} must be block indices such as 3/6/9") from None
+
+
+def _number(
+    what: str, arguments: dict[str, str], key: str, default: float | None = None
+) -> float:
+    text = arguments.pop(key, None)
+    if text is None:
+        if default is None:
+            raise UserError(f"'{what}' needs {key}=..., for instance {key}=0.7")
+        return default
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"'{what}': {key}={text} is not a number") from None

@@ -1,0 +1,124 @@
+"""A small game that every face can be made of, and ways to play one to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+
+import tokenenv.embedded  # noqa: F401  (registers digits_vit)
+from tokenenv.backbone import Backbone
+from tokenenv.data import ImageSource, open_source
+
+PATCHES = 64
+DEPTH = 6
+
+
+@cache
+def backbone() -> Backbone:
+    """digits_vit with fewer blocks, untrained: what faces do doesn't depend on the weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Backbone(timm.create_model("digits_vit", depth=DEPTH))
+
+
+@cache
+def source() -> ImageSource:
+    return open_source("digits", backbone().model, split="train", limit=100)
+
+
+def small(**kwargs: Any) -> dict[str, Any]:
+    """Arguments of any face for a game that starts and runs fast."""
+    return {"model": backbone(), "data": source()} | kwargs
+
+
+def choices(seed: int, keep: float = 0.7) -> Iterator[np.ndarray]:
+    """``(P,)`` actions without end, the same for a seed."""
+    rng = np.random.default_rng(seed)
+    while True:
+        yield (rng.random(PATCHES) < keep).astype(np.int64)
+
+
+def play_parallel(env: Any, seed: int, episodes: int = 2) -> list[Any]:
+    """All that a parallel env gives back in some episodes."""
+    heard: list[Any] = []
+    for episode in range(episodes):
+        heard.append(env.reset(seed=seed if episode == 0 else None))
+        heard.append(env.state())
+        for action in choices(seed + episode):
+            heard.append(env.step(dict(zip(env.possible_agents, action, strict=True))))
+            heard.append(env.state())
+            if not env.agents:
+                break
+    return heard
+
+
+def play_aec(env: Any, seed: int, episodes: int = 2) -> list[Any]:
+    """All that the agents of an AEC env hear, in order."""
+    heard: list[Any] = []
+    for episode in range(episodes):
+        env.reset(seed=seed if episode == 0 else None)
+        stream = choices(seed + episode)
+        index = {agent: i for i, agent in enumerate(env.possible_agents)}
+        action, acted = next(stream), set[str]()
+        for agent in env.agent_iter():
+            if agent in acted:
+                action, acted = next(stream), set()
+            acted.add(agent)
+            heard.append((agent, env.last()))
+            over = env.terminations[agent] or env.truncations[agent]
+            env.step(None if over else action[index[agent]])
+    return heard
+
+
+def play_env(env: Any, seed: int, episodes: int = 2) -> list[Any]:
+    """All that a Gymnasium env gives back in some episodes."""
+    heard: list[Any] = []
+    for episode in range(episodes):
+        heard.append(env.reset(seed=seed if episode == 0 else None))
+        for action in choices(seed + episode):
+            heard.append(env.step(action))
+            if heard[-1][2] or heard[-1][3]:
+                break
+    return heard
+
+
+def play_vector(envs: Any, seed: int, episodes: int = 2) -> list[Any]:
+    """All that a vector env gives back in some episodes; every image gets the same actions."""
+    heard: list[Any] = [envs.reset(seed=seed)]
+    for episode in range(episodes):
+        for action in choices(seed + episode):
+            heard.append(envs.step(np.stack([action] * envs.num_envs)))
+            if heard[-1][2].any():
+                break
+    return heard
+
+
+PLAYS: dict[str, Callable[..., list[Any]]] = {
+    "env": play_env,
+    "vector_env": play_vector,
+    "parallel": play_parallel,
+    "aec": play_aec,
+}
+"""How to play each kind of face."""
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two nested records are equal, arrays in type, shape and every value."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, np.ndarray) and one.dtype == object:
+        return same(list(one), list(other))
+    if isinstance(one, np.ndarray):
+        return one.dtype == other.dtype and np.array_equal(one, other)
+    return bool(one == other)

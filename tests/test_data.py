@@ -1,0 +1,669 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zlib
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+from torchvision import datasets
+
+import tokenenv.embedded  # noqa: F401  registers digits_vit
+from tokenenv import pixels
+from tokenenv.data import ImageSource, Stream, open_source
+from tokenenv.errors import UserError
+from tokenenv.labels import map_classes
+
+WNIDS = timm.data.ImageNetInfo("imagenet-1k").label_names()
+
+
+@pytest.fixture(scope="module")
+def digits_model() -> nn.Module:
+    return timm.create_model("digits_vit")
+
+
+@pytest.fixture(scope="module")
+def imagenet_model() -> nn.Module:
+    return timm.create_model("deit_tiny_patch16_224", depth=1, img_size=32)
+
+
+def head(outputs: int, **cfg: object) -> nn.Module:
+    """The least a model must be for its head to be asked."""
+    model = nn.Module()
+    model.num_classes = outputs
+    model.pretrained_cfg = cfg
+    return model
+
+
+def save(path: Path, mode: str = "RGB", shade: int | None = None, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.random.default_rng(seed).integers(0, 256, (40, 48, 3), dtype=np.uint8)
+    if shade is not None:
+        array[:] = shade
+    image = Image.fromarray(array)
+    if mode == "I;16":
+        image = Image.fromarray(array[..., 0].astype(np.uint16) * 257)
+    image.convert(mode).save(path)
+    return path
+
+
+def make_folder(root: Path, classes: dict[str, int]) -> Path:
+    """A folder with so many images of each class, every image different."""
+    for name, count in classes.items():
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            save(root / name / f"{number:02}.png", seed=zlib.crc32(f"{name}/{number}".encode()))
+    return root
+
+
+def corrupt(root: Path) -> list[str]:
+    """Put unreadable files of every kind into class ``0`` and name them."""
+    whole = save(root / "0" / "whole.jpg").read_bytes()
+    (root / "0" / "whole.jpg").unlink()
+    png = (root / "0" / "00.png").read_bytes()
+    kinds = {
+        "cut.jpg": whole[: len(whole) // 2],
+        "cut.png": png[: len(png) // 2],
+        "empty.jpg": b"",
+        "garbage.png": bytes(range(256)) * 8,
+        "header.bmp": b"BM",
+        "text.webp": b"not an image\n",
+    }
+    for name, content in kinds.items():
+        (root / "0" / name).write_bytes(content)
+    (root / "0" / "dangling.jpg").symlink_to(root / "nowhere.jpg")
+    return sorted([f"0/{name}" for name in [*kinds, "dangling.jpg"]])
+
+
+def all_of(source: ImageSource) -> torch.Tensor:
+    return torch.arange(len(source))
+
+
+# --- reading -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [None, 64])
+def test_preprocessing_is_timms_own(tmp_path: Path, size: int | None) -> None:
+    options = {} if size is None else {"img_size": size}
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, **options)
+    make_folder(tmp_path, {WNIDS[3]: 2, WNIDS[7]: 3})
+    save(tmp_path / WNIDS[3] / "photo.jpg")
+    source = open_source(str(tmp_path), model)
+    check_against_timm(source, tmp_path, model, size or 224)
+
+
+def check_against_timm(source: ImageSource, root: Path, model: nn.Module, size: int) -> None:
+    config = timm.data.resolve_model_data_config(model) | {"input_size": (3, size, size)}
+    transform = timm.data.create_transform(**config, is_training=False)
+    batch = source.batch(all_of(source))
+    assert batch.images.dtype == torch.float32
+    assert len(batch.images) == len(source.files)
+    for file, image in zip(source.files, batch.images, strict=True):
+        expected = transform(Image.open(root / file).convert("RGB"))
+        torch.testing.assert_close(image, expected, rtol=0, atol=1e-6)
+
+
+def test_preprocessing_of_real_images_is_timms_own(real_data: Path) -> None:
+    model = timm.create_model("deit_tiny_patch16_224", depth=1)
+    root = real_data / "imagenet_val_300"
+    source = open_source(str(root), model, limit=6, seed=1)
+    check_against_timm(source, root, model, 224)
+    assert source.labels.tolist() == [WNIDS.index(file.split("/")[0]) for file in source.files]
+
+
+def test_real_images_are_recognised(real_data: Path) -> None:
+    """Labels and preprocessing fit the weights: chance would be 1 in 1000."""
+    weights = real_data / "weights" / "deit_tiny_patch16_224.safetensors"
+    model = timm.create_model("deit_tiny_patch16_224", checkpoint_path=str(weights)).eval()
+    source = open_source(str(real_data / "imagenet_val_300"), model, limit=16)
+    batch = source.batch(all_of(source))
+    with torch.inference_mode():
+        right = (model(batch.images).argmax(1) == batch.labels).sum().item()
+    assert right >= 10
+
+
+def test_a_batch_keeps_the_asked_order(tmp_path: Path, digits_model: nn.Module) -> None:
+    source = open_source(str(make_folder(tmp_path, {"3": 2, "8": 2})), digits_model)
+    assert source.files == ["3/00.png", "3/01.png", "8/00.png", "8/01.png"]
+    assert source.labels.tolist() == [3, 3, 8, 8]
+    batch, straight = source.batch(torch.tensor([2, 0, 2])), source.batch(all_of(source))
+    assert batch.labels.tolist() == [8, 3, 8]
+    assert batch.index.tolist() == [2, 0, 2]
+    assert torch.equal(batch.images, straight.images[[2, 0, 2]])
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("cmyk.jpg", "CMYK"),
+        ("grey.jpg", "L"),
+        ("palette.png", "P"),
+        ("bits.png", "1"),
+        ("alpha.png", "RGBA"),
+        ("greyalpha.png", "LA"),
+        ("sixteen.png", "I;16"),
+        ("thirtytwo.tiff", "I"),
+        ("float.tiff", "F"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_every_mode_is_read(
+    tmp_path: Path, imagenet_model: nn.Module, name: str, mode: str
+) -> None:
+    save(tmp_path / WNIDS[0] / name, mode)
+    source = open_source(str(tmp_path), imagenet_model)
+    assert source.batch(all_of(source)).images.shape == (1, 3, 32, 32)
+    assert not source.skipped
+
+
+@pytest.mark.filterwarnings("error")
+def test_palette_with_transparency_keeps_its_colours(
+    tmp_path: Path, imagenet_model: nn.Module
+) -> None:
+    opaque = Image.open(save(tmp_path / WNIDS[0] / "a.png", mode="P"))
+    opaque.save(tmp_path / WNIDS[0] / "b.png", transparency=bytes(range(256)))
+    source = open_source(str(tmp_path), imagenet_model)
+    first, second = source.batch(all_of(source)).images
+    assert torch.equal(first, second)
+
+
+def test_sixteen_bits_keep_their_contrast(tmp_path: Path, imagenet_model: nn.Module) -> None:
+    ramp = np.tile(np.arange(0, 256, 4, dtype=np.uint16), (64, 1))
+    folder = tmp_path / WNIDS[0]
+    folder.mkdir()
+    Image.fromarray(ramp.astype(np.uint8)).save(folder / "eight.png")
+    Image.fromarray(ramp * 257).save(folder / "sixteen.png")
+    source = open_source(str(tmp_path), imagenet_model)
+    eight, sixteen = source.batch(all_of(source)).images
+    assert torch.equal(eight, sixteen)
+    assert eight.std() > 0.5
+
+
+@pytest.mark.parametrize("size", [(200, 10), (10, 200), (1, 1)])
+def test_odd_shapes_are_read(
+    tmp_path: Path, imagenet_model: nn.Module, size: tuple[int, int]
+) -> None:
+    (tmp_path / WNIDS[0]).mkdir()
+    Image.new("RGB", size).save(tmp_path / WNIDS[0] / "odd.png")
+    source = open_source(str(tmp_path), imagenet_model)
+    assert source.batch(all_of(source)).images.shape == (1, 3, 32, 32)
+
+
+def test_grey_models_read_colour_images(tmp_path: Path, digits_model: nn.Module) -> None:
+    save(tmp_path / "4" / "white.png", shade=255)
+    images = open_source(str(tmp_path), digits_model).batch(torch.tensor([0])).images
+    mean, std = (digits_model.pretrained_cfg[key][0] for key in ("mean", "std"))
+    torch.testing.assert_close(images, torch.full((1, 1, 8, 8), (1 - mean) / std))
+
+
+def test_a_model_of_five_channels_is_an_error(tmp_path: Path) -> None:
+    model = timm.create_model("deit_tiny_patch16_224", depth=1, in_chans=5)
+    make_folder(tmp_path, {WNIDS[0]: 1})
+    with pytest.raises(UserError, match="5 colour channels"):
+        open_source(str(tmp_path), model)
+
+
+# --- unreadable files ----------------------------------------------------------------------
+
+
+def test_unreadable_files_are_left_out_and_recorded_once(
+    tmp_path: Path, digits_model: nn.Module
+) -> None:
+    bad = corrupt(make_folder(tmp_path, {"0": 3, "1": 2}))
+    source = open_source(str(tmp_path), digits_model)
+    assert len(source) == 5 + len(bad)
+    assert source.skipped == []
+    for _ in range(2):
+        batch = source.batch(all_of(source))
+        assert [source.files[i] for i in batch.index] == sorted(set(source.files) - set(bad))
+        assert torch.equal(batch.labels, source.labels[batch.index])
+        assert len(batch.images) == 5
+        assert source.skipped == bad
+    ones = source.batch(torch.where(source.labels == 1)[0])
+    assert len(ones.images) == 2
+
+
+def test_a_decompression_bomb_is_unreadable(
+    tmp_path: Path, digits_model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_folder(tmp_path, {"0": 1})
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 48 // 2 - 1)
+    source = open_source(str(tmp_path), digits_model)
+    assert len(source.batch(all_of(source)).images) == 0
+    assert source.skipped == ["0/00.png"]
+
+
+def test_a_batch_without_readable_images_is_empty(tmp_path: Path, digits_model: nn.Module) -> None:
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "a.jpg").write_bytes(b"")
+    source = open_source(str(tmp_path), digits_model)
+    batch = source.batch(torch.tensor([0, 0]))
+    assert batch.images.shape == (0, 1, 8, 8)
+    assert batch.labels.shape == batch.index.shape == (0,)
+
+
+def test_a_stream_of_unreadable_images_ends(tmp_path: Path, digits_model: nn.Module) -> None:
+    for name in "abc":
+        (tmp_path / "0").mkdir(exist_ok=True)
+        (tmp_path / "0" / f"{name}.jpg").write_bytes(b"x")
+    source = open_source(str(tmp_path), digits_model)
+    with pytest.raises(UserError, match=r"none of the 3 images.*0/a\.jpg.*replace") as error:
+        Stream(source, 2, seed=0).next()
+    assert "\n" not in str(error.value)
+
+
+def test_one_readable_image_is_enough_for_a_stream(tmp_path: Path, digits_model: nn.Module) -> None:
+    corrupt(make_folder(tmp_path, {"0": 1}))
+    batch = Stream(open_source(str(tmp_path), digits_model), 5, seed=0).next()
+    assert batch.images.shape == (5, 1, 8, 8)
+    assert (batch.images == batch.images[0]).all()
+
+
+# --- the cache -----------------------------------------------------------------------------
+
+
+def test_images_are_decoded_once(tmp_path: Path, digits_model: nn.Module) -> None:
+    make_folder(tmp_path, {"0": 3, "1": 3})
+    source = open_source(str(tmp_path), digits_model)
+    first = source.batch(all_of(source))
+    expected = first.images.clone()
+    first.images.zero_()  # what a caller does to a batch stays with the caller
+    for file in source.files:
+        (tmp_path / file).unlink()
+    assert torch.equal(source.batch(all_of(source)).images, expected)
+    part = source.subset(2, seed=0)
+    assert len(part.batch(all_of(part)).images) == 2
+    assert not source.skipped
+
+
+def test_the_cache_stays_within_its_budget(
+    tmp_path: Path, digits_model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pixels, "CACHE_BYTES", 2 * 64 + 63)  # an image takes 64 bytes
+    make_folder(tmp_path, {"0": 4})
+    source = open_source(str(tmp_path), digits_model)
+    first, second = source.batch(all_of(source)), source.batch(all_of(source))
+    assert torch.equal(first.images, second.images)
+    for file in source.files:
+        (tmp_path / file).unlink()
+    assert len(source.batch(all_of(source)).images) == 2
+
+
+# --- parts ---------------------------------------------------------------------------------
+
+
+def test_subset_is_balanced_seeded_and_keeps_the_classes(digits_model: nn.Module) -> None:
+    source = open_source("digits", digits_model, split="train")
+    part = source.subset(43, seed=5)
+    assert len(part) == len(set(part.files)) == 43
+    counts = part.labels.bincount(minlength=10)
+    assert counts.min() == 4
+    assert counts.max() == 5
+    assert part.files == source.subset(43, seed=5).files
+    assert part.files != source.subset(43, seed=6).files
+    assert source.subset(3, seed=0).classes.tolist() == list(range(10))
+    assert len(source.subset(10**6, seed=0)) == len(source)
+    position = source.files.index(part.files[7])
+    one, same = part.batch(torch.tensor([7])), source.batch(torch.tensor([position]))
+    assert torch.equal(one.images, same.images)
+    assert torch.equal(one.labels, same.labels)
+
+
+def test_subset_is_balanced_as_far_as_classes_go(tmp_path: Path, digits_model: nn.Module) -> None:
+    source = open_source(str(make_folder(tmp_path, {"0": 1, "1": 5, "2": 9})), digits_model)
+    for seed in range(5):
+        assert source.subset(9, seed).labels.bincount().tolist() == [1, 4, 4]
+
+
+def test_limit_is_a_subset(digits_model: nn.Module) -> None:
+    limited = open_source(None, digits_model, limit=20, seed=3)
+    assert limited.files == open_source("digits", digits_model).subset(20, seed=3).files
+    with pytest.raises(UserError, match="cannot take 0 images"):
+        open_source(None, digits_model, limit=0)
+
+
+def test_split_is_disjoint_complete_stratified_and_seeded(digits_model: nn.Module) -> None:
+    source = open_source("digits", digits_model, split="train")
+    rest, held = source.split(0.25, seed=1)
+    assert len(held) == round(0.25 * len(source))
+    assert not set(rest.files) & set(held.files)
+    assert set(rest.files) | set(held.files) == set(source.files)
+    expected = 0.25 * source.labels.bincount()
+    assert (held.labels.bincount(minlength=10) - expected).abs().max() <= 1
+    assert held.files == source.split(0.25, seed=1)[1].files
+    assert held.files != source.split(0.25, seed=2)[1].files
+
+
+def test_split_serves_classes_of_one_image(tmp_path: Path, digits_model: nn.Module) -> None:
+    source = open_source(str(make_folder(tmp_path, dict.fromkeys("0123456789", 1))), digits_model)
+    rest, held = source.split(0.3, seed=0)
+    assert (len(rest), len(held)) == (7, 3)
+    different = {tuple(source.split(0.3, seed)[1].files) for seed in range(9)}
+    assert len(different) > 1
+
+
+@pytest.mark.parametrize("fraction", [-0.5, 0.0, 0.0001, 1.0, 2.0])
+def test_an_empty_part_is_an_error(digits_model: nn.Module, fraction: float) -> None:
+    with pytest.raises(UserError, match=f"a fraction of {fraction}"):
+        open_source("digits", digits_model).split(fraction, seed=0)
+
+
+# --- streams -------------------------------------------------------------------------------
+
+
+def test_a_stream_shows_every_readable_image_once_an_epoch(
+    tmp_path: Path, digits_model: nn.Module
+) -> None:
+    bad = corrupt(make_folder(tmp_path, {"0": 7, "1": 5}))
+    source = open_source(str(tmp_path), digits_model)
+    stream = Stream(source, 4, seed=0)  # 3 batches make an epoch of 12 readable images
+    epochs = [torch.cat([stream.next().index for _ in range(3)]).tolist() for _ in range(3)]
+    readable = [i for i, file in enumerate(source.files) if file not in bad]
+    assert all(sorted(epoch) == readable for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_a_batch_may_be_larger_than_the_source(tmp_path: Path, digits_model: nn.Module) -> None:
+    source = open_source(str(make_folder(tmp_path, {"0": 2, "1": 1})), digits_model)
+    assert Stream(source, 7, seed=0).next().index.bincount().sort().values.tolist() == [2, 2, 3]
+
+
+def test_a_seed_is_a_stream(digits_model: nn.Module) -> None:
+    source = open_source("digits", digits_model)
+    orders = [Stream(source, 50, seed).next().index.tolist() for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 5, 8])
+def test_a_resumed_stream_goes_on_exactly(
+    tmp_path: Path, digits_model: nn.Module, steps: int
+) -> None:
+    corrupt(make_folder(tmp_path, {"0": 4, "1": 5}))
+    unbroken = Stream(open_source(str(tmp_path), digits_model), 5, seed=3)
+    for _ in range(steps):
+        unbroken.next()
+    state = json.loads(json.dumps(unbroken.state_dict()))
+    # Another process: nothing read yet, and a seed that the state must override.
+    resumed = Stream(open_source(str(tmp_path), digits_model), 5, seed=99)
+    resumed.load_state_dict(state)
+    for _ in range(7):
+        for one, other in zip(unbroken.next(), resumed.next(), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_a_stream_does_not_resume_on_other_data(digits_model: nn.Module) -> None:
+    source = open_source("digits", digits_model)
+    state = Stream(source, 5, seed=0).state_dict()
+    with pytest.raises(UserError, match=r"read 600 images.*has 20"):
+        Stream(source.subset(20, 0), 5, seed=0).load_state_dict(state)
+
+
+def test_a_batch_size_below_one_is_an_error(digits_model: nn.Module) -> None:
+    with pytest.raises(UserError, match="batch size 0"):
+        Stream(open_source("digits", digits_model), 0, seed=0)
+
+
+# --- classes and the head ------------------------------------------------------------------
+
+
+def test_wnids_mean_their_rank_on_an_imagenet_head() -> None:
+    assert map_classes([WNIDS[999], WNIDS[2]], head(1000), "it") == [999, 2]
+    twelve = timm.data.ImageNetInfo("imagenet-12k").label_names()
+    assert map_classes([twelve[7000]], head(len(twelve)), "it") == [7000]
+
+
+def test_an_unknown_wnid_is_an_error() -> None:
+    with pytest.raises(UserError, match="n99999999"):
+        map_classes([WNIDS[0], "n99999999"], head(1000), "it")
+
+
+def test_wnids_on_a_head_of_their_own_are_in_order() -> None:
+    assert map_classes(WNIDS[100:300], head(200), "it") == list(range(200))
+
+
+def test_numbers_are_outputs() -> None:
+    assert map_classes(["7", "10", "02"], head(11), "it") == [7, 10, 2]
+    with pytest.raises(UserError, match="'10'"):
+        map_classes(["7", "10", "2"], head(10), "it")
+
+
+def test_a_models_own_labels_are_known() -> None:
+    model = head(3, label_names=("red_fox", "Cat", "dog"), label_descriptions={"dog": "a hound"})
+    assert map_classes(["A Hound", "Red Fox", "cat"], model, "it") == [2, 0, 1]
+    assert map_classes(["CAT"], model, "it") == [1]
+    # Names decide before the order of as many classes does.
+    assert map_classes(["cat", "dog", "red fox"], model, "it") == [1, 2, 0]
+
+
+def test_imagenets_names_are_known() -> None:
+    assert map_classes(["goldfish", "Tinca_tinca", "great white shark"], head(1000), "it") == [
+        1,
+        0,
+        2,
+    ]
+    assert map_classes([("no such", "Tench")], head(1000), "it") == [0]
+
+
+def test_a_name_of_two_outputs_is_none() -> None:
+    with pytest.raises(UserError, match="'crane'"):  # the bird and the machine
+        map_classes(["goldfish", "crane"], head(1000), "it")
+
+
+def test_as_many_classes_as_outputs_are_in_order(tmp_path: Path) -> None:
+    model = timm.create_model("digits_vit", num_classes=3)
+    source = open_source(str(make_folder(tmp_path, {"b": 1, "c": 0, "a": 2})), model)
+    assert source.files == ["a/00.png", "a/01.png", "b/00.png"]
+    assert source.labels.tolist() == [0, 0, 1]
+    assert source.classes.tolist() == [0, 1]
+
+
+def test_classes_that_do_not_fit_are_an_error(tmp_path: Path, digits_model: nn.Module) -> None:
+    make_folder(tmp_path, {"zebra": 1, "1": 1})
+    with pytest.raises(UserError, match=r"2 classes.*10 outputs.*'zebra'.*model trained") as error:
+        open_source(str(tmp_path), digits_model)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_without_a_head_is_an_error() -> None:
+    with pytest.raises(UserError, match="num_classes=0"):
+        map_classes(["a"], head(0), "it")
+
+
+# --- folders -------------------------------------------------------------------------------
+
+
+def test_only_visible_images_count(tmp_path: Path, digits_model: nn.Module) -> None:
+    make_folder(tmp_path, {"0": 1, "1": 0, ".hidden": 2})
+    save(tmp_path / "0" / ".thumb.png")
+    save(tmp_path / "0" / ".cache" / "x.png")
+    save(tmp_path / "0" / "deep" / "Y.JPG")
+    (tmp_path / "0" / "notes.txt").write_text("words")
+    save(tmp_path / "stray.png")
+    assert open_source(str(tmp_path), digits_model).files == ["0/00.png", "0/deep/Y.JPG"]
+
+
+def test_a_folder_names_its_source(tmp_path: Path, digits_model: nn.Module) -> None:
+    for part, digit in (("train", "1"), ("val", "2")):
+        make_folder(tmp_path / "birds" / part, {digit: 1})
+    root = tmp_path / "birds"
+    train = open_source(str(root), digits_model, split="train")
+    test = open_source(str(root), digits_model, split="test")
+    assert (train.name, train.labels.tolist()) == ("birds/train", [1])
+    assert (test.name, test.labels.tolist()) == ("birds/val", [2])
+    assert open_source(str(root / "val"), digits_model, split="train").name == "birds/val"
+    make_folder(tmp_path / "fish", {"3": 1})
+    assert open_source(str(tmp_path / "fish"), digits_model, split="train").name == "fish"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ([], "no class folders"),
+        (["notes.txt"], "no class folders"),
+        (["a.png"], "images but no class folders"),
+        (["0/notes.txt", "1/x.md"], "no image in its 2 class folders"),
+    ],
+)
+def test_a_folder_without_images_is_an_error(
+    tmp_path: Path, digits_model: nn.Module, content: list[str], words: str
+) -> None:
+    for name in content:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(UserError) as error:
+        open_source(str(tmp_path), digits_model)
+    message = str(error.value)
+    assert f"'{tmp_path}' holds {words}; " in message
+    assert "CLASS/IMAGE" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("data", ["no/such/folder", "x", "", "VisionDataset", "CIFARR10:root"])
+def test_unknown_data_is_an_error(digits_model: nn.Module, data: str) -> None:
+    with pytest.raises(UserError, match=f"data '{data}' is neither a folder nor"):
+        open_source(data, digits_model)
+
+
+def test_digits_need_a_head_of_ten(imagenet_model: nn.Module) -> None:
+    with pytest.raises(UserError, match=r"'digits' has 10 classes .* 1000 outputs"):
+        open_source("digits", imagenet_model)
+
+
+# --- torchvision's data sets ---------------------------------------------------------------
+
+
+class Stub(datasets.VisionDataset):
+    """Eight images; the subclasses ask for their part as torchvision's data sets do."""
+
+    classes = ("airplane", "automobile", "bird", "cat")
+
+    def __init__(self, root: str, part: str) -> None:
+        super().__init__(root)
+        self.part = part
+        self.targets = [0, 1, 2, 3] * 2
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, position: int) -> tuple[Image.Image, int]:
+        shade = (100 if self.part == "train" else 200) + position
+        return Image.new("RGB", (32, 32), (shade,) * 3), self.targets[position]
+
+
+class ByFlag(Stub):
+    def __init__(self, root: str, train: bool = True, download: bool = False) -> None:
+        assert download
+        super().__init__(root, "train" if train else "test")
+
+
+class ByName(Stub):
+    def __init__(self, root: str, split: str = "train") -> None:
+        if split not in ("train", "val"):
+            raise ValueError(f"Unknown value '{split}' for argument split.")
+        super().__init__(root, split)
+
+
+class Unreachable(Stub):
+    def __init__(self, root: str, train: bool = True, download: bool = False) -> None:
+        raise OSError("no\nnetwork")
+
+
+class Unlabelled(Stub):
+    def __init__(self, root: str) -> None:
+        super().__init__(root, "train")
+        self.targets = [{"box": 1}] * 8
+
+
+@pytest.fixture
+def four() -> nn.Module:
+    return timm.create_model("deit_tiny_patch16_224", depth=1, img_size=32, num_classes=4)
+
+
+@pytest.mark.parametrize("stub", [ByFlag, ByName])
+def test_a_named_data_set_gives_the_asked_part(
+    four: nn.Module, monkeypatch: pytest.MonkeyPatch, stub: type[Stub]
+) -> None:
+    monkeypatch.setattr(datasets, "CIFAR10", stub)
+    train = open_source("cifar10:somewhere", four, split="train")
+    test = open_source("CIFAR10", four, split="test")
+    assert (train.name, test.name) == ("CIFAR10:train", "CIFAR10:test")
+    assert train.labels.tolist() == test.labels.tolist() == [0, 1, 2, 3] * 2
+    first, second = (s.batch(all_of(s)).images for s in (train, test))
+    assert (second.mean((1, 2, 3)) > first.mean((1, 2, 3)).max()).all()
+    assert len(set(train.files)) == 8
+
+
+def test_cifar_does_not_fit_an_imagenet_head(
+    imagenet_model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "CIFAR10", ByFlag)
+    with pytest.raises(UserError, match="CIFAR10 has 4 classes and the model's head 1000 outputs"):
+        open_source("CIFAR10", imagenet_model)
+
+
+def test_wnids_of_a_named_data_set_are_used(
+    imagenet_model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ByFlag, "wnids", WNIDS[500:504], raising=False)
+    monkeypatch.setattr(datasets, "Imagenette", ByFlag)
+    assert open_source("imagenette", imagenet_model).classes.tolist() == [500, 501, 502, 503]
+
+
+def test_a_failed_download_is_one_line(four: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "CIFAR10", Unreachable)
+    with pytest.raises(UserError, match=r"CIFAR10.*'here' \(OSError: no network\); check") as error:
+        open_source("CIFAR10:here", four)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_part_is_one_line(four: nn.Module) -> None:
+    with pytest.raises(UserError, match=r"EMNIST cannot be opened .*argument split"):
+        open_source("EMNIST", four)
+
+
+def test_a_data_set_without_labels_is_an_error(
+    four: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "VOCDetection", Unlabelled)
+    with pytest.raises(UserError, match="VOCDetection has no class label"):
+        open_source("VOCDetection", four)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = partial(datasets.FakeData, size=40, image_size=(3, 8, 8))
+    monkeypatch.setattr(datasets, "FakeData", small)
+
+
+def test_a_data_set_of_one_part_is_split(imagenet_model: nn.Module, fake: None) -> None:
+    train = open_source("FakeData", imagenet_model, split="train")
+    test = open_source("fakedata", imagenet_model, split="test")
+    assert (len(train), len(test)) == (32, 8)
+    assert not set(train.files) & set(test.files)
+    again = open_source("FakeData", imagenet_model)
+    one, same = test.batch(all_of(test)), again.batch(all_of(again))
+    assert torch.equal(one.images, same.images)
+
+
+def test_labels_beyond_the_head_are_an_error(four: nn.Module, fake: None) -> None:
+    with pytest.raises(UserError, match="FakeData has label 9 and the model's head 4 outputs"):
+        open_source("FakeData", four)
+
+
+# --- imports -------------------------------------------------------------------------------
+
+
+def test_importing_the_module_is_light() -> None:
+    code = (
+        "import sys, tokenenv.data; "
+        "sys.exit(','.join({'timm', 'torchvision', 'sklearn'} & sys.modules.keys()) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

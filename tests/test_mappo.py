@@ -1,0 +1,292 @@
+"""GAE by hand, losses against the formula, dead agents, determinism, and that it learns."""
+
+import functools
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from pettingzoo import ParallelEnv
+from torch.testing import assert_close
+
+from agents.arena import PettingZooArena
+from agents.mappo import (
+    MAPPO,
+    MAPPOConfig,
+    centre_groups,
+    normalise_advantage,
+    policy_loss,
+    value_loss,
+)
+from agents.networks import SharedMLP, ValueNorm
+from agents.policy import ActorPolicy, Widths
+from agents.rollout import advantages
+from tokenenv.errors import UserError
+from tokenenv.rules import TokenPrune
+
+
+class Identity(ParallelEnv):
+    """Each agent is shown a bit and paid for repeating it; odd agents die halfway on request."""
+
+    metadata = {"name": "identity_v0"}  # noqa: RUF012
+
+    def __init__(self, agents: int = 3, length: int = 4, deaths: bool = False, nan: bool = False):
+        self.possible_agents = [f"a_{i}" for i in range(agents)]
+        self.length, self.deaths, self.nan = length, deaths, nan
+        self.state_space = gymnasium.spaces.Box(0, 1, (agents,), np.float32)
+
+    @functools.cache  # noqa: B019
+    def observation_space(self, agent):
+        return gymnasium.spaces.Box(0, 1, (2,), np.float32)
+
+    @functools.cache  # noqa: B019
+    def action_space(self, agent):
+        return gymnasium.spaces.Discrete(2)
+
+    def reset(self, seed=None, options=None):
+        if seed is not None:
+            self.rng = np.random.default_rng(seed)
+        self.agents, self.time = list(self.possible_agents), 0
+        return self._see(), {a: {} for a in self.agents}
+
+    def _see(self):
+        self.bits = dict(zip(self.agents, self.rng.integers(0, 2, len(self.agents)), strict=True))
+        return {a: np.eye(2, dtype=np.float32)[b] for a, b in self.bits.items()}
+
+    def state(self):
+        return np.array([self.bits.get(a, 0) for a in self.possible_agents], np.float32)
+
+    def step(self, actions):
+        acting = self.agents
+        assert set(actions) == set(acting)
+        reward = {a: float(actions[a] == self.bits[a]) for a in acting}
+        if self.nan:
+            reward[acting[0]] = float("nan")
+        self.time += 1
+        over = self.time == self.length
+        gone = {
+            a: over or (self.deaths and self.time == 2 and int(a[2:]) % 2 == 1) for a in acting
+        }
+        self.agents = [a for a in acting if not gone[a]]
+        return self._see(), reward, gone, dict.fromkeys(acting, False), {a: {} for a in acting}
+
+
+def learner(seed: int = 0, copies: int = 8, config: MAPPOConfig | None = None, **env) -> MAPPO:
+    torch.manual_seed(seed)
+    arena = PettingZooArena(lambda: Identity(**env), copies, seed=seed)
+    widths = Widths(arena.agent_dim, arena.shared_dim, arena.state_dim)
+    policy = ActorPolicy(TokenPrune(), widths, hidden=(16, 16))
+    config = config or MAPPOConfig(steps=4, actor_lr=1e-2, critic_lr=1e-2)
+    return MAPPO(policy, arena, config, seed=seed)
+
+
+def test_gae_by_hand() -> None:
+    """Constant value 1, reward 1: delta = gamma, A_t = sum of (gamma lambda)^k gamma."""
+    ones = torch.ones(3, 1, 2)
+    active = torch.ones(3, 1, 2, dtype=torch.bool)
+    done = torch.zeros(3, 1, dtype=torch.bool)
+    got, returns = advantages(
+        ones, ones, active, done, ones[0], active[0], gamma=0.9, lam=0.5
+    )
+    delta, factor = 0.9, 0.45
+    expected = torch.tensor([delta * (1 + factor + factor**2), delta * (1 + factor), delta])
+    assert_close(got[:, 0, 0], expected)
+    assert_close(returns, got + 1)
+
+
+def test_gae_stops_at_the_end_of_an_episode() -> None:
+    reward = torch.tensor([1.0, 2.0, 4.0])[:, None, None]
+    value = torch.zeros(3, 1, 1)
+    active = torch.ones(3, 1, 1, dtype=torch.bool)
+    done = torch.tensor([False, True, False])[:, None]
+    got, _ = advantages(
+        reward, value, active, done, torch.full((1, 1), 8.0), active[0], gamma=1.0, lam=1.0
+    )
+    assert got[:, 0, 0].tolist() == [3.0, 2.0, 12.0]
+
+
+def test_a_dead_agents_later_pay_counts_in_full() -> None:
+    """Active at t=0 only: what t=1 and t=2 still pay belongs to its one decision."""
+    reward = torch.tensor([1.0, 10.0, 100.0])[:, None, None]
+    value = torch.tensor([5.0, 777.0, -777.0])[:, None, None]  # nobody may read the last two
+    active = torch.tensor([True, False, False])[:, None, None]
+    done = torch.tensor([False, False, True])[:, None]
+    got, returns = advantages(
+        reward, value, active, done, torch.zeros(1, 1), active[1], gamma=0.5, lam=0.3
+    )
+    assert got[:, 0, 0].tolist() == [1 + 5 + 25 - 5, 0, 0]
+    assert returns[0, 0, 0] == 31
+
+
+def test_losses_equal_the_formula_and_ignore_the_dead() -> None:
+    generator = torch.Generator().manual_seed(0)
+    log_prob, old, advantage, value, old_value, returns = torch.randn(
+        6, 40, 5, generator=generator
+    )
+    active = torch.rand(40, 5, generator=generator) < 0.6
+    total = count = value_total = clipped_count = 0.0
+    for i in range(40):
+        for j in range(5):
+            if not active[i, j]:
+                continue
+            ratio = np.exp(float(log_prob[i, j] - old[i, j]))
+            a = float(advantage[i, j])
+            total += min(ratio * a, min(max(ratio, 0.8), 1.2) * a)
+            clipped_count += abs(ratio - 1) > 0.2
+            v, v0, r = float(value[i, j]), float(old_value[i, j]), float(returns[i, j])
+            near = v0 + min(max(v - v0, -0.2), 0.2)
+
+            def huber(e: float) -> float:
+                return 0.5 * e * e if abs(e) <= 1.5 else 1.5 * (abs(e) - 0.75)
+
+            value_total += max(huber(v - r), huber(near - r))
+            count += 1
+    loss, clipped = policy_loss(log_prob, old, advantage, active, 0.2)
+    assert_close(loss.item(), -total / count, atol=1e-5, rtol=1e-5)
+    assert_close(clipped.item(), clipped_count / count)
+    got = value_loss(value, old_value, returns, active, clip=0.2, huber_delta=1.5)
+    assert_close(got.item(), value_total / count, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value_norm", [True, False])
+@pytest.mark.parametrize("advantage_norm", ["global", "per_agent"])
+def test_dead_agents_give_no_gradient(value_norm: bool, advantage_norm: str) -> None:
+    """Garbage in every slot of an inactive agent changes nothing, to the last bit."""
+    results = []
+    for garbage in (0.0, 1e6):
+        agent = learner(
+            deaths=True,
+            config=MAPPOConfig(steps=4, value_norm=value_norm, advantage_norm=advantage_norm),
+        )
+        collect = agent.collect
+
+        def dirty(collect=collect, garbage=garbage):
+            rollout, last, last_active = collect()
+            dead = ~rollout.active
+            assert dead.any()
+            for name in ("log_prob", "value"):
+                getattr(rollout, name)[dead] += garbage
+            rollout.agents[dead] += garbage
+            return rollout, last, last_active
+
+        agent.collect = dirty
+        agent.update()
+        results.append(torch.cat([p.flatten() for p in agent.policy.parameters()]))
+        results.append(torch.cat([p.flatten() for p in agent.critic.parameters()]))
+    assert torch.equal(results[0], results[2])
+    assert torch.equal(results[1], results[3])
+
+
+def test_advantages_are_normalised_over_the_active() -> None:
+    generator = torch.Generator().manual_seed(0)
+    advantage = 3 + 5 * torch.randn(4, 6, 3, generator=generator)
+    active = torch.rand(4, 6, 3, generator=generator) < 0.5
+    advantage[~active] = 1e6
+    got = normalise_advantage(advantage, active, "global")
+    assert abs(got[active].mean()) < 1e-5
+    assert abs(got[active].std(unbiased=False) - 1) < 1e-4
+    per_agent = normalise_advantage(advantage, active, "per_agent")
+    for j in range(3):
+        assert abs(per_agent[:, :, j][active[:, :, j]].mean()) < 1e-5
+
+
+def test_groups_are_centred() -> None:
+    generator = torch.Generator().manual_seed(0)
+    advantage = torch.randn(2, 6, 3, generator=generator)
+    advantage += torch.tensor([5.0, 5, -7, -7, 0, 0])[:, None]  # what the image made of it
+    active = torch.rand(2, 6, 3, generator=generator) < 0.8
+    got = centre_groups(advantage, active, 2)
+    for t in range(2):
+        for g in range(3):
+            part, mask = got[t, 2 * g : 2 * g + 2], active[t, 2 * g : 2 * g + 2]
+            assert abs(part[mask].mean()) < 1e-5
+            raw = advantage[t, 2 * g : 2 * g + 2][mask]
+            assert_close(part[mask], raw - raw.mean())
+
+
+def test_value_norm_forgets_and_skips_the_inactive() -> None:
+    norm = ValueNorm()
+    assert norm.normalise(torch.tensor(3.0)) == 3.0
+    active = torch.tensor([True, True, False])
+    for level in [0.0] * 50 + [10.0] * 1500:
+        norm.update(torch.tensor([level - 1, level + 1, 1e9]), active)
+    assert_close(norm.normalise(torch.tensor(10.0)).item(), 0.0, atol=1e-2, rtol=0)
+    assert_close(norm.normalise(torch.tensor(11.0)).item(), 1.0, atol=2e-2, rtol=0)
+    x = torch.randn(5)
+    assert_close(norm.denormalise(norm.normalise(x)), x, atol=1e-4, rtol=1e-4)
+    before = {k: v.clone() for k, v in norm.state_dict().items()}
+    norm.update(torch.tensor([5.0]), torch.tensor([False]))
+    assert all(torch.equal(before[k], v) for k, v in norm.state_dict().items())
+
+
+def test_shared_network_equals_one_big_first_layer() -> None:
+    torch.manual_seed(0)
+    net = SharedMLP(5, 3, (8, 4), 2, gain=1.0)
+    own, shared = torch.randn(2, 6, 5), torch.randn(2, 3)
+    weight = torch.cat([net.own.weight, net.shared.weight], dim=1)
+    joint = torch.cat([own, shared[:, None].expand(-1, 6, -1)], dim=-1)
+    first = torch.nn.functional.linear(joint, weight, net.own.bias)
+    expected = net.head(net.body(net.first_norm(first).relu()))
+    assert_close(net(own, shared), expected)
+    assert net.macs(torch.tensor(6.0)) == 6 * (5 * 8 + 8 * 4 + 4 * 2) + 3 * 8
+
+
+@pytest.mark.parametrize("centralised", [True, False])
+@pytest.mark.parametrize("deaths", [True, False])
+def test_learns_the_identity_game(centralised: bool, deaths: bool) -> None:
+    config = MAPPOConfig(steps=8, actor_lr=1e-2, critic_lr=1e-2, centralised=centralised)
+    agent = learner(copies=16, config=config, deaths=deaths)
+    first = agent.update()["reward"]
+    for _ in range(40):
+        last = agent.update()["reward"]
+    # 8 steps of one point each; with deaths one agent of three is paid half of the time.
+    best = 8.0 if not deaths else 8.0 * (2 + 0.5) / 3
+    assert first < 0.75 * best
+    assert last > 0.97 * best
+
+
+def test_same_seed_same_weights_and_exact_state() -> None:
+    def weights(agent: MAPPO) -> torch.Tensor:
+        return torch.cat([p.detach().flatten() for p in agent.policy.parameters()])
+
+    a, b, c = learner(seed=3), learner(seed=3), learner(seed=4)
+    for agent in (a, b, c):
+        agent.update()
+    assert torch.equal(weights(a), weights(b))
+    assert not torch.equal(weights(a), weights(c))
+
+
+def test_one_agent_is_plain_ppo() -> None:
+    """With a single agent and no state, one descent equals PPO written out with autograd."""
+    agent = learner(agents=1, config=MAPPOConfig(steps=4, epochs=1, minibatches=1, entropy=0.0,
+                                                 value_norm=False, max_grad_norm=1e9))  # fmt: skip
+    rollout, last, last_active = agent.collect()
+    agent.collect = lambda: (rollout, last, last_active)
+    advantage, _ = advantages(
+        rollout.reward, rollout.value, rollout.active, rollout.done, last, last_active,
+        gamma=1.0, lam=0.95,
+    )  # fmt: skip
+    flat = advantage.flatten()
+    flat = (flat - flat.mean()) / flat.std(unbiased=False)
+    log_probs = agent.policy.logits(rollout.agents, rollout.shared).log_softmax(-1)
+    chosen = log_probs.gather(-1, rollout.action[..., None]).flatten()
+    # At the first step the ratio is 1 and PPO's gradient is the policy gradient.
+    loss = -(chosen * flat).mean()
+    expected = torch.autograd.grad(loss, list(agent.policy.parameters()))
+    agent.update()
+    for parameter, gradient in zip(agent.policy.parameters(), expected, strict=True):
+        assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_a_reward_that_is_not_finite_is_one_clear_error() -> None:
+    with pytest.raises(UserError, match="not finite"):
+        learner(nan=True).update()
+
+
+def test_spaces_must_agree() -> None:
+    class Odd(Identity):
+        def observation_space(self, agent):
+            return gymnasium.spaces.Box(0, 1, (2 + int(agent[2:]),), np.float32)
+
+    with pytest.raises(UserError, match="'a_1' needs the same Box"):
+        PettingZooArena(Odd, 1)

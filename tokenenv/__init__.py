@@ -1,0 +1,68 @@
+"""Vision Transformer inference as a Markov game: agents decide which tokens go on.
+
+Importing this package registers its environments with Gymnasium and PettingZoo. It imports
+neither torch nor timm: the names below that need them are loaded when first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from tokenenv._version import __version__
+from tokenenv.envs import ids
+from tokenenv.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenenv import token_prune_v0
+    from tokenenv.backbone import Backbone
+    from tokenenv.data import ImageSource, open_source
+    from tokenenv.envs.build import build_game
+    from tokenenv.game import Game
+    from tokenenv.models import load_backbone
+    from tokenenv.rewards import AlphaBeta, Cooperative, KeepTarget
+    from tokenenv.rules import TokenPrune
+
+__all__ = [
+    "AlphaBeta",
+    "Backbone",
+    "Cooperative",
+    "Game",
+    "ImageSource",
+    "KeepTarget",
+    "TokenPrune",
+    "UserError",
+    "__version__",
+    "build_game",
+    "load_backbone",
+    "open_source",
+    "token_prune_v0",
+]
+
+_HOME = {
+    "AlphaBeta": "rewards",
+    "Backbone": "backbone",
+    "Cooperative": "rewards",
+    "Game": "game",
+    "ImageSource": "data",
+    "KeepTarget": "rewards",
+    "TokenPrune": "rules",
+    "build_game": "envs.build",
+    "load_backbone": "models",
+    "open_source": "data",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"tokenenv.{_HOME[name]}"), name)
+    if name == "token_prune_v0":
+        return import_module("tokenenv.token_prune_v0")
+    raise AttributeError(f"module 'tokenenv' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+ids.register()

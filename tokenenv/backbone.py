@@ -1,0 +1,204 @@
+"""A timm Vision Transformer cut at its blocks: embed, attend, feed, classify."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenenv.errors import UserError
+from tokenenv.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Context:
+    """What decisions may want to know of a block's attention.
+
+    Attributes:
+        keys: ``(B, heads, N, head_dim)`` keys as attention used them, or None.
+        cls_attention: ``(B, N)`` attention of the class token, mean over the heads, masked to
+            the living tokens, or None.
+    """
+
+    keys: Tensor | None = None
+    cls_attention: Tensor | None = None
+
+
+class Backbone(nn.Module):
+    """A timm ``VisionTransformer`` in stages.
+
+    ViT, DeiT (distilled too), register tokens, pre-norm (CLIP), LayerScale (DINOv2, DeiT-3),
+    qk-norm, models without a class token, any patch and image size. Playing all stages without
+    touching the tokens gives the model's own logits.
+
+    Args:
+        model: the timm model; it is used as it is, not copied. It is put into ``eval`` mode and
+            its parameters are frozen.
+
+    Raises:
+        UserError: for an architecture whose stages are not known; the message names the part.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        check_supported(model)
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.blocks: nn.ModuleList = nn.ModuleList(model.blocks)  # type: ignore[arg-type]
+        self.depth = len(self.blocks)
+        self.dim: int = model.embed_dim  # type: ignore[assignment]
+        self.prefix: int = model.num_prefix_tokens  # type: ignore[assignment]
+        self.has_class_token = getattr(model, "cls_token", None) is not None
+        self.grid: tuple[int, int] = model.patch_embed.grid_size  # type: ignore[assignment,union-attr]
+        self.patches = self.grid[0] * self.grid[1]
+        self.classes: int = model.num_classes  # type: ignore[assignment]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.model.norm.weight.device  # type: ignore[union-attr,return-value]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' floating-point type."""
+        return self.model.norm.weight.dtype  # type: ignore[union-attr,return-value]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The dense model: images ``(B, C, H, W)`` -> logits ``(B, classes)``."""
+        return self.model(images)
+
+    def embed(self, images: Tensor) -> Tokens:
+        """Images ``(B, C, H, W)``, normalised -> the tokens before block 0."""
+        model = self.model
+        x = model._pos_embed(model.patch_embed(images))  # type: ignore[operator]
+        return Tokens.start(
+            model.norm_pre(x),  # type: ignore[operator]
+            self.prefix,
+            keep_one=self._pools_patches,
+        )
+
+    def attend(
+        self, block: int, tokens: Tokens, *, keys: bool = False, cls_attention: bool = False
+    ) -> tuple[Tokens, Context]:
+        """Attention and its residual of block ``block``.
+
+        Args:
+            block: 0-based index.
+            tokens: tokens before the block.
+            keys: whether the context shall hold the keys.
+            cls_attention: whether it shall hold the class token's attention; only that one row
+                of the attention matrix is computed beside the fused kernel.
+
+        Returns:
+            The tokens between attention and MLP, and the context.
+
+        Raises:
+            UserError: ``cls_attention`` of a model without a class token.
+        """
+        if cls_attention and not self.has_class_token:
+            raise UserError(
+                "cls_attention needs a class token and this model has none: "
+                "choose features or a policy without it"
+            )
+        b = self.blocks[block]
+        attn: nn.Module = b.attn  # type: ignore[assignment]
+        mask = tokens.key_mask
+        h = b.norm1(tokens.x)  # type: ignore[operator]
+        batch, count, _ = h.shape
+        qkv = attn.qkv(h).reshape(batch, count, 3, attn.num_heads, attn.head_dim)  # type: ignore[operator]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = attn.q_norm(q), attn.k_norm(k)  # type: ignore[operator]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = attn.norm(out.transpose(1, 2).reshape(batch, count, attn.attn_dim))  # type: ignore[operator]
+        if getattr(attn, "gate", None) is not None:
+            out = out * attn.gate(h).sigmoid()  # type: ignore[operator]
+        x = tokens.x + b.ls1(attn.proj(out))  # type: ignore[operator]
+        context = Context(
+            keys=k if keys else None,
+            cls_attention=_class_row(q, k, mask) if cls_attention else None,
+        )
+        return tokens.with_x(x), context
+
+    def feed(self, block: int, tokens: Tokens) -> Tokens:
+        """MLP and its residual of block ``block``."""
+        b = self.blocks[block]
+        return tokens.with_x(tokens.x + b.ls2(b.mlp(b.norm2(tokens.x))))  # type: ignore[operator]
+
+    def attention_dim(self, block: int) -> int:
+        """Width of all heads together in block ``block``."""
+        return self.blocks[block].attn.attn_dim  # type: ignore[union-attr,return-value]
+
+    def normalised(self, block: int, x: Tensor) -> Tensor:
+        """Embeddings ``(..., D)`` through the LayerNorm in front of block ``block``'s attention."""
+        return self.blocks[block].norm1(x)  # type: ignore[operator]
+
+    def classify(self, tokens: Tokens) -> Tensor:
+        """Tokens after the last block -> logits ``(B, classes)``.
+
+        Average pooling weights each living token by the number of patches it stands for.
+        """
+        model = self.model
+        pool = getattr(model, "global_pool", "token")
+        if not self._pools_patches:
+            # The head reads prefix tokens only; the final norm works token by token.
+            return model.forward_head(model.norm(tokens.x[:, : self.prefix]))  # type: ignore[operator]
+        x = model.norm(tokens.x)  # type: ignore[operator]
+        if not tokens.moved and not tokens.ragged:
+            return model.forward_head(x)  # type: ignore[operator]
+        first = 0 if model.pool_include_prefix else self.prefix
+        x, alive, size = x[:, first:], tokens.alive[:, first:], tokens.size[:, first:]
+        if model.attn_pool is not None:
+            pooled = model.attn_pool(x, attn_mask=alive[:, None, None, :])  # type: ignore[operator]
+        else:
+            mean = (x * size[..., None].to(x.dtype)).sum(1) / size.sum(1, keepdim=True).to(x.dtype)
+            peak = x.masked_fill(~alive[..., None], -torch.inf).amax(1)
+            pooled = {"avg": mean, "max": peak, "avgmax": 0.5 * (mean + peak)}[pool]  # type: ignore[index]
+        return model.head(model.head_drop(model.fc_norm(pooled)))  # type: ignore[operator]
+
+    @property
+    def _pools_patches(self) -> bool:
+        model = self.model
+        return getattr(model, "attn_pool", None) is not None or model.global_pool != "token"
+
+
+def _class_row(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of token 0: ``(B, N)``, mean over the heads.
+
+    Dead keys leave the softmax of every head; masking after the mean would be another number.
+    """
+    score = (q[:, :, :1] @ k.transpose(2, 3)).float() * q.shape[-1] ** -0.5
+    if mask is not None:
+        score = score.masked_fill(~mask, -torch.inf)
+    return score.softmax(-1).mean(1)[:, 0]
+
+
+def check_supported(model: nn.Module) -> None:
+    """Raise :class:`UserError` unless every stage of ``model`` is known."""
+    from timm.layers import Attention
+    from timm.models.vision_transformer import Block, VisionTransformer
+
+    name = getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
+
+    def refuse(what: str) -> UserError:
+        return UserError(
+            f"model '{name}' is not supported: {what}; "
+            "use a model of timm's VisionTransformer family (ViT, DeiT, CLIP, DINOv2 ...)"
+        )
+
+    if not isinstance(model, VisionTransformer):
+        raise refuse(f"{type(model).__name__} is not timm's VisionTransformer")
+    for i, block in enumerate(model.blocks):
+        if type(block) is not Block:
+            raise refuse(f"block {i} is a {type(block).__name__}, not a Block")
+        if type(block.attn) is not Attention:
+            raise refuse(f"block {i} attends with {type(block.attn).__name__}, not Attention")
+    if not model.num_classes:
+        raise refuse("it has no classifier head (num_classes=0)")
+    if model.attn_pool is not None:
+        if type(model.attn_pool).__name__ != "AttentionPoolLatent":
+            raise refuse(f"it pools with {type(model.attn_pool).__name__}")
+        if model.attn_pool.pos_embed is not None:
+            raise refuse("its attention pool has position embeddings of its own")
+    elif model.global_pool not in ("token", "avg", "max", "avgmax"):
+        raise refuse(f"global_pool='{model.global_pool}' is not a pooling of tokens into one vector")

@@ -1,0 +1,115 @@
+"""What a forward pass costs, in multiply-adds (1 MAC = 1 FLOP, the field's convention)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tokenenv.backbone import Backbone
+from tokenenv.rules import TokenPrune
+
+
+class Costed(Protocol):
+    """A policy that knows what a decision costs."""
+
+    def macs(self, agents: Tensor) -> Tensor:
+        """Multiply-adds of one decision for ``agents`` living agents of an image."""
+
+
+def measured_macs(run: Callable[[], Any]) -> float:
+    """Multiply-adds of matrix products and convolutions that ``run()`` really executes.
+
+    torch's own counter, which counts 2 per multiply-add. In some releases (2.13) it misses fused
+    attention on a CPU.
+    """
+    counter = FlopCounterMode(display=False)
+    # The counter can't look inside inference tensors.
+    with torch.no_grad(), counter:
+        run()
+    return counter.get_total_flops() / 2
+
+
+class Cost:
+    """Closed-form multiply-adds per image, for any number of tokens in each block.
+
+    Per block with n tokens of width d: all linear layers (12 n d^2 for a plain block) and the two
+    products of attention (2 n^2 d); besides, the patch embedding and the head. Norms, softmax
+    and activations are not counted.
+
+    Args:
+        backbone: the model.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self._linear = [_linear_macs(block) for block in backbone.blocks]
+        self._attention = [2 * backbone.attention_dim(i) for i in range(backbone.depth)]
+        self._embed, head = self._measure_ends()
+        self._head, self._head_slope = head
+
+    def _measure_ends(self) -> tuple[float, tuple[float, float]]:
+        """Embedding, and the head as intercept and slope in the number of tokens."""
+        model, backbone = self.backbone.model, self.backbone
+        size = model.patch_embed.img_size  # type: ignore[union-attr]
+        conv = next(m for m in model.patch_embed.modules() if isinstance(m, nn.Conv2d | nn.Linear))  # type: ignore[union-attr]
+        channels = conv.in_channels if isinstance(conv, nn.Conv2d) else 3
+        image = torch.zeros(1, channels, *size, device=backbone.device, dtype=backbone.dtype)  # type: ignore[misc]
+        with torch.no_grad():
+            tokens = backbone.embed(image)
+        full, half = tokens.x.shape[1], max(tokens.x.shape[1] // 2, backbone.prefix + 1)
+
+        def head(count: int) -> float:
+            x = tokens.x[:, :count]
+            return measured_macs(lambda: model.forward_head(x))  # type: ignore[operator]
+
+        embed = measured_macs(lambda: backbone.embed(image))
+        slope = (head(full) - head(half)) / max(full - half, 1)
+        return embed, (head(full) - slope * full, slope)
+
+    def backbone_macs(self, lengths: Sequence[Tensor]) -> Tensor:
+        """Multiply-adds of each image.
+
+        Args:
+            lengths: for each block ``(B,)`` tokens it worked on, prefix included.
+
+        Returns:
+            ``(B,)`` float64.
+        """
+        total = torch.full(
+            lengths[0].shape, self._embed + self._head, dtype=torch.float64, device=lengths[0].device
+        )
+        for count, linear, attention in zip(lengths, self._linear, self._attention, strict=True):
+            n = count.double()
+            total += n * linear + n * n * attention
+        return total + lengths[-1].double() * self._head_slope
+
+    def dense(self) -> float:
+        """Multiply-adds of the untouched model for one image."""
+        count = torch.tensor([self.backbone.prefix + self.backbone.patches])
+        return float(self.backbone_macs([count] * self.backbone.depth))
+
+    def decision_macs(self, rules: TokenPrune, policy: Costed, lengths: Sequence[Tensor]) -> Tensor:
+        """``(B,)`` multiply-adds of all decisions: observation and policy.
+
+        Args:
+            rules: where decisions are taken.
+            policy: who takes them.
+            lengths: as for :meth:`backbone_macs`.
+        """
+        prefix, full = self.backbone.prefix, self.backbone.prefix + self.backbone.patches
+        total = torch.zeros_like(lengths[0], dtype=torch.float64)
+        for block in rules.blocks:
+            # The agents that decide before a block are the tokens of the block before.
+            seen = lengths[block - 1] if block else torch.full_like(lengths[0], full)
+            seen = seen.double()
+            total += policy.macs(seen - prefix) + rules.macs(self.backbone, block, seen)
+        return total
+
+
+def _linear_macs(block: nn.Module) -> int:
+    """Multiply-adds per token of a block's linear layers."""
+    return sum(m.in_features * m.out_features for m in block.modules() if isinstance(m, nn.Linear))

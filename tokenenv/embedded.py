@@ -1,0 +1,119 @@
+"""The embedded tier: a small Vision Transformer and scikit-learn's digits, both offline.
+
+Importing this module registers the model with timm as ``digits_vit``. Its weights come with the
+package; ``examples/train_digits_vit.py`` trained them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from timm.layers import PatchEmbed
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from tokenenv.errors import UserError
+
+WEIGHTS = Path(__file__).parent / "weights" / "digits_vit.safetensors"
+"""The packaged weights of ``digits_vit``."""
+
+_TEST_IMAGES = 600
+
+default_cfgs = generate_default_cfgs(
+    {
+        "digits_vit": {
+            "input_size": (1, 8, 8),
+            "fixed_input_size": True,
+            "num_classes": 10,
+            "label_names": tuple("0123456789"),
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "mean": (0.305,),
+            "std": (0.376,),
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+            "license": "apache-2.0",
+        }
+    }
+)
+
+
+class OverlappingPatches(PatchEmbed):
+    """timm's patch embedding for patches of one pixel, each token reading 3x3 pixels.
+
+    Takes ``PatchEmbed``'s arguments, with ``patch_size=1``.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        single: nn.Conv2d = self.proj
+        bias = single.bias is not None
+        self.proj = nn.Conv2d(single.in_channels, single.out_channels, 3, padding=1, bias=bias)
+
+
+@register_model
+def digits_vit(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """Build a ViT for ``(B, 1, 8, 8)`` digits: 64 visual tokens of width 48, 12 blocks, 3 heads.
+
+    Args:
+        pretrained: load the packaged weights.
+        **kwargs: what timm's ``VisionTransformer`` takes, in place of these values.
+
+    Raises:
+        UserError: the packaged weights do not fit the model that ``kwargs`` ask for.
+    """
+    shape = {"patch_size": 1, "embed_dim": 48, "depth": 12, "num_heads": 3}
+    model = build_model_with_cfg(
+        VisionTransformer,
+        "digits_vit",
+        pretrained=False,  # timm would look for the weights on a hub
+        embed_layer=OverlappingPatches,
+        **(shape | kwargs),
+    )
+    if pretrained:
+        _load(model)
+    return model
+
+
+def _load(model: VisionTransformer) -> None:
+    from safetensors.torch import load_file
+
+    try:
+        model.load_state_dict(load_file(WEIGHTS))
+    except RuntimeError as error:
+        raise UserError(
+            "digits_vit's weights fit only its own shape (img_size=8, in_chans=1, num_classes=10, "
+            "embed_dim=48, depth=12); leave such arguments out or use pretrained=False"
+        ) from error
+
+
+def digits(split: Literal["train", "test"]) -> tuple[Tensor, Tensor]:
+    """scikit-learn's 1797 digits in a fixed split: 1197 for training, 600 for testing.
+
+    Every digit gives both parts its share. Which image goes where follows from a hash of its
+    number, so that no library's random generator can change it.
+
+    Returns:
+        Images ``(n, 1, 8, 8)`` uint8 in ``[0, 255]`` and their labels ``(n,)`` int64.
+    """
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    levels = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
+
+    place = np.empty(len(labels))
+    for digit in range(10):
+        members = sorted(np.flatnonzero(labels == digit).tolist(), key=_hash)
+        place[members] = (np.arange(len(members)) + 0.5) / len(members)
+    order = np.argsort(place, kind="stable")
+    chosen = np.sort(order[:_TEST_IMAGES] if split == "test" else order[_TEST_IMAGES:])
+    return torch.from_numpy(levels[chosen]), torch.from_numpy(labels[chosen].astype(np.int64))
+
+
+def _hash(number: int) -> str:
+    return hashlib.sha256(str(number).encode()).hexdigest()

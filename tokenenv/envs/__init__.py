@@ -1,0 +1,1 @@
+"""The faces of the game: PettingZoo, Gymnasium, vectorised Gymnasium; and their registration."""

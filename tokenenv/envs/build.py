@@ -1,0 +1,151 @@
+"""From the keyword arguments that all faces share to a :class:`~tokenenv.game.Game`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, Literal
+
+from tokenenv.backbone import Backbone
+from tokenenv.data import ImageSource, Split, open_source
+from tokenenv.episode import Execution
+from tokenenv.errors import UserError
+from tokenenv.game import Game
+from tokenenv.models import EMBEDDED, load_backbone
+from tokenenv.rewards import AlphaBeta, Cooperative, KeepTarget, Reward
+from tokenenv.rules import TokenPrune
+from tokenenv.rules.token_prune import spread_blocks
+
+RewardName = Literal["alpha_beta", "keep_target", "cooperative"]
+
+_REWARDS: dict[str, type[AlphaBeta | KeepTarget | Cooperative]] = {
+    "alpha_beta": AlphaBeta,
+    "keep_target": KeepTarget,
+    "cooperative": Cooperative,
+}
+
+_DEFAULT_DECISIONS = 3
+# RL4EViT's code takes alpha = 24 for the 196 tokens of a 224-pixel image. What a survivor earns
+# is alpha / survivors, so alpha grows with the number of tokens where the balance of gain and
+# price shall be at the same share of them.
+_ALPHA_PER_TOKEN = 24.0 / 196
+_KEEP_PER_DECISION = 0.7
+
+
+def build_game(
+    *,
+    model: str | Backbone = EMBEDDED,
+    weights: str | None = None,
+    data: str | ImageSource | None = None,
+    split: Split = "train",
+    blocks: Sequence[int] | None = None,
+    max_cycles: int | None = None,
+    features: Sequence[str] = TokenPrune.features,
+    share: bool = True,
+    reward: RewardName | Reward = "alpha_beta",
+    reward_kwargs: dict[str, Any] | None = None,
+    device: str = "cpu",
+    execution: Execution | None = None,
+    batch_size: int = 1,
+) -> Game:
+    """Build the game that an environment shows.
+
+    Args:
+        model: a name that :func:`~tokenenv.models.load_backbone` knows, or a ready backbone,
+            which several environments may share.
+        weights: a file of weights for a model given by name.
+        data: a folder or data set name that :func:`~tokenenv.data.open_source` knows, or a ready
+            source; None: the embedded digits.
+        split: which part of ``data`` to open where it has parts; a ready source is taken as it is.
+        blocks: the decision blocks; None: ``max_cycles`` of them, spread evenly over the model.
+        max_cycles: decisions per episode; None: as many as ``blocks``, or 3.
+        features: what an agent sees of its own token, see :class:`~tokenenv.rules.TokenPrune`.
+        share: whether it also sees the image's class token and progress.
+        reward: a name, or any :class:`~tokenenv.rewards.Reward`.
+        reward_kwargs: parameters of a reward given by name, in place of its defaults. Those are
+            the reward class's own, but for ``alpha``, ``24 * P / 196`` for ``P`` tokens (it keeps
+            the equilibrium share of tokens of RL4EViT's code), and keep-target's ``targets``,
+            ``0.7 ** (i + 1)`` after decision ``i``.
+        device: where to put a model given by name; a ready backbone stays where it is.
+        execution: ``masked`` or ``padded``; None takes what suits the device.
+        batch_size: images per episode.
+
+    Raises:
+        UserError: a value that is unknown or doesn't go with the others.
+    """
+    if isinstance(model, str):
+        backbone = load_backbone(model, weights, device)
+    elif weights is None:
+        backbone = model
+    else:
+        raise UserError(
+            f"weights '{weights}' go with a model's name: leave them out for a backbone"
+        )
+    rules = TokenPrune(decision_blocks(backbone.depth, blocks, max_cycles), tuple(features), share)
+    rules.check(backbone)
+    if not isinstance(data, ImageSource):
+        data = open_source(data, backbone.model, split=split)
+    return Game(
+        backbone,
+        rules,
+        build_reward(reward, reward_kwargs, backbone.patches, len(rules.blocks)),
+        data,
+        batch_size=batch_size,
+        execution=execution,
+    )
+
+
+def decision_blocks(
+    depth: int, blocks: Sequence[int] | None, max_cycles: int | None
+) -> tuple[int, ...]:
+    """The blocks of a model of ``depth`` blocks before which agents decide.
+
+    Raises:
+        UserError: ``max_cycles`` isn't the number of ``blocks``, or too many for the model.
+    """
+    if blocks is None:
+        count = _DEFAULT_DECISIONS if max_cycles is None else max_cycles
+        if not 1 <= count < depth:
+            raise UserError(
+                f"max_cycles={count} decisions don't fit between the model's {depth} blocks: "
+                f"choose 1 to {depth - 1}"
+            )
+        return spread_blocks(depth, count)
+    if max_cycles not in (None, len(blocks)):
+        raise UserError(
+            f"max_cycles={max_cycles} but {len(blocks)} decision blocks are given: "
+            "leave one of the two out"
+        )
+    return tuple(blocks)
+
+
+def build_reward(
+    reward: RewardName | Reward, kwargs: dict[str, Any] | None, patches: int, steps: int
+) -> Reward:
+    """A reward by name with defaults for ``patches`` agents and ``steps`` decisions, or itself.
+
+    Raises:
+        UserError: unknown name or parameter, or parameters for a reward that is no name.
+    """
+    if not isinstance(reward, str):
+        if kwargs:
+            raise UserError(
+                f"reward_kwargs go with a reward's name: give them to {type(reward).__name__}()"
+            )
+        return reward
+    if reward not in _REWARDS:
+        raise UserError(f"unknown reward '{reward}': choose from {', '.join(_REWARDS)}")
+    kwargs = kwargs or {}
+    cls = _REWARDS[reward]
+    known = [field.name for field in fields(cls)]
+    for name in kwargs:
+        if name not in known:
+            raise UserError(
+                f"reward '{reward}' has no parameter '{name}': choose from {', '.join(known)}"
+            )
+    defaults: dict[str, Any] = {}
+    if cls is not Cooperative:
+        defaults["alpha"] = _ALPHA_PER_TOKEN * patches
+    if cls is KeepTarget:
+        defaults["targets"] = tuple(_KEEP_PER_DECISION ** (i + 1) for i in range(steps))
+    return cls(**(defaults | kwargs))

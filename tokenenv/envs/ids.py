@@ -1,0 +1,60 @@
+"""The environments' ids, and where each of their faces lives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import gymnasium
+import pettingzoo
+
+
+@dataclass(frozen=True)
+class EnvId:
+    """One registered environment.
+
+    Entry points are strings, ``module:attribute``, so that registering imports no model library.
+
+    Attributes:
+        id: ``tokenenv/Name-v0``, the same in both registries.
+        summary: one line on what the agents decide.
+        env: the ``gymnasium.Env``.
+        vector_env: its batched ``gymnasium.vector.VectorEnv``.
+        parallel: makes the PettingZoo parallel env; None where a game has a single agent.
+        aec: makes the PettingZoo AEC env; None as above.
+    """
+
+    id: str
+    summary: str
+    env: str
+    vector_env: str
+    parallel: str | None = None
+    aec: str | None = None
+
+
+IDS = (
+    EnvId(
+        id="tokenenv/TokenPrune-v0",
+        summary="one agent per visual token: keep or prune before some blocks (RL4EViT)",
+        env="tokenenv.envs.token_prune_gym:TokenPruneEnv",
+        vector_env="tokenenv.envs.token_prune_vector:TokenPruneVectorEnv",
+        parallel="tokenenv.envs.token_prune:parallel_env",
+        aec="tokenenv.envs.token_prune:env",
+    ),
+)
+
+
+def listing() -> str:
+    """Every id with its summary, one line each."""
+    width = max(len(entry.id) for entry in IDS)
+    return "\n".join(f"{entry.id:<{width}}  {entry.summary}" for entry in IDS)
+
+
+def register() -> None:
+    """Tell Gymnasium, and PettingZoo where it has a registry (from 1.27), of :data:`IDS`."""
+    for entry in IDS:
+        gymnasium.register(entry.id, entry.env, vector_entry_point=entry.vector_env)
+        if hasattr(pettingzoo, "register"):
+            if entry.parallel:
+                pettingzoo.register("parallel", entry.id, entry.parallel)
+            if entry.aec:
+                pettingzoo.register("aec", entry.id, entry.aec)

@@ -1,0 +1,288 @@
+"""
+# Token Prune
+
+| Import | `from tokenenv import token_prune_v0` |
+|---|---|
+| Creation | `pettingzoo.make("parallel", "tokenenv/TokenPrune-v0")` |
+| Actions | Discrete |
+| Parallel API | Yes |
+| Agents | `agents = ["token_0", ..., "token_{P-1}"]`, one per image patch; 64 by default |
+| Action Shape | (1,) |
+| Action Values | 0 (prune), 1 (keep) |
+| Observation Shape | `(F + G,)` float32 |
+| Observation Values | (-inf, inf) |
+| State Shape | `(S,)` float32 |
+| State Values | (-inf, inf) |
+
+One image passes through a Vision Transformer. Before some of its blocks every visual token decides
+whether it goes on. The game itself, its observations, rewards and arguments are described at
+{class}`tokenenv.envs.token_prune_gym.TokenPruneEnv`, the single-agent face of the same game; this
+page tells what is different with many agents.
+
+### Observations
+
+An agent sees the row of its token: its own features, then what it shares with all agents of the
+image. A pruned agent sees zeros, and so does everybody at the end of an episode. `state()` is the
+image's state for a centralised critic: the summary that agents share, and three numbers that no
+agent may know, the dense model's probability of the true class, its margin to the next class and
+its entropy. After the end it stays the state of the last decision.
+
+### Episode end
+
+All agents that are left terminate in the same step, the last decision; nobody is ever truncated.
+
+### Arguments
+
+Beside these, all arguments of {class}`tokenenv.envs.token_prune_gym.TokenPruneEnv`.
+
+`on_prune`: what becomes of a pruned agent.
+
+- `"mask"` (default): it stays in `agents` to the end, its action is ignored and it goes on getting
+  the reward the scheme gives it. A fixed roster is what most learners expect.
+- `"remove"`: in the step in which it is pruned it gets its last observation, reward and
+  `termination=True`, and leaves. What a reward pays at the end to agents pruned before, it then
+  never gets: `alpha_beta` and `keep_target` with `class_reward="each"` pay for every decision
+  survived, `cooperative` pays everybody.
+
+`mask_in`: where the action mask is, int8 `(2,)`; a pruned agent may only do 0. An illegal action is
+not an error: it is ignored and counted.
+
+- `"info"` (default): in `infos[agent]["action_mask"]`.
+- `"obs"`: the observation is a `Dict` of `observation` and `action_mask`.
+- `None`: nowhere.
+
+### Infos
+
+The same keys from reset on, numbers and arrays only.
+
+| Key | Meaning | Range |
+|---|---|---|
+| `action_mask` | legal actions (with `mask_in="info"`) | int8 `(2,)` of 0 and 1 |
+| `active_mask` | whether the agent may act; after the end, whether it was left | bool |
+| `illegal_actions` | its illegal actions in this episode | int from 0 |
+| `tokens_left` | living tokens of the image | int in 0 to P |
+| `correct` | whether the reduced model names the true class, False until the end | bool |
+| `dense_correct` | whether the dense model does, False until the end | bool |
+
+### Example
+
+```python
+>>> from tokenenv import token_prune_v0
+>>> env = token_prune_v0.parallel_env(max_cycles=2)
+>>> observations, infos = env.reset(seed=0)
+>>> len(env.agents), observations["token_0"].dtype, infos["token_0"]["action_mask"].tolist()
+(64, dtype('float32'), [1, 1])
+>>> while env.agents:
+...     actions = {agent: env.action_space(agent).sample() for agent in env.agents}
+...     observations, rewards, terminations, truncations, infos = env.step(actions)
+>>> all(terminations.values())
+True
+
+```
+
+### Version History
+
+* v0: initial version
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from gymnasium import spaces
+from gymnasium.utils import EzPickle
+from numpy.typing import NDArray
+from pettingzoo import AECEnv, ParallelEnv
+from pettingzoo.utils import wrappers
+from pettingzoo.utils.conversions import parallel_to_aec
+
+from tokenenv.envs.build import build_game
+from tokenenv.envs.play import RENDER_MODES, Play, action_masks, check_choice
+from tokenenv.errors import UserError
+
+Seen: TypeAlias = NDArray[np.float32] | dict[str, NDArray[Any]]
+"""What one agent observes."""
+
+OnPrune = Literal["mask", "remove"]
+MaskIn = Literal["info", "obs"]
+
+
+class TokenPruneParallelEnv(ParallelEnv[str, Seen, int], EzPickle):
+    """One agent per visual token of one image: keep or prune. See the module's page.
+
+    Args:
+        on_prune: whether a pruned agent stays on the roster or leaves it.
+        mask_in: where the action mask is.
+        render_mode: ``human``, ``rgb_array``, ``ansi`` or None.
+        **game: what :func:`~tokenenv.envs.build.build_game` takes.
+
+    Raises:
+        UserError: a value that is unknown or doesn't go with the others.
+    """
+
+    metadata = {  # noqa: RUF012  (PettingZoo's own form)
+        "name": "token_prune_v0",
+        "render_modes": RENDER_MODES,
+        "render_fps": 1,
+        "is_parallelizable": True,
+    }
+
+    def __init__(
+        self,
+        *,
+        on_prune: OnPrune = "mask",
+        mask_in: MaskIn | None = "info",
+        render_mode: str | None = None,
+        **game: Any,
+    ) -> None:
+        EzPickle.__init__(self, on_prune=on_prune, mask_in=mask_in, render_mode=render_mode, **game)
+        check_choice("on_prune", on_prune, ("mask", "remove"))
+        check_choice("mask_in", mask_in, ("info", "obs", None))
+        self.on_prune, self.mask_in, self.render_mode = on_prune, mask_in, render_mode
+        self.game = build_game(**game)
+        self.max_cycles = self.game.steps
+        self._play = Play(self.game, render_mode)
+        self.possible_agents = [f"token_{i}" for i in range(self.game.agents)]
+        self.agents: list[str] = []
+        self._index = {agent: i for i, agent in enumerate(self.possible_agents)}
+        self.action_spaces = {agent: spaces.Discrete(2) for agent in self.possible_agents}
+        self.observation_spaces = {
+            agent: self._one_observation_space() for agent in self.possible_agents
+        }
+        self.state_space = _box(self.game.state_dim)
+
+    def observation_space(self, agent: str) -> spaces.Space[Any]:
+        """What ``agent`` may see: a Box, or a Dict with the mask; the same for all."""
+        return self.observation_spaces[agent]
+
+    def action_space(self, agent: str) -> spaces.Discrete:
+        """What ``agent`` may do: 0 prune, 1 keep."""
+        return self.action_spaces[agent]
+
+    def reset(
+        self, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Seen], dict[str, dict[str, Any]]]:
+        """Take the next image. A seed starts their order anew; ``options`` are not used."""
+        if seed is not None:
+            self._play.seed(seed)
+        elif self._play.needs_seed:
+            self._play.seed(int(np.random.SeedSequence().generate_state(1)[0]))
+        self.agents = list(self.possible_agents)
+        observation = self._play.reset()[0].cpu().numpy()
+        return self._reports(observation)
+
+    def step(
+        self, actions: dict[str, int]
+    ) -> tuple[
+        dict[str, Seen],
+        dict[str, float],
+        dict[str, bool],
+        dict[str, bool],
+        dict[str, dict[str, Any]],
+    ]:
+        """Play one decision of all agents.
+
+        Args:
+            actions: one for each agent that is alive. Those of pruned and unknown agents are
+                ignored.
+
+        Returns:
+            Observations, rewards, terminations, truncations and infos of the agents that were in
+            :attr:`agents`; empty once the episode has ended.
+
+        Raises:
+            UserError: an action is missing or neither 0 nor 1, or no episode was started.
+        """
+        if self.game.episode is not None and not self.agents:
+            return {}, {}, {}, {}, {}
+        observation, reward, over = self._play.step(self._joint_action(actions)[None])
+        observations, infos = self._reports(observation[0].cpu().numpy())
+        rewards = dict(zip(self.possible_agents, reward[0].tolist(), strict=True))
+        leaves = self.on_prune == "remove"
+        terminations = {
+            agent: over or (leaves and not infos[agent]["active_mask"]) for agent in self.agents
+        }
+        acted = self.agents
+        self.agents = [agent for agent in acted if not terminations[agent]]
+        return (
+            observations,
+            {agent: rewards[agent] for agent in acted},
+            terminations,
+            dict.fromkeys(acted, False),
+            infos,
+        )
+
+    def state(self) -> NDArray[np.float32]:
+        """``(S,)`` the image's global state, before the next decision or that of the last."""
+        return self._play.state[0].cpu().numpy()
+
+    def render(self) -> NDArray[np.uint8] | str | None:
+        """The image with its pruned tokens; what form it has is the render mode."""
+        return self._play.draw()
+
+    def _one_observation_space(self) -> spaces.Space[Any]:
+        observation = _box(self._play.width)
+        if self.mask_in != "obs":
+            return observation
+        mask = spaces.Box(0, 1, (2,), np.int8)
+        return spaces.Dict({"observation": observation, "action_mask": mask})
+
+    def _joint_action(self, actions: dict[str, int]) -> NDArray[np.int64]:
+        joint = np.zeros(self.game.agents, np.int64)
+        active = self._play.active[0].cpu().numpy() if self.agents else joint
+        for agent in self.agents:
+            i = self._index[agent]
+            if agent in actions:
+                joint[i] = actions[agent]
+            elif active[i]:
+                raise UserError(f"no action for '{agent}': give one for every agent in env.agents")
+        return joint
+
+    def _reports(
+        self, observation: NDArray[np.float32]
+    ) -> tuple[dict[str, Seen], dict[str, dict[str, Any]]]:
+        """Observations and infos of :attr:`agents`, from ``(P, F + G)``."""
+        play = self._play
+        active = play.active[0].cpu().numpy()
+        masks = action_masks(active).astype(np.int8)
+        illegal = play.illegal[0].tolist()
+        whole_image = {
+            "tokens_left": int(active.sum()),
+            "correct": bool(play.correct[0]),
+            "dense_correct": bool(play.dense_correct[0]),
+        }
+        observations: dict[str, Seen] = {}
+        infos: dict[str, dict[str, Any]] = {}
+        for agent in self.agents:
+            i = self._index[agent]
+            observations[agent] = observation[i]
+            infos[agent] = {
+                "active_mask": bool(active[i]),
+                "illegal_actions": illegal[i],
+                **whole_image,
+            }
+            if self.mask_in == "info":
+                infos[agent]["action_mask"] = masks[i]
+            elif self.mask_in == "obs":
+                observations[agent] = {"observation": observation[i], "action_mask": masks[i]}
+        return observations, infos
+
+
+def _box(width: int) -> spaces.Box:
+    return spaces.Box(-np.inf, np.inf, (width,), np.float32)
+
+
+def parallel_env(**kwargs: Any) -> TokenPruneParallelEnv:
+    """Make the parallel env; it takes what :class:`TokenPruneParallelEnv` takes."""
+    return TokenPruneParallelEnv(**kwargs)
+
+
+def raw_env(**kwargs: Any) -> AECEnv[str, Any, Any]:
+    """Make the AEC env without PettingZoo's usual wrappers."""
+    return parallel_to_aec(parallel_env(**kwargs))
+
+
+def env(**kwargs: Any) -> AECEnv[str, Any, Any]:
+    """Make the AEC env with PettingZoo's usual wrappers."""
+    return wrappers.OrderEnforcingWrapper(wrappers.AssertOutOfBoundsWrapper(raw_env(**kwargs)))

@@ -1,0 +1,204 @@
+"""The single-agent face of the token pruning game: one joint action for all tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.utils import EzPickle
+from numpy.typing import NDArray
+
+from tokenenv.envs.build import build_game
+from tokenenv.envs.play import RENDER_MODES, Play, action_masks
+
+
+class TokenPruneEnv(gym.Env[NDArray[np.float32], NDArray[np.int64]], EzPickle):
+    """
+    ## Description
+
+    An image passes through a frozen Vision Transformer. Before some of its blocks every visual
+    token, one per image patch, is kept or pruned. A pruned token leaves the computation for good:
+    no later token attends to it. At the end the model classifies the image from the tokens left.
+    To be decided is which tokens the model can do without. The game is that of RL4EViT (Lu et al.,
+    ICME 2025); there every token is an agent of its own
+    ({mod}`tokenenv.envs.token_prune`), here one agent decides for all.
+
+    By default the model is the packaged `digits_vit` on scikit-learn's digits, 8x8 pixels with one
+    token each: `P = 64`, 12 blocks, decisions before blocks 3, 6 and 9. It needs no network.
+
+    ## Action Space
+
+    `MultiDiscrete([2] * P)`: one number per token, row by row from the top left of the image.
+
+    | Value | Meaning |
+    |---|---|
+    | 0 | prune |
+    | 1 | keep |
+
+    The action of a token that was pruned before is ignored; keeping it is illegal, which is
+    counted in `info["illegal_actions"]`. `action_masks()` tells what is legal, in the form that
+    sb3-contrib's MaskablePPO reads.
+
+    Where the model's head reads patch tokens, an image that would lose all keeps those it has.
+
+    ## Observation Space
+
+    `Box(-inf, inf, (P, F + G), float32)`: one row per token, zeros for a pruned one and for all at
+    the end of an episode. `D` is the model's width, `K` the number of decisions; the features and
+    their order are chosen by `features`, and `share=False` leaves the last three lines out. No
+    number has a unit.
+
+    | Num | Observation | Min | Max |
+    |---|---|---|---|
+    | D | `token`: the token's embedding after the LayerNorm of the coming block | -inf | inf |
+    | 8 | `position`: sine and cosine of row and column | -1 | 1 |
+    | 1 | `cls_attention`: log of the class token's attention over its mean | -4 | log P |
+    | 1 | `norm`: length of the embedding before the LayerNorm (not by default) | 0 | inf |
+    | P | `agent_id`: one-hot number of the token (not by default) | 0 | 1 |
+    | D | the class token's embedding (mean of the living tokens' without one) | -inf | inf |
+    | K | which decision it is, one-hot | 0 | 1 |
+    | 1 | share of living tokens | 0 | 1 |
+
+    ## Rewards
+
+    The sum of what the tokens get as agents. `P'` is the number of tokens alive after a decision;
+    `correct` is 1 if the reduced model names the true class, else 0.
+
+    | `reward` | after each decision | at the end, in addition |
+    |---|---|---|
+    | `"alpha_beta"` | `-beta * P'` | `alpha * correct` for each decision that left a token |
+    | `"keep_target"` | `-exp(d) * P'` if `d > 0`, else `-exp(-d)` per token pruned | the same |
+    | `"cooperative"` | `-beta * P'` | `P * alpha * exp(-KL(dense, reduced prediction))` |
+
+    `d` is the share of living tokens minus the target of the decision. The defaults are
+    `alpha = 24 * P / 196` (cooperative: 1) and `beta = 0.1` (cooperative: 0.002): RL4EViT's code
+    has 24 for 196 tokens, and in proportion the balance of gain and price is at the same share of
+    tokens in a model of any size. The targets are 0.7, 0.49, 0.343, ...
+
+    ## Starting State
+
+    The next image of the data set, with all tokens alive. The order is random; `reset(seed=...)`
+    starts it anew, and every epoch has another one.
+
+    ## Episode End
+
+    1. Termination: the last decision was taken, and the image is classified. An episode has
+       always `max_cycles` steps.
+
+    There is no truncation.
+
+    ## Info
+
+    The same keys from reset on.
+
+    | Key | Meaning | Range |
+    |---|---|---|
+    | `active_mask` | which tokens are alive | bool `(P,)` |
+    | `tokens_left` | how many are | int in 0 to P |
+    | `illegal_actions` | illegal actions in this episode | int from 0 |
+    | `correct` | whether the reduced model names the true class, False until the end | bool |
+    | `dense_correct` | whether the dense model does, False until the end | bool |
+
+    ## Arguments
+
+    ```python
+    >>> import gymnasium as gym
+    >>> import tokenenv
+    >>> env = gym.make("tokenenv/TokenPrune-v0", reward="cooperative", max_cycles=2)
+    >>> observation, info = env.reset(seed=0)
+    >>> observation.shape[0], info["tokens_left"]
+    (64, 64)
+    >>> _, reward, terminated, truncated, info = env.step(env.action_space.sample() * 0 + 1)
+    >>> terminated, info["tokens_left"]
+    (False, 64)
+
+    ```
+
+    | Parameter | Type | Default | Description |
+    |---|---|---|---|
+    | `model` | **str** or Backbone | `"digits_vit"` | timm model name, or a ready backbone |
+    | `weights` | **str** | `None` | file of weights for a model given by name |
+    | `data` | **str** or ImageSource | `None` | folder or data set name; None: the digits |
+    | `split` | **str** | `"train"` | part of the data: `"train"` or `"test"` |
+    | `blocks` | **tuple** | `None` | decision blocks; None: `max_cycles`, spread evenly |
+    | `max_cycles` | **int** | `None` | number of decisions; None: that of `blocks`, or 3 |
+    | `features` | **tuple** | token, position, cls_attention | what is seen of a token |
+    | `share` | **bool** | `True` | whether each row also holds the image's summary |
+    | `reward` | **str** or Reward | `"alpha_beta"` | see Rewards, or any function of a turn |
+    | `reward_kwargs` | **dict** | `None` | parameters of a reward given by name |
+    | `device` | **str** | `"cpu"` | where to put a model given by name |
+    | `execution` | **str** | `None` | `"masked"` or `"padded"`; None: what suits the device |
+    | `render_mode` | **str** | `None` | `"human"` (printed), `"rgb_array"`, `"ansi"` |
+
+    ## Vectorized environment
+
+    One batched game, no processes:
+
+    ```python
+    >>> envs = gym.make_vec("tokenenv/TokenPrune-v0", num_envs=4)
+    >>> envs
+    TokenPruneVectorEnv(tokenenv/TokenPrune-v0, num_envs=4)
+
+    ```
+
+    See {class}`tokenenv.envs.token_prune_vector.TokenPruneVectorEnv`. An `AsyncVectorEnv` of
+    single environments works too, and needs `context="spawn"`: a forked torch may hang.
+
+    ## Version History
+
+    * v0: initial version
+    """
+
+    metadata = {"render_modes": RENDER_MODES, "render_fps": 1}  # noqa: RUF012  (Gymnasium's form)
+
+    def __init__(self, *, render_mode: str | None = None, **game: Any) -> None:
+        EzPickle.__init__(self, render_mode=render_mode, **game)
+        self.game = build_game(**game)
+        self.max_cycles = self.game.steps
+        self.render_mode = render_mode
+        self._play = Play(self.game, render_mode)
+        self.action_space = spaces.MultiDiscrete([2] * self.game.agents)
+        shape = (self.game.agents, self._play.width)
+        self.observation_space = spaces.Box(-np.inf, np.inf, shape, np.float32)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """Take the next image. A seed starts their order anew; ``options`` are not used."""
+        super().reset(seed=seed)
+        if seed is not None or self._play.needs_seed:
+            self._play.seed(self.np_random_seed)
+        observation = self._play.reset()
+        return observation[0].cpu().numpy(), self._info()
+
+    def step(
+        self, action: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+        """Play one decision. ``action``: ``(P,)`` of 0 (prune) and 1 (keep).
+
+        Raises:
+            UserError: wrong shape or value, or no episode was started.
+        """
+        observation, reward, over = self._play.step(np.asarray(action)[None])
+        return observation[0].cpu().numpy(), float(reward.sum()), over, False, self._info()
+
+    def action_masks(self) -> NDArray[np.bool_]:
+        """``(2 P,)`` which actions are legal: prune and keep of token 0, of token 1, ..."""
+        return action_masks(self._play.active[0].cpu().numpy()).reshape(-1)
+
+    def render(self) -> Any:
+        """The image with its pruned tokens; what form it has is the render mode."""
+        return self._play.draw()
+
+    def _info(self) -> dict[str, Any]:
+        play = self._play
+        active = play.active[0].cpu().numpy()
+        return {
+            "active_mask": active,
+            "tokens_left": int(active.sum()),
+            "illegal_actions": int(play.illegal[0].sum()),
+            "correct": bool(play.correct[0]),
+            "dense_correct": bool(play.dense_correct[0]),
+        }

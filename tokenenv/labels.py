@@ -1,0 +1,141 @@
+"""From the names of a data set's classes to the outputs of a model's head."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from tokenenv.errors import UserError
+
+if TYPE_CHECKING:
+    from timm.data import ImageNetInfo
+
+_WNID = re.compile(r"n\d{8}")
+
+
+def head_outputs(model: nn.Module) -> int:
+    """How many classes the model's head tells apart (its ``num_classes``).
+
+    Raises:
+        UserError: the model has no classification head.
+    """
+    outputs = getattr(model, "num_classes", 0)
+    if not isinstance(outputs, int) or outputs < 1:
+        raise UserError(
+            f"model '{type(model).__name__}' has num_classes={outputs!r} and classifies nothing; "
+            "create it with num_classes set to the number of classes"
+        )
+    return outputs
+
+
+def map_classes(names: Sequence[str | Sequence[str]], model: nn.Module, owner: str) -> list[int]:
+    """The head output each class belongs to.
+
+    Tried in this order: WordNet ids (``n01440764``) on an ImageNet head; whole numbers below the
+    number of outputs; the model's own label names, or ImageNet's; and, where there are as many
+    classes as outputs, their order. Names match whatever their case, and ``_`` is a space.
+
+    Args:
+        names: one name, or several synonyms, for each class, in the data set's own order.
+        model: a classifier whose ``num_classes`` is the number of outputs.
+        owner: what to call the data set in an error.
+
+    Returns:
+        One index in ``[0, num_classes)`` for each name.
+
+    Raises:
+        UserError: no rule fits, or a WordNet id is none of the head's.
+    """
+    outputs = head_outputs(model)
+    synonyms = [[name] if isinstance(name, str) else list(name) for name in names]
+    first = [group[0] for group in synonyms]
+    wnids = all(_WNID.fullmatch(name) for name in first)
+
+    if wnids and (info := _imagenet(outputs)):
+        rank = {wnid: index for index, wnid in enumerate(info.label_names())}
+        for name in first:
+            if name not in rank:
+                raise UserError(
+                    f"{owner}: class '{name}' is not among the {outputs} ImageNet classes of the "
+                    "head; remove its folder or use a model trained on it"
+                )
+        return [rank[name] for name in first]
+
+    if all(_is_output(name, outputs) for name in first):
+        return [int(name) for name in first]
+
+    known = _known_names(model, outputs)
+    matches = [{known[key] for key in map(_plain, group) if key in known} for group in synonyms]
+    if all(len(match) == 1 for match in matches):
+        return [match.pop() for match in matches]
+
+    if len(names) == outputs:
+        return list(range(outputs))
+
+    unknown = [name for name, match in zip(first, matches, strict=True) if len(match) != 1]
+    example = next((name for name in unknown if not _is_output(name, outputs)), unknown[0])
+    raise UserError(
+        f"{owner} has {len(names)} classes and the model's head {outputs} outputs, and class "
+        f"'{example}' is no label of the model; name the classes by WordNet id, output index or "
+        "label, or use a model trained on these classes"
+    )
+
+
+def class_names(model: nn.Module) -> Callable[[int], str]:
+    """What to call each head output in a picture: its first, short name.
+
+    The function it returns gives the index as text where no name is known.
+
+    Raises:
+        UserError: the model has no classification head.
+    """
+    names = [_short(group) for group in _names_of_outputs(model, head_outputs(model))]
+    return lambda index: names[index] if index < len(names) else str(index)
+
+
+def _short(synonyms: Sequence[str]) -> str:
+    """``"tench"`` of ``["n01440764", "tench, Tinca tinca"]``."""
+    words = [name for name in synonyms if not _WNID.fullmatch(name)]
+    return (words or synonyms)[0].split(",")[0]
+
+
+def _is_output(name: str, outputs: int) -> bool:
+    return name.isascii() and name.isdigit() and int(name) < outputs
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.replace("_", " ").casefold().split())
+
+
+def _imagenet(outputs: int) -> ImageNetInfo | None:
+    """What timm knows of the ImageNet with so many classes, if there is one."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    subset = infer_imagenet_subset({"num_classes": outputs})
+    return ImageNetInfo(subset) if subset else None
+
+
+def _known_names(model: nn.Module, outputs: int) -> dict[str, int]:
+    """The names that mean exactly one output, unlike ImageNet's "crane", bird and machine."""
+    meanings: dict[str, set[int]] = {}
+    for index, names in enumerate(_names_of_outputs(model, outputs)):
+        for name in names:
+            meanings.setdefault(_plain(name), set()).add(index)
+    return {name: found.pop() for name, found in meanings.items() if len(found) == 1}
+
+
+def _names_of_outputs(model: nn.Module, outputs: int) -> Iterable[Sequence[str]]:
+    """For each output the names the model, or else ImageNet, gives it."""
+    cfg: Any = getattr(model, "pretrained_cfg", None)
+    own = cfg.get("label_names") if isinstance(cfg, Mapping) else None
+    if own and len(own) == outputs:
+        descriptions = cfg.get("label_descriptions") or {}
+        return [[name, descriptions.get(name, name)] for name in own]
+    info = _imagenet(outputs)
+    if info is None:
+        return []
+    described = zip(info.label_descriptions(), info.label_descriptions(detailed=True), strict=True)
+    return [[lemmas, detail, *lemmas.split(", ")] for lemmas, detail in described]

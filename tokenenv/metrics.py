@@ -1,0 +1,176 @@
+"""Accuracy, cost and speed of a policy against the untouched model, on the same images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tokenenv.backbone import Backbone
+from tokenenv.cost import Cost
+from tokenenv.data import ImageSource
+from tokenenv.episode import Episode, Execution, default_execution
+from tokenenv.errors import UserError
+from tokenenv.rules import Observation, TokenPrune
+
+
+class Decider(Protocol):
+    """What :func:`evaluate` needs of a policy."""
+
+    rules: TokenPrune
+
+    def act(self, observation: Observation) -> Tensor:
+        """``(B, A)`` int64 actions."""
+
+    def macs(self, agents: Tensor) -> Tensor:
+        """Multiply-adds of one decision for ``agents`` living agents of an image."""
+
+
+def play(
+    backbone: Backbone, policy: Decider, images: Tensor, execution: Execution | None = None
+) -> Episode:
+    """Run ``images (B, C, H, W)`` to their logits with ``policy`` deciding."""
+    execution = execution or default_execution(backbone.device)
+    episode = Episode(backbone, policy.rules, images, execution=execution)
+    while not episode.done:
+        episode.act(policy.act(episode.observe()))
+    return episode
+
+
+@dataclass
+class Evaluation:
+    """Sums over a set of images; see :meth:`report` for what comes out.
+
+    Attributes:
+        labels, dense, reduced: ``(n,)`` true classes and both models' predictions.
+        macs: ``(n,)`` multiply-adds of each image, policy included.
+        lengths: ``(n, depth)`` visual tokens left after each block.
+        dense_macs: multiply-adds of the dense model for one image.
+        index: ``(n,)`` positions in the source.
+        seconds, dense_seconds: time of all reduced and all dense passes; no dense time if its
+            predictions were given.
+    """
+
+    labels: Tensor
+    dense: Tensor
+    reduced: Tensor
+    macs: Tensor
+    lengths: Tensor
+    dense_macs: float
+    index: Tensor
+    seconds: float
+    dense_seconds: float | None
+
+    @property
+    def drop(self) -> float:
+        """Top-1 lost against the dense model, percentage points."""
+        right, native = self.reduced == self.labels, self.dense == self.labels
+        return 100.0 * (native.sum() - right.sum()).item() / len(self.labels)
+
+    @property
+    def saving(self) -> float:
+        """Share of multiply-adds saved, percent."""
+        return 100.0 * (1 - self.macs.mean().item() / self.dense_macs)
+
+    def report(self) -> dict[str, Any]:
+        """Percentages, GMACs per image (1 MAC = 1 FLOP), mean tokens, images per second."""
+        n = len(self.labels)
+
+        def percent(hits: Tensor) -> float:
+            return round(100.0 * hits.sum().item() / n, 3)
+
+        return {
+            "images": n,
+            "top1": percent(self.reduced == self.labels),
+            "top1_dense": percent(self.dense == self.labels),
+            "agreement": percent(self.reduced == self.dense),
+            "gmacs": self.macs.mean().item() / 1e9,
+            "gmacs_dense": self.dense_macs / 1e9,
+            "tokens": [round(v, 2) for v in self.lengths.double().mean(0).tolist()],
+            "images_per_s": round(n / self.seconds, 2),
+            "images_per_s_dense": round(n / self.dense_seconds, 2) if self.dense_seconds else None,
+        }
+
+
+@torch.inference_mode()
+def evaluate(
+    backbone: Backbone,
+    policy: Decider,
+    source: ImageSource,
+    *,
+    batch_size: int = 64,
+    restrict: bool = False,
+    dense: Tensor | None = None,
+    execution: Execution | None = None,
+    progress: Callable[[int], object] = lambda n: None,
+) -> Evaluation:
+    """Run every image of ``source`` through the dense model and through the policy.
+
+    The two take turns batch by batch, so their times can be compared.
+
+    Args:
+        backbone: the model.
+        policy: who decides.
+        source: the images; unreadable ones are skipped and counted in ``source.skipped``.
+        batch_size: images per batch.
+        restrict: predict only among the classes that occur in the source (the ImageNet-A and -R
+            protocol).
+        dense: ``(len(source),)`` the dense model's predictions where they are known already; it
+            is then not run again.
+        execution: ``masked`` or ``padded``; None takes what suits the device.
+        progress: called with the number of images done after each batch.
+
+    Raises:
+        UserError: no readable image, or rules that don't fit the model.
+    """
+    policy.rules.check(backbone)
+    cost, device = Cost(backbone), backbone.device
+    allowed = torch.ones(backbone.classes, dtype=torch.bool, device=device)
+    if restrict:
+        allowed[:] = False
+        allowed[source.classes.to(device)] = True
+    rows: dict[str, list[Tensor]] = {
+        name: [] for name in ("labels", "dense", "reduced", "macs", "lengths", "index")
+    }
+    seconds = dense_seconds = 0.0
+    for turn, index in enumerate(torch.arange(len(source)).split(batch_size)):
+        batch = source.batch(index)
+        if not len(batch.index):
+            continue
+        images = batch.images.to(device, backbone.dtype)
+        for reduced_now in (turn % 2 == 0, turn % 2 == 1):
+            start = _now(device)
+            if reduced_now:
+                episode = play(backbone, policy, images, execution)
+                seconds += _now(device) - start
+            elif dense is None:
+                native = backbone(images)
+                dense_seconds += _now(device) - start
+                rows["dense"].append(native.masked_fill(~allowed, -torch.inf).argmax(1).cpu())
+            else:
+                rows["dense"].append(dense[batch.index])
+        assert episode.logits is not None
+        rows["labels"].append(batch.labels)
+        rows["reduced"].append(episode.logits.masked_fill(~allowed, -torch.inf).argmax(1).cpu())
+        macs = cost.backbone_macs(episode.lengths)
+        macs += cost.decision_macs(policy.rules, policy, episode.lengths)
+        rows["macs"].append(macs.cpu())
+        rows["lengths"].append(torch.stack(episode.lengths, 1).cpu() - backbone.prefix)
+        rows["index"].append(batch.index)
+        progress(len(batch.index))
+    if not rows["labels"]:
+        raise UserError(f"no image of '{source.name}' could be read: check the files")
+    table = {name: torch.cat(parts) for name, parts in rows.items()}
+    return Evaluation(
+        **table, dense_macs=cost.dense(), seconds=seconds, dense_seconds=dense_seconds or None
+    )
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,134 @@
+"""From a model's name and a weights file to a backbone, with one clear error for each mistake."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tokenenv.backbone import Backbone
+from tokenenv.errors import UserError
+
+EMBEDDED = "digits_vit"
+
+
+def load_backbone(
+    name: str = EMBEDDED, weights: str | None = None, device: str | torch.device = "cpu"
+) -> Backbone:
+    """A frozen backbone.
+
+    Args:
+        name: any timm model name of the VisionTransformer family, or ``digits_vit``, the
+            embedded model.
+        weights: a ``.safetensors`` or ``.pth`` state dict. The number of classes is read from
+            it. Without one the embedded model takes its own weights and any other model those
+            that timm publishes for it (downloaded by timm).
+        device: where to put it.
+
+    Raises:
+        UserError: unknown or unsupported model, missing or mismatching weights, no such device.
+    """
+    place = check_device(device)
+    return Backbone(load_model(name, weights)).to(place)
+
+
+def load_model(name: str, weights: str | None = None) -> nn.Module:
+    """The timm model of :func:`load_backbone`, in eval mode."""
+    timm = import_timm()
+    import tokenenv.embedded  # noqa: F401  (registers digits_vit with timm)
+
+    base = name.split(".")[0]
+    if not timm.is_model(base):
+        near = difflib.get_close_matches(base, timm.list_models(), n=1)
+        hint = f"did you mean '{near[0]}'?" if near else "see timm.list_models('*vit*')"
+        raise UserError(f"unknown model '{name}': {hint}")
+    if weights is None:
+        return _pretrained(timm, name)
+    state = read_weights(Path(weights))
+    head = state.get("head.weight")
+    classes = {"num_classes": len(head)} if head is not None else {}
+    model = timm.create_model(name, pretrained=False, **classes)
+    missing, unexpected = [], []
+    try:
+        result = model.load_state_dict(state, strict=False)
+        missing, unexpected = list(result.missing_keys), list(result.unexpected_keys)
+    except RuntimeError as error:
+        problem = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise UserError(f"weights '{weights}' don't fit model '{name}': {problem}") from None
+    if missing or unexpected:
+        what = f"'{missing[0]}' is missing" if missing else f"'{unexpected[0]}' is not in the model"
+        raise UserError(
+            f"weights '{weights}' don't fit model '{name}': {what} "
+            f"({len(missing)} missing, {len(unexpected)} unexpected): give the matching --model"
+        )
+    return model.eval()
+
+
+def _pretrained(timm, name: str) -> nn.Module:  # type: ignore[no-untyped-def]
+    try:
+        # timm warns of every retry of a download; the one line below says it all.
+        logging.disable(logging.WARNING)
+        return timm.create_model(name, pretrained=True).eval()
+    except Exception as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise UserError(
+            f"no pretrained weights for model '{name}' could be loaded ({reason}): "
+            "give --weights FILE, or check the network"
+        ) from None
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict from a ``.safetensors`` or ``.pth`` file; nothing in it is executed.
+
+    Raises:
+        UserError: no such file, or not a state dict.
+    """
+    if not path.is_file():
+        raise UserError(f"weights file '{path}' does not exist: check --weights")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"weights file '{path}' cannot be read ({type(error).__name__}): "
+            "give a .safetensors or a .pth state dict"
+        ) from None
+    for key in ("state_dict", "model"):
+        state = state.get(key, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"weights file '{path}' holds no state dict of tensors")
+    return state
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """The device, or a :class:`UserError` where this machine has none such."""
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError):
+        raise UserError(
+            f"device '{device}' is not available on this machine: use --device cpu"
+        ) from None
+    return place
+
+
+def import_timm():  # type: ignore[no-untyped-def]
+    """Import timm; where torch and torchvision are of different builds, say so."""
+    try:
+        import timm
+    except RuntimeError as error:
+        if "torchvision::nms" in str(error):
+            raise UserError(
+                "torch and torchvision come from different builds (torchvision::nms does not "
+                "exist): install both from the same index, pip install torch torchvision"
+            ) from None
+        raise
+    return timm

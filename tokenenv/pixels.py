@@ -1,0 +1,133 @@
+"""From image files to the tensors a model wants, each image decoded once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from tokenenv.errors import UserError
+
+CACHE_BYTES = int(1.5 * 2**30)
+"""How many bytes of decoded images one data set keeps in memory."""
+
+DECODE_THREADS = min(8, os.cpu_count() or 1)
+"""How many image files are decoded at once; Pillow lets other threads run meanwhile."""
+
+
+class Preprocess:
+    """timm's evaluation transform for a model, cut in two where the image still is bytes.
+
+    Attributes:
+        shape: ``(C, H, W)`` of an image the model reads.
+
+    Raises:
+        UserError: the model reads neither 1 nor 3 colour channels.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        from timm.data import create_transform, resolve_model_data_config
+
+        config = resolve_model_data_config(model)
+        # timm's configuration describes the pretrained weights: a model made with another
+        # img_size or in_chans differs from it.
+        channels, height, width = config["input_size"]
+        channels = getattr(model, "in_chans", channels)
+        embed = getattr(model, "patch_embed", None)
+        height, width = getattr(embed, "img_size", None) or (height, width)
+        if channels not in (1, 3):
+            raise UserError(
+                f"the model reads {channels} colour channels and images have 1 or 3; "
+                "create it with in_chans=3"
+            )
+        self.shape = (channels, height, width)
+        self._mode = "L" if channels == 1 else "RGB"
+        self._mean = self._per_channel(config["mean"])
+        self._std = self._per_channel(config["std"])
+        config["input_size"] = self.shape
+        self._transform = create_transform(**config, is_training=False, normalize=False)
+
+    def _per_channel(self, values: Sequence[float]) -> Tensor:
+        tensor = torch.tensor(values, dtype=torch.float32)
+        if len(tensor) != self.shape[0]:
+            tensor = tensor.mean().expand(self.shape[0])
+        return tensor[:, None, None]
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """Resize and crop to ``(C, H, W)`` uint8."""
+        return self._transform(_eight_bit(image).convert(self._mode))
+
+    def normalise(self, pixels: Sequence[Tensor]) -> Tensor:
+        """Turn ``B`` tensors ``(C, H, W)`` uint8 into ``(B, C, H, W)`` float32 for the model."""
+        if not pixels:
+            return torch.empty(0, *self.shape)
+        return torch.stack(list(pixels)).float().div_(255).sub_(self._mean).div_(self._std)
+
+
+class PixelStore:
+    """The decoded images of one data set, kept while they fit into ``CACHE_BYTES``.
+
+    Args:
+        load: gives the image at a position; may raise anything on a bad one.
+        preprocess: for the model the images are for.
+        threads: how many may call ``load`` at once.
+
+    Attributes:
+        unreadable: why an image met so far could not be read, by its position.
+    """
+
+    def __init__(
+        self, load: Callable[[int], Image.Image], preprocess: Preprocess, threads: int = 1
+    ) -> None:
+        self.preprocess = preprocess
+        self.unreadable: dict[int, str] = {}
+        self._load = load
+        self._threads = threads
+        self._cache: dict[int, Tensor] = {}
+        self._room = CACHE_BYTES
+
+    def read(self, positions: list[int]) -> list[Tensor | None]:
+        """``(C, H, W)`` uint8 for each position; None where the image is unreadable."""
+        unknown = dict.fromkeys(
+            p for p in positions if p not in self._cache and p not in self.unreadable
+        )
+        fresh = dict(zip(unknown, self._decode_all(list(unknown)), strict=True))
+        for position, image in fresh.items():
+            if image is not None and image.nbytes <= self._room:
+                self._room -= image.nbytes
+                self._cache[position] = image
+        return [self._cache.get(p, fresh.get(p)) for p in positions]
+
+    def _decode_all(self, positions: list[int]) -> list[Tensor | None]:
+        if self._threads == 1 or len(positions) < 2:
+            return [self._decode(position) for position in positions]
+        # A pool for each call: threads kept between calls would not survive a fork.
+        with ThreadPoolExecutor(self._threads) as pool:
+            return list(pool.map(self._decode, positions))
+
+    def _decode(self, position: int) -> Tensor | None:
+        try:
+            return self.preprocess.pixels(self._load(position))
+        except Exception as error:  # a bad file makes Pillow raise nearly anything
+            self.unreadable[position] = one_line(error)
+            return None
+
+
+def one_line(error: Exception) -> str:
+    """Name and message of an exception, whatever it was, fit for a ``UserError``."""
+    return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".: ")
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Bring an image to a mode that converts to RGB without losing contrast, and silently."""
+    if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion saturates at 255
+        levels = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return Image.fromarray((levels // 257).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        return image.convert("RGBA")
+    return image

@@ -1,0 +1,109 @@
+"""The state of a batch of images in the middle of a Vision Transformer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of ``B`` images between two blocks.
+
+    The first ``prefix`` tokens (class, distillation, register tokens) are never removed; the
+    others, the visual tokens, started as one token per image patch.
+
+    Attributes:
+        x: ``(B, N, D)`` token embeddings.
+        size: ``(B, N)`` how many patches a token stands for: 1 for a prefix token, 0 for a dead one.
+        alive: ``(B, N)`` whether the token is still in the game. Dead tokens may lie anywhere;
+            no attention reads them.
+        source: ``(B, P)`` index into ``N`` of the token that stands for each patch, -1 once pruned.
+        prefix: number of prefix tokens.
+        keep_one: whether an image needs at least one visual token: without prefix tokens attention
+            does, and so does a head that pools visual tokens.
+        ragged: False while no token can be dead, so that no mask is needed. A plain bool: asking
+            the tensors would make an accelerator wait.
+        moved: False while visual token ``prefix + p`` is patch ``p`` for every image.
+    """
+
+    x: Tensor
+    size: Tensor
+    alive: Tensor
+    source: Tensor
+    prefix: int
+    keep_one: bool = False
+    ragged: bool = False
+    moved: bool = False
+
+    @staticmethod
+    def start(x: Tensor, prefix: int, *, keep_one: bool = False) -> Tokens:
+        """All patches alive, each its own token. ``x``: ``(B, prefix + P, D)``."""
+        batch, count, _ = x.shape
+        source = torch.arange(prefix, count, device=x.device).expand(batch, -1)
+        return Tokens(
+            x=x,
+            size=x.new_ones((), dtype=torch.float32).expand(batch, count),
+            alive=torch.ones((), dtype=torch.bool, device=x.device).expand(batch, count),
+            source=source,
+            prefix=prefix,
+            keep_one=keep_one or prefix == 0,
+        )
+
+    @property
+    def visual(self) -> Tensor:
+        """``(B, N - prefix, D)`` embeddings of the visual tokens."""
+        return self.x[:, self.prefix :]
+
+    @property
+    def visual_alive(self) -> Tensor:
+        """``(B, N - prefix)`` which visual tokens are alive."""
+        return self.alive[:, self.prefix :]
+
+    @property
+    def key_mask(self) -> Tensor | None:
+        """``(B, 1, 1, N)`` bool mask of the keys attention may read; None when it may read all."""
+        return self.alive[:, None, None, :] if self.ragged else None
+
+    def with_x(self, x: Tensor) -> Tokens:
+        """The same tokens with other embeddings ``(B, N, D)``."""
+        return replace(self, x=x)
+
+    def counts(self) -> Tensor:
+        """``(B,)`` int64 living tokens of each image, prefix included."""
+        return self.alive.sum(1)
+
+    def patch_alive(self) -> Tensor:
+        """``(B, P)`` whether a living token stands for the patch."""
+        return self.source >= 0 if self.moved else self.visual_alive
+
+    def to_patches(self, values: Tensor) -> Tensor:
+        """Spread per-token values ``(B, N - prefix, ...)`` over the patches: ``(B, P, ...)``.
+
+        Pruned patches read 0.
+        """
+        if not self.moved and not self.ragged:
+            return values
+        known = self.patch_alive().reshape(*self.source.shape, *([1] * (values.dim() - 2)))
+        if values.shape[1] == 0:
+            return values.new_zeros(*self.source.shape, *values.shape[2:])
+        if self.moved:
+            index = (self.source - self.prefix).clamp(min=0).reshape(known.shape)
+            values = values.gather(1, index.expand(-1, -1, *values.shape[2:]))
+        return torch.where(known, values, values.new_zeros(()))
+
+    def from_patches(self, values: Tensor) -> Tensor:
+        """Per-patch values ``(B, P, ...)`` as per-token values ``(B, N - prefix, ...)``.
+
+        For tokens that stand for one patch each (pruning); tokens without a patch read 0.
+        """
+        if not self.moved:
+            return values
+        count = self.x.shape[1] - self.prefix
+        # Pruned patches write into one extra row that is cut off again.
+        index = torch.where(self.source >= 0, self.source - self.prefix, count)
+        index = index.reshape(*index.shape, *([1] * (values.dim() - 2))).expand_as(values)
+        out = values.new_zeros(values.shape[0], count + 1, *values.shape[2:])
+        return out.scatter(1, index, values)[:, :-1]
