@@ -240,7 +240,7 @@ def normalise_advantage(
 
 
 def centre_groups(advantage: Tensor, active: Tensor, repeats: int) -> Tensor:
-    """Subtract the mean over the active agents of ``repeats`` neighbouring copies. ``(T, B, A)``."""
+    """Subtract the mean over the active agents of each ``repeats`` neighbours. ``(T, B, A)``."""
     groups = (len(advantage), -1, repeats, advantage.shape[2])
     values, mask = advantage.reshape(groups), active.reshape(groups)
     count = mask.sum((2, 3), keepdim=True).clamp(min=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -31,7 +32,7 @@ class SharedMLP(nn.Module):
         self.shared = _linear(shared, hidden[0], 2**0.5, bias=False) if shared else None
         self.first_norm = nn.LayerNorm(hidden[0])
         layers: list[nn.Module] = []
-        for before, after in zip(hidden[:-1], hidden[1:], strict=True):
+        for before, after in itertools.pairwise(hidden):
             layers += [_linear(before, after, 2**0.5), nn.LayerNorm(after), nn.ReLU()]
         self.body = nn.Sequential(*layers)
         self.head = _linear(hidden[-1], out, gain)

@@ -7,36 +7,35 @@ from typing import Any
 
 
 def plot_history(path: Path, history: list[dict[str, Any]], target_drop: float) -> None:
-    """Draw reward, tokens kept, and the held-back images' drop and saving over the updates.
+    """Draw reward, tokens kept, and the held-back images' saving and drop over the updates.
 
     Args:
         path: PNG to write.
         history: rows of :class:`agents.training.Trainer`.
         target_drop: percentage points, drawn as a line.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    # Not pyplot: it keeps figures, and looks for a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     rollouts = [row for row in history if "reward" in row]
     judged = [row for row in history if "saving" in row]
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
-    for axis, key, title in (
-        (axes[0], "reward", "reward per agent and episode"),
-        (axes[1], "keep", "share of decisions that keep"),
+    figure = Figure(figsize=(9.5, 5.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 2, sharex=True)
+    for axis, rows, key, factor, style, title in (
+        (axes[0, 0], rollouts, "reward", 1, "C0-", "training: reward per agent and episode"),
+        (axes[0, 1], rollouts, "keep", 100, "C0-", "training: decisions that keep, %"),
+        (axes[1, 0], judged, "saving", 1, "C2.-", "held-back images: MACs saved, %"),
+        (axes[1, 1], judged, "drop", 1, "C3.-", "held-back images: top-1 lost, points"),
     ):
-        axis.plot([r["update"] for r in rollouts], [r[key] for r in rollouts], lw=1.2)
-        axis.set(title=title, xlabel="update")
+        axis.plot([r["update"] for r in rows], [factor * r[key] for r in rows], style, lw=1.2)
+        axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
-    updates = [r["update"] for r in judged]
-    axes[2].plot(updates, [r["saving"] for r in judged], "C2.-", label="MACs saved, %")
-    axes[2].set(title="deterministic policy, held-back images", xlabel="update")
-    axes[2].set_ylabel("MACs saved, %", color="C2")
-    right = axes[2].twinx()
-    right.plot(updates, [r["drop"] for r in judged], "C3.-", label="top-1 lost, pp")
-    right.axhline(target_drop, color="C3", ls=":", lw=1)
-    right.set_ylabel("top-1 lost, pp (dotted: target)", color="C3")
-    axes[2].grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes[1, 1].axhline(target_drop, color="0.4", ls="--", lw=1, label="may be lost")
+    axes[1, 1].legend(fontsize=8)
+    for axis in axes[1]:
+        axis.set_xlabel("update")
+    figure.savefig(path, dpi=120)

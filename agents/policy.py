@@ -40,6 +40,9 @@ class Widths:
 class ActorPolicy(nn.Module):
     """One perceptron shared by all agents: keep where it is sure enough.
 
+    A linear path from the agent's own view to the log-odds of the last action runs beside the
+    perceptron, see :meth:`lean_on`.
+
     Args:
         rules: the rules it was trained under.
         widths: of the observations it reads.
@@ -65,13 +68,26 @@ class ActorPolicy(nn.Module):
         self.rules, self.widths, self.hidden = rules, widths, tuple(hidden)
         self.actions, self.threshold, self.trained_on = actions, threshold, trained_on
         self.actor = SharedMLP(widths.own, widths.shared, hidden, actions, gain=0.01)
+        self.skip = nn.Linear(widths.own, 1, bias=False)
+        nn.init.zeros_(self.skip.weight)
         with torch.no_grad():
             odds = initial_keep / (1 - initial_keep) * (actions - 1)
             self.actor.head.bias[-1] = torch.tensor(odds).log()
 
     def logits(self, agents: Tensor, shared: Tensor) -> Tensor:
         """``(..., A, actions)`` unnormalised log-probabilities."""
-        return self.actor(agents, shared)
+        logits = self.actor(agents, shared)
+        last = logits[..., -1:] + self.skip(agents)
+        return torch.cat([logits[..., :-1], last], dim=-1)
+
+    def lean_on(self, feature: slice, slope: float) -> None:
+        """Start with log-odds of the last action that rise by ``slope`` per unit of a feature.
+
+        A policy that starts as a soft threshold on a good feature explores near sensible
+        decisions; from there on it is free to learn.
+        """
+        with torch.no_grad():
+            self.skip.weight[:, feature] = slope
 
     @torch.no_grad()
     def act(self, observation: Observation) -> Tensor:
@@ -84,7 +100,7 @@ class ActorPolicy(nn.Module):
 
     def macs(self, agents: Tensor) -> Tensor:
         """Multiply-adds of one decision for ``agents`` living agents of an image."""
-        return self.actor.macs(agents)
+        return self.actor.macs(agents) + agents * self.widths.own
 
     def check(self, agent_dim: int, shared_dim: int, model: str) -> None:
         """Raise :class:`UserError` unless the policy reads observations of these widths."""
@@ -137,8 +153,9 @@ def load_policy(path: Path) -> ActorPolicy:
         )
         policy.load_state_dict(tensors)
     except (KeyError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[-1].strip()  # torch puts what is wrong into the last line
         raise UserError(
-            f"'{path}' is not a policy of this version ({error}): train it anew"
+            f"'{path}' is not a policy of this version ({reason}): train it anew"
         ) from None
     return policy.eval()
 

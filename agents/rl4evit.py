@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import math
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,6 +14,25 @@ from agents.mappo import MAPPO, MAPPOConfig
 from agents.policy import ActorPolicy, Widths
 from tokenenv.errors import UserError
 from tokenenv.game import Game
+
+Check = tuple[Callable[[Any], bool], str]
+"""Whether a value will do, and words for those that will."""
+
+_FROM_ONE: Check = (lambda v: v >= 1, "at least 1")
+_FROM_ZERO: Check = (lambda v: v >= 0, "at least 0")
+_POSITIVE: Check = (lambda v: v > 0, "greater than 0")
+_SHARE: Check = (lambda v: 0 <= v <= 1, "from 0 to 1")
+_PART: Check = (lambda v: 0 < v < 1, "between 0 and 1")
+_CHECKS: dict[str, Check] = {
+    **dict.fromkeys(("updates", "batch", "repeats", "evaluate_every"), _FROM_ONE),
+    **dict.fromkeys(("epochs", "minibatches"), _FROM_ONE),
+    **dict.fromkeys(("alpha", "beta", "entropy", "target_drop", "calibrate"), _FROM_ZERO),
+    **dict.fromkeys(("lr", "clip"), _POSITIVE),
+    **dict.fromkeys(("gamma", "lam"), _SHARE),
+    **dict.fromkeys(("held_back", "initial_keep"), _PART),
+    "hidden": (lambda v: bool(v) and min(v) >= 1, "one or more widths, such as 64/64"),
+    "features": (bool, "one or more names, such as token/position"),
+}
 
 
 @dataclass(frozen=True)
@@ -31,37 +53,63 @@ class RL4EViTConfig:
         centralised: critic with the global state (MAPPO); without it IPPO.
         hidden: widths of the actor's and critic's hidden layers.
         initial_keep: probability of keeping a token before training.
+        lean: how fast the log-odds of keeping rise with ``cls_attention`` before training, where
+            that is among the features: the policy starts as a soft top-k by class attention.
+        repeats: how often each image is in a batch, see :class:`~agents.mappo.MAPPOConfig`.
         lr, entropy, epochs, minibatches, gamma, lam, clip: PPO.
         held_back: share of the training images on which policies are compared, not trained.
         evaluate_every: updates between two such comparisons.
+        closed_loop: whether the price ``beta`` follows the drop on the held-back images
+            (``cooperative``, ``alpha_beta``), see :class:`~tokenenv.rewards.ClosedLoop`.
         target_drop: percentage points of top-1 that the policy may lose there.
         calibrate: bisection steps for the policy's threshold at the end; 0 leaves it at 0.5.
+
+    Raises:
+        UserError: a value out of its range.
     """
 
-    updates: int = 150
+    updates: int = 200
     batch: int = 64
     blocks: tuple[int, ...] = ()
-    features: tuple[str, ...] = ("token", "position", "cls_attention")
-    share: bool = True
+    features: tuple[str, ...] = (
+        "position",
+        "progress",
+        "cls_attention",
+        "redundancy",
+        "similarity",
+        "norm",
+    )
+    share: bool = False
     reward: Literal["cooperative", "alpha_beta", "keep_target"] = "cooperative"
     alpha: float = 0.0
-    beta: float = 0.0007
+    beta: float = 0.0001
     class_reward: Literal["each", "final"] = "each"
     targets: tuple[float, ...] = ()
     centralised: bool = True
-    hidden: tuple[int, ...] = (64, 64)
-    initial_keep: float = 0.9
-    lr: float = 1e-3
+    hidden: tuple[int, ...] = (32, 32)
+    initial_keep: float = 0.985
+    lean: float = 4.0
+    repeats: int = 4
+    lr: float = 3e-3
     entropy: float = 0.001
     epochs: int = 4
     minibatches: int = 4
     gamma: float = 1.0
     lam: float = 0.95
     clip: float = 0.2
-    held_back: float = 0.2
+    held_back: float = 0.3
     evaluate_every: int = 10
-    target_drop: float = 0.5
+    closed_loop: bool = True
+    target_drop: float = 0.1
     calibrate: int = 6
+
+    def __post_init__(self) -> None:
+        for key, value in vars(self).items():
+            fits, words = _CHECKS.get(key, (lambda v: True, ""))
+            if isinstance(value, float) and not math.isfinite(value):
+                fits, words = (lambda v: False), "a finite number"
+            if not fits(value):
+                raise UserError(f"{key}={_text(value)} doesn't do: it must be {words}")
 
     def reward_kwargs(self) -> dict[str, Any]:
         """What the chosen reward is built with; what is left out takes the reward's default."""
@@ -75,13 +123,17 @@ class RL4EViTConfig:
 
     def policy(self, game: Game, model: str) -> ActorPolicy:
         """An untrained policy for ``game``; initialised from torch's global generator."""
-        return ActorPolicy(
+        policy = ActorPolicy(
             game.rules,
             Widths(game.agent_dim, game.shared_dim, game.state_dim),
             hidden=self.hidden,
             initial_keep=self.initial_keep,
             trained_on=model,
-        ).to(game.backbone.device)
+        )
+        layout = game.rules.layout(game.backbone)
+        if "cls_attention" in layout:
+            policy.lean_on(layout["cls_attention"], self.lean)
+        return policy.to(game.backbone.device)
 
     def learner(self, policy: ActorPolicy, game: Game, seed: int) -> MAPPO:
         """MAPPO, or IPPO without the centralised critic."""
@@ -97,6 +149,7 @@ class RL4EViTConfig:
             entropy=self.entropy,
             hidden=self.hidden,
             centralised=self.centralised,
+            repeats=self.repeats,
         )
         return MAPPO(policy, game, config, seed=seed)
 
@@ -120,6 +173,21 @@ def with_settings(config: RL4EViTConfig, settings: list[str]) -> RL4EViTConfig:
         except ValueError:
             raise UserError(f"--set {setting}: {key} takes {_describe(hints[key])}") from None
     return dataclasses.replace(config, **values)
+
+
+def settings_help() -> str:
+    """Every setting with its default, then what each of them means."""
+    config = RL4EViTConfig()
+    defaults = [f"  {key}={_text(value)}" for key, value in vars(config).items()]
+    meanings = inspect.cleandoc(RL4EViTConfig.__doc__ or "").partition("Attributes:\n")[2]
+    return "\n".join(["defaults:", *defaults, "", "meanings:", meanings.partition("\n\n")[0]])
+
+
+def _text(value: Any) -> str:
+    """A value as ``--set`` takes it."""
+    if isinstance(value, tuple):
+        return "/".join(map(_text, value))
+    return str(value).lower() if isinstance(value, bool) else f"{value}"
 
 
 def _parse(hint: Any, text: str) -> Any:

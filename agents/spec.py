@@ -48,7 +48,7 @@ def parse_policy(what: str, depth: int) -> Policy:
     builders: dict[str, Callable[[], Policy]] = {
         "keep-all": lambda: KeepAll(rules),
         "random": lambda: RandomPrune(
-            rules, _number(what, arguments, "keep"), int(_number(what, arguments, "seed", 0))
+            rules, _number(what, arguments, "keep"), _seed(what, arguments)
         ),
         "cls-attention": lambda: TopK(rules, _number(what, arguments, "keep"), "cls_attention"),
         "norm": lambda: TopK(rules, _number(what, arguments, "keep"), "norm"),
@@ -73,14 +73,17 @@ def _blocks(what: str, text: str) -> tuple[int, ...]:
         raise UserError(f"'{what}': blocks={text} must be block indices such as 3/6/9") from None
 
 
-def _number(
-    what: str, arguments: dict[str, str], key: str, default: float | None = None
-) -> float:
+def _seed(what: str, arguments: dict[str, str]) -> int:
+    text = arguments.pop("seed", "0")
+    if not (text.isascii() and text.isdigit() and int(text) < 2**63):
+        raise UserError(f"'{what}': seed={text} must be a whole number from 0 to 2^63 - 1")
+    return int(text)
+
+
+def _number(what: str, arguments: dict[str, str], key: str) -> float:
     text = arguments.pop(key, None)
     if text is None:
-        if default is None:
-            raise UserError(f"'{what}' needs {key}=..., for instance {key}=0.7")
-        return default
+        raise UserError(f"'{what}' needs {key}=..., for instance {key}=0.7")
     try:
         return float(text)
     except ValueError:

@@ -8,26 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from tokenenv.errors import UserError
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Write ``tensors`` with ``config`` in the header; a reader sees the old file or the new one.
+    """Write ``tensors`` with ``config`` in the header, as :func:`write_bytes` does.
 
     Raises:
         UserError: the place cannot be written to.
     """
     data = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
-    temporary = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(data, temporary, {"tokenenv": json.dumps(config)})
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write '{path}' ({error}): choose another --out") from None
+    write_bytes(path, save(data, {"tokenenv": json.dumps(config)}))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -49,7 +43,16 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically.
+    """Write JSON, as :func:`write_bytes` does.
+
+    Raises:
+        UserError: the place cannot be written to.
+    """
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically: a reader, or a crash, sees the old file or the new one.
 
     Raises:
         UserError: the place cannot be written to.
@@ -57,17 +60,32 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut could leave an empty file under the name
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write '{path}' ({error}): choose another place") from None
+    except BaseException as error:
+        if temporary.is_file():
+            temporary.unlink()
+        if isinstance(error, OSError):
+            reason = error.strerror or error
+            raise UserError(f"cannot write '{path}' ({reason}): choose another place") from None
+        raise
 
 
 def flatten_state(prefix: str, state: Any, tensors: dict[str, Tensor]) -> Any:
-    """Move the tensors of a nested state dict into ``tensors``; returns the JSON skeleton."""
+    """Move the tensors of a nested state dict into ``tensors``; returns the JSON skeleton.
+
+    Raises:
+        TypeError: something in it is neither a container, a tensor nor a plain value.
+    """
     if isinstance(state, Tensor):
-        tensors[prefix] = state
-        return {"tensor": prefix}
+        name = prefix
+        while name in tensors:  # {"a.b": x, "a": {"b": y}}
+            name += "'"
+        tensors[name] = state
+        return {"tensor": name}
     if isinstance(state, dict):
         items = [[k, flatten_state(f"{prefix}.{k}", v, tensors)] for k, v in state.items()]
         return {"dict": items}
@@ -88,5 +106,3 @@ def unflatten_state(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
     if kind == "list":
         return [unflatten_state(v, tensors) for v in value]
     return value
-
-

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import math
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 from tqdm import tqdm
 
+from agents.judgement import Judge, Judgement
 from agents.policy import ActorPolicy
 from agents.storage import flatten_state, read_tensors, unflatten_state, write_tensors
 from tokenenv.errors import UserError
 
 CHECKPOINT = "checkpoint.safetensors"
+
+Log = Callable[[int, dict[str, float]], object]
+"""Called with the number of updates done and some numbers."""
 
 
 class Learner(Protocol):
@@ -28,7 +32,7 @@ class Learner(Protocol):
     policy: ActorPolicy
 
     def update(self) -> dict[str, float]:
-        """One update; returns numbers to log."""
+        """One update; returns numbers to log, ``reward`` and ``keep`` among them."""
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the game's own state."""
@@ -47,31 +51,12 @@ class Resumable(Protocol):
         """Go on from :meth:`state_dict`."""
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """A deterministic policy on images it does not train on.
-
-    Attributes:
-        drop: top-1 lost against the dense model, percentage points.
-        saving: multiply-adds saved, percent, policy included.
-    """
-
-    drop: float
-    saving: float
-
-    def beats(self, other: Judgement | None, target_drop: float) -> bool:
-        """DORA's rule: the largest saving within the target, else the smallest drop."""
-        if other is None:
-            return True
-        mine, theirs = max(self.drop, target_drop), max(other.drop, target_drop)
-        return (mine, -self.saving) < (theirs, -other.saving)
-
-
 class Trainer:
     """Runs a learner for a number of updates.
 
     Args:
-        learner: improves its policy.
+        learner: improves its policy. Between two updates no episode may be under way: only the
+            order of the images is remembered of the game.
         order: the order of the game's images, for exact resumption.
         judge: measures the deterministic policy on held-back images.
         out: run folder; the checkpoint is written there.
@@ -79,25 +64,30 @@ class Trainer:
         evaluate_every: updates between two judgements; a checkpoint follows each.
         target_drop: percentage points that may be lost; decides which policy is best.
         config: what the run is; resuming with another is an error.
-        log: called with the update's number and its numbers.
+
+    Attributes:
+        done: updates so far.
+        seconds: time spent in :meth:`run`, this and earlier ones.
+        history: a row for every update and one for every judgement.
+        best, best_state: the best judgement, and the policy's state that got it.
+        stopped: whether Ctrl-C ended :meth:`run` early.
     """
 
     def __init__(
         self,
         learner: Learner,
         order: Resumable,
-        judge: Callable[[ActorPolicy], Judgement],
+        judge: Judge,
         out: Path,
         *,
         updates: int,
         evaluate_every: int,
         target_drop: float,
         config: dict[str, Any],
-        log: Callable[[int, dict[str, float]], None],
     ) -> None:
         self.learner, self.order, self.judge, self.out = learner, order, judge, out
         self.updates, self.evaluate_every, self.target_drop = updates, evaluate_every, target_drop
-        self.config, self.log = config, log
+        self.config = config
         self.done = 0
         self.seconds = 0.0
         self.history: list[dict[str, float]] = []
@@ -105,52 +95,49 @@ class Trainer:
         self.best_state: dict[str, Tensor] = {}
         self.stopped = False
 
-    def run(self) -> None:
+    def run(self, log: Log = lambda update, numbers: None) -> None:
         """Train to the end, or to Ctrl-C: then the update in progress is finished and kept."""
-        if self.done == 0:
-            self._evaluate()
-        last = time.perf_counter()
-        with (
-            _interruptible() as interrupted,
-            tqdm(total=self.updates, initial=self.done, unit="update", smoothing=0.05) as bar,
-        ):
+        clock = _Clock(self.seconds, self.done)
+        bar = tqdm(total=self.updates, initial=self.done, unit="update", disable=None, leave=False)
+        with _interruptible() as interrupted, bar:
+            if self.done < self.updates:
+                tqdm.write(" update   reward kept  MACs saved  top-1 lost")
+            if not self.history:
+                self._evaluate(log, clock)
             while self.done < self.updates and not interrupted():
                 numbers = self.learner.update()
                 self.done += 1
-                bar.update()
-                bar.set_postfix(self._summary(numbers), refresh=False)
                 self.history.append({"update": self.done, **numbers})
-                self.log(self.done, numbers)
+                log(self.done, numbers)
+                bar.update()
                 if self.done % self.evaluate_every == 0 or self.done == self.updates:
-                    self._evaluate()
-                    now = time.perf_counter()
-                    self.seconds, last = self.seconds + now - last, now
-                    self.save()
-            if interrupted():
+                    self._evaluate(log, clock)
+            if interrupted() and self.done < self.updates:
                 self.stopped = True
-                self.seconds += time.perf_counter() - last
-                self.save()
+                self._save(clock)
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, log: Log, clock: _Clock) -> None:
+        """Judge the policy, keep it if it is the best, print a line, write the checkpoint."""
         found = self.judge(self.learner.policy)
-        if found.beats(self.best, self.target_drop):
+        better = found.beats(self.best, self.target_drop)
+        if better:
             self.best = found
             state = self.learner.policy.state_dict()
             self.best_state = {name: t.detach().clone() for name, t in state.items()}
-        row = {"update": self.done, **asdict(found)}
-        self.history.append(row)
-        self.log(self.done, {f"held_back/{k}": v for k, v in asdict(found).items()})
+        rollout = f"{'':14}"
+        if self.done:
+            rollout = f"{self.history[-1]['reward']:8.3f}{100 * self.history[-1]['keep']:5.0f}%"
+        tqdm.write(
+            f"{self.done:7d} {rollout}{found.saving:11.1f}%{found.drop:+10.2f} pp"
+            f"{'  best' if better else '':6}  {clock.left(self.done, self.updates)}".rstrip()
+        )
+        self.history.append({"update": self.done, **asdict(found)})
+        log(self.done, {f"held_back/{k}": v for k, v in asdict(found).items()})
+        self._save(clock)
 
-    def _summary(self, numbers: dict[str, float]) -> dict[str, str]:
-        assert self.best is not None
-        return {
-            "reward": f"{numbers['reward']:.3f}",
-            "keep": f"{numbers['keep']:.2f}",
-            "best": f"-{self.best.saving:.0f}% MACs at {self.best.drop:+.1f}pp lost",
-        }
-
-    def save(self) -> None:
+    def _save(self, clock: _Clock) -> None:
         """Write the checkpoint, atomically."""
+        self.seconds = clock.seconds()
         tensors: dict[str, Tensor] = {}
         state = {
             "learner": self.learner.state_dict(),
@@ -175,20 +162,29 @@ class Trainer:
         """Go on from the checkpoint in the run folder.
 
         Raises:
-            UserError: no checkpoint, or one of a run with another configuration.
+            UserError: no checkpoint, an unreadable one, or one of a run with another
+                configuration.
         """
         path = self.out / CHECKPOINT
         if not path.is_file():
-            raise UserError(f"nothing to resume in '{self.out}': no {CHECKPOINT} there")
+            raise UserError(
+                f"nothing to resume in '{self.out}', no {CHECKPOINT} there: leave --resume out to "
+                "start a run"
+            )
         tensors, saved = read_tensors(path)
-        check_same(saved.get("config", {}), self.config, self.out)
-        state = unflatten_state(saved["state"], tensors)
-        self.learner.load_state_dict(state["learner"])
-        self.order.load_state_dict(state["order"])
-        self.best_state = state["best_state"]
-        self.done, self.seconds = saved["done"], saved["seconds"]
-        self.history = saved["history"]
-        self.best = Judgement(**saved["best"]) if saved["best"] else None
+        try:
+            check_same(saved["config"], self.config, self.out)
+            state = unflatten_state(saved["state"], tensors)
+            self.learner.load_state_dict(state["learner"])
+            self.order.load_state_dict(state["order"])
+            self.best_state = state["best_state"]
+            self.done, self.seconds = saved["done"], saved["seconds"]
+            self.history = saved["history"]
+            self.best = Judgement(**saved["best"])
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"'{path}' is not a checkpoint of this version ({error}): start with another --out"
+            ) from None
 
 
 def check_same(saved: dict[str, Any], now: dict[str, Any], out: Path) -> None:
@@ -199,6 +195,25 @@ def check_same(saved: dict[str, Any], now: dict[str, Any], out: Path) -> None:
                 f"cannot resume '{out}' with {key}={now.get(key)}: it was started with "
                 f"{key}={saved.get(key)}; use the same settings or another --out"
             )
+
+
+class _Clock:
+    """Time spent in this and earlier sessions of a run, and an estimate of what is left."""
+
+    def __init__(self, seconds: float, done: int) -> None:
+        self._earlier, self._first, self._start = seconds, done, time.perf_counter()
+
+    def seconds(self) -> float:
+        """In all sessions."""
+        return self._earlier + time.perf_counter() - self._start
+
+    def left(self, done: int, updates: int) -> str:
+        """Such as ``"1:05 left"``; nothing before the first update and after the last."""
+        if done in (self._first, updates):
+            return ""
+        elapsed = time.perf_counter() - self._start
+        remaining = elapsed / (done - self._first) * (updates - done)
+        return f"{tqdm.format_interval(remaining)} left"
 
 
 @contextmanager
@@ -213,38 +228,11 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
         if flag.is_set():
             raise KeyboardInterrupt
         flag.set()
-        tqdm.write("stopping after this update; press Ctrl-C again to stop at once")
+        # print() may have been interrupted in the middle, and must not be entered twice.
+        os.write(2, b"\nstopping after this update; press Ctrl-C again to stop at once\n")
 
     before = signal.signal(signal.SIGINT, on_interrupt)
     try:
         yield flag.is_set
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def calibrate(
-    policy: ActorPolicy, judge: Callable[[ActorPolicy], Judgement], target_drop: float, steps: int
-) -> Judgement:
-    """Set the policy's threshold to the highest saving within the target drop, by bisection.
-
-    The drop grows with the threshold up to noise; the logit of the threshold is halved
-    ``steps`` times between 0.02 and 0.98.
-
-    Returns:
-        The judgement at the threshold that was set.
-    """
-    low, high = -4.0, 4.0
-    best: tuple[Judgement, float] | None = None
-    for _ in range(steps):
-        middle = (low + high) / 2
-        policy.threshold = 1 / (1 + math.exp(-middle))
-        found = judge(policy)
-        if best is None or found.beats(best[0], target_drop):
-            best = found, policy.threshold
-        if found.drop <= target_drop:
-            low = middle
-        else:
-            high = middle
-    assert best is not None
-    judgement, policy.threshold = best
-    return judgement

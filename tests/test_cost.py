@@ -39,14 +39,14 @@ def backbone(request: pytest.FixtureRequest) -> Backbone:
 def learned(backbone: Backbone) -> ActorPolicy:
     features: tuple[str, ...] = ("token", "position", "progress", "similarity", "norm")
     if backbone.has_class_token:
-        features += ("cls_attention",)
+        features += ("cls_attention", "redundancy")
     rules = TokenPrune(blocks=(1, 3, 5), features=features)
     widths = Widths(
         rules.agent_dim(backbone), rules.shared_dim(backbone), rules.state_dim(backbone)
     )
     policy = ActorPolicy(rules, widths, hidden=(16, 8))
-    # Untrained and undecided, so that what it keeps depends on the image.
-    policy.actor.head.weight.data.normal_(0, 1)
+    # What it keeps depends on the image.
+    policy.lean_on(rules.layout(backbone)["norm"], 5.0)
     return policy
 
 
@@ -84,7 +84,7 @@ def test_the_policy_is_in_the_bill() -> None:
     policy = ActorPolicy(rules, Widths(rules.agent_dim(backbone), rules.shared_dim(backbone), 1))
     lengths = [torch.tensor([197]), torch.tensor([101]), torch.tensor([51]), torch.tensor([51])]
     cost = Cost(backbone)
-    per_agent = 201 * 64 + 64 * 64 + 64 * 2
+    per_agent = 201 * 64 + 64 * 64 + 64 * 2 + 201
     expected = (196 + 100) * per_agent + 2 * 192 * 64 + (197 + 101) * 192
     assert cost.decision_macs(rules, policy, lengths).item() == expected
     # A heuristic pays for the class token's row only.

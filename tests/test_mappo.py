@@ -64,9 +64,7 @@ class Identity(ParallelEnv):
             reward[acting[0]] = float("nan")
         self.time += 1
         over = self.time == self.length
-        gone = {
-            a: over or (self.deaths and self.time == 2 and int(a[2:]) % 2 == 1) for a in acting
-        }
+        gone = {a: over or (self.deaths and self.time == 2 and int(a[2:]) % 2 == 1) for a in acting}
         self.agents = [a for a in acting if not gone[a]]
         return self._see(), reward, gone, dict.fromkeys(acting, False), {a: {} for a in acting}
 
@@ -85,9 +83,7 @@ def test_gae_by_hand() -> None:
     ones = torch.ones(3, 1, 2)
     active = torch.ones(3, 1, 2, dtype=torch.bool)
     done = torch.zeros(3, 1, dtype=torch.bool)
-    got, returns = advantages(
-        ones, ones, active, done, ones[0], active[0], gamma=0.9, lam=0.5
-    )
+    got, returns = advantages(ones, ones, active, done, ones[0], active[0], gamma=0.9, lam=0.5)
     delta, factor = 0.9, 0.45
     expected = torch.tensor([delta * (1 + factor + factor**2), delta * (1 + factor), delta])
     assert_close(got[:, 0, 0], expected)
@@ -120,9 +116,7 @@ def test_a_dead_agents_later_pay_counts_in_full() -> None:
 
 def test_losses_equal_the_formula_and_ignore_the_dead() -> None:
     generator = torch.Generator().manual_seed(0)
-    log_prob, old, advantage, value, old_value, returns = torch.randn(
-        6, 40, 5, generator=generator
-    )
+    log_prob, old, advantage, value, old_value, returns = torch.randn(6, 40, 5, generator=generator)
     active = torch.rand(40, 5, generator=generator) < 0.6
     total = count = value_total = clipped_count = 0.0
     for i in range(40):

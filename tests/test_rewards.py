@@ -1,11 +1,13 @@
 """RL4EViT's rewards: who is paid what, and where the balance lies."""
 
+import math
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from tokenenv.errors import UserError
-from tokenenv.rewards import AlphaBeta, Cooperative, KeepTarget, Outcome, Turn
+from tokenenv.rewards import AlphaBeta, ClosedLoop, Cooperative, KeepTarget, Outcome, Turn
 
 
 def outcome(correct: list[bool], fidelity_gap: float = 0.0) -> Outcome:
@@ -98,6 +100,19 @@ def test_fidelity_is_exp_of_minus_kl() -> None:
         torch.distributions.Categorical(logits=logits),
     )
     assert_close(got, (-expected).exp())
+
+
+def test_the_closed_loop_settles_where_the_target_is() -> None:
+    """A model that loses 1 pp per 0.001 of price, seen with noise."""
+    for start in (1e-5, 1e-1):
+        loop = ClosedLoop(price=start, target=0.5)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(200):
+            noise = 0.1 * torch.randn((), generator=generator).item()
+            loop.follow(1000 * loop.price + noise)
+        assert 0.0004 < loop.price < 0.0006
+    assert ClosedLoop(1.0, 0.5).follow(0.5) == 1.0
+    assert ClosedLoop(1.0, 0.5).follow(90.0) == pytest.approx(math.exp(-0.15))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -44,25 +45,26 @@ class Backbone(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         check_supported(model)
         super().__init__()
-        self.model = model.eval().requires_grad_(False)
-        self.blocks: nn.ModuleList = nn.ModuleList(model.blocks)  # type: ignore[arg-type]
+        # What timm's modules hold is not typed; Any here keeps it out of every line below.
+        self.model = cast(Any, model.eval().requires_grad_(False))
+        self.blocks = cast(Any, self.model.blocks)
         self.depth = len(self.blocks)
-        self.dim: int = model.embed_dim  # type: ignore[assignment]
-        self.prefix: int = model.num_prefix_tokens  # type: ignore[assignment]
+        self.dim: int = self.model.embed_dim
+        self.prefix: int = self.model.num_prefix_tokens
         self.has_class_token = getattr(model, "cls_token", None) is not None
-        self.grid: tuple[int, int] = model.patch_embed.grid_size  # type: ignore[assignment,union-attr]
+        self.grid: tuple[int, int] = self.model.patch_embed.grid_size
         self.patches = self.grid[0] * self.grid[1]
-        self.classes: int = model.num_classes  # type: ignore[assignment]
+        self.classes: int = self.model.num_classes
 
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return self.model.norm.weight.device  # type: ignore[union-attr,return-value]
+        return self.model.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The parameters' floating-point type."""
-        return self.model.norm.weight.dtype  # type: ignore[union-attr,return-value]
+        return self.model.norm.weight.dtype
 
     def forward(self, images: Tensor) -> Tensor:
         """The dense model: images ``(B, C, H, W)`` -> logits ``(B, classes)``."""
@@ -71,9 +73,9 @@ class Backbone(nn.Module):
     def embed(self, images: Tensor) -> Tokens:
         """Images ``(B, C, H, W)``, normalised -> the tokens before block 0."""
         model = self.model
-        x = model._pos_embed(model.patch_embed(images))  # type: ignore[operator]
+        x = model._pos_embed(model.patch_embed(images))
         return Tokens.start(
-            model.norm_pre(x),  # type: ignore[operator]
+            model.norm_pre(x),
             self.prefix,
             keep_one=self._pools_patches,
         )
@@ -102,18 +104,18 @@ class Backbone(nn.Module):
                 "choose features or a policy without it"
             )
         b = self.blocks[block]
-        attn: nn.Module = b.attn  # type: ignore[assignment]
+        attn = b.attn
         mask = tokens.key_mask
-        h = b.norm1(tokens.x)  # type: ignore[operator]
+        h = b.norm1(tokens.x)
         batch, count, _ = h.shape
-        qkv = attn.qkv(h).reshape(batch, count, 3, attn.num_heads, attn.head_dim)  # type: ignore[operator]
+        qkv = attn.qkv(h).reshape(batch, count, 3, attn.num_heads, attn.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = attn.q_norm(q), attn.k_norm(k)  # type: ignore[operator]
+        q, k = attn.q_norm(q), attn.k_norm(k)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        out = attn.norm(out.transpose(1, 2).reshape(batch, count, attn.attn_dim))  # type: ignore[operator]
+        out = attn.norm(out.transpose(1, 2).reshape(batch, count, attn.attn_dim))
         if getattr(attn, "gate", None) is not None:
-            out = out * attn.gate(h).sigmoid()  # type: ignore[operator]
-        x = tokens.x + b.ls1(attn.proj(out))  # type: ignore[operator]
+            out = out * attn.gate(h).sigmoid()
+        x = tokens.x + b.ls1(attn.proj(out))
         context = Context(
             keys=k if keys else None,
             cls_attention=_class_row(q, k, mask) if cls_attention else None,
@@ -123,15 +125,19 @@ class Backbone(nn.Module):
     def feed(self, block: int, tokens: Tokens) -> Tokens:
         """MLP and its residual of block ``block``."""
         b = self.blocks[block]
-        return tokens.with_x(tokens.x + b.ls2(b.mlp(b.norm2(tokens.x))))  # type: ignore[operator]
+        return tokens.with_x(tokens.x + b.ls2(b.mlp(b.norm2(tokens.x))))
 
     def attention_dim(self, block: int) -> int:
         """Width of all heads together in block ``block``."""
-        return self.blocks[block].attn.attn_dim  # type: ignore[union-attr,return-value]
+        return self.blocks[block].attn.attn_dim
+
+    def head_dim(self, block: int) -> int:
+        """Width of one head in block ``block``."""
+        return self.blocks[block].attn.head_dim
 
     def normalised(self, block: int, x: Tensor) -> Tensor:
         """Embeddings ``(..., D)`` through the LayerNorm in front of block ``block``'s attention."""
-        return self.blocks[block].norm1(x)  # type: ignore[operator]
+        return self.blocks[block].norm1(x)
 
     def classify(self, tokens: Tokens) -> Tensor:
         """Tokens after the last block -> logits ``(B, classes)``.
@@ -142,19 +148,19 @@ class Backbone(nn.Module):
         pool = getattr(model, "global_pool", "token")
         if not self._pools_patches:
             # The head reads prefix tokens only; the final norm works token by token.
-            return model.forward_head(model.norm(tokens.x[:, : self.prefix]))  # type: ignore[operator]
-        x = model.norm(tokens.x)  # type: ignore[operator]
+            return model.forward_head(model.norm(tokens.x[:, : self.prefix]))
+        x = model.norm(tokens.x)
         if not tokens.moved and not tokens.ragged:
-            return model.forward_head(x)  # type: ignore[operator]
+            return model.forward_head(x)
         first = 0 if model.pool_include_prefix else self.prefix
         x, alive, size = x[:, first:], tokens.alive[:, first:], tokens.size[:, first:]
         if model.attn_pool is not None:
-            pooled = model.attn_pool(x, attn_mask=alive[:, None, None, :])  # type: ignore[operator]
+            pooled = model.attn_pool(x, attn_mask=alive[:, None, None, :])
         else:
             mean = (x * size[..., None].to(x.dtype)).sum(1) / size.sum(1, keepdim=True).to(x.dtype)
             peak = x.masked_fill(~alive[..., None], -torch.inf).amax(1)
-            pooled = {"avg": mean, "max": peak, "avgmax": 0.5 * (mean + peak)}[pool]  # type: ignore[index]
-        return model.head(model.head_drop(model.fc_norm(pooled)))  # type: ignore[operator]
+            pooled = {"avg": mean, "max": peak, "avgmax": 0.5 * (mean + peak)}[pool]
+        return model.head(model.head_drop(model.fc_norm(pooled)))
 
     @property
     def _pools_patches(self) -> bool:
@@ -201,4 +207,6 @@ def check_supported(model: nn.Module) -> None:
         if model.attn_pool.pos_embed is not None:
             raise refuse("its attention pool has position embeddings of its own")
     elif model.global_pool not in ("token", "avg", "max", "avgmax"):
-        raise refuse(f"global_pool='{model.global_pool}' is not a pooling of tokens into one vector")
+        raise refuse(
+            f"global_pool='{model.global_pool}' is not a pooling of tokens into one vector"
+        )

@@ -4,36 +4,61 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import NoReturn
 
 from tokenenv._version import __version__
 from tokenenv.errors import UserError
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that reports a mistake in one line, without its whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="tokenenv",
         description="Vision Transformer inference as a Markov game: agents decide which tokens "
         "go on.",
+        epilog="exit status: 0 done, 2 a mistake in what was asked for, 130 stopped by Ctrl-C",
     )
     parser.add_argument("--version", action="version", version=f"tokenenv {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_evaluate(commands)
+    commands.add_parser(
+        "envs",
+        help="the registered environments, one line each",
+        description="List the environments that gymnasium and PettingZoo know after "
+        "'import tokenenv', one line each.",
+    )
+    return parser
 
+
+def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
     train = commands.add_parser(
         "train",
-        help="train a system's policy; without options on the embedded game, offline",
+        help="train a system's policy; without options on the embedded digits, offline",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train a policy and write a run folder: config.json, policy.safetensors, "
-        "report.json,\ncurve.png, tokens.png, checkpoint.safetensors, TensorBoard events.",
+        "report.json,\ncurve.png, tokens.png, checkpoint.safetensors and TensorBoard events.\n\n"
+        "Ctrl-C finishes the update in progress, keeps the best policy so far, writes the whole\n"
+        "report and exits with status 130; a second Ctrl-C stops at once. Either way --resume "
+        "goes on.",
         epilog="examples:\n  tokenenv train rl4evit\n"
         "  tokenenv train rl4evit --model deit_tiny_patch16_224 --data imagenet/train "
-        "--images 3000\n  tokenenv train rl4evit --set reward=alpha_beta --set beta=0.1",
+        "--images 3000\n  tokenenv train rl4evit --set reward=alpha_beta --set beta=0.1\n"
+        "  tokenenv train rl4evit --out runs/rl4evit-0 --resume",
     )
-    train.add_argument("system", choices=["rl4evit"], help="which system")
-    _model_options(train)
+    train.add_argument("system", choices=["rl4evit"], metavar="SYSTEM", help="rl4evit")
+    _add_model_options(train)
     train.add_argument("--out", metavar="DIR", help="run folder (default: a new one under runs/)")
     train.add_argument("--images", type=_positive, metavar="N", help="use N images of --data")
-    train.add_argument("--seed", type=int, default=0, metavar="S", help="default: 0")
+    train.add_argument("--seed", type=_seed, default=0, metavar="S", help="default: 0")
     train.add_argument("--resume", action="store_true", help="go on with the run in --out")
     train.add_argument(
         "--set",
@@ -41,9 +66,14 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="change a setting, see agents/rl4evit.py; repeatable",
+        help="change a setting; repeatable",
+    )
+    train.add_argument(
+        "--list-settings", action="store_true", help="print what --set can change, and exit"
     )
 
+
+def _add_evaluate(commands: argparse._SubParsersAction[_Parser]) -> None:
     evaluate = commands.add_parser(
         "evaluate",
         help="accuracy, multiply-adds and speed of a policy against the dense model",
@@ -59,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="a run folder, a shipped policy, keep-all, random:keep=0.7, "
         "cls-attention:keep=0.7,blocks=3/6/9 or norm:keep=0.7",
     )
-    _model_options(evaluate)
+    _add_model_options(evaluate)
     evaluate.add_argument("--limit", type=_positive, metavar="N", help="at most N images")
     evaluate.add_argument("--batch", type=_positive, default=64, metavar="N", help="default: 64")
     evaluate.add_argument(
@@ -67,13 +97,12 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="predict only among the classes of --data (the ImageNet-A and -R protocol)",
     )
-    evaluate.add_argument("--json", metavar="FILE", help="write everything there")
+    evaluate.add_argument(
+        "--json", metavar="FILE", help="write the numbers and every image's predictions there"
+    )
 
-    commands.add_parser("envs", help="the registered environments, one line each")
-    return parser
 
-
-def _model_options(parser: argparse.ArgumentParser) -> None:
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="NAME", help="any timm ViT (default: embedded digits)")
     parser.add_argument("--weights", metavar="FILE", help=".safetensors or .pth state dict")
     parser.add_argument(
@@ -85,9 +114,20 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return _whole(text, 1, 2**31 - 1)
+
+
+def _seed(text: str) -> int:
+    return _whole(text, 0, 2**32 - 1)
+
+
+def _whole(text: str, low: int, high: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = low - 1
+    if not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number from {low} to {high}")
     return value
 
 
@@ -95,20 +135,33 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; 0 on success, 2 for a user's mistake, 130 after Ctrl-C."""
     args = build_parser().parse_args(argv)
     try:
-        if args.command == "envs":
-            from tokenenv.envs.ids import listing
-
-            print(listing())
-            return 0
-        from tokenenv import commands
-
-        return {"train": commands.train, "evaluate": commands.evaluate}[args.command](args)
+        return _run(args)
     except UserError as error:
-        print(f"tokenenv: {error}", file=sys.stderr)
+        print(f"tokenenv: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("tokenenv: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print("; ".join(["tokenenv: interrupted", *interrupt.args]), file=sys.stderr)
         return 130
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.command == "envs":
+        from tokenenv.envs.ids import listing
+
+        print(listing())
+        return 0
+    if args.command == "evaluate":
+        from tokenenv.commands.evaluate import evaluate
+
+        return evaluate(args)
+    if args.list_settings:
+        from agents.rl4evit import settings_help
+
+        print(settings_help())
+        return 0
+    from tokenenv.commands.train import train
+
+    return train(args)
 
 
 if __name__ == "__main__":

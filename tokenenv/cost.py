@@ -54,17 +54,17 @@ class Cost:
     def _measure_ends(self) -> tuple[float, tuple[float, float]]:
         """Embedding, and the head as intercept and slope in the number of tokens."""
         model, backbone = self.backbone.model, self.backbone
-        size = model.patch_embed.img_size  # type: ignore[union-attr]
-        conv = next(m for m in model.patch_embed.modules() if isinstance(m, nn.Conv2d | nn.Linear))  # type: ignore[union-attr]
+        size = model.patch_embed.img_size
+        conv = next(m for m in model.patch_embed.modules() if isinstance(m, nn.Conv2d | nn.Linear))
         channels = conv.in_channels if isinstance(conv, nn.Conv2d) else 3
-        image = torch.zeros(1, channels, *size, device=backbone.device, dtype=backbone.dtype)  # type: ignore[misc]
+        image = torch.zeros(1, channels, *size, device=backbone.device, dtype=backbone.dtype)
         with torch.no_grad():
             tokens = backbone.embed(image)
         full, half = tokens.x.shape[1], max(tokens.x.shape[1] // 2, backbone.prefix + 1)
 
         def head(count: int) -> float:
             x = tokens.x[:, :count]
-            return measured_macs(lambda: model.forward_head(x))  # type: ignore[operator]
+            return measured_macs(lambda: model.forward_head(x))
 
         embed = measured_macs(lambda: backbone.embed(image))
         slope = (head(full) - head(half)) / max(full - half, 1)
@@ -80,7 +80,10 @@ class Cost:
             ``(B,)`` float64.
         """
         total = torch.full(
-            lengths[0].shape, self._embed + self._head, dtype=torch.float64, device=lengths[0].device
+            lengths[0].shape,
+            self._embed + self._head,
+            dtype=torch.float64,
+            device=lengths[0].device,
         )
         for count, linear, attention in zip(lengths, self._linear, self._attention, strict=True):
             n = count.double()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenenv import reduction
-from tokenenv.backbone import Backbone
+from tokenenv.backbone import Backbone, Context
 from tokenenv.errors import UserError
 from tokenenv.rules import Observation, TokenPrune
 
@@ -17,7 +17,7 @@ EXECUTIONS = ("masked", "padded")
 
 
 def default_execution(device: torch.device) -> Execution:
-    """Padded on a CPU, where it saves time; masked elsewhere, where it avoids waiting for counts."""
+    """Padded on a CPU, where it saves time; masked elsewhere, where counts would be waited for."""
     return "padded" if device.type == "cpu" else "masked"
 
 
@@ -52,7 +52,7 @@ class Episode:
         self.logits: Tensor | None = None
         self.lengths: list[Tensor] = []
         self._count = self.tokens.counts()
-        self._cls_attention: Tensor | None = None
+        self._context = Context()
         self._block = 0
         self._advance()
 
@@ -63,9 +63,7 @@ class Episode:
 
     def observe(self, *, state: bool = False) -> Observation:
         """What the agents see, over the visual tokens as they lie now: ``A = N - prefix``."""
-        return self.rules.observe(
-            self.backbone, self.tokens, self.step, self._cls_attention, state=state
-        )
+        return self.rules.observe(self.backbone, self.tokens, self.step, self._context, state=state)
 
     def act(self, action: Tensor) -> None:
         """Apply ``action`` ``(B, N - prefix)`` and run on to the next decision or the logits."""
@@ -80,10 +78,7 @@ class Episode:
         backbone, rules = self.backbone, self.rules
         stop = rules.blocks[self.step] if self.step < len(rules.blocks) else backbone.depth
         for block in range(self._block, stop):
-            self.tokens, context = backbone.attend(
-                block, self.tokens, cls_attention=rules.wants_cls_attention(block)
-            )
-            self._cls_attention = context.cls_attention
+            self.tokens, self._context = backbone.attend(block, self.tokens, **rules.wants(block))
             self.tokens = backbone.feed(block, self.tokens)
             self.lengths.append(self._count)
         self._block = stop

@@ -107,9 +107,7 @@ class Game:
                 for t in (self.images, self.labels, self.native)
             )
         self.episode = Episode(self.backbone, self.rules, self.images, execution=self.execution)
-        self._alive = torch.ones(
-            (len(self.images), self.agents), dtype=torch.bool, device=device
-        )
+        self._alive = torch.ones((len(self.images), self.agents), dtype=torch.bool, device=device)
         self.history: tuple[Tensor, ...] = ()
         self._finite = torch.ones((), dtype=torch.bool, device=device)
         return self._observe()
@@ -179,9 +177,10 @@ class Game:
         """Compute the dense model's logits of the whole source ahead; yields images done."""
         for index in torch.arange(len(self.source)).split(batch_size):
             batch = self.source.batch(index)
-            with torch.inference_mode():
-                self.images = batch.images.to(self.backbone.device, self.backbone.dtype)
-                self._native_logits(batch.index)
+            if len(batch.index):
+                with torch.inference_mode():
+                    self.images = batch.images.to(self.backbone.device, self.backbone.dtype)
+                    self._native_logits(batch.index)
             yield len(index)
 
 

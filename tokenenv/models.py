@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
+import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from tokenenv.backbone import Backbone
+from tokenenv.backbone import Backbone, check_supported
 from tokenenv.errors import UserError
 
 EMBEDDED = "digits_vit"
@@ -37,14 +39,8 @@ def load_backbone(
 
 def load_model(name: str, weights: str | None = None) -> nn.Module:
     """The timm model of :func:`load_backbone`, in eval mode."""
+    check_name(name)
     timm = import_timm()
-    import tokenenv.embedded  # noqa: F401  (registers digits_vit with timm)
-
-    base = name.split(".")[0]
-    if not timm.is_model(base):
-        near = difflib.get_close_matches(base, timm.list_models(), n=1)
-        hint = f"did you mean '{near[0]}'?" if near else "see timm.list_models('*vit*')"
-        raise UserError(f"unknown model '{name}': {hint}")
     if weights is None:
         return _pretrained(timm, name)
     state = read_weights(Path(weights))
@@ -65,6 +61,27 @@ def load_model(name: str, weights: str | None = None) -> nn.Module:
             f"({len(missing)} missing, {len(unexpected)} unexpected): give the matching --model"
         )
     return model.eval()
+
+
+def check_name(name: str) -> None:
+    """Refuse a model by its name, before any weights are downloaded or read.
+
+    Raises:
+        UserError: timm has no such model, or no :class:`Backbone` can be made of it.
+    """
+    timm = import_timm()
+    import tokenenv.embedded  # noqa: F401  (registers digits_vit with timm)
+
+    base = name.split(".")[0]
+    if not timm.is_model(base):
+        near = difflib.get_close_matches(base, timm.list_models(), n=1)
+        hint = f"did you mean '{near[0]}'?" if near else "see timm.list_models('*vit*')"
+        raise UserError(f"unknown model '{name}': {hint}")
+    if name != base and name not in (known := timm.list_pretrained(f"{base}.*")):
+        raise UserError(f"unknown model '{name}': choose from {', '.join([base, *known])}")
+    # Without memory for the weights; where timm can't do that, Backbone refuses later.
+    with contextlib.suppress(RuntimeError), torch.device("meta"):
+        check_supported(timm.create_model(base))
 
 
 def _pretrained(timm, name: str) -> nn.Module:  # type: ignore[no-untyped-def]
@@ -95,7 +112,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # the one line below says it all
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(
             f"weights file '{path}' cannot be read ({type(error).__name__}): "

@@ -164,7 +164,7 @@ def merge(tokens: Tokens, match: Match, accept: Tensor, weight: Tensor | None = 
 
 
 def strongest(match: Match, count: int) -> Tensor:
-    """Accept the ``count`` most similar candidates: ToMe's fixed schedule. Returns ``(B, A)`` bool."""
+    """Accept the ``count`` most similar candidates, ToMe's fixed schedule: ``(B, A)`` bool."""
     count = min(count, match.score.shape[1])
     chosen = match.score.topk(count, dim=1).indices
     return torch.zeros_like(match.score, dtype=torch.bool).scatter(1, chosen, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -129,15 +130,19 @@ class KeepTarget:
 
     def __call__(self, turn: Turn) -> Tensor:
         """Rewards ``(B, A)``."""
-        if turn.steps != len(self.targets):
-            raise UserError(
-                f"keep-target reward has {len(self.targets)} targets for {turn.steps} decisions: "
-                "give one per decision block"
-            )
+        self.check(turn.steps)
         delta = turn.after.float().mean(1, keepdim=True) - self.targets[turn.step]
         left = turn.before & ~turn.after
         control = torch.where(delta > 0, -delta.exp() * turn.after, -(-delta).exp() * left)
         return class_term(turn, self.alpha, self.class_reward) + control
+
+    def check(self, steps: int) -> None:
+        """Raise :class:`UserError` unless there is a target for each of ``steps`` decisions."""
+        if steps != len(self.targets):
+            raise UserError(
+                f"keep-target reward has {len(self.targets)} targets for {steps} decisions: "
+                "give one per decision block"
+            )
 
 
 @dataclass(frozen=True)
@@ -163,6 +168,30 @@ class Cooperative:
         if turn.outcome is not None:
             reward = reward + self.alpha * turn.outcome.fidelity[:, None]
         return reward
+
+
+@dataclass
+class ClosedLoop:
+    """A price that rises while less accuracy is lost than may be, and falls while more is.
+
+    After DORA-pruning's coefficient (its section on the closed loop), which adds
+    ``5 clip((drop - target) / 1 pp)`` to the weight of the penalty; here the price is multiplied,
+    so that one rate suits models of any size.
+
+    Attributes:
+        price: now; positive.
+        target: percentage points of top-1 that may be lost.
+        rate: the price changes by a factor of ``exp(rate)`` at most per call.
+    """
+
+    price: float
+    target: float
+    rate: float = 0.15
+
+    def follow(self, drop: float) -> float:
+        """The next price after ``drop`` percentage points were lost."""
+        self.price *= math.exp(self.rate * max(-1.0, min(1.0, 2 * (self.target - drop))))
+        return self.price
 
 
 def check_keep(keep: float) -> None:

@@ -17,7 +17,8 @@ class Tokens:
 
     Attributes:
         x: ``(B, N, D)`` token embeddings.
-        size: ``(B, N)`` how many patches a token stands for: 1 for a prefix token, 0 for a dead one.
+        size: ``(B, N)`` how many patches a token stands for; 1 for a prefix token, 0 for a dead
+            one.
         alive: ``(B, N)`` whether the token is still in the game. Dead tokens may lie anywhere;
             no attention reads them.
         source: ``(B, P)`` index into ``N`` of the token that stands for each patch, -1 once pruned.

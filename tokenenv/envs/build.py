@@ -47,6 +47,7 @@ def build_game(
     device: str = "cpu",
     execution: Execution | None = None,
     batch_size: int = 1,
+    repeats: int = 1,
 ) -> Game:
     """Build the game that an environment shows.
 
@@ -68,7 +69,8 @@ def build_game(
             ``0.7 ** (i + 1)`` after decision ``i``.
         device: where to put a model given by name; a ready backbone stays where it is.
         execution: ``masked`` or ``padded``; None takes what suits the device.
-        batch_size: images per episode.
+        batch_size: images per episode, repeats counted.
+        repeats: how many times in a row each image is in the batch.
 
     Raises:
         UserError: a value that is unknown or doesn't go with the others.
@@ -91,6 +93,7 @@ def build_game(
         build_reward(reward, reward_kwargs, backbone.patches, len(rules.blocks)),
         data,
         batch_size=batch_size,
+        repeats=repeats,
         execution=execution,
     )
 
@@ -148,4 +151,7 @@ def build_reward(
         defaults["alpha"] = _ALPHA_PER_TOKEN * patches
     if cls is KeepTarget:
         defaults["targets"] = tuple(_KEEP_PER_DECISION ** (i + 1) for i in range(steps))
-    return cls(**(defaults | kwargs))
+    made = cls(**(defaults | kwargs))
+    if isinstance(made, KeepTarget):
+        made.check(steps)
+    return made

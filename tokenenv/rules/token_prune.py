@@ -10,13 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenenv import reduction
-from tokenenv.backbone import Backbone
+from tokenenv.backbone import Backbone, Context
 from tokenenv.errors import UserError
 from tokenenv.rules.observation import Observation
 from tokenenv.tokens import Tokens
 
 PRUNE, KEEP = 0, 1
-FEATURES = ("token", "position", "progress", "cls_attention", "similarity", "norm", "agent_id")
+FEATURES = (
+    "token",
+    "position",
+    "progress",
+    "cls_attention",
+    "redundancy",
+    "similarity",
+    "norm",
+    "agent_id",
+)
 
 
 def spread_blocks(depth: int, count: int = 3) -> tuple[int, ...]:
@@ -38,7 +47,9 @@ class TokenPrune:
             would saturate a small network); ``position``, sine and cosine of row and column (8);
             ``progress``, one-hot decision and share of living tokens (decisions + 1);
             ``cls_attention``, log of the class token's attention in the block before, relative
-            to the mean over living tokens (1); ``similarity``, cosine of the token with the
+            to the mean over living tokens (1); ``redundancy``, highest cosine of its mean-head key
+            with the key of a living token that has more of the class token's attention: how well
+            a better one could stand in for it (1); ``similarity``, cosine of the token with the
             image's class token and with its mean living token (2); ``norm``, log length of the
             raw embedding, relative to the image's mean (1); ``agent_id``, the one-hot id of the
             paper's code (P numbers, binds a policy to one image size).
@@ -66,27 +77,31 @@ class TokenPrune:
                 f"decision block {self.blocks[-1]} is out of range: the model has blocks "
                 f"0 to {backbone.depth - 1}"
             )
-        if "cls_attention" in self.features:
-            if not backbone.has_class_token:
+        for name in ("cls_attention", "redundancy"):
+            if name in self.features and not backbone.has_class_token:
                 raise UserError(
-                    "feature 'cls_attention' needs a class token and this model has none: "
-                    "leave it out"
+                    f"feature '{name}' needs a class token and this model has none: leave it out"
                 )
-            if self.blocks[0] == 0:
+            if name in self.features and self.blocks[0] == 0:
                 raise UserError(
-                    "feature 'cls_attention' is read in the block before a decision: "
+                    f"feature '{name}' is read in the block before a decision: "
                     "there is none before block 0, choose blocks from 1"
                 )
 
-    def wants_cls_attention(self, block: int) -> bool:
-        """Whether the attention of ``block`` has to yield the class token's row."""
-        return "cls_attention" in self.features and block + 1 in self.blocks
+    def wants(self, block: int) -> dict[str, bool]:
+        """What the attention of ``block`` has to yield: arguments of ``Backbone.attend``."""
+        before_decision = block + 1 in self.blocks
+        redundancy = before_decision and "redundancy" in self.features
+        row = before_decision and "cls_attention" in self.features
+        return {"keys": redundancy, "cls_attention": row or redundancy}
 
     def macs(self, backbone: Backbone, block: int, tokens: Tensor) -> Tensor:
         """Multiply-adds of observing ``tokens`` (float, prefix included) before ``block``."""
         total = torch.zeros_like(tokens)
-        if "cls_attention" in self.features:
+        if "cls_attention" in self.features or "redundancy" in self.features:
             total = total + tokens * backbone.attention_dim(block - 1)
+        if "redundancy" in self.features:
+            total = total + (tokens - backbone.prefix) ** 2 * backbone.head_dim(block - 1)
         if "similarity" in self.features:
             total = total + (tokens - backbone.prefix) * 2 * backbone.dim
         return total
@@ -98,6 +113,7 @@ class TokenPrune:
             "position": 8,
             "progress": len(self.blocks) + 1,
             "cls_attention": 1,
+            "redundancy": 1,
             "similarity": 2,
             "norm": 1,
             "agent_id": backbone.patches,
@@ -125,7 +141,7 @@ class TokenPrune:
         backbone: Backbone,
         tokens: Tokens,
         step: int,
-        cls_attention: Tensor | None,
+        context: Context,
         *,
         state: bool = False,
     ) -> Observation:
@@ -135,7 +151,7 @@ class TokenPrune:
             backbone: the model.
             tokens: ``(B, N)`` tokens before the decision block.
             step: 0-based decision.
-            cls_attention: ``(B, N)`` of the block before, if a feature wants it.
+            context: of the block before; holds what :meth:`wants` asked for.
             state: whether the global state is needed.
 
         Returns:
@@ -160,8 +176,10 @@ class TokenPrune:
             elif name == "progress":
                 own.append(progress[:, None].expand(-1, visual.shape[1], -1))
             elif name == "cls_attention":
-                assert cls_attention is not None
-                own.append(_log_relative(cls_attention[:, tokens.prefix :], active))
+                assert context.cls_attention is not None
+                own.append(_log_relative(context.cls_attention[:, tokens.prefix :], active))
+            elif name == "redundancy":
+                own.append(_redundancy(tokens, context))
             elif name == "similarity":
                 anchors = F.normalize(torch.stack([whole, mean], dim=2), dim=1)
                 own.append(F.normalize(visual, dim=2) @ anchors)
@@ -204,6 +222,17 @@ def _log_relative(values: Tensor, active: Tensor) -> Tensor:
     return (relative * active)[..., None]
 
 
+def _redundancy(tokens: Tokens, context: Context) -> Tensor:
+    """``(B, A, 1)`` highest cosine with a living token of more attention; -1 for the first."""
+    assert context.keys is not None and context.cls_attention is not None
+    key = F.normalize(context.keys.mean(1)[:, tokens.prefix :].float(), dim=-1)
+    rank = context.cls_attention[:, tokens.prefix :] * tokens.visual_alive
+    if rank.shape[1] == 0:  # every visual token of the batch is gone
+        return rank[..., None]
+    better = rank[:, None, :] > rank[:, :, None]
+    return (key @ key.transpose(1, 2)).masked_fill(~better, -1.0).amax(2)[..., None]
+
+
 def _position_code(grid: tuple[int, int], device: torch.device) -> Tensor:
     """``(P, 8)`` sine and cosine of row and column at two wavelengths, row-major patches."""
     rows = torch.linspace(0, 1, grid[0], device=device)[:, None].expand(grid)
@@ -211,5 +240,3 @@ def _position_code(grid: tuple[int, int], device: torch.device) -> Tensor:
     angle = torch.stack([rows, cols], dim=-1).reshape(-1, 2) * torch.pi
     angle = torch.cat([angle, 2 * angle], dim=-1)
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
-
-

@@ -1,0 +1,408 @@
+"""Stopping, resuming, seeds, checkpoints, which policy is best."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import backbone, same, source
+
+from agents.judgement import Judgement, calibrate
+from agents.mappo import MAPPO
+from agents.policy import ActorPolicy, Widths
+from agents.rl4evit import RL4EViTConfig
+from agents.storage import flatten_state, read_tensors, unflatten_state, write_bytes, write_json
+from agents.training import CHECKPOINT, Trainer
+from tokenenv import metrics
+from tokenenv.cli import main
+from tokenenv.commands.train import _events
+from tokenenv.envs.build import build_game
+from tokenenv.errors import UserError
+from tokenenv.rules import TokenPrune
+
+CONFIG = RL4EViTConfig(
+    updates=4, batch=8, repeats=2, hidden=(8,), epochs=2, minibatches=2, evaluate_every=2
+)
+CALLS = 2 * 2  # of MAPPO._descend in an update
+
+
+class Crash(Exception):
+    """What a killed process leaves on disk, an exception nobody expects leaves too."""
+
+
+def trainer(out: Path, seed: int = 0, **description: Any) -> Trainer:
+    """A small run on an untrained model, with everything real."""
+    torch.manual_seed(seed)
+    fit, held_back = source().split(0.2, seed)
+    game = build_game(
+        model=backbone(),
+        data=fit,
+        features=CONFIG.features,
+        share=CONFIG.share,
+        reward="cooperative",
+        batch_size=CONFIG.batch,
+        repeats=CONFIG.repeats,
+    )
+    game.seed(seed)
+    policy = CONFIG.policy(game, "small")
+
+    def judge(policy: ActorPolicy) -> Judgement:
+        found = metrics.evaluate(backbone(), policy, held_back)
+        return Judgement(found.drop, found.saving)
+
+    return Trainer(
+        CONFIG.learner(policy, game, seed),
+        game.stream,
+        judge,
+        out,
+        updates=CONFIG.updates,
+        evaluate_every=CONFIG.evaluate_every,
+        target_drop=CONFIG.target_drop,
+        config={"seed": seed, "beta": CONFIG.beta} | description,
+    )
+
+
+def ending(out: Path) -> Any:
+    """All that the last checkpoint holds: weights, optimisers, best policy, history; no times."""
+    tensors, saved = read_tensors(out / CHECKPOINT)
+    assert saved.pop("seconds") > 0
+    return [tensors, saved]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    out = tmp_path_factory.mktemp("unbroken")
+    trainer(out).run()
+    return ending(out)
+
+
+def on_call(number: int, act: Callable[[], Any], method: Callable[..., Any]) -> Callable[..., Any]:
+    """``method``, but before its ``number``-th call ``act()``."""
+    calls = 0
+
+    def wrapped(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            act()
+        return method(*args)
+
+    return wrapped
+
+
+def crash() -> None:
+    raise Crash
+
+
+def test_a_run_does_its_updates_and_keeps_a_record(unbroken: Any) -> None:
+    saved = unbroken[1]
+    assert saved["done"] == 4
+    assert [row["update"] for row in saved["history"]] == [0, 1, 2, 2, 3, 4, 4]
+    assert [row["update"] for row in saved["history"] if "saving" in row] == [0, 2, 4]
+
+
+@pytest.mark.parametrize("call", [1, 3, 2 * CALLS + 2, 4 * CALLS])
+def test_a_run_killed_in_an_update_resumes_exactly(
+    call: int, tmp_path: Path, unbroken: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(MAPPO, "_descend", on_call(call, crash, MAPPO._descend))
+        trainer(tmp_path).run()
+    assert read_tensors(tmp_path / CHECKPOINT)[1]["done"] == (call - 1) // (2 * CALLS) * 2
+
+    again = trainer(tmp_path)
+    torch.manual_seed(99)  # whatever else drew numbers in between
+    again.resume()
+    again.run()
+    assert same(ending(tmp_path), unbroken)
+
+
+@pytest.mark.parametrize("save", [2, 3])
+def test_a_run_killed_while_it_writes_the_checkpoint_resumes_exactly(
+    save: int, tmp_path: Path, unbroken: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(os, "replace", on_call(save, crash, os.replace))
+        trainer(tmp_path).run()
+    again = trainer(tmp_path)
+    again.resume()
+    assert again.done == 2 * (save - 2)
+    again.run()
+    assert same(ending(tmp_path), unbroken)
+
+
+def test_a_finished_run_resumes_to_itself(tmp_path: Path, unbroken: Any) -> None:
+    trainer(tmp_path).run()
+    again = trainer(tmp_path)
+    again.resume()
+    again.run()
+    assert same(ending(tmp_path), unbroken)
+
+
+def test_ctrl_c_finishes_the_update_and_resumes_exactly(
+    tmp_path: Path, unbroken: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    stopped = trainer(tmp_path)
+    interrupt = on_call(2 * CALLS + 2, lambda: signal.raise_signal(signal.SIGINT), MAPPO._descend)
+    with monkeypatch.context() as patch:
+        patch.setattr(MAPPO, "_descend", interrupt)
+        stopped.run()
+    assert (stopped.stopped, stopped.done) == (True, 3)
+    assert stopped.best_state
+    assert signal.getsignal(signal.SIGINT) == before
+
+    again = trainer(tmp_path)
+    again.resume()
+    assert again.done == 3
+    again.run()
+    assert not again.stopped
+    assert same(ending(tmp_path), unbroken)
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def twice() -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(MAPPO, "_descend", on_call(CALLS + 1, twice, MAPPO._descend))
+    hasty = trainer(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        hasty.run()
+    assert hasty.done == 1
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_the_seed_decides(tmp_path: Path, unbroken: Any) -> None:
+    for name, seed in (("same", 0), ("other", 1)):
+        trainer(tmp_path / name, seed).run()
+    assert same(ending(tmp_path / "same"), unbroken)
+    weights = "state.learner.policy.actor.head.weight"
+    assert not torch.equal(ending(tmp_path / "other")[0][weights], unbroken[0][weights])
+
+
+def test_resuming_with_another_setting_names_it(tmp_path: Path) -> None:
+    trainer(tmp_path).run()
+    with pytest.raises(UserError, match=rf"beta=0.5.*with beta={CONFIG.beta}.*another --out"):
+        trainer(tmp_path, beta=0.5).resume()
+    with pytest.raises(UserError, match=r"new=1.*started with new=None"):
+        trainer(tmp_path, new=1).resume()
+
+
+def test_resuming_nothing_or_rubbish_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nothing to resume.*leave --resume out"):
+        trainer(tmp_path).resume()
+    whole = trainer(tmp_path)
+    whole.run()
+    path = tmp_path / CHECKPOINT
+    content = path.read_bytes()
+    for bad in (content[: len(content) // 2], b"", b"\x00" * 100, b"x" + content):
+        path.write_bytes(bad)
+        with pytest.raises(UserError, match="cannot read") as error:
+            trainer(tmp_path).resume()
+        assert "\n" not in str(error.value)
+    whole.learner.policy.save(path)
+    with pytest.raises(UserError, match="not a checkpoint of this version"):
+        trainer(tmp_path).resume()
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    write_bytes(path, b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match=r"cannot write.*No space left.*choose another"):
+            write_bytes(path, b"new and longer")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+    write_bytes(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file.json"
+    write_json(path, {"a": [1, 2.5, None]})
+    assert json.loads(path.read_text()) == {"a": [1, 2.5, None]}
+    with pytest.raises(TypeError):
+        write_json(path, object())
+    assert json.loads(path.read_text()) == {"a": [1, 2.5, None]}
+    with pytest.raises(UserError, match="cannot write"):
+        write_json(path / "below-a-file.json", {})
+
+
+def test_any_nested_state_survives_flattening() -> None:
+    state = {
+        "tensors": [torch.arange(3), torch.zeros(()), torch.rand(2, 2, dtype=torch.float64)],
+        "plain": {"a": 1, "b": 2.5, "c": None, "d": True, "e": "text", "f": [], "g": {}},
+        3: {"numbers as": "keys"},
+        "x.y": torch.ones(1),
+        "x": {"y": torch.zeros(1)},
+    }
+    tensors: dict[str, torch.Tensor] = {}
+    skeleton = json.loads(json.dumps(flatten_state("s", state, tensors)))
+    assert same(unflatten_state(skeleton, tensors), state)
+    with pytest.raises(TypeError, match=r"cannot store a object at s\.bad"):
+        flatten_state("s", {"bad": object()}, {})
+
+
+def test_an_optimiser_goes_on_from_its_flattened_state() -> None:
+    def optimiser(parameter: torch.nn.Parameter) -> torch.optim.Optimizer:
+        return torch.optim.Adam([parameter], lr=0.1, betas=(0.8, 0.9), weight_decay=0.1)
+
+    def descend(parameter: torch.nn.Parameter, adam: torch.optim.Optimizer) -> None:
+        for factor in (1.0, 2.0, 3.0):
+            adam.zero_grad()
+            (parameter**2 * factor).sum().backward()
+            adam.step()
+
+    one = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    first = optimiser(one)
+    descend(one, first)
+    tensors: dict[str, torch.Tensor] = {}
+    skeleton = json.loads(json.dumps(flatten_state("o", first.state_dict(), tensors)))
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # as from a file
+    other = torch.nn.Parameter(one.detach().clone())
+    second = optimiser(other)
+    second.load_state_dict(unflatten_state(skeleton, tensors))
+    descend(one, first)
+    descend(other, second)
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "wins"),
+    [
+        ((0.2, 30.0), (0.1, 20.0), True),  # within the target: the saving decides
+        ((0.2, 20.0), (0.1, 30.0), False),
+        ((-1.0, 10.0), (0.5, 11.0), False),  # the target itself is within
+        ((0.5, 11.0), (-1.0, 10.0), True),
+        ((0.6, 90.0), (0.5, 1.0), False),  # beyond it the drop decides
+        ((0.5, 1.0), (0.6, 90.0), True),
+        ((1.0, 10.0), (2.0, 90.0), True),
+        ((1.0, 20.0), (1.0, 10.0), True),  # a tie there: the saving
+        ((0.1, 20.0), (0.3, 20.0), False),  # a tie within: the first stays
+    ],
+)
+def test_which_of_two_is_better(
+    mine: tuple[float, float], theirs: tuple[float, float], wins: bool
+) -> None:
+    assert Judgement(*mine).beats(Judgement(*theirs), target_drop=0.5) is wins
+
+
+def test_the_first_is_better_than_none() -> None:
+    assert Judgement(99.0, -99.0).beats(None, 0.0)
+
+
+def some_policy() -> ActorPolicy:
+    return ActorPolicy(TokenPrune(), Widths(4, 0, 4), hidden=(4,))
+
+
+@pytest.mark.parametrize("limit", [0.05, 0.31, 0.5, 0.77, 0.95])
+def test_calibration_finds_the_largest_saving_within_the_target(limit: float) -> None:
+    policy = some_policy()
+    tried = []
+
+    def judge(policy: ActorPolicy) -> Judgement:
+        tried.append(policy.threshold)
+        return Judgement(drop=policy.threshold - limit, saving=100 * policy.threshold)
+
+    found = calibrate(policy, judge, 0.0, steps=8)
+    assert tried[0] == 0.5
+    assert len(tried) == 8
+    assert found == Judgement(policy.threshold - limit, 100 * policy.threshold)
+    assert policy.threshold == max(t for t in tried if t <= limit)
+    assert limit - 0.01 < policy.threshold <= limit
+
+
+def test_calibration_out_of_reach_takes_the_smallest_drop() -> None:
+    policy = some_policy()
+    found = calibrate(policy, lambda p: Judgement(5 + p.threshold, p.threshold), 0.0, steps=5)
+    assert policy.threshold < 0.03
+    assert found.drop == 5 + policy.threshold
+
+
+def test_events_have_every_step_once_after_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    broken = trainer(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(Crash), _events(tmp_path, broken) as log:
+        patch.setattr(MAPPO, "_descend", on_call(3 * CALLS + 1, crash, MAPPO._descend))
+        broken.run(log)
+    assert broken.done == 3  # logged, and later than the checkpoint
+    again = trainer(tmp_path)
+    again.resume()
+    with _events(tmp_path, again) as log:
+        again.run(log)
+
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [e.step for e in events.Scalars("reward")] == [1, 2, 3, 4]
+    assert [e.step for e in events.Scalars("held_back/saving")] == [0, 2, 4]
+    rewards = [row["reward"] for row in again.history if "reward" in row]
+    assert [e.value for e in events.Scalars("reward")] == pytest.approx(rewards)
+
+
+COMMAND = (
+    "train rl4evit --images 60 --set updates=3 --set evaluate_every=1 --set batch=8 "
+    "--set hidden=8 --set epochs=2 --set minibatches=2 --set calibrate=2 --out"
+)
+KILLED = f"""
+import os, signal
+from agents.mappo import MAPPO
+from tokenenv.cli import main
+
+calls, descend = 0, MAPPO._descend
+
+def last(*args):
+    global calls
+    calls += 1
+    if calls == {CALLS + 2}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return descend(*args)
+
+MAPPO._descend = last
+main("{COMMAND} broken".split())
+"""
+
+
+def test_a_killed_command_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).resolve().parents[1]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", KILLED]
+    killed = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+
+    monkeypatch.chdir(tmp_path)
+    assert read_tensors(Path("broken", CHECKPOINT))[1]["done"] == 1
+    assert not Path("broken", "policy.safetensors").exists()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert main(f"{COMMAND} broken --resume".split()) == 0
+        assert main(f"{COMMAND} whole".split()) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert same(ending(Path("broken")), ending(Path("whole")))
+    policies = [Path(out, "policy.safetensors").read_bytes() for out in ("broken", "whole")]
+    assert policies[0] == policies[1]
+    reports = [json.loads(Path(out, "report.json").read_text()) for out in ("broken", "whole")]
+    for report in reports:
+        for key in ("images_per_s", "images_per_s_dense", "training_seconds"):
+            assert report.pop(key) > 0
+    assert reports[0] == reports[1]

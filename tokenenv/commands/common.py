@@ -1,0 +1,106 @@
+"""What training and evaluating have in common: models, places to write to, results in words."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from tokenenv import metrics
+from tokenenv.backbone import Backbone
+from tokenenv.data import ImageSource
+from tokenenv.errors import UserError
+from tokenenv.models import EMBEDDED, check_name, load_backbone
+
+MAC_NOTE = "1 MAC = 1 FLOP, policy included, frozen backbone"
+
+
+def open_backbone(args: argparse.Namespace) -> tuple[Backbone, str]:
+    """The model that ``--model``, ``--weights`` and ``--device`` ask for, and its name.
+
+    Raises:
+        UserError: unknown, unsupported or unreadable, or a model without images of its own.
+    """
+    name = args.model or EMBEDDED
+    check_name(name)
+    if args.data is None and name != EMBEDDED:
+        raise UserError(f"model '{name}' needs --data: a folder of class/image")
+    if name != EMBEDDED and args.weights is None:
+        print(f"loading '{name}' with timm's weights for it; --weights FILE takes others")
+    return load_backbone(name, args.weights, args.device), name
+
+
+@contextlib.contextmanager
+def writable_folder(folder: Path) -> Iterator[None]:
+    """Make ``folder`` and see that it can be written to; removed again if it stays empty.
+
+    Raises:
+        UserError: it cannot be made or written to.
+    """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"cannot write to '{folder}' ({reason}): choose another") from None
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # the first that isn't empty ends it
+            for place in made:
+                place.rmdir()
+
+
+def evaluate_with_bar(
+    backbone: Backbone, policy: metrics.Decider, source: ImageSource, **options: Any
+) -> metrics.Evaluation:
+    """:func:`tokenenv.metrics.evaluate` with a progress bar."""
+    with tqdm(total=len(source), unit="image", desc="evaluating", leave=False, disable=None) as bar:
+        return metrics.evaluate(backbone, policy, source, progress=bar.update, **options)
+
+
+def evaluation_json(model: str, source: ImageSource, result: metrics.Evaluation) -> dict[str, Any]:
+    """What the reports of both commands say of an evaluation."""
+    return {
+        "model": model,
+        "data": source.name,
+        "skipped": len(source.skipped),
+        **result.report(),
+    }
+
+
+def print_result(source: ImageSource, result: metrics.Evaluation) -> None:
+    """A table of the dense and the reduced model."""
+    r = result.report()
+    print(f"{r['images']} images of {source.name} ({MAC_NOTE}):")
+    print(f"  {'':8}{'top-1 %':>9}{'GMACs/image':>13}{'images/s':>10}")
+    print(
+        f"  {'dense':8}{r['top1_dense']:9.2f}{r['gmacs_dense']:13.4f}"
+        f"{r['images_per_s_dense']:10.1f}"
+    )
+    print(f"  {'reduced':8}{r['top1']:9.2f}{r['gmacs']:13.4f}{r['images_per_s']:10.1f}")
+    print(f"  {in_words(result.saving, result.drop)}, {r['agreement']:.1f} % same prediction")
+    print(f"  visual tokens, block by block: {' '.join(f'{n:.0f}' for n in r['tokens'])}")
+
+
+def in_words(saving: float, drop: float) -> str:
+    """Such as ``"23.4 % fewer MACs, top-1 0.50 points lower"``."""
+    macs = f"{abs(saving):.1f} % {'fewer' if saving >= 0 else 'more'} MACs"
+    if abs(drop) < 0.005:
+        return f"{macs}, same top-1"
+    return f"{macs}, top-1 {abs(drop):.2f} points {'lower' if drop > 0 else 'higher'}"
+
+
+def report_skipped(source: ImageSource) -> None:
+    """Say which images could not be read."""
+    if source.skipped:
+        print(
+            f"skipped {len(source.skipped)} unreadable images of {source.name}, "
+            f"for example '{source.skipped[0]}'"
+        )

@@ -1,0 +1,313 @@
+"""``tokenenv train``: from options to a run folder."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from agents.judgement import Judgement, calibrate
+from agents.plots import plot_history
+from agents.policy import ActorPolicy
+from agents.rl4evit import RL4EViTConfig, with_settings
+from agents.storage import write_json
+from agents.training import CHECKPOINT, Trainer
+from tokenenv import metrics
+from tokenenv.backbone import Backbone
+from tokenenv.commands.common import (
+    evaluate_with_bar,
+    evaluation_json,
+    in_words,
+    open_backbone,
+    print_result,
+    report_skipped,
+    writable_folder,
+)
+from tokenenv.data import ImageSource, open_source
+from tokenenv.envs.build import build_game
+from tokenenv.errors import UserError
+from tokenenv.game import Game
+from tokenenv.rewards import AlphaBeta, ClosedLoop, Cooperative
+from tokenenv.run_report import write_token_pictures
+
+POLICY = "policy.safetensors"
+INTERRUPTED = 130
+
+
+def train(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit status, 130 after Ctrl-C."""
+    config = with_settings(RL4EViTConfig(), args.settings)
+    with _run_folder(args) as out:
+        try:
+            stopped = _train(args, config, out)
+        except KeyboardInterrupt:
+            if not (out / CHECKPOINT).exists():
+                raise
+            raise KeyboardInterrupt(f"the same command with --out {out} --resume goes on") from None
+    return INTERRUPTED if stopped else 0
+
+
+def _train(args: argparse.Namespace, config: RL4EViTConfig, out: Path) -> bool:
+    """Build everything, train, and report; whether Ctrl-C ended the training early."""
+    backbone, name = open_backbone(args)
+    source = _open_images(args, backbone)
+    fit, held_back = source.split(config.held_back, seed=args.seed)
+    if config.batch > config.repeats * len(fit):
+        raise UserError(
+            f"batch={config.batch} takes {config.batch // config.repeats} images and there are "
+            f"{len(fit)} to train on: use --set batch={config.repeats * len(fit)} or less"
+        )
+    torch.manual_seed(args.seed)
+    game = build_game(
+        model=backbone,
+        data=fit,
+        blocks=config.blocks or None,
+        features=config.features,
+        share=config.share,
+        reward=config.reward,
+        reward_kwargs=config.reward_kwargs(),
+        batch_size=config.batch,
+        repeats=config.repeats,
+    )
+    game.seed(args.seed)
+    policy = config.policy(game, name)
+    judge = _Judge(backbone, held_back)
+    market = _Market(game, config, judge)
+    trainer = Trainer(
+        config.learner(policy, game, args.seed),
+        market,
+        market.judge if config.closed_loop else judge,
+        out,
+        updates=config.updates,
+        evaluate_every=config.evaluate_every,
+        target_drop=config.target_drop,
+        config=_description(args, config, name, source),
+    )
+    if args.resume:
+        trainer.resume()
+    print(
+        f"training {args.system} on {name}: {len(fit)} images of {source.name}, "
+        f"{len(held_back)} held back to compare policies\n"
+        f"{game.agents} agents, {game.steps} decisions, before blocks "
+        f"{', '.join(map(str, game.rules.blocks))}; Ctrl-C stops early and keeps the best policy"
+    )
+    _run_dense_model(game, judge)
+    write_json(out / "config.json", {**trainer.config, "versions": _versions()})
+    with _events(out, trainer) as log:
+        trainer.run(log)
+    report_skipped(source)
+    _finish(trainer, policy, config, judge, _final_images(args, judge), out)
+    return trainer.stopped
+
+
+def _finish(
+    trainer: Trainer,
+    policy: ActorPolicy,
+    config: RL4EViTConfig,
+    judge: _Judge,
+    final: ImageSource,
+    out: Path,
+) -> None:
+    """Keep the best policy, and write what the run folder promises."""
+    assert trainer.best is not None
+    policy.load_state_dict(trainer.best_state)
+    found = trainer.best
+    if config.calibrate:
+        found = calibrate(policy, judge, config.target_drop, config.calibrate)
+        print(
+            f"threshold {policy.threshold:.2f} saves most within {config.target_drop:g} points: "
+            f"{in_words(found.saving, found.drop)} on the held-back images"
+        )
+    policy.save(out / POLICY)
+    result = evaluate_with_bar(judge.backbone, policy, final)
+    report = {
+        **evaluation_json(trainer.config["model"], final, result),
+        "updates": trainer.done,
+        "stopped_early": trainer.stopped,
+        "training_seconds": round(trainer.seconds, 1),
+        "held_back": dataclasses.asdict(found),
+        "evaluated_on_held_back": final is judge.source,
+        "threshold": policy.threshold,
+        "frozen_backbone": True,
+        "macs": "GMACs per image, policy included; 1 MAC = 1 FLOP",
+        "history": trainer.history,
+    }
+    write_json(out / "report.json", report)
+    plot_history(out / "curve.png", trainer.history, config.target_drop)
+    write_token_pictures(out / "tokens.png", judge.backbone, policy, final)
+    print_result(final, result)
+    print(
+        f"trained {trainer.done} updates in {tqdm.format_interval(trainer.seconds)}; "
+        f"policy, report.json, curve.png and tokens.png are in {out}"
+    )
+
+
+class _Judge:
+    """Measures a policy on held-back images whose dense predictions are known."""
+
+    def __init__(self, backbone: Backbone, source: ImageSource) -> None:
+        self.backbone, self.source = backbone, source
+        self._dense = torch.zeros(len(source), dtype=torch.long)
+
+    def prepare(self) -> Iterator[int]:
+        """Predict with the dense model; yields images done."""
+        for index in torch.arange(len(self.source)).split(64):
+            batch = self.source.batch(index)
+            if len(batch.index):
+                images = batch.images.to(self.backbone.device, self.backbone.dtype)
+                with torch.inference_mode():
+                    self._dense[batch.index] = self.backbone(images).argmax(1).cpu()
+            yield len(index)
+
+    def __call__(self, policy: ActorPolicy) -> Judgement:
+        """Drop and saving of the deterministic policy."""
+        found = metrics.evaluate(self.backbone, policy, self.source, dense=self._dense)
+        return Judgement(drop=found.drop, saving=found.saving)
+
+
+class _Market:
+    """What a game remembers between updates: the order of its images and the price of a token.
+
+    With the closed loop every judgement sets a new price.
+    """
+
+    def __init__(self, game: Game, config: RL4EViTConfig, judge: _Judge) -> None:
+        self.game, self._judge = game, judge
+        self.loop = ClosedLoop(config.beta, config.target_drop)
+
+    def judge(self, policy: ActorPolicy) -> Judgement:
+        """Judge, and let the price follow."""
+        found = self._judge(policy)
+        self._set(self.loop.follow(found.drop))
+        return found
+
+    def _set(self, price: float) -> None:
+        if isinstance(self.game.reward, AlphaBeta | Cooperative):
+            self.game.reward = dataclasses.replace(self.game.reward, beta=price)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers."""
+        return {"stream": self.game.stream.state_dict(), "price": self.loop.price}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self.game.stream.load_state_dict(state["stream"])
+        self.loop.price = state["price"]
+        self._set(self.loop.price)
+
+
+def _run_dense_model(game: Game, judge: _Judge) -> None:
+    """Compute once what the untouched model says of every image."""
+    total = len(game.source) + len(judge.source)
+    with tqdm(total=total, unit="image", desc="dense model", leave=False, disable=None) as bar:
+        for part in (game.prepare(), judge.prepare()):
+            for done in part:
+                bar.update(done)
+    game.source.check_readable()
+    judge.source.check_readable()
+
+
+def _open_images(args: argparse.Namespace, backbone: Backbone) -> ImageSource:
+    """The training images that ``--data`` and ``--images`` ask for."""
+    source = open_source(args.data, backbone.model, split="train")
+    if args.images is None:
+        return source
+    if args.images > len(source):
+        raise UserError(
+            f"--images {args.images} is more than the {len(source)} images of {source.name}: "
+            "ask for fewer, or leave it out to use them all"
+        )
+    return source.subset(args.images, args.seed)
+
+
+def _final_images(args: argparse.Namespace, judge: _Judge) -> ImageSource:
+    """The embedded digits have images that nobody trains on; of a folder, the held-back part."""
+    if args.data in (None, "digits"):
+        return open_source(args.data, judge.backbone.model, split="test")
+    return judge.source
+
+
+@contextlib.contextmanager
+def _run_folder(args: argparse.Namespace) -> Iterator[Path]:
+    """The folder to write to: new and writable, or the one to resume."""
+    if args.out is None:
+        if args.resume:
+            raise UserError("--resume needs --out DIR: which run shall go on?")
+        with _new_folder(Path("runs"), args.system) as out:
+            yield out
+        return
+    out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out '{out}' is a file: choose a folder")
+    if not args.resume and any((out / name).exists() for name in (CHECKPOINT, POLICY)):
+        raise UserError(f"--out '{out}' already holds a run: add --resume, or choose another")
+    with writable_folder(out):
+        yield out
+
+
+@contextlib.contextmanager
+def _new_folder(parent: Path, name: str) -> Iterator[Path]:
+    """The first free ``parent/name-NUMBER``; runs started at the same time get different ones."""
+    with writable_folder(parent):
+        number = 0
+        while True:
+            out = parent / f"{name}-{number}"
+            try:
+                out.mkdir()
+                break
+            except FileExistsError:
+                number += 1
+        try:
+            yield out
+        finally:
+            with contextlib.suppress(OSError):  # not empty
+                out.rmdir()
+
+
+def _description(
+    args: argparse.Namespace, config: RL4EViTConfig, name: str, source: ImageSource
+) -> dict[str, Any]:
+    """What the run is, as JSON; a run is only resumed under the same description."""
+    return {
+        "system": args.system,
+        "model": name,
+        "weights": os.path.abspath(args.weights) if args.weights else None,
+        "data": source.name,
+        "images": len(source),
+        "seed": args.seed,
+        **json.loads(json.dumps(dataclasses.asdict(config))),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("tokenenv", "torch", "timm", "gymnasium", "pettingzoo"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+@contextlib.contextmanager
+def _events(out: Path, trainer: Trainer) -> Iterator[Any]:
+    """A function that writes numbers as TensorBoard events."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    # What was written after the checkpoint that this run goes on from will be written again.
+    writer = SummaryWriter(str(out), purge_step=trainer.done + 1 if trainer.history else 0)
+
+    def log(update: int, numbers: dict[str, float]) -> None:
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, update)
+
+    with contextlib.closing(writer):
+        yield log
