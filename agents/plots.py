@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 
-def plot_history(path: Path, history: list[dict[str, Any]], target_drop: float) -> None:
+def plot_history(path: Path, history: list[dict[str, Any]], target_saving: float) -> None:
     """Draw reward, tokens kept, and the held-back images' saving and drop over the updates.
 
     Args:
         path: PNG to write.
         history: rows of :class:`agents.training.Trainer`.
-        target_drop: percentage points, drawn as a line.
+        target_saving: percent, drawn as a line.
     """
     # Not pyplot: it keeps figures, and looks for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -34,8 +34,8 @@ def plot_history(path: Path, history: list[dict[str, Any]], target_drop: float) 
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    axes[1, 1].axhline(target_drop, color="0.4", ls="--", lw=1, label="may be lost")
-    axes[1, 1].legend(fontsize=8)
+    axes[1, 0].axhline(target_saving, color="0.4", ls="--", lw=1, label="wanted")
+    axes[1, 0].legend(fontsize=8)
     for axis in axes[1]:
         axis.set_xlabel("update")
     figure.savefig(path, dpi=120)

@@ -21,15 +21,17 @@ Check = tuple[Callable[[Any], bool], str]
 _FROM_ONE: Check = (lambda v: v >= 1, "at least 1")
 _FROM_ZERO: Check = (lambda v: v >= 0, "at least 0")
 _POSITIVE: Check = (lambda v: v > 0, "greater than 0")
+_PERCENT: Check = (lambda v: 0 < v < 100, "between 0 and 100")
 _SHARE: Check = (lambda v: 0 <= v <= 1, "from 0 to 1")
 _PART: Check = (lambda v: 0 < v < 1, "between 0 and 1")
 _CHECKS: dict[str, Check] = {
     **dict.fromkeys(("updates", "batch", "repeats", "evaluate_every"), _FROM_ONE),
     **dict.fromkeys(("epochs", "minibatches"), _FROM_ONE),
-    **dict.fromkeys(("alpha", "beta", "entropy", "target_drop", "calibrate"), _FROM_ZERO),
+    **dict.fromkeys(("alpha", "beta", "entropy", "calibrate"), _FROM_ZERO),
     **dict.fromkeys(("lr", "clip"), _POSITIVE),
     **dict.fromkeys(("gamma", "lam"), _SHARE),
     **dict.fromkeys(("held_back", "initial_keep"), _PART),
+    "target_saving": _PERCENT,
     "hidden": (lambda v: bool(v) and min(v) >= 1, "one or more widths, such as 64/64"),
     "features": (bool, "one or more names, such as token/position"),
 }
@@ -38,6 +40,8 @@ _CHECKS: dict[str, Check] = {
 @dataclass(frozen=True)
 class RL4EViTConfig:
     """What ``tokenenv train rl4evit --set key=value`` can set.
+
+    The defaults are for an ImageNet model; :meth:`for_digits` for the embedded one.
 
     Attributes:
         updates: rollouts of ``batch`` images and their PPO epochs.
@@ -59,16 +63,16 @@ class RL4EViTConfig:
         lr, entropy, epochs, minibatches, gamma, lam, clip: PPO.
         held_back: share of the training images on which policies are compared, not trained.
         evaluate_every: updates between two such comparisons.
-        closed_loop: whether the price ``beta`` follows the drop on the held-back images
+        closed_loop: whether the price ``beta`` follows the saving on the held-back images
             (``cooperative``, ``alpha_beta``), see :class:`~tokenenv.rewards.ClosedLoop`.
-        target_drop: percentage points of top-1 that the policy may lose there.
+        target_saving: percent of the multiply-adds that the policy shall save there.
         calibrate: bisection steps for the policy's threshold at the end; 0 leaves it at 0.5.
 
     Raises:
         UserError: a value out of its range.
     """
 
-    updates: int = 200
+    updates: int = 320
     batch: int = 64
     blocks: tuple[int, ...] = ()
     features: tuple[str, ...] = (
@@ -82,7 +86,7 @@ class RL4EViTConfig:
     share: bool = False
     reward: Literal["cooperative", "alpha_beta", "keep_target"] = "cooperative"
     alpha: float = 0.0
-    beta: float = 0.0001
+    beta: float = 0.0005
     class_reward: Literal["each", "final"] = "each"
     targets: tuple[float, ...] = ()
     centralised: bool = True
@@ -90,17 +94,17 @@ class RL4EViTConfig:
     initial_keep: float = 0.985
     lean: float = 4.0
     repeats: int = 4
-    lr: float = 3e-3
+    lr: float = 2e-3
     entropy: float = 0.001
     epochs: int = 4
     minibatches: int = 4
     gamma: float = 1.0
     lam: float = 0.95
     clip: float = 0.2
-    held_back: float = 0.3
-    evaluate_every: int = 10
+    held_back: float = 0.15
+    evaluate_every: int = 20
     closed_loop: bool = True
-    target_drop: float = 0.1
+    target_saving: float = 26.5
     calibrate: int = 6
 
     def __post_init__(self) -> None:
@@ -110,6 +114,25 @@ class RL4EViTConfig:
                 fits, words = (lambda v: False), "a finite number"
             if not fits(value):
                 raise UserError(f"{key}={_text(value)} doesn't do: it must be {words}")
+
+    @classmethod
+    def for_digits(cls) -> RL4EViTConfig:
+        """Settings for the embedded model.
+
+        Its class attention does not tell which tokens matter (pruning by it loses as much as
+        pruning at random), so the policy does not lean on it.
+        """
+        return cls(
+            updates=100,
+            batch=128,
+            beta=1e-4,
+            lean=0.0,
+            initial_keep=0.9,
+            lr=3e-3,
+            held_back=0.3,
+            evaluate_every=10,
+            target_saving=38.0,
+        )
 
     def reward_kwargs(self) -> dict[str, Any]:
         """What the chosen reward is built with; what is left out takes the reward's default."""
@@ -177,8 +200,12 @@ def with_settings(config: RL4EViTConfig, settings: list[str]) -> RL4EViTConfig:
 
 def settings_help() -> str:
     """Every setting with its default, then what each of them means."""
-    config = RL4EViTConfig()
-    defaults = [f"  {key}={_text(value)}" for key, value in vars(config).items()]
+    digits = vars(RL4EViTConfig.for_digits())
+    defaults = [
+        f"  {key}={_text(value)}"
+        + (f"  (embedded model: {_text(digits[key])})" if digits[key] != value else "")
+        for key, value in vars(RL4EViTConfig()).items()
+    ]
     meanings = inspect.cleandoc(RL4EViTConfig.__doc__ or "").partition("Attributes:\n")[2]
     return "\n".join(["defaults:", *defaults, "", "meanings:", meanings.partition("\n\n")[0]])
 

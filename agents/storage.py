@@ -33,7 +33,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Copies: the tensors lie in the mapped file, and what is written to it shows in them.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         return tensors, json.loads(metadata["tokenenv"])
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise UserError(

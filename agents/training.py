@@ -62,7 +62,7 @@ class Trainer:
         out: run folder; the checkpoint is written there.
         updates: how many updates in all.
         evaluate_every: updates between two judgements; a checkpoint follows each.
-        target_drop: percentage points that may be lost; decides which policy is best.
+        target_saving: percent of the multiply-adds to save; decides which policy is best.
         config: what the run is; resuming with another is an error.
 
     Attributes:
@@ -82,11 +82,12 @@ class Trainer:
         *,
         updates: int,
         evaluate_every: int,
-        target_drop: float,
+        target_saving: float,
         config: dict[str, Any],
     ) -> None:
         self.learner, self.order, self.judge, self.out = learner, order, judge, out
-        self.updates, self.evaluate_every, self.target_drop = updates, evaluate_every, target_drop
+        self.updates, self.evaluate_every = updates, evaluate_every
+        self.target_saving = target_saving
         self.config = config
         self.done = 0
         self.seconds = 0.0
@@ -119,7 +120,7 @@ class Trainer:
     def _evaluate(self, log: Log, clock: _Clock) -> None:
         """Judge the policy, keep it if it is the best, print a line, write the checkpoint."""
         found = self.judge(self.learner.policy)
-        better = found.beats(self.best, self.target_drop)
+        better = found.beats(self.best, self.target_saving)
         if better:
             self.best = found
             state = self.learner.policy.state_dict()

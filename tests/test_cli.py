@@ -190,12 +190,12 @@ def test_a_run_folder_holds_what_is_promised(run: Path) -> None:
     assert len([row for row in report["history"] if "saving" in row]) == 4
 
 
-def test_a_fifth_is_held_back(
+def test_a_share_is_held_back(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Trainer, "run", fail)
     with pytest.raises(Failed):
-        main(QUICK.split())
+        main([*QUICK.split(), "--set", "held_back=0.2"])
     assert "48 images of digits:train, 12 held back" in capsys.readouterr().out
 
 
@@ -359,20 +359,20 @@ def test_unreadable_images_are_skipped_and_counted(
     assert json.loads(Path("r/report.json").read_text())["images"] > 0
 
 
-def test_a_first_ctrl_c_keeps_everything(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_first_ctrl_c_keeps_everything(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [*QUICK.replace("--images 60", f"--data {folder}").split(), "--out", "r"]
     interrupt_update(monkeypatch, number=2, times=1)
-    assert main([*QUICK.split(), "--out", "r"]) == 130
+    assert main(command) == 130
     report = json.loads(Path("r/report.json").read_text())
     assert (report["updates"], report["stopped_early"]) == (2, True)
     for name in ("policy.safetensors", "config.json", "curve.png", "tokens.png", CHECKPOINT):
         assert Path("r", name).is_file()
     assert evaluation("r --limit 10")["images"] == 10
 
-    assert main([*QUICK.split(), "--out", "r", "--resume"]) == 0
+    assert main([*command, "--resume"]) == 0
     report = json.loads(Path("r/report.json").read_text())
     assert (report["updates"], report["stopped_early"]) == (3, False)
+    assert report["evaluated_on_held_back"]
 
 
 def test_a_second_ctrl_c_ends_it_and_says_how_to_go_on(
@@ -555,10 +555,10 @@ def test_weights_that_do_not_fit(untrained: Path, capfd: pytest.CaptureFixture[s
         "hidden.pth": "cannot be read",
         "list.pth": "no state dict",
     }.items():
-        for command in ("evaluate keep-all", "train rl4evit"):
-            error = mistake(f"{command} --weights {name}", capfd)
-            assert name in error
-            assert words in error
+        error = mistake(f"evaluate keep-all --weights {name}", capfd)
+        assert name in error
+        assert words in error
+    assert "evil.pth" in mistake("train rl4evit --weights evil.pth", capfd)
     assert not Path("executed").exists()
 
 
@@ -630,7 +630,7 @@ def test_a_run_is_never_overwritten(run: Path, capfd: pytest.CaptureFixture[str]
     assert "--resume" in error
     error = mistake(f"{QUICK} --out {run} --resume --set beta=0.25", capfd)
     assert "beta=0.25" in error
-    assert f"started with beta={RL4EViTConfig().beta}" in error
+    assert f"started with beta={RL4EViTConfig.for_digits().beta}" in error
     error = mistake(f"{QUICK} --out {run} --resume --seed 7", capfd)
     assert "seed=7" in error
     assert tree(run) == before

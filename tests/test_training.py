@@ -19,7 +19,14 @@ from agents.judgement import Judgement, calibrate
 from agents.mappo import MAPPO
 from agents.policy import ActorPolicy, Widths
 from agents.rl4evit import RL4EViTConfig
-from agents.storage import flatten_state, read_tensors, unflatten_state, write_bytes, write_json
+from agents.storage import (
+    flatten_state,
+    read_tensors,
+    unflatten_state,
+    write_bytes,
+    write_json,
+    write_tensors,
+)
 from agents.training import CHECKPOINT, Trainer
 from tokenenv import metrics
 from tokenenv.cli import main
@@ -56,7 +63,7 @@ def trainer(out: Path, seed: int = 0, **description: Any) -> Trainer:
 
     def judge(policy: ActorPolicy) -> Judgement:
         found = metrics.evaluate(backbone(), policy, held_back)
-        return Judgement(found.drop, found.saving)
+        return Judgement(found.saving, found.losses.mean().item(), found.drop)
 
     return Trainer(
         CONFIG.learner(policy, game, seed),
@@ -65,7 +72,7 @@ def trainer(out: Path, seed: int = 0, **description: Any) -> Trainer:
         out,
         updates=CONFIG.updates,
         evaluate_every=CONFIG.evaluate_every,
-        target_drop=CONFIG.target_drop,
+        target_saving=CONFIG.target_saving,
         config={"seed": seed, "beta": CONFIG.beta} | description,
     )
 
@@ -245,6 +252,15 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         write_json(path / "below-a-file.json", {})
 
 
+def test_what_was_read_does_not_change_with_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "file.safetensors"
+    write_tensors(path, {"a": torch.ones(4096)}, {"b": 1})
+    tensors, config = read_tensors(path)
+    path.write_bytes(b"\x07" * path.stat().st_size)
+    assert torch.equal(tensors["a"], torch.ones(4096))
+    assert config == {"b": 1}
+
+
 def test_any_nested_state_survives_flattening() -> None:
     state = {
         "tensors": [torch.arange(3), torch.zeros(()), torch.rand(2, 2, dtype=torch.float64)],
@@ -287,53 +303,51 @@ def test_an_optimiser_goes_on_from_its_flattened_state() -> None:
 @pytest.mark.parametrize(
     ("mine", "theirs", "wins"),
     [
-        ((0.2, 30.0), (0.1, 20.0), True),  # within the target: the saving decides
-        ((0.2, 20.0), (0.1, 30.0), False),
-        ((-1.0, 10.0), (0.5, 11.0), False),  # the target itself is within
-        ((0.5, 11.0), (-1.0, 10.0), True),
-        ((0.6, 90.0), (0.5, 1.0), False),  # beyond it the drop decides
-        ((0.5, 1.0), (0.6, 90.0), True),
-        ((1.0, 10.0), (2.0, 90.0), True),
-        ((1.0, 20.0), (1.0, 10.0), True),  # a tie there: the saving
-        ((0.1, 20.0), (0.3, 20.0), False),  # a tie within: the first stays
+        ((30.0, 0.5), (40.0, 0.6), True),  # both save the target: the loss decides
+        ((40.0, 0.6), (30.0, 0.5), False),
+        ((29.5, 0.5), (30.0, 0.6), True),  # a point less is as good
+        ((28.5, 0.1), (30.0, 0.6), False),  # more than that is not
+        ((30.0, 9.0), (28.5, 0.1), True),
+        ((20.0, 9.0), (10.0, 0.1), True),  # of two that save too little, who saves more
+        ((30.0, 0.5), (35.0, 0.5), False),  # a tie: the first stays
     ],
 )
 def test_which_of_two_is_better(
     mine: tuple[float, float], theirs: tuple[float, float], wins: bool
 ) -> None:
-    assert Judgement(*mine).beats(Judgement(*theirs), target_drop=0.5) is wins
+    assert Judgement(*mine, 0.0).beats(Judgement(*theirs, 0.0), target_saving=30.0) is wins
 
 
 def test_the_first_is_better_than_none() -> None:
-    assert Judgement(99.0, -99.0).beats(None, 0.0)
+    assert Judgement(-99.0, 99.0, 99.0).beats(None, 30.0)
 
 
 def some_policy() -> ActorPolicy:
     return ActorPolicy(TokenPrune(), Widths(4, 0, 4), hidden=(4,))
 
 
-@pytest.mark.parametrize("limit", [0.05, 0.31, 0.5, 0.77, 0.95])
-def test_calibration_finds_the_largest_saving_within_the_target(limit: float) -> None:
+@pytest.mark.parametrize("target", [5.0, 31.0, 50.0, 77.0, 95.0])
+def test_calibration_saves_the_target_and_hardly_more(target: float) -> None:
     policy = some_policy()
     tried = []
 
     def judge(policy: ActorPolicy) -> Judgement:
         tried.append(policy.threshold)
-        return Judgement(drop=policy.threshold - limit, saving=100 * policy.threshold)
+        return Judgement(100 * policy.threshold, 0.0, 0.0)
 
-    found = calibrate(policy, judge, 0.0, steps=8)
+    found = calibrate(policy, judge, target, steps=10)
     assert tried[0] == 0.5
-    assert len(tried) == 8
-    assert found == Judgement(policy.threshold - limit, 100 * policy.threshold)
-    assert policy.threshold == max(t for t in tried if t <= limit)
-    assert limit - 0.01 < policy.threshold <= limit
+    assert len(tried) == 10
+    assert found.saving == 100 * policy.threshold
+    assert policy.threshold == min(t for t in tried if 100 * t >= target)
+    assert target <= found.saving < target + 1
 
 
-def test_calibration_out_of_reach_takes_the_smallest_drop() -> None:
+def test_calibration_out_of_reach_saves_what_it_can() -> None:
     policy = some_policy()
-    found = calibrate(policy, lambda p: Judgement(5 + p.threshold, p.threshold), 0.0, steps=5)
-    assert policy.threshold < 0.03
-    assert found.drop == 5 + policy.threshold
+    found = calibrate(policy, lambda p: Judgement(p.threshold, 0.0, 0.0), 30.0, steps=5)
+    assert policy.threshold > 0.97
+    assert found.saving == policy.threshold
 
 
 def test_events_have_every_step_once_after_a_resume(

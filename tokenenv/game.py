@@ -56,7 +56,8 @@ class Game:
         agents: P, the number of agents per image.
         steps: decisions per episode.
         agent_dim, shared_dim, state_dim: widths of the observation's parts.
-        images, labels: ``(B, C, H, W)`` and ``(B,)`` of the episode.
+        images, labels, index: ``(B, C, H, W)``, ``(B,)``, and ``(B,)`` positions in the source, of the
+            episode.
         history: ``(B, P)`` bool who was alive after each decision of the episode so far.
     """
 
@@ -101,6 +102,7 @@ class Game:
         self.images = batch.images.to(device, self.backbone.dtype, non_blocking=True)
         self.labels = batch.labels.to(device, non_blocking=True)
         self.native = self._native_logits(batch.index)
+        self.index = batch.index.repeat_interleave(self.repeats)
         if self.repeats > 1:
             self.images, self.labels, self.native = (
                 t.repeat_interleave(self.repeats, dim=0)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tokenenv.backbone import Backbone
@@ -47,6 +48,7 @@ class Evaluation:
 
     Attributes:
         labels, dense, reduced: ``(n,)`` true classes and both models' predictions.
+        losses: ``(n,)`` cross-entropy of the reduced model, in nats.
         macs: ``(n,)`` multiply-adds of each image, policy included.
         lengths: ``(n, depth)`` visual tokens left after each block.
         dense_macs: multiply-adds of the dense model for one image.
@@ -58,6 +60,7 @@ class Evaluation:
     labels: Tensor
     dense: Tensor
     reduced: Tensor
+    losses: Tensor
     macs: Tensor
     lengths: Tensor
     dense_macs: float
@@ -134,7 +137,7 @@ def evaluate(
         allowed[:] = False
         allowed[source.classes.to(device)] = True
     rows: dict[str, list[Tensor]] = {
-        name: [] for name in ("labels", "dense", "reduced", "macs", "lengths", "index")
+        name: [] for name in ("labels", "dense", "reduced", "losses", "macs", "lengths", "index")
     }
     seconds = dense_seconds = 0.0
     for turn, index in enumerate(torch.arange(len(source)).split(batch_size)):
@@ -156,6 +159,8 @@ def evaluate(
         assert episode.logits is not None
         rows["labels"].append(batch.labels)
         rows["reduced"].append(episode.logits.masked_fill(~allowed, -torch.inf).argmax(1).cpu())
+        loss = F.cross_entropy(episode.logits.float(), batch.labels.to(device), reduction="none")
+        rows["losses"].append(loss.cpu())
         macs = cost.backbone_macs(episode.lengths)
         macs += cost.decision_macs(policy.rules, policy, episode.lengths)
         rows["macs"].append(macs.cpu())

@@ -172,25 +172,26 @@ class Cooperative:
 
 @dataclass
 class ClosedLoop:
-    """A price that rises while less accuracy is lost than may be, and falls while more is.
+    """A price that rises while less is saved than wanted, and falls while more is.
 
-    After DORA-pruning's coefficient (its section on the closed loop), which adds
-    ``5 clip((drop - target) / 1 pp)`` to the weight of the penalty; here the price is multiplied,
-    so that one rate suits models of any size.
+    A fixed price means another saving for every model and every stage of training. The idea is
+    that of DORA-pruning's closed-loop coefficient, with the saving, which is known without noise,
+    in place of the drop in accuracy.
 
     Attributes:
         price: now; positive.
-        target: percentage points of top-1 that may be lost.
-        rate: the price changes by a factor of ``exp(rate)`` at most per call.
+        target: percent to save.
+        rate: the price changes by a factor of ``exp(rate)`` at most per call; in full from 5
+            percentage points off the target.
     """
 
     price: float
     target: float
-    rate: float = 0.15
+    rate: float = 0.2
 
-    def follow(self, drop: float) -> float:
-        """The next price after ``drop`` percentage points were lost."""
-        self.price *= math.exp(self.rate * max(-1.0, min(1.0, 2 * (self.target - drop))))
+    def follow(self, saving: float) -> float:
+        """The next price after ``saving`` percent were saved."""
+        self.price *= math.exp(self.rate * max(-1.0, min(1.0, (self.target - saving) / 5)))
         return self.price
 
 

@@ -37,6 +37,7 @@ from tokenenv.data import ImageSource, open_source
 from tokenenv.envs.build import build_game
 from tokenenv.errors import UserError
 from tokenenv.game import Game
+from tokenenv.models import EMBEDDED
 from tokenenv.rewards import AlphaBeta, ClosedLoop, Cooperative
 from tokenenv.run_report import write_token_pictures
 
@@ -46,7 +47,8 @@ INTERRUPTED = 130
 
 def train(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status, 130 after Ctrl-C."""
-    config = with_settings(RL4EViTConfig(), args.settings)
+    preset = RL4EViTConfig() if args.model not in (None, EMBEDDED) else RL4EViTConfig.for_digits()
+    config = with_settings(preset, args.settings)
     with _run_folder(args) as out:
         try:
             stopped = _train(args, config, out)
@@ -90,7 +92,7 @@ def _train(args: argparse.Namespace, config: RL4EViTConfig, out: Path) -> bool:
         out,
         updates=config.updates,
         evaluate_every=config.evaluate_every,
-        target_drop=config.target_drop,
+        target_saving=config.target_saving,
         config=_description(args, config, name, source),
     )
     if args.resume:
@@ -123,9 +125,9 @@ def _finish(
     policy.load_state_dict(trainer.best_state)
     found = trainer.best
     if config.calibrate:
-        found = calibrate(policy, judge, config.target_drop, config.calibrate)
+        found = calibrate(policy, judge, config.target_saving, config.calibrate)
         print(
-            f"threshold {policy.threshold:.2f} saves most within {config.target_drop:g} points: "
+            f"threshold {policy.threshold:.2f} for {config.target_saving:g} % fewer MACs: "
             f"{in_words(found.saving, found.drop)} on the held-back images"
         )
     policy.save(out / POLICY)
@@ -143,9 +145,11 @@ def _finish(
         "history": trainer.history,
     }
     write_json(out / "report.json", report)
-    plot_history(out / "curve.png", trainer.history, config.target_drop)
+    plot_history(out / "curve.png", trainer.history, config.target_saving)
     write_token_pictures(out / "tokens.png", judge.backbone, policy, final)
     print_result(final, result)
+    if final is judge.source:
+        print("  the policy was chosen on these images: evaluate it on others for a fair number")
     print(
         f"trained {trainer.done} updates in {tqdm.format_interval(trainer.seconds)}; "
         f"policy, report.json, curve.png and tokens.png are in {out}"
@@ -170,9 +174,9 @@ class _Judge:
             yield len(index)
 
     def __call__(self, policy: ActorPolicy) -> Judgement:
-        """Drop and saving of the deterministic policy."""
+        """Saving, loss and drop of the deterministic policy."""
         found = metrics.evaluate(self.backbone, policy, self.source, dense=self._dense)
-        return Judgement(drop=found.drop, saving=found.saving)
+        return Judgement(found.saving, found.losses.mean().item(), found.drop)
 
 
 class _Market:
@@ -183,12 +187,12 @@ class _Market:
 
     def __init__(self, game: Game, config: RL4EViTConfig, judge: _Judge) -> None:
         self.game, self._judge = game, judge
-        self.loop = ClosedLoop(config.beta, config.target_drop)
+        self.loop = ClosedLoop(config.beta, config.target_saving)
 
     def judge(self, policy: ActorPolicy) -> Judgement:
         """Judge, and let the price follow."""
         found = self._judge(policy)
-        self._set(self.loop.follow(found.drop))
+        self._set(self.loop.follow(found.saving))
         return found
 
     def _set(self, price: float) -> None:

@@ -61,7 +61,7 @@ def build_game(
         blocks: the decision blocks; None: ``max_cycles`` of them, spread evenly over the model.
         max_cycles: decisions per episode; None: as many as ``blocks``, or 3.
         features: what an agent sees of its own token, see :class:`~tokenenv.rules.TokenPrune`.
-        share: whether it also sees the image's class token and progress.
+        share: whether it also sees the image's class token.
         reward: a name, or any :class:`~tokenenv.rewards.Reward`.
         reward_kwargs: parameters of a reward given by name, in place of its defaults. Those are
             the reward class's own, but for ``alpha``, ``24 * P / 196`` for ``P`` tokens (it keeps

@@ -47,19 +47,21 @@ class TokenPruneEnv(gym.Env[NDArray[np.float32], NDArray[np.int64]], EzPickle):
 
     `Box(-inf, inf, (P, F + G), float32)`: one row per token, zeros for a pruned one and for all at
     the end of an episode. `D` is the model's width, `K` the number of decisions; the features and
-    their order are chosen by `features`, and `share=False` leaves the last three lines out. No
-    number has a unit.
+    their order are chosen by `features`, and `share=False` leaves the last line out. No number has
+    a unit.
 
     | Num | Observation | Min | Max |
     |---|---|---|---|
     | D | `token`: the token's embedding after the LayerNorm of the coming block | -inf | inf |
     | 8 | `position`: sine and cosine of row and column | -1 | 1 |
+    | K | `progress`: which decision it is, one-hot | 0 | 1 |
+    | 1 | `progress`: share of living tokens | 0 | 1 |
     | 1 | `cls_attention`: log of the class token's attention over its mean | -4 | log P |
-    | 1 | `norm`: length of the embedding before the LayerNorm (not by default) | 0 | inf |
+    | 1 | `redundancy`: cosine with the key of a better token (not by default) | -1 | 1 |
+    | 2 | `similarity`: cosine with class and mean token (not by default) | -1 | 1 |
+    | 1 | `norm`: log length of the embedding over its mean (not by default) | -4 | log P |
     | P | `agent_id`: one-hot number of the token (not by default) | 0 | 1 |
     | D | the class token's embedding (mean of the living tokens' without one) | -inf | inf |
-    | K | which decision it is, one-hot | 0 | 1 |
-    | 1 | share of living tokens | 0 | 1 |
 
     ## Rewards
 
@@ -124,8 +126,8 @@ class TokenPruneEnv(gym.Env[NDArray[np.float32], NDArray[np.int64]], EzPickle):
     | `split` | **str** | `"train"` | part of the data: `"train"` or `"test"` |
     | `blocks` | **tuple** | `None` | decision blocks; None: `max_cycles`, spread evenly |
     | `max_cycles` | **int** | `None` | number of decisions; None: that of `blocks`, or 3 |
-    | `features` | **tuple** | token, position, cls_attention | what is seen of a token |
-    | `share` | **bool** | `True` | whether each row also holds the image's summary |
+    | `features` | **tuple** | token, position, progress, cls_attention | see above |
+    | `share` | **bool** | `True` | whether each row also holds the class token |
     | `reward` | **str** or Reward | `"alpha_beta"` | see Rewards, or any function of a turn |
     | `reward_kwargs` | **dict** | `None` | parameters of a reward given by name |
     | `device` | **str** | `"cpu"` | where to put a model given by name |

@@ -58,7 +58,7 @@ class TokenPrune:
     """
 
     blocks: tuple[int, ...] = (3, 6, 9)
-    features: tuple[str, ...] = ("token", "position", "cls_attention")
+    features: tuple[str, ...] = ("token", "position", "progress", "cls_attention")
     share: bool = True
 
     def __post_init__(self) -> None:

@@ -1,0 +1,110 @@
+"""Heuristics keep what they say, learned policies survive the disk."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import agents
+from agents.heuristics import KeepAll, RandomPrune, TopK, keep_highest
+from agents.policy import ActorPolicy, Widths, load_policy
+from agents.spec import parse_policy
+from tokenenv import UserError, load_backbone, metrics, open_source
+from tokenenv.rules import Observation, TokenPrune
+
+
+def observation(score: torch.Tensor, active: torch.Tensor) -> Observation:
+    agents_view = score[..., None] * active[..., None]
+    layout = {"cls_attention": slice(0, 1)}
+    return Observation(agents_view, score[:, :0], active, 0, layout)
+
+
+def test_top_k_against_brute_force() -> None:
+    generator = torch.Generator().manual_seed(0)
+    score = torch.randn(50, 20, generator=generator)
+    active = torch.rand(50, 20, generator=generator) < 0.6
+    got = TopK(TokenPrune(), 0.7).act(observation(score, active))
+    for s, a, g in zip(score, active, got, strict=True):
+        living = sorted(s[a].tolist(), reverse=True)
+        wanted = living[: -(-7 * len(living) // 10)]  # ceil(0.7 n)
+        assert sorted(s[g.bool()].tolist(), reverse=True) == wanted
+        assert not g[~a].any()
+
+
+@pytest.mark.parametrize("keep", [0.01, 0.5, 1.0])
+def test_random_keeps_that_many(keep: float) -> None:
+    active = torch.ones(8, 30, dtype=torch.bool)
+    policy = RandomPrune(TokenPrune(), keep, seed=1)
+    first = policy.act(observation(torch.zeros(8, 30), active))
+    assert (first.sum(1) == max(1, round(keep * 30))).all()
+    again = RandomPrune(TokenPrune(), keep, seed=1).act(observation(torch.zeros(8, 30), active))
+    assert torch.equal(first, again)
+    if keep == 0.5:
+        assert not torch.equal(first, policy.act(observation(torch.zeros(8, 30), active)))
+
+
+def test_ties_keep_the_right_number() -> None:
+    active = torch.tensor([[True] * 6 + [False] * 4])
+    assert keep_highest(torch.zeros(1, 10), active, 0.5).tolist() == [[1, 1, 1] + [0] * 7]
+
+
+@pytest.mark.parametrize("keep", ["0", "-1", "1.01", "nan"])
+def test_keep_must_be_a_share(keep: str) -> None:
+    for name in ("random", "cls-attention", "norm"):
+        with pytest.raises(UserError, match=r"outside \(0, 1\]"):
+            parse_policy(f"{name}:keep={keep}", 12)
+
+
+def test_specs_spread_blocks_over_the_depth() -> None:
+    assert parse_policy("random:keep=0.5", 12).rules.blocks == (3, 6, 9)
+    assert parse_policy("random:keep=0.5", 24).rules.blocks == (6, 12, 18)
+    assert parse_policy("norm:keep=0.5,blocks=2/5", 12).rules.blocks == (2, 5)
+    assert isinstance(parse_policy("keep-all", 12), KeepAll)
+
+
+def small_policy() -> ActorPolicy:
+    torch.manual_seed(0)
+    rules = TokenPrune(blocks=(1, 4), features=("norm", "cls_attention"), share=False)
+    policy = ActorPolicy(rules, Widths(2, 0, 55), hidden=(8,), threshold=0.3, trained_on="x")
+    policy.lean_on(slice(1, 2), 2.0)
+    return policy
+
+
+def test_a_policy_survives_the_disk(tmp_path: Path) -> None:
+    policy = small_policy()
+    policy.save(tmp_path / "policy.safetensors")
+    back = agents.load(tmp_path)
+    assert back.config() == policy.config()
+    seen = observation(torch.randn(3, 9), torch.ones(3, 9, dtype=torch.bool))
+    seen = Observation(torch.randn(3, 9, 2), seen.shared, seen.active, 0, {})
+    assert torch.equal(policy.act(seen), back.act(seen))
+    assert torch.equal(
+        policy.logits(seen.agents, seen.shared), back.logits(seen.agents, seen.shared)
+    )
+
+
+def test_the_threshold_moves_the_decision() -> None:
+    policy = small_policy()
+    seen = Observation(torch.randn(4, 50, 2), torch.zeros(4, 0), torch.ones(4, 50).bool(), 0, {})
+    keep = policy.logits(seen.agents, seen.shared).softmax(-1)[..., 1]
+    for threshold in (0.2, 0.5, 0.8):
+        policy.threshold = threshold
+        assert torch.equal(policy.act(seen), (keep >= threshold).long())
+
+
+def test_a_file_that_is_no_policy(tmp_path: Path) -> None:
+    (tmp_path / "policy.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="policy.safetensors"):
+        load_policy(tmp_path / "policy.safetensors")
+    with pytest.raises(UserError, match="neither a run folder"):
+        agents.load(tmp_path / "nowhere")
+
+
+def test_keep_all_is_the_dense_model() -> None:
+    backbone = load_backbone()
+    source = open_source(None, backbone.model, limit=100)
+    result = metrics.evaluate(backbone, KeepAll(TokenPrune()), source)
+    report = result.report()
+    assert report["agreement"] == 100.0 and report["top1"] == report["top1_dense"]
+    assert report["gmacs"] == report["gmacs_dense"]
+    assert report["tokens"] == [64.0] * 12
