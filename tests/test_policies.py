@@ -94,7 +94,7 @@ def test_the_threshold_moves_the_decision() -> None:
 
 def test_a_file_that_is_no_policy(tmp_path: Path) -> None:
     (tmp_path / "policy.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="policy.safetensors"):
+    with pytest.raises(UserError, match=r"policy\.safetensors"):
         load_policy(tmp_path / "policy.safetensors")
     with pytest.raises(UserError, match="neither a run folder"):
         agents.load(tmp_path / "nowhere")

@@ -56,8 +56,7 @@ class Game:
         agents: P, the number of agents per image.
         steps: decisions per episode.
         agent_dim, shared_dim, state_dim: widths of the observation's parts.
-        images, labels, index: ``(B, C, H, W)``, ``(B,)``, and ``(B,)`` positions in the source, of the
-            episode.
+        images, labels, index: ``(B, C, H, W)``, ``(B,)``, and ``(B,)`` positions in the source.
         history: ``(B, P)`` bool who was alive after each decision of the episode so far.
     """
 
