@@ -80,7 +80,7 @@ def test_the_cost_of_a_batch_is_that_of_its_images(backbone: Backbone) -> None:
 
 def test_the_policy_is_in_the_bill() -> None:
     backbone = Backbone(timm.create_model("deit_tiny_patch16_224", depth=4))
-    rules = TokenPrune(blocks=(1, 2))
+    rules = TokenPrune(blocks=(1, 2), features=("token", "position", "cls_attention"))
     policy = ActorPolicy(rules, Widths(rules.agent_dim(backbone), rules.shared_dim(backbone), 1))
     lengths = [torch.tensor([197]), torch.tensor([101]), torch.tensor([51]), torch.tensor([51])]
     cost = Cost(backbone)
@@ -88,5 +88,5 @@ def test_the_policy_is_in_the_bill() -> None:
     expected = (196 + 100) * per_agent + 2 * 192 * 64 + (197 + 101) * 192
     assert cost.decision_macs(rules, policy, lengths).item() == expected
     # A heuristic pays for the class token's row only.
-    top = TopK(TokenPrune(blocks=(1, 2)), 0.5)
+    top = TopK(rules, 0.5)
     assert cost.decision_macs(top.rules, top, lengths).item() == (197 + 101) * 192
