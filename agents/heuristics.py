@@ -38,8 +38,8 @@ class KeepAll(_Free):
 class RandomPrune(_Free):
     """At each decision a random ``ceil(keep n)`` of an image's ``n`` living tokens stay.
 
-    Draws come from a generator of its own, in the order of the calls: the same images in another
-    order get other draws.
+    Draws come from a generator of its own, in the order of the calls and of the tokens as they
+    lie: the same images in another order, or in another execution, get other draws.
     """
 
     rules: TokenPrune

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -56,6 +57,15 @@ class MAPPOConfig:
     hidden: tuple[int, ...] = (64, 64)
     centralised: bool = True
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "epochs", "minibatches", "repeats"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.advantage_norm not in ("global", "per_agent"):
+            raise UserError(
+                f"advantage_norm='{self.advantage_norm}': choose 'global' or 'per_agent'"
+            )
+
 
 class MAPPO:
     """Trains an :class:`ActorPolicy` in an arena.
@@ -74,6 +84,11 @@ class MAPPO:
     def __init__(
         self, policy: ActorPolicy, arena: Arena, config: MAPPOConfig, *, seed: int = 0
     ) -> None:
+        if config.repeats != getattr(arena, "repeats", 1):
+            raise UserError(
+                f"repeats={config.repeats} of the learner differs from the game's "
+                f"{getattr(arena, 'repeats', 1)}: give both the same"
+            )
         self.policy, self.arena, self.config = policy, arena, config
         device = next(policy.parameters()).device
         state = policy.widths.state if config.centralised else 0
@@ -119,7 +134,6 @@ class MAPPO:
             }  # fmt: skip
             for name, tensor in row.items():
                 columns[name].append(tensor)
-        # stack copies: what the game gives are inference tensors, which autograd can't save.
         rollout = Rollout(**{name: torch.stack(rows) for name, rows in columns.items()})
         if self.observation is None:
             empty = torch.zeros_like(rollout.value[-1])
@@ -129,10 +143,11 @@ class MAPPO:
         return rollout, last, self.observation.active
 
     def update(self) -> dict[str, float]:
-        """One rollout and its epochs of PPO; returns what to log.
+        """One rollout and its epochs of PPO; returns what to log: means over
+        the epochs, ``reward`` per agent and finished episode, ``keep`` the share of last actions.
 
         Raises:
-            UserError: the rewards of the rollout are not finite.
+            UserError: the rewards of the rollout, or the losses, are not finite.
         """
         rollout, last_value, last_active = self.collect()
         if not bool(rollout.reward.isfinite().all()):
@@ -160,7 +175,13 @@ class MAPPO:
                 for name, number in self._descend(batch, more).items():
                     logs.setdefault(name, []).append(number)
         means = {name: torch.stack(v).mean().item() for name, v in logs.items()}
-        total = rollout.reward.sum(0).mean().item()
+        if not all(math.isfinite(value) for value in means.values()):
+            raise UserError(
+                f"training diverged (losses {means['policy_loss']:g} and {means['value_loss']:g}): "
+                "use a smaller learning rate"
+            )
+        episodes = rollout.done.sum().clamp(min=1)
+        total = (rollout.reward.sum() / (episodes * rollout.reward.shape[2])).item()
         acted = masked_mean((rollout.action == self.policy.actions - 1).float(), rollout.active)
         return {**means, "reward": total, "keep": acted.item()}
 

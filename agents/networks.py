@@ -79,7 +79,8 @@ class ValueNorm(nn.Module):
         super().__init__()
         self.decay = decay
         for name in ("mean", "square", "weight"):
-            self.register_buffer(name, torch.zeros(()))
+            # The spread is a difference of large numbers where the mean is large.
+            self.register_buffer(name, torch.zeros((), dtype=torch.float64))
 
     @torch.no_grad()
     def update(self, values: Tensor, active: Tensor) -> None:
@@ -87,8 +88,8 @@ class ValueNorm(nn.Module):
         count = active.sum()
         keep = torch.where(count > 0, self.decay, 1.0)
         count = count.clamp(min=1)
-        mean = torch.where(active, values, 0.0).sum() / count
-        square = torch.where(active, values**2, 0.0).sum() / count
+        taken = torch.where(active, values, 0.0).double()
+        mean, square = taken.sum() / count, (taken**2).sum() / count
         self.mean.mul_(keep).add_((1 - keep) * mean)
         self.square.mul_(keep).add_((1 - keep) * square)
         self.weight.mul_(keep).add_(1 - keep)
@@ -96,9 +97,9 @@ class ValueNorm(nn.Module):
     def _moments(self) -> tuple[Tensor, Tensor]:
         weight = self.weight.clamp(min=1e-8)
         mean = self.mean / weight
-        spread = (self.square / weight - mean**2).clamp(min=1e-8).sqrt()
+        spread = (self.square / weight - mean**2).clamp(min=0).sqrt()
         started = self.weight > 0
-        return mean, torch.where(started, spread.clamp(min=1e-4), 1.0)
+        return mean.float(), torch.where(started, spread.clamp(min=1e-4), 1.0).float()
 
     def normalise(self, values: Tensor) -> Tensor:
         """Returns -> what the critic predicts."""

@@ -48,15 +48,16 @@ class RL4EViTConfig:
         batch: images per rollout.
         blocks: decision blocks; empty: three, spread evenly.
         features: what an agent sees of its own token.
-        share: whether it also sees the class token and progress.
+        share: whether it also sees the class token.
         reward: ``cooperative`` (ours), ``alpha_beta`` or ``keep_target`` (RL4EViT's).
-        beta: price of a token per decision (``cooperative``, ``alpha_beta``).
+        beta: price of a token per decision (``cooperative``, ``alpha_beta``); choosing
+            ``alpha_beta`` sets it to 0.1 and ``closed_loop`` to false unless they are given.
         alpha: weight of the class reward; 0: the default of the reward for this model.
         class_reward: RL4EViT's class reward, paid for ``each`` decision or the ``final`` one.
         targets: shares to keep after each decision (``keep_target``); empty: 0.7, 0.49, 0.343.
         centralised: critic with the global state (MAPPO); without it IPPO.
         hidden: widths of the actor's and critic's hidden layers.
-        initial_keep: probability of keeping a token before training.
+        initial_keep: probability of keeping a token of mean class attention before training.
         lean: how fast the log-odds of keeping rise with ``cls_attention`` before training, where
             that is among the features: the policy starts as a soft top-k by class attention.
         repeats: how often each image is in a batch, see :class:`~agents.mappo.MAPPOConfig`.
@@ -195,7 +196,15 @@ def with_settings(config: RL4EViTConfig, settings: list[str]) -> RL4EViTConfig:
             values[key] = _parse(hints[key], text)
         except ValueError:
             raise UserError(f"--set {setting}: {key} takes {_describe(hints[key])}") from None
-    return dataclasses.replace(config, **values)
+    if values.get("reward") == "alpha_beta":
+        # RL4EViT's reward comes with a price of its own, which stays where it is unless asked.
+        values = {"beta": 0.1, "closed_loop": False, **values}
+    changed = dataclasses.replace(config, **values)
+    if changed.closed_loop and not changed.beta and changed.reward != "keep_target":
+        raise UserError(
+            "beta=0 can't follow the saving: give a price above 0, or --set closed_loop=false"
+        )
+    return changed
 
 
 def settings_help() -> str:

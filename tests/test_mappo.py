@@ -233,8 +233,8 @@ def test_learns_the_identity_game(centralised: bool, deaths: bool) -> None:
     first = agent.update()["reward"]
     for _ in range(40):
         last = agent.update()["reward"]
-    # 8 steps of one point each; with deaths one agent of three is paid half of the time.
-    best = 8.0 if not deaths else 8.0 * (2 + 0.5) / 3
+    # 4 steps of one point each; with deaths one agent of three is paid half of the time.
+    best = 4.0 if not deaths else 4.0 * (2 + 0.5) / 3
     assert first < 0.75 * best
     assert last > 0.97 * best
 
@@ -275,6 +275,33 @@ def test_one_agent_is_plain_ppo() -> None:
 def test_a_reward_that_is_not_finite_is_one_clear_error() -> None:
     with pytest.raises(UserError, match="not finite"):
         learner(nan=True).update()
+
+
+def test_a_diverged_training_is_one_clear_error() -> None:
+    agent = learner(config=MAPPOConfig(steps=4, actor_lr=1e30, critic_lr=1e30))
+    with pytest.raises(UserError, match="training diverged"):
+        for _ in range(3):
+            agent.update()
+
+
+@pytest.mark.parametrize(
+    "bad", [{"steps": 0}, {"minibatches": 0}, {"repeats": 0}, {"advantage_norm": "x"}]
+)
+def test_settings_that_cannot_be(bad: dict) -> None:
+    with pytest.raises(UserError, match=next(iter(bad))):
+        MAPPOConfig(**bad)
+
+
+def test_repeats_must_be_the_games() -> None:
+    with pytest.raises(UserError, match="repeats=2 of the learner differs from the game's 1"):
+        learner(config=MAPPOConfig(repeats=2))
+
+
+def test_value_norm_keeps_a_small_spread_around_a_large_mean() -> None:
+    norm = ValueNorm()
+    for _ in range(20):
+        norm.update(torch.tensor([999.99, 1000.01]), torch.ones(2, dtype=torch.bool))
+    assert_close(norm.normalise(torch.tensor(1000.01)).item(), 1.0, atol=0.05, rtol=0)
 
 
 def test_spaces_must_agree() -> None:

@@ -32,7 +32,8 @@ class Episode:
         images: ``(B, C, H, W)`` normalised images on the backbone's device.
         execution: ``masked``: nothing moves, dead tokens are hidden from attention (no saving, no
             host-device sync). ``padded``: the living tokens are compacted to the longest image of
-            the batch. Both give the same logits and decisions.
+            the batch. Both give the same logits, and the same decisions of a policy that does not
+            draw at random.
 
     Attributes:
         tokens: the state now.

@@ -82,8 +82,10 @@ class Game:
         self.agent_dim = rules.agent_dim(backbone)
         self.shared_dim = rules.shared_dim(backbone)
         self.state_dim = rules.state_dim(backbone) + _NATIVE_DIM
-        if batch_size % repeats:
-            raise UserError(f"batch_size={batch_size} must be a multiple of repeats={repeats}")
+        if repeats < 1 or batch_size % repeats:
+            raise UserError(
+                f"batch_size={batch_size} must be a multiple of repeats={repeats}, at least 1"
+            )
         self.repeats = repeats
         self.seed(seed)
         self._native: dict[int, Tensor] = {}
@@ -93,7 +95,8 @@ class Game:
         """Start the order of the images anew."""
         self.stream = Stream(self.source, self.batch_size // self.repeats, seed)
 
-    @torch.inference_mode()
+    # Not inference_mode: a learner's autograd must be able to save what it is shown.
+    @torch.no_grad()
     def reset(self) -> Observation:
         """Take the next batch of images and play up to the first decision."""
         batch = self.stream.next()
@@ -113,7 +116,7 @@ class Game:
         self._finite = torch.ones((), dtype=torch.bool, device=device)
         return self._observe()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(self, action: Tensor) -> Transition:
         """Play one decision of the whole batch.
 
@@ -179,7 +182,7 @@ class Game:
         for index in torch.arange(len(self.source)).split(batch_size):
             batch = self.source.batch(index)
             if len(batch.index):
-                with torch.inference_mode():
+                with torch.no_grad():
                     self.images = batch.images.to(self.backbone.device, self.backbone.dtype)
                     self._native_logits(batch.index)
             yield len(index)

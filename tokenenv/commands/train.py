@@ -130,6 +130,11 @@ def _finish(
             f"threshold {policy.threshold:.2f} for {config.target_saving:g} % fewer MACs: "
             f"{in_words(found.saving, found.drop)} on the held-back images"
         )
+        if abs(found.saving - config.target_saving) > 2:
+            print(
+                f"warning: {found.saving:.1f} % is far from the {config.target_saving:g} % wanted: "
+                "the policy is hardly trained; give it more updates or images"
+            )
     policy.save(out / POLICY)
     result = evaluate_with_bar(judge.backbone, policy, final)
     report = {

@@ -7,7 +7,7 @@
 | Actions | Discrete |
 | Parallel API | Yes |
 | Agents | `agents = ["token_0", ..., "token_{P-1}"]`, one per image patch; 64 by default |
-| Action Shape | (1,) |
+| Action Shape | () |
 | Action Values | 0 (prune), 1 (keep) |
 | Observation Shape | `(F + G,)` float32 |
 | Observation Values | (-inf, inf) |
@@ -23,7 +23,7 @@ page tells what is different with many agents.
 
 An agent sees the row of its token: its own features, then what it shares with all agents of the
 image. A pruned agent sees zeros, and so does everybody at the end of an episode. `state()` is the
-image's state for a centralised critic: the summary that agents share, and three numbers that no
+image's state for a centralised critic: the class token, the progress, and three numbers that no
 agent may know, the dense model's probability of the true class, its margin to the next class and
 its entropy. After the end it stays the state of the last decision.
 

@@ -61,7 +61,7 @@ class TokenPruneEnv(gym.Env[NDArray[np.float32], NDArray[np.int64]], EzPickle):
     | 2 | `similarity`: cosine with class and mean token (not by default) | -1 | 1 |
     | 1 | `norm`: log length of the embedding over its mean (not by default) | -4 | log P |
     | P | `agent_id`: one-hot number of the token (not by default) | 0 | 1 |
-    | D | the class token's embedding (mean of the living tokens' without one) | -inf | inf |
+    | D | the class token after that LayerNorm (without one: mean living token) | -inf | inf |
 
     ## Rewards
 
@@ -70,9 +70,11 @@ class TokenPruneEnv(gym.Env[NDArray[np.float32], NDArray[np.int64]], EzPickle):
 
     | `reward` | after each decision | at the end, in addition |
     |---|---|---|
-    | `"alpha_beta"` | `-beta * P'` | `alpha * correct` for each decision that left a token |
+    | `"alpha_beta"` | `-beta * P'` | `alpha * correct` for each decision that left a token * |
     | `"keep_target"` | `-exp(d) * P'` if `d > 0`, else `-exp(-d)` per token pruned | the same |
     | `"cooperative"` | `-beta * P'` | `P * alpha * exp(-KL(dense, reduced prediction))` |
+
+    `*` once only with `reward_kwargs={"class_reward": "final"}`, if the last decision left one.
 
     `d` is the share of living tokens minus the target of the decision. The defaults are
     `alpha = 24 * P / 196` (cooperative: 1) and `beta = 0.1` (cooperative: 0.002): RL4EViT's code

@@ -62,10 +62,14 @@ class TokenPrune:
     share: bool = True
 
     def __post_init__(self) -> None:
+        if not all(isinstance(block, int) for block in self.blocks):
+            raise UserError(f"blocks={_slashed(self.blocks)} must be whole numbers such as 3/6/9")
         if not self.blocks or list(self.blocks) != sorted(set(self.blocks)) or self.blocks[0] < 0:
             raise UserError(
                 f"blocks={_slashed(self.blocks)} must be strictly increasing block indices from 0"
             )
+        if not self.features or len(set(self.features)) < len(self.features):
+            raise UserError(f"features={self.features!r}: name at least one, each only once")
         unknown = [f for f in self.features if f not in FEATURES]
         if unknown:
             raise UserError(f"unknown feature '{unknown[0]}': choose from {', '.join(FEATURES)}")
