@@ -7,15 +7,16 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from tokenenv.reduction import inverse
+from tokenenv.errors import UserError
+from tokenenv.reduction import highest
 from tokenenv.rewards import check_keep
-from tokenenv.rules import Observation, TokenPrune
+from tokenenv.rules import LayerMerge, Observation, TokenPrune
 
 
 class _Free:
     """A decision without a network."""
 
-    def macs(self, agents: Tensor) -> Tensor:
+    def macs(self, agents: Tensor, removed: Tensor) -> Tensor:
         """Multiply-adds of one decision: none."""
         return torch.zeros_like(agents)
 
@@ -85,6 +86,68 @@ class TopK(_Free):
 def keep_highest(score: Tensor, active: Tensor, keep: float) -> Tensor:
     """1 for the ``ceil(keep n)`` highest of an image's ``n`` active scores. All ``(B, A)``."""
     count = (active.sum(1, keepdim=True) * keep).ceil()
-    score = score.masked_fill(~active, -torch.inf)
-    order = torch.sort(score, dim=1, descending=True, stable=True).indices
-    return (inverse(order) < count).long()
+    return highest(score.masked_fill(~active, -torch.inf), count).long()
+
+
+@dataclass
+class MergeStrongest(_Free):
+    """ToMe's schedule (Bolya et al. 2023): in every block the ``r`` most similar pairs merge.
+
+    With half of the tokens at most, as the matching has it.
+    """
+
+    rules: LayerMerge
+    r: int
+
+    def __post_init__(self) -> None:
+        _check_pairs(self.r)
+        self.rules = replace(self.rules, features=("similarity",))
+
+    def act(self, observation: Observation) -> Tensor:
+        """``(B, A)`` 1 for the pairs that merge."""
+        score = observation.feature("similarity")[..., 0]
+        return highest(score.masked_fill(~observation.active, -torch.inf), self.r).long()
+
+
+@dataclass
+class MergeAbove(_Free):
+    """In every block the pairs merge whose keys' cosine is at least ``similarity``."""
+
+    rules: LayerMerge
+    similarity: float
+
+    def __post_init__(self) -> None:
+        if not -1.0 <= self.similarity <= 1.0:
+            raise UserError(f"similarity {self.similarity:g} is no cosine: give -1 to 1")
+        self.rules = replace(self.rules, features=("similarity",))
+
+    def act(self, observation: Observation) -> Tensor:
+        """``(B, A)`` 1 for the pairs that merge."""
+        return (observation.feature("similarity")[..., 0] >= self.similarity).long()
+
+
+@dataclass
+class MergeRandom(_Free):
+    """In every block ``r`` random pairs of the matching merge; draws as :class:`RandomPrune`'s."""
+
+    rules: LayerMerge
+    r: int
+    seed: int = 0
+    _generator: torch.Generator | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _check_pairs(self.r)
+        self.rules = replace(self.rules, features=("similarity",))
+
+    def act(self, observation: Observation) -> Tensor:
+        """``(B, A)`` 1 for the pairs that merge."""
+        device = observation.active.device
+        if self._generator is None:
+            self._generator = torch.Generator(device).manual_seed(self.seed)
+        score = torch.rand(observation.active.shape, generator=self._generator, device=device)
+        return highest(score.masked_fill(~observation.active, -torch.inf), self.r).long()
+
+
+def _check_pairs(r: int) -> None:
+    if r < 0:
+        raise UserError(f"r={r} pairs to merge: give 0 or more")

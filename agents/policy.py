@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,19 +13,21 @@ from torch import Tensor, nn
 from agents.networks import SharedMLP
 from agents.storage import read_tensors, write_tensors
 from tokenenv.errors import UserError
-from tokenenv.rules import Observation, TokenPrune
+from tokenenv.rules import LayerMerge, LayerPrune, Observation, Rules, TokenPrune
 
 
 class Policy(Protocol):
     """Decides for all agents of a batch of images at once."""
 
-    rules: TokenPrune
+    @property
+    def rules(self) -> Rules:
+        """What it decides under."""
 
     def act(self, observation: Observation) -> Tensor:
         """``(B, A)`` int64 actions."""
 
-    def macs(self, agents: Tensor) -> Tensor:
-        """Multiply-adds of one decision for ``agents`` living agents of an image."""
+    def macs(self, agents: Tensor, removed: Tensor) -> Tensor:
+        """Multiply-adds of one decision of ``agents`` agents that removed so many tokens."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class ActorPolicy(nn.Module):
 
     def __init__(
         self,
-        rules: TokenPrune,
+        rules: Rules,
         widths: Widths,
         *,
         hidden: Sequence[int] = (64, 64),
@@ -98,8 +100,8 @@ class ActorPolicy(nn.Module):
         keep = logits[..., 1] - logits[..., 0]
         return (keep >= torch.logit(torch.tensor(self.threshold)).item()).long()
 
-    def macs(self, agents: Tensor) -> Tensor:
-        """Multiply-adds of one decision for ``agents`` living agents of an image."""
+    def macs(self, agents: Tensor, removed: Tensor) -> Tensor:
+        """Multiply-adds of one decision of ``agents`` agents that removed so many tokens."""
         return self.actor.macs(agents) + agents * self.widths.own
 
     def check(self, agent_dim: int, shared_dim: int, model: str) -> None:
@@ -115,7 +117,7 @@ class ActorPolicy(nn.Module):
         """Everything but the weights, as JSON."""
         return {
             "class": "ActorPolicy",
-            "rules": {"class": type(self.rules).__name__, **asdict(self.rules)},
+            "rules": describe(self.rules),
             "widths": asdict(self.widths),
             "hidden": list(self.hidden),
             "actions": self.actions,
@@ -136,15 +138,10 @@ def load_policy(path: Path) -> ActorPolicy:
     """
     tensors, config = read_tensors(path)
     try:
-        rules = dict(config["rules"])
-        if config["class"] != "ActorPolicy" or rules.pop("class") != "TokenPrune":
+        if config["class"] != "ActorPolicy":
             raise KeyError("class")
         policy = ActorPolicy(
-            TokenPrune(
-                blocks=tuple(rules["blocks"]),
-                features=tuple(rules["features"]),
-                share=rules["share"],
-            ),
+            make_rules(config["rules"]),
             Widths(**config["widths"]),
             hidden=config["hidden"],
             actions=config["actions"],
@@ -158,6 +155,26 @@ def load_policy(path: Path) -> ActorPolicy:
             f"'{path}' is not a policy of this version ({reason}): train it anew"
         ) from None
     return policy.eval()
+
+
+def describe(rules: Rules) -> dict[str, Any]:
+    """Rules as JSON; :func:`make_rules` undoes it."""
+    assert is_dataclass(rules) and not isinstance(rules, type)
+    return {"class": type(rules).__name__, **asdict(rules)}
+
+
+def make_rules(described: dict[str, Any]) -> TokenPrune | LayerMerge | LayerPrune:
+    """Rules from what :func:`describe` gave.
+
+    Raises:
+        KeyError: of an unknown class. TypeError: with fields that it does not have.
+    """
+    values: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in described.items()
+    }
+    classes: dict[str, Any] = {cls.__name__: cls for cls in (TokenPrune, LayerMerge, LayerPrune)}
+    made: TokenPrune | LayerMerge | LayerPrune = classes[values.pop("class")](**values)
+    return made
 
 
 SHIPPED = Path(__file__).parent / "policies"

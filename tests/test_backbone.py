@@ -100,7 +100,7 @@ def test_masked_equals_padded(backbone: Backbone) -> None:
     left = masked.tokens.patch_alive().sum(1)
     assert 0 < left.max() < backbone.patches and len(left.unique()) > 1
     assert_close(masked.logits, padded.logits, atol=1e-4, rtol=0)
-    assert torch.equal(torch.stack(masked.lengths), torch.stack(padded.lengths))
+    assert torch.equal(torch.stack(masked.fed), torch.stack(padded.fed))
 
 
 @pytest.mark.parametrize("execution", ["masked", "padded"])

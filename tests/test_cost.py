@@ -58,9 +58,10 @@ def test_closed_form_agrees_with_torchs_counter(backbone: Backbone) -> None:
     for image in images:
         one = image[None]
         with torch.no_grad():
-            lengths = play(backbone, policy, one, "padded").lengths
+            episode = play(backbone, policy, one, "padded")
         counted = measured_macs(lambda one=one: play(backbone, policy, one, "padded"))
-        closed = cost.backbone_macs(lengths) + cost.decision_macs(policy.rules, policy, lengths)
+        lengths = episode.attended, episode.fed
+        closed = cost.backbone_macs(*lengths) + cost.decision_macs(policy.rules, policy, *lengths)
         assert closed.item() == pytest.approx(counted, rel=1e-9)
         totals.append(counted)
     assert len(set(totals)) > 1, "the policy should treat the images differently"
@@ -71,10 +72,9 @@ def test_the_cost_of_a_batch_is_that_of_its_images(backbone: Backbone) -> None:
     policy, cost = learned(backbone), Cost(backbone)
     images = torch.randn(4, 3, 96, 96, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        whole = cost.backbone_macs(play(backbone, policy, images, "masked").lengths)
-        single = [
-            cost.backbone_macs(play(backbone, policy, i[None], "padded").lengths) for i in images
-        ]
+        episodes = [play(backbone, policy, images, "masked")]
+        episodes += [play(backbone, policy, i[None], "padded") for i in images]
+    whole, *single = (cost.backbone_macs(e.attended, e.fed) for e in episodes)
     assert whole.tolist() == [float(s) for s in single]
 
 
@@ -86,7 +86,7 @@ def test_the_policy_is_in_the_bill() -> None:
     cost = Cost(backbone)
     per_agent = 201 * 64 + 64 * 64 + 64 * 2 + 201
     expected = (196 + 100) * per_agent + 2 * 192 * 64 + (197 + 101) * 192
-    assert cost.decision_macs(rules, policy, lengths).item() == expected
+    assert cost.decision_macs(rules, policy, lengths, lengths).item() == expected
     # A heuristic pays for the class token's row only.
     top = TopK(rules, 0.5)
-    assert cost.decision_macs(top.rules, top, lengths).item() == (197 + 101) * 192
+    assert cost.decision_macs(top.rules, top, lengths, lengths).item() == (197 + 101) * 192

@@ -81,7 +81,13 @@ class Backbone(nn.Module):
         )
 
     def attend(
-        self, block: int, tokens: Tokens, *, keys: bool = False, cls_attention: bool = False
+        self,
+        block: int,
+        tokens: Tokens,
+        *,
+        keys: bool = False,
+        cls_attention: bool = False,
+        proportional: bool = False,
     ) -> tuple[Tokens, Context]:
         """Attention and its residual of block ``block``.
 
@@ -91,6 +97,8 @@ class Backbone(nn.Module):
             keys: whether the context shall hold the keys.
             cls_attention: whether it shall hold the class token's attention; only that one row
                 of the attention matrix is computed beside the fused kernel.
+            proportional: whether a merged token weighs as many keys as the patches it stands for
+                (ToMe's proportional attention, section 3.3: softmax(q k + log size)).
 
         Returns:
             The tokens between attention and MLP, and the context.
@@ -105,7 +113,8 @@ class Backbone(nn.Module):
             )
         b = self.blocks[block]
         attn = b.attn
-        mask = tokens.key_mask
+        bias = tokens.size_bias if proportional else None
+        mask = tokens.key_mask if bias is None else bias
         h = b.norm1(tokens.x)
         batch, count, _ = h.shape
         qkv = attn.qkv(h).reshape(batch, count, 3, attn.num_heads, attn.head_dim)
@@ -138,6 +147,14 @@ class Backbone(nn.Module):
     def normalised(self, block: int, x: Tensor) -> Tensor:
         """Embeddings ``(..., D)`` through the LayerNorm in front of block ``block``'s attention."""
         return self.blocks[block].norm1(x)
+
+    def summary(self, tokens: Tokens) -> Tensor:
+        """``(B, D)`` float32 the class token; without one the mean patch, merged ones by size."""
+        if self.has_class_token:
+            return tokens.x[:, 0].float()
+        weight = tokens.size[:, tokens.prefix :] * tokens.visual_alive
+        weight = weight / weight.sum(1, keepdim=True).clamp(min=1)
+        return (tokens.visual.float() * weight[..., None]).sum(1)
 
     def classify(self, tokens: Tokens) -> Tensor:
         """Tokens after the last block -> logits ``(B, classes)``.
@@ -174,8 +191,10 @@ def _class_row(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     Dead keys leave the softmax of every head; masking after the mean would be another number.
     """
     score = (q[:, :, :1] @ k.transpose(2, 3)).float() * q.shape[-1] ** -0.5
-    if mask is not None:
+    if mask is not None and mask.dtype == torch.bool:
         score = score.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        score = score + mask
     return score.softmax(-1).mean(1)[:, 0]
 
 

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokenenv.backbone import Backbone
-from tokenenv.rules import TokenPrune
+from tokenenv.rules import Rules
 
 
 class Costed(Protocol):
     """A policy that knows what a decision costs."""
 
-    def macs(self, agents: Tensor) -> Tensor:
-        """Multiply-adds of one decision for ``agents`` living agents of an image."""
+    def macs(self, agents: Tensor, removed: Tensor) -> Tensor:
+        """Multiply-adds of one decision of ``agents`` agents that removed so many tokens."""
 
 
 def measured_macs(run: Callable[[], Any]) -> float:
@@ -46,7 +46,8 @@ class Cost:
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
-        self._linear = [_linear_macs(block) for block in backbone.blocks]
+        self._attention_linear = [_linear_macs(block.attn) for block in backbone.blocks]
+        self._mlp_linear = [_linear_macs(block.mlp) for block in backbone.blocks]
         self._attention = [2 * backbone.attention_dim(i) for i in range(backbone.depth)]
         self._embed, head = self._measure_ends()
         self._head, self._head_slope = head
@@ -70,46 +71,54 @@ class Cost:
         slope = (head(full) - head(half)) / max(full - half, 1)
         return embed, (head(full) - slope * full, slope)
 
-    def backbone_macs(self, lengths: Sequence[Tensor]) -> Tensor:
+    def backbone_macs(self, attended: Sequence[Tensor], fed: Sequence[Tensor]) -> Tensor:
         """Multiply-adds of each image.
 
         Args:
-            lengths: for each block ``(B,)`` tokens it worked on, prefix included.
+            attended: for each block ``(B,)`` tokens its attention worked on, prefix included.
+            fed: the same for its MLP.
 
         Returns:
             ``(B,)`` float64.
         """
-        total = torch.full(
-            lengths[0].shape,
-            self._embed + self._head,
-            dtype=torch.float64,
-            device=lengths[0].device,
-        )
-        for count, linear, attention in zip(lengths, self._linear, self._attention, strict=True):
+        first = attended[0]
+        total = first.new_full(first.shape, self._embed + self._head, dtype=torch.float64)
+        projections = zip(attended, self._attention_linear, self._attention, strict=True)
+        for count, linear, attention in projections:
             n = count.double()
             total += n * linear + n * n * attention
-        return total + lengths[-1].double() * self._head_slope
+        for count, linear in zip(fed, self._mlp_linear, strict=True):
+            total += count.double() * linear
+        return total + fed[-1].double() * self._head_slope
 
     def dense(self) -> float:
         """Multiply-adds of the untouched model for one image."""
         count = torch.tensor([self.backbone.prefix + self.backbone.patches])
-        return float(self.backbone_macs([count] * self.backbone.depth))
+        counts = [count] * self.backbone.depth
+        return float(self.backbone_macs(counts, counts))
 
-    def decision_macs(self, rules: TokenPrune, policy: Costed, lengths: Sequence[Tensor]) -> Tensor:
+    def decision_macs(
+        self, rules: Rules, policy: Costed, attended: Sequence[Tensor], fed: Sequence[Tensor]
+    ) -> Tensor:
         """``(B,)`` multiply-adds of all decisions: observation and policy.
 
         Args:
             rules: where decisions are taken.
             policy: who takes them.
-            lengths: as for :meth:`backbone_macs`.
+            attended: as for :meth:`backbone_macs`.
+            fed: likewise.
         """
         prefix, full = self.backbone.prefix, self.backbone.prefix + self.backbone.patches
-        total = torch.zeros_like(lengths[0], dtype=torch.float64)
+        total = torch.zeros_like(attended[0], dtype=torch.float64)
         for block in rules.blocks:
-            # The agents that decide before a block are the tokens of the block before.
-            seen = lengths[block - 1] if block else torch.full_like(lengths[0], full)
-            seen = seen.double()
-            total += policy.macs(seen - prefix) + rules.macs(self.backbone, block, seen)
+            if rules.between:
+                before, after = attended[block], fed[block]
+            else:
+                after = attended[block]
+                before = fed[block - 1] if block else torch.full_like(after, full)
+            before, after = before.double(), after.double()
+            total += policy.macs(rules.deciders(before - prefix), before - after)
+            total += rules.macs(self.backbone, block, before)
         return total
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from tokenenv import reduction
 from tokenenv.backbone import Backbone, Context
 from tokenenv.errors import UserError
-from tokenenv.rules import Observation, TokenPrune
+from tokenenv.rules import Moment, Observation, Rules
+from tokenenv.tokens import Tokens
 
 Execution = Literal["masked", "padded"]
 EXECUTIONS = ("masked", "padded")
@@ -39,11 +40,13 @@ class Episode:
         tokens: the state now.
         step: number of decisions taken.
         logits: ``(B, classes)`` once :attr:`done`, else None.
-        lengths: ``(B,)`` living tokens, prefix included, of each block run so far.
+        counts: ``(B,)`` visual tokens before the first decision and after each one so far.
+        attended, fed: ``(B,)`` living tokens, prefix included, that the attention and the MLP
+            of each block run so far worked on.
     """
 
     def __init__(
-        self, backbone: Backbone, rules: TokenPrune, images: Tensor, *, execution: Execution
+        self, backbone: Backbone, rules: Rules, images: Tensor, *, execution: Execution
     ) -> None:
         if execution not in EXECUTIONS:
             raise UserError(f"execution='{execution}': choose from {', '.join(EXECUTIONS)}")
@@ -51,10 +54,12 @@ class Episode:
         self.tokens = backbone.embed(images)
         self.step = 0
         self.logits: Tensor | None = None
-        self.lengths: list[Tensor] = []
+        self.attended: list[Tensor] = []
+        self.fed: list[Tensor] = []
         self._count = self.tokens.counts()
+        self.counts: tuple[Tensor, ...] = (self._count - self.tokens.prefix,)
         self._context = Context()
-        self._block = 0
+        self._half = 0
         self._advance()
 
     @property
@@ -63,25 +68,56 @@ class Episode:
         return self.logits is not None
 
     def observe(self, *, state: bool = False) -> Observation:
-        """What the agents see, over the visual tokens as they lie now: ``A = N - prefix``."""
-        return self.rules.observe(self.backbone, self.tokens, self.step, self._context, state=state)
+        """What the agents see, as the tokens lie now."""
+        return self.rules.observe(self.backbone, self._moment, state=state)
 
     def act(self, action: Tensor) -> None:
-        """Apply ``action`` ``(B, N - prefix)`` and run on to the next decision or the logits."""
-        self.tokens = self.rules.apply(self.tokens, action)
+        """Apply ``action``, as the tokens lie now, and run on to the next decision or the end."""
+        self.tokens = self.rules.apply(self._moment, action)
         self._count = self.tokens.counts()
+        self.counts = (*self.counts, self._count - self.tokens.prefix)
         if self.execution == "padded":
             self.tokens = reduction.compact(self.tokens)
         self.step += 1
         self._advance()
 
+    def finish(self, rows: Tensor) -> Tensor:
+        """``(b, classes)`` logits of some images if nobody decided anything from here on.
+
+        The stored state goes on, nothing is computed anew; the episode stays where it is.
+        ``rows``: ``(b,)`` which images.
+        """
+        if self.logits is not None:
+            return self.logits[rows]
+        tokens = self.tokens.select(rows)
+        for half in range(self._half, 2 * self.backbone.depth):
+            tokens, _ = self._run(half, tokens)
+        return self.backbone.classify(tokens)
+
     def _advance(self) -> None:
-        backbone, rules = self.backbone, self.rules
-        stop = rules.blocks[self.step] if self.step < len(rules.blocks) else backbone.depth
-        for block in range(self._block, stop):
-            self.tokens, self._context = backbone.attend(block, self.tokens, **rules.wants(block))
-            self.tokens = backbone.feed(block, self.tokens)
-            self.lengths.append(self._count)
-        self._block = stop
-        if stop == backbone.depth:
+        """Run to the next decision, or to the logits."""
+        rules, backbone = self.rules, self.backbone
+        decisions_left = self.step < len(rules.blocks)
+        # Half 2 b is the attention of block b, half 2 b + 1 its MLP.
+        stop = 2 * (rules.blocks[self.step] if decisions_left else backbone.depth)
+        if decisions_left and rules.between:
+            stop += 1
+        for half in range(self._half, stop):
+            self.tokens, context = self._run(half, self.tokens)
+            if half % 2 == 0:
+                self._context = context
+                self.attended.append(self._count)
+            else:
+                self.fed.append(self._count)
+        self._half = stop
+        if decisions_left:
+            match = rules.match(self.tokens, self._context)
+            self._moment = Moment(self.tokens, self.step, self._context, self.counts, match)
+        else:
             self.logits = backbone.classify(self.tokens)
+
+    def _run(self, half: int, tokens: Tokens) -> tuple[Tokens, Context]:
+        block, mlp = divmod(half, 2)
+        if mlp:
+            return self.backbone.feed(block, tokens), Context()
+        return self.backbone.attend(block, tokens, **self.rules.wants(block))

@@ -12,8 +12,8 @@ from tokenenv.backbone import Backbone
 from tokenenv.data import ImageSource, Stream
 from tokenenv.episode import Episode, Execution, default_execution
 from tokenenv.errors import UserError
-from tokenenv.rewards import Outcome, Reward, Turn
-from tokenenv.rules import Observation, TokenPrune
+from tokenenv.rewards import Dora, Outcome, Reward, Turn, divergence
+from tokenenv.rules import Observation, Rules
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Transition:
 
     Attributes:
         observation: the next decision; None when the episode has ended.
-        reward: ``(B, P)`` float32 per agent.
+        reward: ``(B, A)`` float32 per agent, or ``(B, 1)`` where all agents of an image share it.
         done: ``(B,)`` bool, whose episode ended with this step; here all or none.
         outcome: logits and labels at the end of the episode, else None.
     """
@@ -36,34 +36,36 @@ class Transition:
 class Game:
     """Vision Transformer inference as a Markov game, batched on one device.
 
-    A fixed roster: agent ``p`` is image patch ``p``; a pruned agent stays on the roster, sees
-    zeros and its action is ignored. All images of the batch end together after
-    :attr:`steps` decisions. No Python loop over images or agents; with masked execution no
-    host-device sync before the end of an episode.
+    A fixed roster: an agent that may no longer act stays on it, sees zeros and its action is
+    ignored. All images of the batch end together after :attr:`steps` decisions. No Python loop
+    over images or agents; with masked execution no host-device sync before the end of an episode.
 
     Args:
         backbone: the frozen model.
         rules: what agents see and do.
-        reward: maps a :class:`~tokenenv.rewards.Turn` to ``(B, P)`` rewards.
+        reward: maps a :class:`~tokenenv.rewards.Turn` to ``(B, A)`` or ``(B, 1)`` rewards.
         source: where the images come from.
         batch_size: B, images per episode, repeats counted.
         repeats: how many times in a row each image is in the batch; several tries at one image
             tell a learner what the tries, and not the image, made of the reward.
         seed: of the order of the images.
         execution: ``masked`` or ``padded``; None takes what suits the device.
+        privileged: whether observations also hold what a critic of DORA reads in training: all
+            tokens, and in the state the dense model's logits and the course of the episode.
 
     Attributes:
-        agents: P, the number of agents per image.
+        agents: A, the number of agents per image; ``actions``: how many each has.
         steps: decisions per episode.
         agent_dim, shared_dim, state_dim: widths of the observation's parts.
         images, labels, index: ``(B, C, H, W)``, ``(B,)``, and ``(B,)`` positions in the source.
-        history: ``(B, P)`` bool who was alive after each decision of the episode so far.
+        history: ``(B, P)`` bool which patches a token stood for after each decision so far.
+        counts: ``(B,)`` visual tokens before the first decision and after each one so far.
     """
 
     def __init__(
         self,
         backbone: Backbone,
-        rules: TokenPrune,
+        rules: Rules,
         reward: Reward,
         source: ImageSource,
         *,
@@ -71,24 +73,26 @@ class Game:
         repeats: int = 1,
         seed: int = 0,
         execution: Execution | None = None,
+        privileged: bool = False,
     ) -> None:
         rules.check(backbone)
         self.backbone, self.rules, self.reward, self.source = backbone, rules, reward, source
         self.batch_size = batch_size
         self.execution = execution or default_execution(backbone.device)
-        self.agents = backbone.patches
-        self.actions = 2
+        self.agents, self.actions = rules.agents(backbone), rules.actions(backbone)
         self.steps = len(rules.blocks)
         self.agent_dim = rules.agent_dim(backbone)
         self.shared_dim = rules.shared_dim(backbone)
-        self.state_dim = rules.state_dim(backbone) + _NATIVE_DIM
+        self.privileged = privileged
+        extra = backbone.classes + _COURSE_DIM if privileged else 0
+        self.state_dim = rules.state_dim(backbone) + _NATIVE_DIM + extra
         if repeats < 1 or batch_size % repeats:
             raise UserError(
                 f"batch_size={batch_size} must be a multiple of repeats={repeats}, at least 1"
             )
         self.repeats = repeats
         self.seed(seed)
-        self._native: dict[int, Tensor] = {}
+        self._native: dict[int, tuple[Tensor, Tensor]] = {}
         self.episode: Episode | None = None
 
     def seed(self, seed: int) -> None:
@@ -103,16 +107,19 @@ class Game:
         device = self.backbone.device
         self.images = batch.images.to(device, self.backbone.dtype, non_blocking=True)
         self.labels = batch.labels.to(device, non_blocking=True)
-        self.native = self._native_logits(batch.index)
+        self.native, self._trail = self._dense(batch.index)
         self.index = batch.index.repeat_interleave(self.repeats)
         if self.repeats > 1:
-            self.images, self.labels, self.native = (
+            self.images, self.labels, self.native, self._trail = (
                 t.repeat_interleave(self.repeats, dim=0)
-                for t in (self.images, self.labels, self.native)
+                for t in (self.images, self.labels, self.native, self._trail)
             )
         self.episode = Episode(self.backbone, self.rules, self.images, execution=self.execution)
-        self._alive = torch.ones((len(self.images), self.agents), dtype=torch.bool, device=device)
+        patches = self.backbone.patches
+        self._alive = torch.ones((len(self.images), patches), dtype=torch.bool, device=device)
         self.history: tuple[Tensor, ...] = ()
+        self._damage: tuple[Tensor, ...] = ()
+        self._compressed = torch.zeros(len(self.images), device=device)
         self._finite = torch.ones((), dtype=torch.bool, device=device)
         return self._observe()
 
@@ -121,7 +128,7 @@ class Game:
         """Play one decision of the whole batch.
 
         Args:
-            action: ``(B, P)`` integers, 1 keep, 0 prune; ignored for agents that are not active.
+            action: ``(B, A)`` integers; ignored for agents that are not active.
 
         Raises:
             UserError: at the end of an episode in which a reward was not finite.
@@ -131,15 +138,22 @@ class Game:
             raise RuntimeError("the episode is over: call reset() first")
         episode, before = self.episode, self._alive
         step = episode.step
-        episode.act(episode.tokens.from_patches(action))
+        episode.act(self.rules.from_roster(episode.tokens, action))
         self._alive = episode.tokens.patch_alive()
         self.history = (*self.history, self._alive)
+        self._damage = (*self._damage, *self._new_damage())
+        block, depth = self.rules.blocks[step], self.backbone.depth
+        removed = (self.counts[-2] - self.counts[-1]) / self.counts[0]
+        self._compressed = self._compressed + removed * (depth - block) / depth
         outcome = (
             Outcome(episode.logits, self.labels, self.native)
             if episode.logits is not None
             else None
         )
-        turn = Turn(step, self.steps, before, self._alive, self.history, outcome)
+        turn = Turn(
+            step, self.steps, before, self._alive, self.history, outcome,
+            block, depth, self.counts, self._damage,
+        )  # fmt: skip
         reward = self.reward(turn).float()
         self._finite &= reward.isfinite().all()
         if outcome is None:
@@ -151,43 +165,117 @@ class Game:
             )
         return Transition(None, reward, self._done(True), outcome)
 
+    @property
+    def counts(self) -> tuple[Tensor, ...]:
+        """``(B,)`` visual tokens before the first decision and after each one so far."""
+        assert self.episode is not None
+        return self.episode.counts
+
     def _done(self, value: bool) -> Tensor:
         return torch.full((len(self.images),), value, device=self.backbone.device)
 
     def _observe(self) -> Observation:
-        """The observation on the roster of patches, with the critic's privileged numbers."""
+        """The observation on the roster, with the critic's privileged numbers."""
         assert self.episode is not None
         seen = self.episode.observe(state=True)
         assert seen.state is not None
         tokens = self.episode.tokens
+        state = [seen.state, _native_features(self.native, self.labels)]
+        if self.privileged:
+            state += [self.native.float(), self._course()]
+
+        def on_roster(values: Tensor) -> Tensor:
+            return self.rules.to_roster(self.backbone, tokens, values)
+
         return replace(
             seen,
-            agents=tokens.to_patches(seen.agents),
-            active=self._alive,
-            state=torch.cat([seen.state, _native_features(self.native, self.labels)], dim=1),
+            agents=on_roster(seen.agents),
+            active=on_roster(seen.active),
+            state=torch.cat(state, dim=1),
+            tokens=self._all_tokens() if self.privileged else None,
         )
 
-    def _native_logits(self, index: Tensor) -> Tensor:
-        """``(B, K)`` the dense model's logits, computed once per image of the source."""
+    def _all_tokens(self) -> Tensor:
+        """``(B, prefix + P, D)`` all living tokens, zeros for the others."""
+        assert self.episode is not None
+        tokens = self.episode.tokens
+        x = tokens.x * tokens.alive[..., None]
+        full = tokens.prefix + self.backbone.patches
+        return torch.nn.functional.pad(x, (0, 0, 0, full - x.shape[1]))
+
+    def _course(self) -> Tensor:
+        """``(B, 3)`` compression and damage so far, and what damage costs now."""
+        damage = self._damage[-1] if self._damage else torch.zeros_like(self._compressed)
+        penalty = self.reward.penalty / 300 if isinstance(self.reward, Dora) else 0.0
+        return torch.stack(
+            [self._compressed, damage, torch.full_like(self._compressed, penalty)], dim=1
+        )
+
+    def _new_damage(self) -> tuple[Tensor, ...]:
+        """What the last decision did to the images, as the reward measures it; else nothing."""
+        reward, episode = self.reward, self.episode
+        assert episode is not None
+        if not isinstance(reward, Dora):
+            return ()
+        if reward.damage == "drift":
+            here = self.backbone.summary(episode.tokens)
+            there = self._trail[:, len(self.history) - 1]
+            return (1 - torch.cosine_similarity(here, there, dim=1),)
+        # The terminal form needs no way, only the end.
+        if reward.terminal and not episode.done:
+            return (torch.zeros_like(self._compressed),)
+        last = self._damage[-1] if self._damage else torch.zeros_like(self._compressed)
+        rows = torch.arange(len(last), device=last.device)
+        if self.execution == "padded":
+            # Elsewhere the device would be waited for.
+            rows = (self.counts[-1] < self.counts[-2]).nonzero()[:, 0]
+        logits = episode.finish(rows)
+        return (last.index_copy(0, rows, divergence(self.native[rows], logits, reward.tau)),)
+
+    def _dense(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The dense model on the images, computed once for each of the source.
+
+        Returns:
+            ``(B, K)`` logits; ``(B, T, D)`` the summary token when each decision but the first is
+            due and at the end, T = 0 where the reward does not ask for it.
+        """
         keys = index.tolist()
         missing = [i for i, key in enumerate(keys) if key not in self._native]
         if missing:
-            fresh = self.backbone(self.images[missing])
-            for i, row in zip(missing, fresh.float().unbind(0), strict=True):
-                self._native[keys[i]] = row
-        return torch.stack([self._native[key] for key in keys])
+            fresh = self._run_dense(self.images[missing])
+            for i, *row in zip(missing, *(t.float().unbind(0) for t in fresh), strict=True):
+                self._native[keys[i]] = (row[0], row[1])
+        logits, trail = zip(*(self._native[key] for key in keys), strict=True)
+        return torch.stack(logits), torch.stack(trail)
+
+    def _run_dense(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        if not (isinstance(self.reward, Dora) and self.reward.damage == "drift"):
+            return self.backbone(images), images.new_zeros(len(images), 0, self.backbone.dim)
+        tokens, trail = self.backbone.embed(images), []
+        due = self.rules.blocks[1:]
+        for block in range(self.backbone.depth):
+            if block in due and not self.rules.between:
+                trail.append(self.backbone.summary(tokens))
+            tokens, _ = self.backbone.attend(block, tokens)
+            if block in due and self.rules.between:
+                trail.append(self.backbone.summary(tokens))
+            tokens = self.backbone.feed(block, tokens)
+        trail.append(self.backbone.summary(tokens))
+        return self.backbone.classify(tokens), torch.stack(trail, 1)
 
     def prepare(self, batch_size: int = 64) -> Iterator[int]:
-        """Compute the dense model's logits of the whole source ahead; yields images done."""
+        """Run the dense model on the whole source ahead; yields images done."""
         for index in torch.arange(len(self.source)).split(batch_size):
             batch = self.source.batch(index)
             if len(batch.index):
                 with torch.no_grad():
                     self.images = batch.images.to(self.backbone.device, self.backbone.dtype)
-                    self._native_logits(batch.index)
+                    self._dense(batch.index)
             yield len(index)
 
 
+# Compression, damage, its price.
+_COURSE_DIM = 3
 # Dense model's probability of the label, its margin, and its entropy.
 _NATIVE_DIM = 3
 

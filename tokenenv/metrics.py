@@ -16,19 +16,21 @@ from tokenenv.cost import Cost
 from tokenenv.data import ImageSource
 from tokenenv.episode import Episode, Execution, default_execution
 from tokenenv.errors import UserError
-from tokenenv.rules import Observation, TokenPrune
+from tokenenv.rules import Observation, Rules
 
 
 class Decider(Protocol):
     """What :func:`evaluate` needs of a policy."""
 
-    rules: TokenPrune
+    @property
+    def rules(self) -> Rules:
+        """What it decides under."""
 
     def act(self, observation: Observation) -> Tensor:
         """``(B, A)`` int64 actions."""
 
-    def macs(self, agents: Tensor) -> Tensor:
-        """Multiply-adds of one decision for ``agents`` living agents of an image."""
+    def macs(self, agents: Tensor, removed: Tensor) -> Tensor:
+        """Multiply-adds of one decision of ``agents`` agents that removed so many tokens."""
 
 
 def play(
@@ -161,10 +163,10 @@ def evaluate(
         rows["reduced"].append(episode.logits.masked_fill(~allowed, -torch.inf).argmax(1).cpu())
         loss = F.cross_entropy(episode.logits.float(), batch.labels.to(device), reduction="none")
         rows["losses"].append(loss.cpu())
-        macs = cost.backbone_macs(episode.lengths)
-        macs += cost.decision_macs(policy.rules, policy, episode.lengths)
+        macs = cost.backbone_macs(episode.attended, episode.fed)
+        macs += cost.decision_macs(policy.rules, policy, episode.attended, episode.fed)
         rows["macs"].append(macs.cpu())
-        rows["lengths"].append(torch.stack(episode.lengths, 1).cpu() - backbone.prefix)
+        rows["lengths"].append(torch.stack(episode.fed, 1).cpu() - backbone.prefix)
         rows["index"].append(batch.index)
         progress(len(batch.index))
     if not rows["labels"]:

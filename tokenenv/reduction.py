@@ -14,22 +14,24 @@ from torch import Tensor
 from tokenenv.tokens import Tokens
 
 
-def prune(tokens: Tokens, keep: Tensor) -> Tokens:
+def prune(tokens: Tokens, keep: Tensor, least: int = 0) -> Tokens:
     """Kill the visual tokens that are not kept; nothing moves.
 
-    Where an image needs at least one visual token (``tokens.keep_one``) and would lose all of
-    them, it keeps those it has.
+    Where fewer than ``least`` visual tokens would be left of an image, it keeps those it has.
 
     Args:
         tokens: ``(B, N)`` tokens.
         keep: ``(B, N - prefix)`` bool; False for a token that leaves. Dead tokens stay dead.
+        least: visual tokens to stay; at least 1 where an image needs one (``tokens.keep_one``).
 
     Returns:
         The tokens with ``alive``, ``size`` and ``source`` updated.
     """
     kept = tokens.visual_alive & keep
-    if tokens.keep_one:
-        kept = torch.where(kept.any(1, keepdim=True), kept, tokens.visual_alive)
+    least = max(least, int(tokens.keep_one))
+    if least:
+        enough = kept.sum(1, keepdim=True) >= least
+        kept = torch.where(enough, kept, tokens.visual_alive)
     alive = torch.cat([tokens.alive[:, : tokens.prefix], kept], dim=1)
     owner = alive.gather(1, tokens.source.clamp(min=0)) & (tokens.source >= 0)
     return replace(
@@ -92,8 +94,8 @@ class Match(NamedTuple):
 def bipartite_match(tokens: Tokens, metric: Tensor) -> Match:
     """Best partner of every second visual token among the other visual tokens.
 
-    ToMe, Bolya et al. 2023, section 3.2: visual tokens are split alternately into A and B; each
-    token of A proposes its most similar token of B. Prefix tokens and dead tokens take no part.
+    ToMe, Bolya et al. 2023, section 3.2: living visual tokens are split alternately into A and B;
+    each token of A proposes its most similar token of B. Prefix tokens take no part.
 
     Args:
         tokens: ``(B, N)`` tokens.
@@ -103,16 +105,22 @@ def bipartite_match(tokens: Tokens, metric: Tensor) -> Match:
         One candidate per token of A, ``A = ceil((N - prefix) / 2)``.
     """
     unit = torch.nn.functional.normalize(metric[:, tokens.prefix :].float(), dim=-1)
-    score = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)
     alive = tokens.visual_alive
+    place = torch.arange(alive.shape[1], device=alive.device).expand_as(alive)
+    if tokens.ragged:
+        # Who is in A is a matter of rank among the living, wherever the dead lie: an image is
+        # matched alike in every execution and every batch.
+        place = torch.sort((~alive).to(torch.uint8), dim=1, stable=True).indices
+        unit = unit.gather(1, place[..., None].expand_as(unit))
+        alive = alive.gather(1, place)
+    score = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)
     pair = alive[:, ::2, None] & alive[:, None, 1::2]
     score = score.masked_fill(~pair, -torch.inf)
-    token = torch.arange(0, alive.shape[1], 2, device=alive.device).expand(score.shape[:2])
-    token = token + tokens.prefix
+    token, other = place[:, ::2] + tokens.prefix, place[:, 1::2] + tokens.prefix
     if score.shape[2] == 0:  # a lone token has nobody to propose to
         return Match(token, token, score.new_full(token.shape, -torch.inf))
     best, choice = score.max(dim=2)
-    return Match(token, 2 * choice + 1 + tokens.prefix, best)
+    return Match(token, other.gather(1, choice), best)
 
 
 def merge(tokens: Tokens, match: Match, accept: Tensor, weight: Tensor | None = None) -> Tokens:
@@ -160,11 +168,19 @@ def merge(tokens: Tokens, match: Match, accept: Tensor, weight: Tensor | None = 
         ),
         ragged=True,
         moved=True,
+        merged=True,
     )
 
 
-def strongest(match: Match, count: int) -> Tensor:
-    """Accept the ``count`` most similar candidates, ToMe's fixed schedule: ``(B, A)`` bool."""
-    count = min(count, match.score.shape[1])
-    chosen = match.score.topk(count, dim=1).indices
-    return torch.zeros_like(match.score, dtype=torch.bool).scatter(1, chosen, True)
+def strongest(match: Match, count: int | Tensor) -> Tensor:
+    """Accept the ``count`` most similar candidates: ``(B, A)`` bool. ToMe's rule.
+
+    ``count``: one number, or ``(B, 1)`` for each image its own.
+    """
+    return highest(match.score, count)
+
+
+def highest(score: Tensor, count: int | Tensor) -> Tensor:
+    """``(B, A)`` bool, the ``count`` highest scores of each row; of equal ones the first."""
+    order = torch.sort(score, dim=1, descending=True, stable=True).indices
+    return inverse(order) < count

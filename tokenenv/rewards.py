@@ -34,9 +34,7 @@ class Outcome:
     @property
     def fidelity(self) -> Tensor:
         """``(B,)`` exp(-KL(native || reduced)), in (0, 1]: 1 where nothing changed."""
-        native = self.native.float().log_softmax(1)
-        reduced = self.logits.float().log_softmax(1)
-        return torch.exp(-(native.exp() * (native - reduced)).sum(1))
+        return torch.exp(-divergence(self.native, self.logits, tau=1.0))
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,10 @@ class Turn:
         before: ``(B, A)`` bool, alive before the decision; ``after``: alive after it.
         history: ``after`` of every decision of the episode so far, this one last.
         outcome: how the episode ended; None before the last decision is played out.
+        block: the decision's block; ``depth``: how many the model has.
+        counts: ``(B,)`` visual tokens before the first decision and after each one so far.
+        damage: ``(B,)`` after each decision so far, how far the images have come from the dense
+            model's way; only where the reward asks for it, see :class:`Dora`.
     """
 
     step: int
@@ -56,6 +58,10 @@ class Turn:
     after: Tensor
     history: tuple[Tensor, ...]
     outcome: Outcome | None
+    block: int = 0
+    depth: int = 1
+    counts: tuple[Tensor, ...] = ()
+    damage: tuple[Tensor, ...] = ()
 
 
 class Reward(Protocol):
@@ -168,6 +174,107 @@ class Cooperative:
         if turn.outcome is not None:
             reward = reward + self.alpha * turn.outcome.fidelity[:, None]
         return reward
+
+
+Damage = Literal["drift", "divergence"]
+
+
+@dataclass(frozen=True)
+class Dora:
+    """DORA's dense reward of one agent per block, the same for all its tokens.
+
+    ``efficiency * dC - penalty * (g(d_l) - g(d_(l-1)))``, with ``dC = k (L - l) / (L N_0)`` for
+    ``k`` tokens removed in block ``l`` of ``L`` (arXiv 2609.34325, "Reward").
+
+    - ``divergence`` (the pruning paper's): ``d = tau^2 KL(dense || reduced)`` of the logits at
+      temperature ``tau``, if nobody decided anything after this block; ``g(d) = d + d^2 / bend``.
+      The increments telescope: an episode's rewards sum to ``efficiency C - penalty g(d_final)``.
+    - ``drift`` (for the merging paper, whose formula is not public: dense, feature fidelity,
+      non-linear): ``d = 1 - cos`` of the summary token to the dense model's when the next decision
+      is due, ``g(d) = exp(kappa d) - 1``; at the end ``penalty * tau^2 KL`` in addition. It costs
+      no further forward pass.
+
+    Attributes:
+        efficiency: reward for removing all tokens at once before the first block.
+        penalty: a, see :class:`PenaltyLoop`.
+        damage: ``divergence`` or ``drift``.
+        terminal: pay the whole penalty at the end only: without dense credit, for comparison.
+        tau, kappa, bend: as above; ``bend`` 0: ``g(d) = d``, the paper's.
+    """
+
+    efficiency: float = 25.0
+    penalty: float = 30.0
+    damage: Damage = "divergence"
+    terminal: bool = False
+    tau: float = 3.0
+    kappa: float = 10.0
+    bend: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.damage not in ("drift", "divergence"):
+            raise UserError(f"damage='{self.damage}': choose 'drift' or 'divergence'")
+        for name in ("tau", "kappa"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name}={getattr(self, name):g} must be greater than 0")
+        if self.bend < 0:
+            raise UserError(f"bend={self.bend:g} must be at least 0")
+
+    def __call__(self, turn: Turn) -> Tensor:
+        """Rewards ``(B, 1)``."""
+        removed = (turn.counts[-2] - turn.counts[-1]).float()
+        share = removed / turn.counts[0] * (turn.depth - turn.block) / turn.depth
+        penalty = torch.zeros_like(share)
+        if not self.terminal:
+            penalty = self._bent(turn.damage[-1])
+            if turn.step:
+                penalty = penalty - self._bent(turn.damage[-2])
+        elif turn.outcome is not None:
+            penalty = self._bent(turn.damage[-1])
+        if turn.outcome is not None and self.damage == "drift":
+            penalty = penalty + divergence(turn.outcome.native, turn.outcome.logits, self.tau)
+        return (self.efficiency * share - self.penalty * penalty)[:, None]
+
+    def _bent(self, damage: Tensor) -> Tensor:
+        if self.damage == "drift":
+            return (self.kappa * damage).exp() - 1
+        return damage + damage**2 / self.bend if self.bend else damage
+
+
+def divergence(native: Tensor, logits: Tensor, tau: float) -> Tensor:
+    """``(B,)`` ``tau^2 KL(native || logits)`` at temperature ``tau``, both ``(B, K)``."""
+    one = (native.float() / tau).log_softmax(1)
+    other = (logits.float() / tau).log_softmax(1)
+    return tau**2 * (one.exp() * (one - other)).sum(1)
+
+
+@dataclass
+class PenaltyLoop:
+    """DORA's closed loop: the penalty rises while more accuracy is lost than allowed.
+
+    ``a <- clip(a + 5 clip((d - d*) / 0.01, -2, 2), 0, 300)`` (arXiv 2609.34325, "Closed-loop
+    coefficient"), ``d`` the share of images by which top-1 fell. Needs many held-back images: with
+    600 the noise of ``d`` is near 0.01, see :class:`ClosedLoop` for those.
+
+    Attributes:
+        penalty: a, now.
+        target: d*, in [0, 1].
+    """
+
+    penalty: float
+    target: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.target <= 1:
+            raise UserError(
+                f"target drop {self.target:g} is outside [0, 1]: give a share of the images, "
+                "such as 0.01 for one percentage point"
+            )
+
+    def follow(self, drop: float) -> float:
+        """The next penalty after top-1 fell by ``drop``, a share of the images."""
+        excess = max(-2.0, min(2.0, (drop - self.target) / 0.01))
+        self.penalty = max(0.0, min(300.0, self.penalty + 5 * excess))
+        return self.penalty
 
 
 @dataclass

@@ -28,6 +28,7 @@ class Tokens:
         ragged: False while no token can be dead, so that no mask is needed. A plain bool: asking
             the tensors would make an accelerator wait.
         moved: False while visual token ``prefix + p`` is patch ``p`` for every image.
+        merged: False while no token can stand for several patches.
     """
 
     x: Tensor
@@ -38,6 +39,7 @@ class Tokens:
     keep_one: bool = False
     ragged: bool = False
     moved: bool = False
+    merged: bool = False
 
     @staticmethod
     def start(x: Tensor, prefix: int, *, keep_one: bool = False) -> Tokens:
@@ -67,6 +69,26 @@ class Tokens:
     def key_mask(self) -> Tensor | None:
         """``(B, 1, 1, N)`` bool mask of the keys attention may read; None when it may read all."""
         return self.alive[:, None, None, :] if self.ragged else None
+
+    @property
+    def size_bias(self) -> Tensor | None:
+        """``(B, 1, 1, N)`` log of the sizes, -inf for the dead: a key counts as its patches do.
+
+        None where every living token is one patch and all are alive.
+        """
+        if not self.merged:
+            return None
+        return self.size.log().to(self.x.dtype)[:, None, None, :]
+
+    def select(self, rows: Tensor) -> Tokens:
+        """The tokens of some of the images. ``rows``: ``(b,)`` indices."""
+        return replace(
+            self,
+            x=self.x[rows],
+            size=self.size[rows],
+            alive=self.alive[rows],
+            source=self.source[rows],
+        )
 
     def with_x(self, x: Tensor) -> Tokens:
         """The same tokens with other embeddings ``(B, N, D)``."""

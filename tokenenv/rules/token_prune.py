@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,10 @@ from torch import Tensor
 from tokenenv import reduction
 from tokenenv.backbone import Backbone, Context
 from tokenenv.errors import UserError
-from tokenenv.rules.observation import Observation
+from tokenenv.reduction import Match
+from tokenenv.rules.checks import check_blocks, check_features, check_range
+from tokenenv.rules.features import log_relative, mean_over, position_code, redundancy
+from tokenenv.rules.observation import Moment, Observation
 from tokenenv.tokens import Tokens
 
 PRUNE, KEEP = 0, 1
@@ -60,27 +63,15 @@ class TokenPrune:
     blocks: tuple[int, ...] = (3, 6, 9)
     features: tuple[str, ...] = ("token", "position", "progress", "cls_attention")
     share: bool = True
+    between: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not all(isinstance(block, int) for block in self.blocks):
-            raise UserError(f"blocks={_slashed(self.blocks)} must be whole numbers such as 3/6/9")
-        if not self.blocks or list(self.blocks) != sorted(set(self.blocks)) or self.blocks[0] < 0:
-            raise UserError(
-                f"blocks={_slashed(self.blocks)} must be strictly increasing block indices from 0"
-            )
-        if not self.features or len(set(self.features)) < len(self.features):
-            raise UserError(f"features={self.features!r}: name at least one, each only once")
-        unknown = [f for f in self.features if f not in FEATURES]
-        if unknown:
-            raise UserError(f"unknown feature '{unknown[0]}': choose from {', '.join(FEATURES)}")
+        check_blocks(self.blocks)
+        check_features(self.features, FEATURES)
 
     def check(self, backbone: Backbone) -> None:
         """Raise :class:`UserError` where these rules don't fit the backbone."""
-        if self.blocks[-1] >= backbone.depth:
-            raise UserError(
-                f"decision block {self.blocks[-1]} is out of range: the model has blocks "
-                f"0 to {backbone.depth - 1}"
-            )
+        check_range(self.blocks, backbone.depth)
         for name in ("cls_attention", "redundancy"):
             if name in self.features and not backbone.has_class_token:
                 raise UserError(
@@ -109,6 +100,30 @@ class TokenPrune:
         if "similarity" in self.features:
             total = total + (tokens - backbone.prefix) * 2 * backbone.dim
         return total
+
+    def agents(self, backbone: Backbone) -> int:
+        """One per patch."""
+        return backbone.patches
+
+    def actions(self, backbone: Backbone) -> int:
+        """Prune or keep."""
+        return 2
+
+    def deciders(self, visual: Tensor) -> Tensor:
+        """One per token."""
+        return visual
+
+    def match(self, tokens: Tokens, context: Context) -> Match | None:
+        """Nothing merges."""
+        return None
+
+    def to_roster(self, backbone: Backbone, tokens: Tokens, values: Tensor) -> Tensor:
+        """Agent ``p`` is patch ``p``: ``(B, N - prefix, ...)`` -> ``(B, P, ...)``."""
+        return tokens.to_patches(values)
+
+    def from_roster(self, tokens: Tokens, values: Tensor) -> Tensor:
+        """``(B, P, ...)`` -> ``(B, N - prefix, ...)``."""
+        return tokens.from_patches(values)
 
     def layout(self, backbone: Backbone) -> dict[str, slice]:
         """Where each feature lies in an agent's observation."""
@@ -140,31 +155,13 @@ class TokenPrune:
         """G: numbers every agent of an image sees beside its own."""
         return backbone.dim if self.share else 0
 
-    def observe(
-        self,
-        backbone: Backbone,
-        tokens: Tokens,
-        step: int,
-        context: Context,
-        *,
-        state: bool = False,
-    ) -> Observation:
-        """What the agents see before decision ``step``.
-
-        Args:
-            backbone: the model.
-            tokens: ``(B, N)`` tokens before the decision block.
-            step: 0-based decision.
-            context: of the block before; holds what :meth:`wants` asked for.
-            state: whether the global state is needed.
-
-        Returns:
-            An observation over the ``N - prefix`` visual tokens as they lie.
-        """
+    def observe(self, backbone: Backbone, moment: Moment, *, state: bool = False) -> Observation:
+        """What the agents see, over the ``N - prefix`` visual tokens as they lie."""
+        tokens, step, context = moment.tokens, moment.step, moment.context
         batch, active = len(tokens.x), tokens.visual_alive
         normalised = backbone.normalised(self.blocks[step], tokens.x).float()
         visual = normalised[:, tokens.prefix :]
-        mean = _mean_over(visual, active)
+        mean = mean_over(visual, active)
         whole = normalised[:, 0] if backbone.has_class_token else mean
         progress = whole.new_zeros(batch, len(self.blocks) + 1)
         progress[:, step] = 1.0
@@ -175,20 +172,20 @@ class TokenPrune:
             if name == "token":
                 own.append(visual)
             elif name == "position":
-                code = _position_code(backbone.grid, tokens.x.device)
+                code = position_code(backbone.grid, tokens.x.device)
                 own.append(tokens.from_patches(code.expand(batch, -1, -1)))
             elif name == "progress":
                 own.append(progress[:, None].expand(-1, visual.shape[1], -1))
             elif name == "cls_attention":
                 assert context.cls_attention is not None
-                own.append(_log_relative(context.cls_attention[:, tokens.prefix :], active))
+                own.append(log_relative(context.cls_attention[:, tokens.prefix :], active))
             elif name == "redundancy":
-                own.append(_redundancy(tokens, context))
+                own.append(redundancy(tokens, context))
             elif name == "similarity":
                 anchors = F.normalize(torch.stack([whole, mean], dim=2), dim=1)
                 own.append(F.normalize(visual, dim=2) @ anchors)
             elif name == "norm":
-                own.append(_log_relative(tokens.visual.float().norm(dim=-1), active))
+                own.append(log_relative(tokens.visual.float().norm(dim=-1), active))
             else:
                 eye = torch.eye(backbone.patches, device=tokens.x.device)
                 own.append(tokens.from_patches(eye.expand(batch, -1, -1)))
@@ -201,46 +198,6 @@ class TokenPrune:
             state=torch.cat([whole, progress], dim=1) if state else None,
         )
 
-    def apply(self, tokens: Tokens, action: Tensor) -> Tokens:
+    def apply(self, moment: Moment, action: Tensor) -> Tokens:
         """Prune the living tokens whose action is 0. ``action``: ``(B, N - prefix)`` integers."""
-        return reduction.prune(tokens, action != PRUNE)
-
-
-def _slashed(blocks: Sequence[int]) -> str:
-    return "/".join(str(b) for b in blocks)
-
-
-def _mean_over(values: Tensor, active: Tensor) -> Tensor:
-    """``(B, A, D)`` -> ``(B, D)`` mean over the active."""
-    weight = active / active.sum(1, keepdim=True).clamp(min=1)
-    return (values * weight[..., None]).sum(1)
-
-
-def _log_relative(values: Tensor, active: Tensor) -> Tensor:
-    """``(B, A)`` -> ``(B, A, 1)`` log of positive values over their mean among the active.
-
-    At least -4; 0 for the others.
-    """
-    mean = _mean_over(values[..., None], active)
-    relative = (values / mean.clamp(min=1e-12)).clamp(min=1e-12).log().clamp(min=-4.0)
-    return (relative * active)[..., None]
-
-
-def _redundancy(tokens: Tokens, context: Context) -> Tensor:
-    """``(B, A, 1)`` highest cosine with a living token of more attention; -1 for the first."""
-    assert context.keys is not None and context.cls_attention is not None
-    key = F.normalize(context.keys.mean(1)[:, tokens.prefix :].float(), dim=-1)
-    rank = context.cls_attention[:, tokens.prefix :] * tokens.visual_alive
-    if rank.shape[1] == 0:  # every visual token of the batch is gone
-        return rank[..., None]
-    better = rank[:, None, :] > rank[:, :, None]
-    return (key @ key.transpose(1, 2)).masked_fill(~better, -1.0).amax(2)[..., None]
-
-
-def _position_code(grid: tuple[int, int], device: torch.device) -> Tensor:
-    """``(P, 8)`` sine and cosine of row and column at two wavelengths, row-major patches."""
-    rows = torch.linspace(0, 1, grid[0], device=device)[:, None].expand(grid)
-    cols = torch.linspace(0, 1, grid[1], device=device)[None, :].expand(grid)
-    angle = torch.stack([rows, cols], dim=-1).reshape(-1, 2) * torch.pi
-    angle = torch.cat([angle, 2 * angle], dim=-1)
-    return torch.cat([angle.sin(), angle.cos()], dim=-1)
+        return reduction.prune(moment.tokens, action != PRUNE)

@@ -1,0 +1,38 @@
+"""What all rules must hold to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenenv.errors import UserError
+
+
+def check_blocks(blocks: Sequence[int]) -> None:
+    """Raise :class:`UserError` unless ``blocks`` are strictly increasing indices from 0."""
+    if not all(isinstance(block, int) for block in blocks):
+        raise UserError(f"blocks={_slashed(blocks)} must be whole numbers such as 3/6/9")
+    if not blocks or list(blocks) != sorted(set(blocks)) or blocks[0] < 0:
+        raise UserError(
+            f"blocks={_slashed(blocks)} must be strictly increasing block indices from 0"
+        )
+
+
+def check_features(features: Sequence[str], known: Sequence[str]) -> None:
+    """Raise :class:`UserError` unless ``features`` are some of ``known``, each only once."""
+    if not features or len(set(features)) < len(features):
+        raise UserError(f"features={features!r}: name at least one, each only once")
+    unknown = [f for f in features if f not in known]
+    if unknown:
+        raise UserError(f"unknown feature '{unknown[0]}': choose from {', '.join(known)}")
+
+
+def check_range(blocks: Sequence[int], depth: int) -> None:
+    """Raise :class:`UserError` unless a model of ``depth`` blocks has all ``blocks``."""
+    if blocks[-1] >= depth:
+        raise UserError(
+            f"decision block {blocks[-1]} is out of range: the model has blocks 0 to {depth - 1}"
+        )
+
+
+def _slashed(blocks: Sequence[int]) -> str:
+    return "/".join(str(b) for b in blocks)

@@ -1,0 +1,46 @@
+"""Numbers that describe tokens, and are of the same scale in every model."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenenv.backbone import Context
+from tokenenv.tokens import Tokens
+
+
+def mean_over(values: Tensor, active: Tensor) -> Tensor:
+    """``(B, A, D)`` -> ``(B, D)`` mean over the active."""
+    weight = active / active.sum(1, keepdim=True).clamp(min=1)
+    return (values * weight[..., None]).sum(1)
+
+
+def log_relative(values: Tensor, active: Tensor) -> Tensor:
+    """``(B, A)`` -> ``(B, A, 1)`` log of positive values over their mean among the active.
+
+    At least -4; 0 for the others.
+    """
+    mean = mean_over(values[..., None], active)
+    relative = (values / mean.clamp(min=1e-12)).clamp(min=1e-12).log().clamp(min=-4.0)
+    return (relative * active)[..., None]
+
+
+def redundancy(tokens: Tokens, context: Context) -> Tensor:
+    """``(B, A, 1)`` highest cosine with a living token of more attention; -1 for the first."""
+    assert context.keys is not None and context.cls_attention is not None
+    key = F.normalize(context.keys.mean(1)[:, tokens.prefix :].float(), dim=-1)
+    rank = context.cls_attention[:, tokens.prefix :] * tokens.visual_alive
+    if rank.shape[1] == 0:  # every visual token of the batch is gone
+        return rank[..., None]
+    better = rank[:, None, :] > rank[:, :, None]
+    return (key @ key.transpose(1, 2)).masked_fill(~better, -1.0).amax(2)[..., None]
+
+
+def position_code(grid: tuple[int, int], device: torch.device) -> Tensor:
+    """``(P, 8)`` sine and cosine of row and column at two wavelengths, row-major patches."""
+    rows = torch.linspace(0, 1, grid[0], device=device)[:, None].expand(grid)
+    cols = torch.linspace(0, 1, grid[1], device=device)[None, :].expand(grid)
+    angle = torch.stack([rows, cols], dim=-1).reshape(-1, 2) * torch.pi
+    angle = torch.cat([angle, 2 * angle], dim=-1)
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)

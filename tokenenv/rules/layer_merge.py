@@ -1,0 +1,245 @@
+"""DORA, merging: one agent per block says which of a matching's candidate pairs merge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenenv import reduction
+from tokenenv.backbone import Backbone, Context
+from tokenenv.errors import UserError
+from tokenenv.reduction import Match
+from tokenenv.rules import layer
+from tokenenv.rules.checks import check_blocks, check_features, check_range
+from tokenenv.rules.features import log_relative
+from tokenenv.rules.observation import Moment, Observation
+from tokenenv.tokens import Tokens
+
+KEEP, MERGE = 0, 1
+FEATURES = ("similarity", "cls_attention", "size", "token", "keys")
+
+
+@dataclass(frozen=True)
+class LayerMerge:
+    """Merge or keep, between attention and MLP of every block (DORA, He et al., arXiv 2605.11683).
+
+    ToMe's bipartite matching on the mean-head keys proposes candidate pairs: every second living
+    token and its most similar partner among the others. The block's agent accepts or refuses; an
+    accepted pair becomes its size-weighted mean. Prefix tokens take no part.
+
+    The paper's text is not public beyond its abstract ("binary merge actions", decided per block);
+    the rest is our reading.
+
+    Attributes:
+        blocks: indices of the decision blocks, strictly increasing.
+        action: ``pairs``: yes (1) or no (0) for every candidate, ``A = ceil(P / 2)`` of them at
+            the start; ``count``: one number per block, the index into ``grid`` of how many pairs
+            merge, the most similar first.
+        grid: how many pairs a choice of ``count`` merges, increasing from 0.
+        features: what the agent sees of a candidate a and its partner b (``pairs``):
+            ``similarity``, their cosine and the same less its mean over the candidates (2);
+            ``cls_attention``, log of the class token's attention to each, relative to the mean
+            over living tokens (2); ``size``, log of how many patches each stands for (2);
+            ``token``, cosine of their embeddings and log ratio of their lengths (2); ``keys``,
+            the mean-head keys of both (2 x head width).
+        proportional: whether a merged token weighs as many keys as its patches in attention
+            (ToMe's proportional attention).
+    """
+
+    blocks: tuple[int, ...] = tuple(range(12))
+    action: Literal["pairs", "count"] = "pairs"
+    grid: tuple[int, ...] = (0, 2, 4, 8, 12, 16, 24, 32)
+    features: tuple[str, ...] = ("similarity", "cls_attention", "size", "token")
+    proportional: bool = True
+    between: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_blocks(self.blocks)
+        check_features(self.features, FEATURES)
+        if self.action not in ("pairs", "count"):
+            raise UserError(f"action='{self.action}': choose 'pairs' or 'count'")
+        if len(self.grid) < 2 or self.grid[0] != 0 or list(self.grid) != sorted(set(self.grid)):
+            raise UserError(f"grid={self.grid} must increase from 0, such as (0, 4, 8, 16)")
+
+    def check(self, backbone: Backbone) -> None:
+        """Raise :class:`UserError` where these rules don't fit the backbone."""
+        check_range(self.blocks, backbone.depth)
+        pairs = backbone.patches // 2
+        if not pairs:
+            raise UserError(f"the model has {backbone.patches} visual tokens: no two could merge")
+        if self.action == "count" and self.grid[-1] > pairs:
+            raise UserError(
+                f"grid={self.grid} asks for {self.grid[-1]} pairs and {backbone.patches} visual "
+                f"tokens make {pairs}: give a grid up to {pairs}"
+            )
+        if "cls_attention" in self._observed and not backbone.has_class_token:
+            raise UserError(
+                "feature 'cls_attention' needs a class token and this model has none: leave it out"
+            )
+
+    @property
+    def _observed(self) -> tuple[str, ...]:
+        return self.features if self.action == "pairs" else ("similarity",)
+
+    def actions(self, backbone: Backbone) -> int:
+        """Yes or no; or the grid."""
+        return 2 if self.action == "pairs" else len(self.grid)
+
+    def agents(self, backbone: Backbone) -> int:
+        """One per candidate the untouched image has; or one per block."""
+        return -(-backbone.patches // 2) if self.action == "pairs" else 1
+
+    def deciders(self, visual: Tensor) -> Tensor:
+        """One per candidate, or one."""
+        return (visual / 2).ceil() if self.action == "pairs" else torch.ones_like(visual)
+
+    def wants(self, block: int) -> dict[str, bool]:
+        """What the attention of ``block`` has to do: arguments of ``Backbone.attend``."""
+        due = block in self.blocks
+        return {
+            "keys": due,
+            "cls_attention": due and "cls_attention" in self._observed,
+            "proportional": self.proportional,
+        }
+
+    def macs(self, backbone: Backbone, block: int, tokens: Tensor) -> Tensor:
+        """Multiply-adds of matching and observing ``tokens`` (float, prefix included)."""
+        visual = tokens - backbone.prefix
+        pairs = (visual / 2).ceil()
+        total = pairs * (visual - pairs) * backbone.head_dim(block)
+        if "cls_attention" in self._observed:
+            total = total + tokens * backbone.attention_dim(block)
+        if "token" in self._observed:
+            total = total + pairs * 3 * backbone.dim
+        return total
+
+    def match(self, tokens: Tokens, context: Context) -> Match:
+        """ToMe's candidates, on the mean-head keys."""
+        assert context.keys is not None
+        return reduction.bipartite_match(tokens, context.keys.mean(1))
+
+    def layout(self, backbone: Backbone) -> dict[str, slice]:
+        """Where each feature lies in what an agent sees of its own."""
+        if self.action == "count":
+            return {"similarity": slice(0, len(self.grid))}
+        layout, start = {}, 0
+        for name in self.features:
+            width = 2 * max(map(backbone.head_dim, self.blocks)) if name == "keys" else 2
+            layout[name] = slice(start, start + width)
+            start += width
+        return layout
+
+    def agent_dim(self, backbone: Backbone) -> int:
+        """F."""
+        return max(s.stop for s in self.layout(backbone).values())
+
+    def shared_dim(self, backbone: Backbone) -> int:
+        """G: which decision it is, and the history."""
+        return len(self.blocks) + layer.HISTORY_DIM
+
+    def state_dim(self, backbone: Backbone) -> int:
+        """S."""
+        return layer.state_dim(backbone, len(self.blocks))
+
+    def to_roster(self, backbone: Backbone, tokens: Tokens, values: Tensor) -> Tensor:
+        """Candidate ``i`` of those now is agent ``i``; zeros behind the last."""
+        missing = self.agents(backbone) - values.shape[1]
+        if not missing:
+            return values
+        return torch.cat([values, values.new_zeros(len(values), missing, *values.shape[2:])], 1)
+
+    def from_roster(self, tokens: Tokens, values: Tensor) -> Tensor:
+        """Agents without a candidate are left out."""
+        if self.action == "count":
+            return values
+        visual = tokens.x.shape[1] - tokens.prefix
+        return values[:, : -(-visual // 2)]
+
+    def observe(self, backbone: Backbone, moment: Moment, *, state: bool = False) -> Observation:
+        """What the agent sees: a row per candidate as they lie, or a single one (``count``)."""
+        match = moment.match
+        assert match is not None
+        possible = torch.isfinite(match.score)
+        score = torch.where(possible, match.score, 0.0)
+        legal = None
+        if self.action == "pairs":
+            active, own = possible, self._candidates(moment, match, score, possible)
+        else:
+            active = possible.any(1, keepdim=True)
+            own = _curve(match.score, self.grid)[:, None]
+            grid = torch.tensor(self.grid, device=score.device)
+            legal = (grid <= possible.sum(1, keepdim=True))[:, None]
+        steps = len(self.blocks)
+        shared = [layer.one_hot_step(moment, steps), layer.history(moment)]
+        return Observation(
+            agents=own * active[..., None],
+            shared=torch.cat(shared, 1),
+            active=active,
+            step=moment.step,
+            layout=self.layout(backbone),
+            legal=legal,
+            state=layer.state(backbone, moment, steps) if state else None,
+        )
+
+    def _candidates(self, moment: Moment, match: Match, score: Tensor, possible: Tensor) -> Tensor:
+        """``(B, A, F)`` the features of every candidate."""
+        tokens, context = moment.tokens, moment.context
+        pair = torch.stack([match.token, match.partner], 2)
+
+        def of_both(values: Tensor) -> Tensor:
+            return values.gather(1, pair.flatten(1)).view_as(pair)
+
+        own: list[Tensor] = []
+        for name in self.features:
+            if name == "similarity":
+                mean = score.sum(1, keepdim=True) / possible.sum(1, keepdim=True).clamp(min=1)
+                own.append(torch.stack([score, score - mean], 2))
+            elif name == "cls_attention":
+                assert context.cls_attention is not None
+                alive = tokens.visual_alive
+                weight = log_relative(context.cls_attention[:, tokens.prefix :], alive)[..., 0]
+                own.append(of_both(torch.cat([weight[:, :1].expand(-1, tokens.prefix), weight], 1)))
+            elif name == "size":
+                own.append(of_both(tokens.size.clamp(min=1).log()))
+            elif name == "token":
+                own.append(_likeness(tokens, match))
+            else:
+                assert context.keys is not None
+                key = context.keys.mean(1).float()
+                wide = pair.flatten(1)[..., None].expand(-1, -1, key.shape[2])
+                own.append(key.gather(1, wide).reshape(*pair.shape[:2], -1))
+        return torch.cat(own, 2)
+
+    def apply(self, moment: Moment, action: Tensor) -> Tokens:
+        """Merge. ``action``: ``(B, A)`` 1 for each pair that shall, or ``(B, 1)`` the choice."""
+        assert moment.match is not None
+        if self.action == "pairs":
+            accept = action == MERGE
+        else:
+            grid = torch.tensor(self.grid, device=action.device)
+            accept = reduction.strongest(moment.match, grid[action])
+        return reduction.merge(moment.tokens, moment.match, accept)
+
+
+def _curve(score: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """``(B, A)`` -> ``(B, len(grid))`` the best similarity, then of the last pair of each choice.
+
+    0 where there are not so many pairs.
+    """
+    ordered = score.sort(1, descending=True).values.clamp(min=-1.0)
+    last = torch.tensor([0, *(count - 1 for count in grid[1:])], device=score.device)
+    taken = ordered[:, last.clamp(max=ordered.shape[1] - 1)]
+    return torch.where((last < ordered.shape[1]) & (taken > -1.0), taken, 0.0)
+
+
+def _likeness(tokens: Tokens, match: Match) -> Tensor:
+    """``(B, A, 2)`` cosine of the embeddings of a pair, log ratio of their lengths."""
+    wide = match.token[..., None].expand(-1, -1, tokens.x.shape[2])
+    one = tokens.x.gather(1, wide).float()
+    other = tokens.x.gather(1, match.partner[..., None].expand_as(wide)).float()
+    lengths = torch.stack([one.norm(dim=2), other.norm(dim=2)]).clamp(min=1e-6).log()
+    return torch.stack([F.cosine_similarity(one, other, dim=2), lengths[0] - lengths[1]], 2)
