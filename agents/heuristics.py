@@ -11,6 +11,7 @@ from tokenenv.errors import UserError
 from tokenenv.reduction import highest
 from tokenenv.rewards import check_keep
 from tokenenv.rules import LayerMerge, Observation, TokenPrune
+from tokenenv.rules.layer_merge import scaled
 
 
 class _Free:
@@ -123,7 +124,8 @@ class MergeAbove(_Free):
 
     def act(self, observation: Observation) -> Tensor:
         """``(B, A)`` 1 for the pairs that merge."""
-        return (observation.feature("similarity")[..., 0] >= self.similarity).long()
+        least = scaled(torch.tensor(self.similarity)).item()
+        return (observation.feature("similarity")[..., 0] >= least).long()
 
 
 @dataclass

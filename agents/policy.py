@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from agents.gated import GatedPolicy
 from agents.networks import SharedMLP
-from agents.storage import read_tensors, write_tensors
+from agents.ppo import Head
+from agents.rollout import Columns
+from agents.storage import describe, make_rules, read_tensors, write_tensors
 from tokenenv.errors import UserError
-from tokenenv.rules import LayerMerge, LayerPrune, Observation, Rules, TokenPrune
+from tokenenv.rules import LayerMerge, LayerPrune, Observation, Rules
 
 
 class Policy(Protocol):
@@ -39,8 +42,13 @@ class Widths:
     state: int
 
 
+_ILLEGAL = -1e9
+
+
 class ActorPolicy(nn.Module):
-    """One perceptron shared by all agents: keep where it is sure enough.
+    """One perceptron shared by all agents, which act where it is sure enough.
+
+    Under rules that prune the last action is to keep, under rules that merge it is to merge.
 
     A linear path from the agent's own view to the log-odds of the last action runs beside the
     perceptron, see :meth:`lean_on`.
@@ -50,10 +58,12 @@ class ActorPolicy(nn.Module):
         widths: of the observations it reads.
         hidden: widths of the hidden layers.
         actions: number of actions.
-        initial_keep: probability of the last action (keep) before training.
+        initial: probability of the last action before training.
         threshold: the last action is taken where its probability is at least this.
         trained_on: name of the backbone, for the error message when it doesn't fit.
     """
+
+    heads: tuple[str, ...] = ("action",)
 
     def __init__(
         self,
@@ -62,7 +72,7 @@ class ActorPolicy(nn.Module):
         *,
         hidden: Sequence[int] = (64, 64),
         actions: int = 2,
-        initial_keep: float = 0.5,
+        initial: float = 0.5,
         threshold: float = 0.5,
         trained_on: str = "",
     ) -> None:
@@ -73,7 +83,7 @@ class ActorPolicy(nn.Module):
         self.skip = nn.Linear(widths.own, 1, bias=False)
         nn.init.zeros_(self.skip.weight)
         with torch.no_grad():
-            odds = initial_keep / (1 - initial_keep) * (actions - 1)
+            odds = initial / (1 - initial) * (actions - 1)
             self.actor.head.bias[-1] = torch.tensor(odds).log()
 
     def logits(self, agents: Tensor, shared: Tensor) -> Tensor:
@@ -91,10 +101,49 @@ class ActorPolicy(nn.Module):
         with torch.no_grad():
             self.skip.weight[:, feature] = slope
 
+    def draw(self, seen: Columns, generator: torch.Generator) -> tuple[Tensor, Columns]:
+        """Random actions ``(B, A)``; they are all that was drawn."""
+        log_probs = self._log_probs(seen)
+        # Gumbel-max: one kernel for all agents, and a generator of our own.
+        noise = torch.rand(log_probs.shape, generator=generator, device=log_probs.device)
+        action = (log_probs - (-noise.clamp(min=1e-20).log()).log()).argmax(-1)
+        return action, {"action": action}
+
+    def score(self, seen: Columns, choice: Columns) -> dict[str, Head]:
+        """Log-probabilities ``(B, A)`` of the actions; those of the active count."""
+        log_probs = self._log_probs(seen)
+        log_prob = log_probs.gather(-1, choice["action"][..., None])[..., 0]
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        return {"action": Head(log_prob, entropy, seen["active"])}
+
+    def _log_probs(self, seen: Columns) -> Tensor:
+        logits = self.logits(seen["agents"], seen["shared"])
+        if "legal" in seen:
+            logits = logits.masked_fill(~seen["legal"], _ILLEGAL)
+        return logits.log_softmax(-1)
+
+    def kept(self, action: Tensor) -> Tensor:
+        """Bool, as ``action``: which keep what they decide about."""
+        return action == 0 if isinstance(self.rules, LayerMerge) else action != 0
+
+    @property
+    def strict(self) -> int:
+        """1 if a higher threshold removes more tokens, -1 if fewer."""
+        return -1 if isinstance(self.rules, LayerMerge) else 1
+
+    def rates(self) -> list[tuple[list[nn.Parameter], float]]:
+        """All learn alike."""
+        return [(list(self.parameters()), 1.0)]
+
+    def shared(self) -> None:
+        """There is one head."""
+
     @torch.no_grad()
     def act(self, observation: Observation) -> Tensor:
         """The deterministic decision, ``(B, A)``."""
         logits = self.logits(observation.agents, observation.shared)
+        if observation.legal is not None:
+            logits = logits.masked_fill(~observation.legal, _ILLEGAL)
         if self.actions != 2:
             return logits.argmax(-1)
         keep = logits[..., 1] - logits[..., 0]
@@ -130,52 +179,37 @@ class ActorPolicy(nn.Module):
         write_tensors(path, dict(self.state_dict()), self.config())
 
 
-def load_policy(path: Path) -> ActorPolicy:
-    """Read a policy that :meth:`ActorPolicy.save` wrote.
+def load_policy(path: Path) -> ActorPolicy | GatedPolicy:
+    """Read a policy that its ``save`` wrote.
 
     Raises:
         UserError: no such file, or not a policy.
     """
     tensors, config = read_tensors(path)
     try:
-        if config["class"] != "ActorPolicy":
-            raise KeyError("class")
-        policy = ActorPolicy(
-            make_rules(config["rules"]),
-            Widths(**config["widths"]),
-            hidden=config["hidden"],
-            actions=config["actions"],
-            threshold=config["threshold"],
-            trained_on=config["trained_on"],
-        )
+        policy = _make(dict(config))
         policy.load_state_dict(tensors)
     except (KeyError, TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[-1].strip()  # torch puts what is wrong into the last line
         raise UserError(
             f"'{path}' is not a policy of this version ({reason}): train it anew"
         ) from None
-    return policy.eval()
+    policy.eval()
+    return policy
 
 
-def describe(rules: Rules) -> dict[str, Any]:
-    """Rules as JSON; :func:`make_rules` undoes it."""
-    assert is_dataclass(rules) and not isinstance(rules, type)
-    return {"class": type(rules).__name__, **asdict(rules)}
+def _make(config: dict[str, Any]) -> ActorPolicy | GatedPolicy:
+    kind = config.pop("class")
+    rules = make_rules(config.pop("rules"))
+    if kind == "GatedPolicy" and isinstance(rules, LayerPrune):
+        return GatedPolicy(rules, config.pop("widths"), **config)
+    if kind != "ActorPolicy":
+        raise KeyError("class")
+    return ActorPolicy(rules, Widths(**config.pop("widths")), **config)
 
 
-def make_rules(described: dict[str, Any]) -> TokenPrune | LayerMerge | LayerPrune:
-    """Rules from what :func:`describe` gave.
-
-    Raises:
-        KeyError: of an unknown class. TypeError: with fields that it does not have.
-    """
-    values: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in described.items()
-    }
-    classes: dict[str, Any] = {cls.__name__: cls for cls in (TokenPrune, LayerMerge, LayerPrune)}
-    made: TokenPrune | LayerMerge | LayerPrune = classes[values.pop("class")](**values)
-    return made
-
+Trained = ActorPolicy | GatedPolicy
+"""What a learner makes, a run folder keeps, and :func:`load` gives back."""
 
 SHIPPED = Path(__file__).parent / "policies"
 
@@ -185,7 +219,7 @@ def shipped() -> list[str]:
     return sorted(p.parent.name for p in SHIPPED.glob("*/policy.safetensors"))
 
 
-def load(what: str | Path) -> ActorPolicy:
+def load(what: str | Path) -> ActorPolicy | GatedPolicy:
     """A trained policy: a run folder, or the name of one shipped with the package.
 
     Raises:

@@ -3,38 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import math
-import typing
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+from agents.judgement import Judgement
 from agents.mappo import MAPPO, MAPPOConfig
 from agents.policy import ActorPolicy, Widths
+from agents.settings import check_settings
+from tokenenv.backbone import Backbone
+from tokenenv.data import ImageSource
+from tokenenv.envs.build import build_game
 from tokenenv.errors import UserError
 from tokenenv.game import Game
-
-Check = tuple[Callable[[Any], bool], str]
-"""Whether a value will do, and words for those that will."""
-
-_FROM_ONE: Check = (lambda v: v >= 1, "at least 1")
-_FROM_ZERO: Check = (lambda v: v >= 0, "at least 0")
-_POSITIVE: Check = (lambda v: v > 0, "greater than 0")
-_PERCENT: Check = (lambda v: 0 < v < 100, "between 0 and 100")
-_SHARE: Check = (lambda v: 0 <= v <= 1, "from 0 to 1")
-_PART: Check = (lambda v: 0 < v < 1, "between 0 and 1")
-_CHECKS: dict[str, Check] = {
-    **dict.fromkeys(("updates", "batch", "repeats", "evaluate_every"), _FROM_ONE),
-    **dict.fromkeys(("epochs", "minibatches"), _FROM_ONE),
-    **dict.fromkeys(("alpha", "beta", "entropy", "calibrate"), _FROM_ZERO),
-    **dict.fromkeys(("lr", "clip"), _POSITIVE),
-    **dict.fromkeys(("gamma", "lam"), _SHARE),
-    **dict.fromkeys(("held_back", "initial_keep"), _PART),
-    "target_saving": _PERCENT,
-    "hidden": (lambda v: bool(v) and min(v) >= 1, "one or more widths, such as 64/64"),
-    "features": (bool, "one or more names, such as token/position"),
-}
+from tokenenv.rewards import AlphaBeta, ClosedLoop, Cooperative
 
 
 @dataclass(frozen=True)
@@ -108,13 +89,14 @@ class RL4EViTConfig:
     target_saving: float = 26.5
     calibrate: int = 6
 
+    target_drop: ClassVar[float] = 0.0
+
     def __post_init__(self) -> None:
-        for key, value in vars(self).items():
-            fits, words = _CHECKS.get(key, (lambda v: True, ""))
-            if isinstance(value, float) and not math.isfinite(value):
-                fits, words = (lambda v: False), "a finite number"
-            if not fits(value):
-                raise UserError(f"{key}={_text(value)} doesn't do: it must be {words}")
+        check_settings(self)
+        if self.closed_loop and not self.beta and self.reward != "keep_target":
+            raise UserError(
+                "beta=0 can't follow the saving: give a price above 0, or --set closed_loop=false"
+            )
 
     @classmethod
     def for_digits(cls) -> RL4EViTConfig:
@@ -135,6 +117,15 @@ class RL4EViTConfig:
             target_saving=38.0,
         )
 
+    @staticmethod
+    def implied(given: dict[str, Any]) -> dict[str, Any]:
+        """Settings that those ``given`` bring with them.
+
+        RL4EViT's reward comes with a price of its own, which stays where it is unless asked.
+        """
+        own_price = {"beta": 0.1, "closed_loop": False}
+        return own_price if given.get("reward") == "alpha_beta" else {}
+
     def reward_kwargs(self) -> dict[str, Any]:
         """What the chosen reward is built with; what is left out takes the reward's default."""
         alpha = {"alpha": self.alpha} if self.alpha else {}
@@ -145,13 +136,43 @@ class RL4EViTConfig:
         targets = {"targets": self.targets} if self.targets else {}
         return {**alpha, **targets, "class_reward": self.class_reward}
 
+    def game(self, backbone: Backbone, source: ImageSource) -> Game:
+        """The game to learn from."""
+        return build_game(
+            model=backbone,
+            data=source,
+            blocks=self.blocks or None,
+            features=self.features,
+            share=self.share,
+            reward=self.reward,
+            reward_kwargs=self.reward_kwargs(),
+            batch_size=self.batch,
+            repeats=self.repeats,
+        )
+
+    @property
+    def first_price(self) -> float:
+        """Of a token, before training."""
+        return self.beta
+
+    def next_price(self, price: float, found: Judgement) -> float:
+        """Of a token, after the policy was judged."""
+        if not self.closed_loop or self.reward == "keep_target":
+            return price
+        return ClosedLoop(price, self.target_saving).follow(found.saving)
+
+    def set_price(self, game: Game, price: float) -> None:
+        """Tell the game's reward."""
+        if isinstance(game.reward, AlphaBeta | Cooperative):
+            game.reward = dataclasses.replace(game.reward, beta=price)
+
     def policy(self, game: Game, model: str) -> ActorPolicy:
         """An untrained policy for ``game``; initialised from torch's global generator."""
         policy = ActorPolicy(
             game.rules,
             Widths(game.agent_dim, game.shared_dim, game.state_dim),
             hidden=self.hidden,
-            initial_keep=self.initial_keep,
+            initial=self.initial_keep,
             trained_on=model,
         )
         layout = game.rules.layout(game.backbone)
@@ -176,76 +197,3 @@ class RL4EViTConfig:
             repeats=self.repeats,
         )
         return MAPPO(policy, game, config, seed=seed)
-
-
-def with_settings(config: RL4EViTConfig, settings: list[str]) -> RL4EViTConfig:
-    """``config`` with ``key=value`` words applied; lists are separated by slashes or commas.
-
-    Raises:
-        UserError: unknown key, or a value of the wrong type.
-    """
-    hints = typing.get_type_hints(RL4EViTConfig)
-    values: dict[str, Any] = {}
-    for setting in settings:
-        key, sep, text = setting.partition("=")
-        if not sep:
-            raise UserError(f"--set {setting}: the form is key=value")
-        if key not in hints:
-            raise UserError(f"--set {setting}: unknown key; choose from {', '.join(sorted(hints))}")
-        try:
-            values[key] = _parse(hints[key], text)
-        except ValueError:
-            raise UserError(f"--set {setting}: {key} takes {_describe(hints[key])}") from None
-    if values.get("reward") == "alpha_beta":
-        # RL4EViT's reward comes with a price of its own, which stays where it is unless asked.
-        values = {"beta": 0.1, "closed_loop": False, **values}
-    changed = dataclasses.replace(config, **values)
-    if changed.closed_loop and not changed.beta and changed.reward != "keep_target":
-        raise UserError(
-            "beta=0 can't follow the saving: give a price above 0, or --set closed_loop=false"
-        )
-    return changed
-
-
-def settings_help() -> str:
-    """Every setting with its default, then what each of them means."""
-    digits = vars(RL4EViTConfig.for_digits())
-    defaults = [
-        f"  {key}={_text(value)}"
-        + (f"  (embedded model: {_text(digits[key])})" if digits[key] != value else "")
-        for key, value in vars(RL4EViTConfig()).items()
-    ]
-    meanings = inspect.cleandoc(RL4EViTConfig.__doc__ or "").partition("Attributes:\n")[2]
-    return "\n".join(["defaults:", *defaults, "", "meanings:", meanings.partition("\n\n")[0]])
-
-
-def _text(value: Any) -> str:
-    """A value as ``--set`` takes it."""
-    if isinstance(value, tuple):
-        return "/".join(map(_text, value))
-    return str(value).lower() if isinstance(value, bool) else f"{value}"
-
-
-def _parse(hint: Any, text: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is tuple:
-        return tuple(_parse(args[0], part) for part in text.replace("/", ",").split(",") if part)
-    if origin is Literal:
-        if text not in args:
-            raise ValueError(text)
-        return text
-    if hint is bool:
-        if text.lower() not in ("true", "false"):
-            raise ValueError(text)
-        return text.lower() == "true"
-    return hint(text)
-
-
-def _describe(hint: Any) -> str:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is tuple:
-        return f"a list of {_describe(args[0])}, such as a/b/c"
-    if origin is Literal:
-        return " or ".join(args)
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
-    return names[hint]

@@ -2,38 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from tokenenv.rules import Observation
+
+Columns = dict[str, Tensor]
 
 
 @dataclass
 class Rollout:
     """``T`` steps of ``B`` copies with ``A`` agents.
 
+    A head is a part of the action with a log-probability of its own. ``K`` is how many such
+    numbers it has per copy, ``V`` how many values: one per agent, or one per copy.
+
     Attributes:
-        agents: ``(T, B, A, F)`` agents' own views.
-        shared: ``(T, B, G)`` views shared by an image's agents.
-        state: ``(T, B, S)`` global states.
-        active: ``(T, B, A)`` bool, who could act.
-        action: ``(T, B, A)`` int64.
-        log_prob: ``(T, B, A)`` of the action when it was taken.
-        value: ``(T, B, A)`` the critic's normalised prediction then.
-        reward: ``(T, B, A)``.
+        seen: what was observed, ``(T, B, ...)`` each, see :func:`columns`.
+        choice: what the actor drew, in its own terms, ``(T, B, ...)`` each.
+        action: ``(T, B, A)`` int64 what was played.
+        log_prob: for each head ``(T, B, K)`` of what it drew.
+        mask: for each head ``(T, B, K)`` bool, whether that counts.
+        value: for each head ``(T, B, V)`` the critic's normalised prediction.
+        reward: ``(T, B, V)``.
         done: ``(T, B)`` bool, episode over after the step.
     """
 
-    agents: Tensor
-    shared: Tensor
-    state: Tensor
-    active: Tensor
+    seen: Columns
+    choice: Columns
     action: Tensor
-    log_prob: Tensor
-    value: Tensor
+    log_prob: Columns
+    mask: Columns
+    value: Columns
     reward: Tensor
     done: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Rollout:
+        """``function`` of every tensor."""
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Rollout(**{name: _map(function, value) for name, value in values.items()})
+
+
+def columns(observation: Observation) -> Columns:
+    """The tensors of an observation: agents, shared, active, state; legal and tokens if there."""
+    names = ("agents", "shared", "active", "state", "legal", "tokens")
+    found = {name: getattr(observation, name) for name in names}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def stack(rows: list[Rollout]) -> Rollout:
+    """Steps ``(B, ...)`` as a rollout ``(T, B, ...)``."""
+    values = {f.name: [getattr(row, f.name) for row in rows] for f in fields(Rollout)}
+    return Rollout(**{name: _stack(parts) for name, parts in values.items()})
+
+
+def _map(function: Callable[[Tensor], Tensor], value: Tensor | Columns) -> Any:
+    if isinstance(value, dict):
+        return {name: function(tensor) for name, tensor in value.items()}
+    return function(value)
+
+
+def _stack(parts: list[Any]) -> Any:
+    if isinstance(parts[0], dict):
+        return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+    return torch.stack(parts)
 
 
 def advantages(
@@ -84,18 +121,16 @@ def advantages(
 
 
 def minibatches(
-    rollout: Rollout, extra: dict[str, Tensor], count: int, generator: torch.Generator
-) -> Iterator[tuple[Rollout, dict[str, Tensor]]]:
+    rollout: Rollout, extra: Columns, count: int, generator: torch.Generator
+) -> Iterator[tuple[Rollout, Columns]]:
     """Split steps times copies at random into ``count`` parts; an image's agents stay together.
 
     Tensors come as ``(M, ...)``; ``generator`` is a CPU generator.
     """
     steps, batch = rollout.done.shape
-    flat = {f.name: getattr(rollout, f.name).flatten(0, 1) for f in fields(rollout)}
+    flat = rollout.map(lambda t: t.flatten(0, 1))
     flat_extra = {name: value.flatten(0, 1) for name, value in extra.items()}
     order = torch.randperm(steps * batch, generator=generator).to(rollout.done.device)
     for index in order.chunk(count):
-        yield (
-            Rollout(**{name: value[index] for name, value in flat.items()}),
-            {name: value[index] for name, value in flat_extra.items()},
-        )
+        picked = partial(torch.index_select, dim=0, index=index)
+        yield flat.map(picked), {name: picked(value) for name, value in flat_extra.items()}

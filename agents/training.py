@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from agents.judgement import Judge, Judgement
-from agents.policy import ActorPolicy
+from agents.policy import Trained
 from agents.storage import flatten_state, read_tensors, unflatten_state, write_tensors
 from tokenenv.errors import UserError
 
@@ -29,7 +29,7 @@ Log = Callable[[int, dict[str, float]], object]
 class Learner(Protocol):
     """Improves a policy, one update at a time."""
 
-    policy: ActorPolicy
+    policy: Trained
 
     def update(self) -> dict[str, float]:
         """One update; returns numbers to log, ``reward`` and ``keep`` among them."""
@@ -62,7 +62,8 @@ class Trainer:
         out: run folder; the checkpoint is written there.
         updates: how many updates in all.
         evaluate_every: updates between two judgements; a checkpoint follows each.
-        target_saving: percent of the multiply-adds to save; decides which policy is best.
+        target_saving, target_drop: decide which policy is best, see
+            :meth:`~agents.judgement.Judgement.beats`.
         config: what the run is; resuming with another is an error.
 
     Attributes:
@@ -84,10 +85,11 @@ class Trainer:
         evaluate_every: int,
         target_saving: float,
         config: dict[str, Any],
+        target_drop: float = 0.0,
     ) -> None:
         self.learner, self.order, self.judge, self.out = learner, order, judge, out
         self.updates, self.evaluate_every = updates, evaluate_every
-        self.target_saving = target_saving
+        self.target_saving, self.target_drop = target_saving, target_drop
         self.config = config
         self.done = 0
         self.seconds = 0.0
@@ -120,7 +122,7 @@ class Trainer:
     def _evaluate(self, log: Log, clock: _Clock) -> None:
         """Judge the policy, keep it if it is the best, print a line, write the checkpoint."""
         found = self.judge(self.learner.policy)
-        better = found.beats(self.best, self.target_saving)
+        better = found.beats(self.best, self.target_saving, self.target_drop)
         if better:
             self.best = found
             state = self.learner.policy.state_dict()

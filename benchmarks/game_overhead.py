@@ -96,7 +96,7 @@ def throughput(args: argparse.Namespace) -> None:
 
 def policy_for(game: Game) -> ActorPolicy:
     widths = Widths(game.agent_dim, game.shared_dim, game.state_dim)
-    return ActorPolicy(TokenPrune(), widths, initial_keep=0.9).to(game.backbone.device)
+    return ActorPolicy(TokenPrune(), widths, initial=0.9).to(game.backbone.device)
 
 
 def tensor_game(game: Game, device: str) -> tuple[float, float, float]:
@@ -163,7 +163,7 @@ def petting_zoo(backbone: Backbone) -> tuple[float, float, float]:
     arena = PettingZooArena(lambda: parallel_env(model=backbone), 1)
     widths = Widths(arena.agent_dim, arena.shared_dim, arena.state_dim)
     learner = MAPPO(
-        ActorPolicy(TokenPrune(), widths, initial_keep=0.9), arena, MAPPOConfig(steps=12)
+        ActorPolicy(TokenPrune(), widths, initial=0.9), arena, MAPPOConfig(steps=12)
     )
 
     def infer() -> int:

@@ -43,7 +43,7 @@ def kept_and_right(
     )
     game.seed(seed)
     widths = Widths(game.agent_dim, game.shared_dim, game.state_dim)
-    policy = ActorPolicy(game.rules, widths, initial_keep=0.8)
+    policy = ActorPolicy(game.rules, widths, initial=0.8)
     config = MAPPOConfig(steps=1, actor_lr=5e-3, critic_lr=5e-3, entropy=0.0)
     learner = MAPPO(policy, game, config, seed=seed)
     kept, right = [], []

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from gymnasium import spaces
 
 import tokenenv.embedded  # noqa: F401  (registers digits_vit)
 from tokenenv.backbone import Backbone
@@ -36,11 +37,30 @@ def small(**kwargs: Any) -> dict[str, Any]:
     return {"model": backbone(), "data": source()} | kwargs
 
 
-def choices(seed: int, keep: float = 0.7) -> Iterator[np.ndarray]:
-    """``(P,)`` actions without end, the same for a seed."""
+def choices(
+    seed: int, keep: float = 0.7, agents: int = PATCHES, actions: int = 2
+) -> Iterator[np.ndarray]:
+    """``(agents,)`` actions without end, the same for a seed; of many only the first four."""
     rng = np.random.default_rng(seed)
     while True:
-        yield (rng.random(PATCHES) < keep).astype(np.int64)
+        if actions == 2:
+            yield (rng.random(agents) < keep).astype(np.int64)
+        else:
+            yield rng.integers(0, min(actions, 4), agents)
+
+
+def moves(seed: int, space: spaces.Space[Any]) -> Iterator[Any]:
+    """Actions of a Gymnasium action space without end, the same for a seed."""
+    if isinstance(space, spaces.Discrete):
+        return (action[0] for action in choices(seed, agents=1, actions=int(space.n)))
+    assert isinstance(space, spaces.MultiDiscrete)
+    return choices(seed, agents=len(space.nvec))
+
+
+def rounds(seed: int, env: Any) -> Iterator[np.ndarray]:
+    """Actions of all possible agents without end, the same for a seed."""
+    count = env.action_space(env.possible_agents[0]).n
+    return choices(seed, agents=len(env.possible_agents), actions=int(count))
 
 
 def play_parallel(env: Any, seed: int, episodes: int = 2) -> list[Any]:
@@ -49,7 +69,7 @@ def play_parallel(env: Any, seed: int, episodes: int = 2) -> list[Any]:
     for episode in range(episodes):
         heard.append(env.reset(seed=seed if episode == 0 else None))
         heard.append(env.state())
-        for action in choices(seed + episode):
+        for action in rounds(seed + episode, env):
             heard.append(env.step(dict(zip(env.possible_agents, action, strict=True))))
             heard.append(env.state())
             if not env.agents:
@@ -62,7 +82,7 @@ def play_aec(env: Any, seed: int, episodes: int = 2) -> list[Any]:
     heard: list[Any] = []
     for episode in range(episodes):
         env.reset(seed=seed if episode == 0 else None)
-        stream = choices(seed + episode)
+        stream = rounds(seed + episode, env)
         index = {agent: i for i, agent in enumerate(env.possible_agents)}
         action, acted = next(stream), set[str]()
         for agent in env.agent_iter():
@@ -80,7 +100,7 @@ def play_env(env: Any, seed: int, episodes: int = 2) -> list[Any]:
     heard: list[Any] = []
     for episode in range(episodes):
         heard.append(env.reset(seed=seed if episode == 0 else None))
-        for action in choices(seed + episode):
+        for action in moves(seed + episode, env.action_space):
             heard.append(env.step(action))
             if heard[-1][2] or heard[-1][3]:
                 break
@@ -91,7 +111,7 @@ def play_vector(envs: Any, seed: int, episodes: int = 2) -> list[Any]:
     """All that a vector env gives back in some episodes; every image gets the same actions."""
     heard: list[Any] = [envs.reset(seed=seed)]
     for episode in range(episodes):
-        for action in choices(seed + episode):
+        for action in moves(seed + episode, envs.single_action_space):
             heard.append(envs.step(np.stack([action] * envs.num_envs)))
             if heard[-1][2].any():
                 break

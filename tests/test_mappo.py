@@ -10,16 +10,10 @@ from pettingzoo import ParallelEnv
 from torch.testing import assert_close
 
 from agents.arena import PettingZooArena
-from agents.mappo import (
-    MAPPO,
-    MAPPOConfig,
-    centre_groups,
-    normalise_advantage,
-    policy_loss,
-    value_loss,
-)
+from agents.mappo import MAPPO, MAPPOConfig
 from agents.networks import SharedMLP, ValueNorm
 from agents.policy import ActorPolicy, Widths
+from agents.ppo import centre_groups, normalise_advantage, policy_loss, value_loss
 from agents.rollout import advantages
 from tokenenv.errors import UserError
 from tokenenv.rules import TokenPrune
@@ -156,11 +150,11 @@ def test_dead_agents_give_no_gradient(value_norm: bool, advantage_norm: str) -> 
 
         def dirty(collect=collect, garbage=garbage):
             rollout, last, last_active = collect()
-            dead = ~rollout.active
+            dead = ~rollout.seen["active"]
             assert dead.any()
-            for name in ("log_prob", "value"):
-                getattr(rollout, name)[dead] += garbage
-            rollout.agents[dead] += garbage
+            for tensor in (rollout.log_prob["action"], rollout.value["action"]):
+                tensor[dead] += garbage
+            rollout.seen["agents"][dead] += garbage
             return rollout, last, last_active
 
         agent.collect = dirty
@@ -257,12 +251,12 @@ def test_one_agent_is_plain_ppo() -> None:
     rollout, last, last_active = agent.collect()
     agent.collect = lambda: (rollout, last, last_active)
     advantage, _ = advantages(
-        rollout.reward, rollout.value, rollout.active, rollout.done, last, last_active,
-        gamma=1.0, lam=0.95,
+        rollout.reward, rollout.value["action"], rollout.seen["active"], rollout.done,
+        last, last_active, gamma=1.0, lam=0.95,
     )  # fmt: skip
     flat = advantage.flatten()
     flat = (flat - flat.mean()) / flat.std(unbiased=False)
-    log_probs = agent.policy.logits(rollout.agents, rollout.shared).log_softmax(-1)
+    log_probs = agent.policy.logits(rollout.seen["agents"], rollout.seen["shared"]).log_softmax(-1)
     chosen = log_probs.gather(-1, rollout.action[..., None]).flatten()
     # At the first step the ratio is 1 and PPO's gradient is the policy gradient.
     loss = -(chosen * flat).mean()

@@ -14,26 +14,31 @@ from tokenenv.envs import ids
 from tokenenv.errors import UserError
 
 if TYPE_CHECKING:
-    from tokenenv import token_prune_v0
+    from tokenenv import layer_merge_v0, layer_prune_v0, token_prune_v0
     from tokenenv.backbone import Backbone
     from tokenenv.data import ImageSource, open_source
     from tokenenv.envs.build import build_game
     from tokenenv.game import Game
     from tokenenv.models import load_backbone
-    from tokenenv.rewards import AlphaBeta, Cooperative, KeepTarget
-    from tokenenv.rules import TokenPrune
+    from tokenenv.rewards import AlphaBeta, Cooperative, Dora, KeepTarget
+    from tokenenv.rules import LayerMerge, LayerPrune, TokenPrune
 
 __all__ = [
     "AlphaBeta",
     "Backbone",
     "Cooperative",
+    "Dora",
     "Game",
     "ImageSource",
     "KeepTarget",
+    "LayerMerge",
+    "LayerPrune",
     "TokenPrune",
     "UserError",
     "__version__",
     "build_game",
+    "layer_merge_v0",
+    "layer_prune_v0",
     "load_backbone",
     "open_source",
     "token_prune_v0",
@@ -43,21 +48,26 @@ _HOME = {
     "AlphaBeta": "rewards",
     "Backbone": "backbone",
     "Cooperative": "rewards",
+    "Dora": "rewards",
     "Game": "game",
     "ImageSource": "data",
     "KeepTarget": "rewards",
+    "LayerMerge": "rules",
+    "LayerPrune": "rules",
     "TokenPrune": "rules",
     "build_game": "envs.build",
     "load_backbone": "models",
     "open_source": "data",
 }
 
+_MODULES = ("layer_merge_v0", "layer_prune_v0", "token_prune_v0")
+
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(f"tokenenv.{_HOME[name]}"), name)
-    if name == "token_prune_v0":
-        return import_module("tokenenv.token_prune_v0")
+    if name in _MODULES:
+        return import_module(f"tokenenv.{name}")
     raise AttributeError(f"module 'tokenenv' has no attribute '{name}'")
 
 

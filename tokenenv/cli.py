@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import NoReturn
 
+from agents.systems import SUMMARIES
 from tokenenv._version import __version__
 from tokenenv.errors import UserError
 
@@ -54,7 +55,12 @@ def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--images 3000\n  tokenenv train rl4evit --set reward=alpha_beta --set beta=0.1\n"
         "  tokenenv train rl4evit --out runs/rl4evit-0 --resume",
     )
-    train.add_argument("system", choices=["rl4evit"], metavar="SYSTEM", help="rl4evit")
+    train.add_argument(
+        "system",
+        choices=list(SUMMARIES),
+        metavar="SYSTEM",
+        help="; ".join(f"{name}: {words}" for name, words in SUMMARIES.items()),
+    )
     _add_model_options(train)
     train.add_argument("--out", metavar="DIR", help="run folder (default: a new one under runs/)")
     train.add_argument("--images", type=_positive, metavar="N", help="use N images of --data")
@@ -155,9 +161,10 @@ def _run(args: argparse.Namespace) -> int:
 
         return evaluate(args)
     if args.list_settings:
-        from agents.rl4evit import settings_help
+        from agents.settings import settings_help
+        from agents.systems import SYSTEMS
 
-        print(settings_help())
+        print(settings_help(SYSTEMS[args.system]()))
         return 0
     from tokenenv.commands.train import train
 

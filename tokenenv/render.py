@@ -1,10 +1,11 @@
-"""Pictures and text of an image whose tokens are pruned, decision by decision."""
+"""Pictures and text of an image whose tokens are pruned or merged, decision by decision."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,8 @@ _GONE = np.array((220, 223, 228), np.uint8)  # a pruned token
 _HATCH = np.array((165, 173, 186), np.uint8)  # lines over it: a living token may be grey too
 _HATCH_STEP = 8  # pixels from line to line
 _EMPTY = (244, 245, 247)  # a decision not yet taken
+_EDGE = np.array((255, 140, 0), np.uint8)  # between merged tokens
+_PER_ROW = 7  # panels beside each other
 _RIGHT, _WRONG = "#1a7f37", "#b3261e"
 
 _SHADES = "░▒▓█"
@@ -43,9 +46,15 @@ def to_pixels(image: Tensor, model: nn.Module) -> Pixels:
 
 
 def token_picture(
-    pixels: Pixels, alive: NDArray[np.bool_], grid: tuple[int, int], blocks: Sequence[int]
+    pixels: Pixels,
+    alive: NDArray[np.bool_],
+    grid: tuple[int, int],
+    blocks: Sequence[int],
+    source: NDArray[np.int64] | None = None,
 ) -> Pixels:
-    """The image, and one panel per decision block with the pruned tokens greyed out.
+    """The image, and one panel per decision block with what became of the tokens.
+
+    Pruned tokens are greyed out, merged ones shown in their mean colour.
 
     Args:
         pixels: ``(H, W, 3)`` the image; a tiny one is enlarged.
@@ -53,49 +62,65 @@ def token_picture(
         grid: rows and columns of tokens.
         blocks: the decision blocks; those from ``T`` on are left empty, so that all pictures of
             an episode have the same size.
+        source: ``(T, P)`` the number of the token that stands for each patch; None where every
+            token stands for one patch.
 
     Returns:
-        A picture ``(H', W', 3)``.
+        A picture ``(H', W', 3)``; more than seven panels go on in further rows.
     """
     large = _enlarged(pixels)
     height, width = large.shape[:2]
     count = len(blocks) + 1
-    size = (count * width + (count + 1) * _GAP, height + _HEAD + _FOOT)
-    sheet = Image.new("RGB", size, _PAPER)
+    rows, columns = -(-count // _PER_ROW), min(count, _PER_ROW)
+    line = height + _HEAD + _FOOT
+    sheet = Image.new("RGB", (columns * width + (columns + 1) * _GAP, rows * line), _PAPER)
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(13)
     tokens = grid[0] * grid[1]
     for i in range(count):
-        left = _GAP + i * (width + _GAP)
+        left = _GAP + i % _PER_ROW * (width + _GAP)
+        top = i // _PER_ROW * line
         middle = left + width // 2
         taken = i <= len(alive)
         head = "image" if i == 0 else f"block {blocks[i - 1]}"
-        draw.text((middle, _HEAD // 2), head, _INK if taken else _FAINT, font, anchor="mm")
+        draw.text((middle, top + _HEAD // 2), head, _INK if taken else _FAINT, font, anchor="mm")
+        top += _HEAD
         if not taken:
-            draw.rectangle((left, _HEAD, left + width - 1, _HEAD + height - 1), fill=_EMPTY)
+            draw.rectangle((left, top, left + width - 1, top + height - 1), fill=_EMPTY)
             continue
-        panel = large if i == 0 else greyed(large, alive[i - 1], grid)
-        sheet.paste(Image.fromarray(panel), (left, _HEAD))
-        left_over = tokens if i == 0 else int(alive[i - 1].sum())
+        panel, left_over = large, tokens
+        if i and source is not None:
+            panel, left_over = outlined(large, source[i - 1], grid), _distinct(source[i - 1])
+        elif i:
+            panel, left_over = greyed(large, alive[i - 1], grid), int(alive[i - 1].sum())
+        sheet.paste(Image.fromarray(panel), (left, top))
         foot = f"{left_over} of {tokens} tokens"
-        draw.text((middle, _HEAD + height + _FOOT // 2), foot, _INK, font, anchor="mm")
+        draw.text((middle, top + height + _FOOT // 2), foot, _INK, font, anchor="mm")
     return np.asarray(sheet)
 
 
 def token_text(
-    pixels: Pixels, alive: NDArray[np.bool_], grid: tuple[int, int], blocks: Sequence[int]
+    pixels: Pixels,
+    alive: NDArray[np.bool_],
+    grid: tuple[int, int],
+    blocks: Sequence[int],
+    source: NDArray[np.int64] | None = None,
 ) -> str:
     """The same as text: a token's shade is its brightness, a dot a pruned token.
 
-    Takes the arguments of :func:`token_picture`; decisions not yet taken are left out.
+    A merged token has its mean brightness. Takes the arguments of :func:`token_picture`;
+    decisions not yet taken are left out.
     """
     rows, columns = grid
     brightness = np.asarray(
         Image.fromarray(pixels).convert("L").resize((columns, rows), Image.Resampling.BOX)
     )
-    shade = np.array(list(_SHADES))[brightness // 64]
-    panels = [shade, *(np.where(a.reshape(grid), shade, _PRUNED) for a in alive)]
-    heads = ["image", *(f"block {b}: {a.sum()}" for b, a in zip(blocks, alive, strict=False))]
+    panels, counts = [_shaded(brightness)], []
+    for i, living in enumerate(alive):
+        shown = brightness if source is None else group_means(brightness, source[i], grid)
+        panels.append(np.where(living.reshape(grid), _shaded(shown), _PRUNED))
+        counts.append(int(living.sum()) if source is None else _distinct(source[i]))
+    heads = ["image", *(f"block {b}: {n}" for b, n in zip(blocks, counts, strict=False))]
     repeat = 2 if len(panels) * (2 * columns + 2) <= _TEXT_WIDTH else 1
     width = max(repeat * columns, *map(len, heads))
     lines = ["  ".join(head.ljust(width) for head in heads)]
@@ -173,11 +198,51 @@ def save_token_pictures(
 def greyed(pixels: Pixels, alive: NDArray[np.bool_], grid: tuple[int, int]) -> Pixels:
     """The image ``(H, W, 3)`` with its pruned tokens, not ``alive (P,)``, hatched grey."""
     height, width = pixels.shape[:2]
-    row = np.arange(height) * grid[0] // height
-    column = np.arange(width) * grid[1] // width
-    shown = alive.reshape(grid)[row[:, None], column[None, :], None]
+    shown = _spread(alive, grid, (height, width))[..., None]
     line = (np.arange(height)[:, None] + np.arange(width)) % _HATCH_STEP == 0
     return np.where(shown, pixels, np.where(line[..., None], _HATCH, _GONE))
+
+
+def outlined(pixels: Pixels, source: NDArray[np.int64], grid: tuple[int, int]) -> Pixels:
+    """The image ``(H, W, 3)`` with a line between its tokens, and merged ones in their mean colour.
+
+    ``source``: ``(P,)`` the number of the token that stands for each patch.
+    """
+    token = _spread(source, grid, pixels.shape[:2])
+    shown = group_means(pixels, source, grid)
+    edge = np.zeros(token.shape, bool)
+    edge[1:] |= token[1:] != token[:-1]
+    edge[:, 1:] |= token[:, 1:] != token[:, :-1]
+    return np.where(edge[..., None], _EDGE, shown)
+
+
+def group_means(
+    pixels: NDArray[np.uint8], source: NDArray[np.int64], grid: tuple[int, int]
+) -> NDArray[np.uint8]:
+    """``pixels`` ``(H, W, ...)`` with the mean in the place of every token of several patches."""
+    shown = pixels.copy()
+    token = _spread(source, grid, pixels.shape[:2])
+    for number, patches in zip(*np.unique(source, return_counts=True), strict=True):
+        if patches > 1:
+            inside = token == number
+            shown[inside] = pixels[inside].mean(axis=0).round().astype(np.uint8)
+    return shown
+
+
+def _spread(values: NDArray[Any], grid: tuple[int, int], size: tuple[int, ...]) -> NDArray[Any]:
+    """``(P,)`` values of patches -> ``(H, W)`` of pixels."""
+    row = np.arange(size[0]) * grid[0] // size[0]
+    column = np.arange(size[1]) * grid[1] // size[1]
+    spread: NDArray[Any] = values.reshape(grid)[row[:, None], column[None, :]]
+    return spread
+
+
+def _distinct(source: NDArray[np.int64]) -> int:
+    return len(np.unique(source))
+
+
+def _shaded(brightness: NDArray[np.uint8]) -> NDArray[np.str_]:
+    return np.array(list(_SHADES))[brightness // 64]
 
 
 def _enlarged(pixels: Pixels) -> Pixels:

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from agents.policy import SHIPPED, ActorPolicy, Policy, shipped
+from agents.policy import SHIPPED, Policy, Trained, shipped
 from agents.spec import parse_policy
 from agents.storage import read_tensors, write_json
 from tokenenv import metrics
@@ -82,7 +82,7 @@ def _trained_on(what: str) -> dict[str, Any]:
 def _fit(policy: Policy, backbone: Backbone, name: str) -> None:
     """Check that the policy belongs to this model, and bring it to its device."""
     rules = policy.rules
-    if isinstance(policy, ActorPolicy):
+    if isinstance(policy, Trained):
         # Some policies could read another model's tokens; numbers of one would mislead here.
         if policy.trained_on.split(".")[0] != name.split(".")[0]:
             raise UserError(

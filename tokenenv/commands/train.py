@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from agents.judgement import Judgement, calibrate
 from agents.plots import plot_history
-from agents.policy import ActorPolicy
-from agents.rl4evit import RL4EViTConfig, with_settings
+from agents.policy import Trained
+from agents.settings import with_settings
 from agents.storage import write_json
+from agents.systems import SYSTEMS, Config
 from agents.training import CHECKPOINT, Trainer
 from tokenenv import metrics
 from tokenenv.backbone import Backbone
@@ -34,11 +35,9 @@ from tokenenv.commands.common import (
     writable_folder,
 )
 from tokenenv.data import ImageSource, open_source
-from tokenenv.envs.build import build_game
 from tokenenv.errors import UserError
 from tokenenv.game import Game
 from tokenenv.models import EMBEDDED
-from tokenenv.rewards import AlphaBeta, ClosedLoop, Cooperative
 from tokenenv.run_report import write_token_pictures
 
 POLICY = "policy.safetensors"
@@ -47,7 +46,8 @@ INTERRUPTED = 130
 
 def train(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status, 130 after Ctrl-C."""
-    preset = RL4EViTConfig() if args.model not in (None, EMBEDDED) else RL4EViTConfig.for_digits()
+    system = SYSTEMS[args.system]()
+    preset = system() if args.model not in (None, EMBEDDED) else system.for_digits()
     config = with_settings(preset, args.settings)
     with _run_folder(args) as out:
         try:
@@ -59,7 +59,7 @@ def train(args: argparse.Namespace) -> int:
     return INTERRUPTED if stopped else 0
 
 
-def _train(args: argparse.Namespace, config: RL4EViTConfig, out: Path) -> bool:
+def _train(args: argparse.Namespace, config: Config, out: Path) -> bool:
     """Build everything, train, and report; whether Ctrl-C ended the training early."""
     backbone, name = open_backbone(args)
     source = _open_images(args, backbone)
@@ -70,17 +70,7 @@ def _train(args: argparse.Namespace, config: RL4EViTConfig, out: Path) -> bool:
             f"{len(fit)} to train on: use --set batch={config.repeats * len(fit)} or less"
         )
     torch.manual_seed(args.seed)
-    game = build_game(
-        model=backbone,
-        data=fit,
-        blocks=config.blocks or None,
-        features=config.features,
-        share=config.share,
-        reward=config.reward,
-        reward_kwargs=config.reward_kwargs(),
-        batch_size=config.batch,
-        repeats=config.repeats,
-    )
+    game = config.game(backbone, fit)
     game.seed(args.seed)
     policy = config.policy(game, name)
     judge = _Judge(backbone, held_back)
@@ -88,11 +78,12 @@ def _train(args: argparse.Namespace, config: RL4EViTConfig, out: Path) -> bool:
     trainer = Trainer(
         config.learner(policy, game, args.seed),
         market,
-        market.judge if config.closed_loop else judge,
+        market.judge,
         out,
         updates=config.updates,
         evaluate_every=config.evaluate_every,
         target_saving=config.target_saving,
+        target_drop=config.target_drop,
         config=_description(args, config, name, source),
     )
     if args.resume:
@@ -100,7 +91,8 @@ def _train(args: argparse.Namespace, config: RL4EViTConfig, out: Path) -> bool:
     print(
         f"training {args.system} on {name}: {len(fit)} images of {source.name}, "
         f"{len(held_back)} held back to compare policies\n"
-        f"{game.agents} agents, {game.steps} decisions, before blocks "
+        f"{game.agents} agents, {game.steps} decisions, "
+        f"{'in' if game.rules.between else 'before'} blocks "
         f"{', '.join(map(str, game.rules.blocks))}; Ctrl-C stops early and keeps the best policy"
     )
     _run_dense_model(game, judge)
@@ -114,8 +106,8 @@ def _train(args: argparse.Namespace, config: RL4EViTConfig, out: Path) -> bool:
 
 def _finish(
     trainer: Trainer,
-    policy: ActorPolicy,
-    config: RL4EViTConfig,
+    policy: Trained,
+    config: Config,
     judge: _Judge,
     final: ImageSource,
     out: Path,
@@ -178,41 +170,40 @@ class _Judge:
                     self._dense[batch.index] = self.backbone(images).argmax(1).cpu()
             yield len(index)
 
-    def __call__(self, policy: ActorPolicy) -> Judgement:
+    def __call__(self, policy: Trained) -> Judgement:
         """Saving, loss and drop of the deterministic policy."""
         found = metrics.evaluate(self.backbone, policy, self.source, dense=self._dense)
         return Judgement(found.saving, found.losses.mean().item(), found.drop)
 
 
 class _Market:
-    """What a game remembers between updates: the order of its images and the price of a token.
+    """What a game remembers between updates: the order of its images and a price, see the settings.
 
-    With the closed loop every judgement sets a new price.
+    With a closed loop every judgement sets a new price.
     """
 
-    def __init__(self, game: Game, config: RL4EViTConfig, judge: _Judge) -> None:
-        self.game, self._judge = game, judge
-        self.loop = ClosedLoop(config.beta, config.target_saving)
+    def __init__(self, game: Game, config: Config, judge: _Judge) -> None:
+        self.game, self._config, self._judge = game, config, judge
+        self._price = config.first_price
 
-    def judge(self, policy: ActorPolicy) -> Judgement:
+    def judge(self, policy: Trained) -> Judgement:
         """Judge, and let the price follow."""
         found = self._judge(policy)
-        self._set(self.loop.follow(found.saving))
+        self._set(self._config.next_price(self._price, found))
         return found
 
     def _set(self, price: float) -> None:
-        if isinstance(self.game.reward, AlphaBeta | Cooperative):
-            self.game.reward = dataclasses.replace(self.game.reward, beta=price)
+        self._price = price
+        self._config.set_price(self.game, price)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers."""
-        return {"stream": self.game.stream.state_dict(), "price": self.loop.price}
+        return {"stream": self.game.stream.state_dict(), "price": self._price}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
         self.game.stream.load_state_dict(state["stream"])
-        self.loop.price = state["price"]
-        self._set(self.loop.price)
+        self._set(state["price"])
 
 
 def _run_dense_model(game: Game, judge: _Judge) -> None:
@@ -284,7 +275,7 @@ def _new_folder(parent: Path, name: str) -> Iterator[Path]:
 
 
 def _description(
-    args: argparse.Namespace, config: RL4EViTConfig, name: str, source: ImageSource
+    args: argparse.Namespace, config: Config, name: str, source: ImageSource
 ) -> dict[str, Any]:
     """What the run is, as JSON; a run is only resumed under the same description."""
     return {

@@ -40,6 +40,22 @@ IDS = (
         parallel="tokenenv.envs.token_prune:parallel_env",
         aec="tokenenv.envs.token_prune:env",
     ),
+    EnvId(
+        id="tokenenv/LayerMerge-v0",
+        summary="one agent per block: how many similar tokens merge (DORA)",
+        env="tokenenv.envs.layer_merge_gym:LayerMergeEnv",
+        vector_env="tokenenv.envs.layer_vector:LayerMergeVectorEnv",
+        parallel="tokenenv.layer_merge_v0:parallel_env",
+        aec="tokenenv.layer_merge_v0:env",
+    ),
+    EnvId(
+        id="tokenenv/LayerPrune-v0",
+        summary="one agent per block: how many tokens leave (DORA-pruning)",
+        env="tokenenv.envs.layer_prune_gym:LayerPruneEnv",
+        vector_env="tokenenv.envs.layer_vector:LayerPruneVectorEnv",
+        parallel="tokenenv.layer_prune_v0:parallel_env",
+        aec="tokenenv.layer_prune_v0:env",
+    ),
 )
 
 

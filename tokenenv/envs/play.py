@@ -1,4 +1,4 @@
-"""The part that all faces of the game share: a batch of episodes as the outside sees them."""
+"""The part that all faces of the games share: a batch of episodes as the outside sees them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenenv import render
+from tokenenv.envs.build import RulesName, build_game
 from tokenenv.errors import UserError
 from tokenenv.game import Game
-from tokenenv.rules import Observation
+from tokenenv.rules import LayerMerge, LayerPrune, Observation
 
 RENDER_MODES = ["human", "rgb_array", "ansi"]
 
@@ -24,14 +26,21 @@ class Play:
     accelerator wait.
 
     Args:
-        game: ``B`` images, ``P`` agents each.
+        game: ``B`` images, ``A`` agents each.
         render_mode: one of :data:`RENDER_MODES`, or None.
 
     Attributes:
         width: ``F + G``, how many numbers an agent observes.
-        active: ``(B, P)`` bool, who may act now; after the end, who was left.
+        by_count: whether an image has one agent that chooses a count (``action="count"``). Then
+            actions are ``(B,)`` and observations ``(B, F + G)``, else ``(B, A)`` and
+            ``(B, A, F + G)``.
+        active: ``(B, A)`` bool, who may act now. After the end nobody, but where an agent is a
+            token (``token_prune``): who was left.
+        legal: ``(B, A, actions)`` bool, what each may do now. Doing nothing, 0, always is for
+            those who may not act.
+        tokens_left: ``(B,)`` int64 visual tokens now.
         state: ``(B, S)`` float32 global state; after the end, that of the last decision.
-        illegal: ``(B, P)`` int64, how often in this episode a pruned agent chose to be kept.
+        illegal: ``(B, A)`` int64, how many illegal actions each agent chose in this episode.
         correct, dense_correct: ``(B,)`` bool, whether the reduced and the dense model name the
             true class; False until the end.
 
@@ -44,17 +53,39 @@ class Play:
         self.game = game
         self.render_mode = render_mode
         self.width = game.agent_dim + game.shared_dim
+        rules = game.rules
+        self.by_count = isinstance(rules, LayerMerge | LayerPrune) and rules.action == "count"
         self.active: Tensor
+        self.legal: Tensor
         self.state: Tensor
         self.illegal: Tensor
         self.correct: Tensor
         self.dense_correct: Tensor
         self._seeded = False
+        self._sources: list[Tensor] = []
+
+    @property
+    def action_space(self) -> spaces.Discrete | spaces.MultiDiscrete:
+        """What is done to one image: a count, or a yes or no for each agent."""
+        if self.by_count:
+            return spaces.Discrete(self.game.actions)
+        return spaces.MultiDiscrete([2] * self.game.agents)
+
+    @property
+    def observation_space(self) -> spaces.Box:
+        """What is seen of one image: ``(F + G,)``, or a row for each agent."""
+        shape = (self.width,) if self.by_count else (self.game.agents, self.width)
+        return spaces.Box(-np.inf, np.inf, shape, np.float32)
 
     @property
     def needs_seed(self) -> bool:
         """Whether no order of images was drawn yet."""
         return not self._seeded
+
+    @property
+    def tokens_left(self) -> Tensor:
+        """``(B,)`` int64 visual tokens now."""
+        return self.game.counts[-1].clone()
 
     def seed(self, seed: int) -> None:
         """Draw the order of images. A negative seed raises :class:`UserError`."""
@@ -64,11 +95,12 @@ class Play:
         self._seeded = True
 
     def reset(self) -> Tensor:
-        """Start the next episodes; returns ``(B, P, F + G)`` float32 observations."""
+        """Start the next episodes; returns float32 observations."""
         seen = self.game.reset()
         self.illegal = torch.zeros_like(seen.active, dtype=torch.int64)
         self.correct = torch.zeros_like(seen.active[:, 0])
         self.dense_correct = self.correct
+        self._sources = []
         observation = self._take(seen)
         self._show()
         return observation
@@ -77,34 +109,44 @@ class Play:
         """Play one decision.
 
         Args:
-            action: ``(B, P)`` array or tensor, 1 keep, 0 prune. Pruned agents stay pruned.
+            action: array or tensor of integers. In place of an illegal one 0 is played.
 
         Returns:
-            The next observations, zeros at the end; ``(B, P)`` float32 rewards; whether the
-            episodes have ended.
+            The next observations, zeros at the end; ``(B, A)`` float32 rewards, or ``(B, 1)``
+            where all agents of an image share it; whether the episodes have ended.
 
         Raises:
             UserError: wrong shape or value, or no episode was started.
         """
         self._check_started()
         chosen = self._checked(action)
-        self.illegal = self.illegal + ((chosen != 0) & ~self.active)
-        transition = self.game.step(chosen)
+        inside = (chosen >= 0) & (chosen < self.game.actions)
+        wanted = torch.where(inside, chosen, 0)
+        allowed = inside & self.legal.gather(2, wanted[..., None])[..., 0]
+        self.illegal = self.illegal + ~allowed
+        transition = self.game.step(torch.where(allowed, wanted, 0))
+        assert self.game.episode is not None
+        if self.render_mode is not None:
+            self._sources.append(self.game.episode.tokens.source)
         reward = transition.reward.clone()
         over = transition.observation is None
         if transition.observation is not None:
             observation = self._take(transition.observation)
         else:
             assert transition.outcome is not None
-            self.active = self.game.history[-1].clone()
+            if self.game.rules.between:
+                self.active = torch.zeros_like(self.active)
+            else:
+                self.active = self.game.history[-1].clone()
+            self.legal = self._legal(None)
             self.correct = transition.outcome.correct.bool()
             self.dense_correct = transition.outcome.native.argmax(1) == self.game.labels
-            observation = reward.new_zeros(*reward.shape, self.width)
+            observation = reward.new_zeros(len(reward), *self.observation_space.shape)
         self._show()
         return observation, reward, over
 
     def draw(self, row: int = 0) -> NDArray[np.uint8] | str | None:
-        """Image ``row`` and its pruned tokens: a picture, a text, or the text printed.
+        """Image ``row`` and its tokens after each decision: a picture, a text, or that printed.
 
         Raises:
             UserError: there is no render mode, or no episode was started.
@@ -115,12 +157,13 @@ class Play:
             )
         self._check_started()
         game = self.game
-        alive = np.zeros((0, game.agents), dtype=bool)
-        if game.history:
-            alive = torch.stack([after[row] for after in game.history]).cpu().numpy()
         image = render.to_pixels(game.images[row], game.backbone.model)
         show = render.token_picture if self.render_mode == "rgb_array" else render.token_text
-        frame = show(image, alive, game.backbone.grid, game.rules.blocks)
+        source = np.zeros((0, game.backbone.patches), dtype=np.int64)
+        if self._sources:
+            source = torch.stack([after[row] for after in self._sources]).cpu().numpy()
+        merged = source if isinstance(game.rules, LayerMerge) else None
+        frame = show(image, source >= 0, game.backbone.grid, game.rules.blocks, merged)
         if self.render_mode == "human":
             print(frame)
             return None
@@ -129,19 +172,41 @@ class Play:
     def _take(self, seen: Observation) -> Tensor:
         assert seen.state is not None
         self.active, self.state = seen.active.clone(), seen.state.float().clone()
+        self.legal = self._legal(seen.legal)
+        if self.by_count:
+            # Also where nothing can be removed: a value function must know how late it is.
+            return torch.cat([seen.agents[:, 0], seen.shared], dim=-1).float()
         shared = seen.shared[:, None] * seen.active[..., None]
         return torch.cat([seen.agents, shared], dim=-1).float()
 
+    def _legal(self, legal: Tensor | None) -> Tensor:
+        """``legal``; where the rules tell nothing, all for the active and 0 for the others."""
+        if legal is None:
+            more = self.active[..., None].expand(-1, -1, self.game.actions - 1)
+            return torch.cat([torch.ones_like(more[..., :1]), more], dim=2)
+        return legal.clone()
+
     def _checked(self, action: Any) -> Tensor:
-        shape = (self.game.batch_size, self.game.agents)
-        chosen = torch.as_tensor(action)
-        if chosen.shape != shape:
-            raise UserError(f"action has shape {tuple(chosen.shape)}: give one of shape {shape}")
+        """``(B, A)`` int64 actions on the game's device."""
+        batch, count = self.active.shape
+        shape = (batch,) if self.by_count else (batch, count)
+        given = torch.as_tensor(action)
+        if given.shape != shape:
+            raise UserError(f"action has shape {tuple(given.shape)}: give one of shape {shape}")
+        chosen = given.to(torch.int64)
         # Elsewhere than on a CPU a look at the values would make the accelerator wait.
-        if chosen.device.type == "cpu" and not ((chosen == 0) | (chosen == 1)).all():
-            wrong = chosen[(chosen != 0) & (chosen != 1)][0].item()
-            raise UserError(f"action {wrong} is neither 0 (prune) nor 1 (keep)")
-        return chosen.to(self.active.device, torch.int64)
+        if given.device.type == "cpu":
+            wrong = (chosen != given) | (chosen < 0) | (chosen >= self.game.actions)
+            if wrong.any():
+                raise UserError(f"action {given[wrong][0].item()} is {self._no_action()}")
+        return chosen.to(self.active.device).reshape(batch, count)
+
+    def _no_action(self) -> str:
+        if self.by_count:
+            return f"out of range: choose 0 to {self.game.actions - 1}"
+        merges = isinstance(self.game.rules, LayerMerge)
+        no, yes = ("keep", "merge") if merges else ("prune", "keep")
+        return f"neither 0 ({no}) nor 1 ({yes})"
 
     def _check_started(self) -> None:
         if self.game.episode is None:
@@ -153,9 +218,30 @@ class Play:
                 self.draw(row)
 
 
-def action_masks(active: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """``(P, 2)`` which of prune and keep each agent may do: a pruned one stays pruned."""
-    return np.stack([np.ones_like(active), active], axis=1)
+def open_play(
+    rules: RulesName, render_mode: str | None, game: dict[str, Any], batch_size: int = 1
+) -> Play:
+    """The game of an environment whose ``rules`` and ``batch_size`` are its own.
+
+    Args:
+        rules: by name. Rules of one agent per block decide by ``count`` unless ``game`` tells
+            another ``action``: a number is what every learner can play.
+        render_mode: one of :data:`RENDER_MODES`, or None.
+        game: what :func:`~tokenenv.envs.build.build_game` takes.
+        batch_size: images per episode.
+
+    Raises:
+        UserError: a value that is unknown or doesn't go with the others.
+    """
+    for name in ("rules", "batch_size"):
+        if name in game:
+            raise UserError(
+                f"{name}={game[name]!r}: this environment has its own; leave it out, "
+                "or give it to tokenenv.build_game"
+            )
+    if rules != "token_prune":
+        game = {"action": "count"} | game
+    return Play(build_game(rules=rules, batch_size=batch_size, **game), render_mode)
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

@@ -97,8 +97,7 @@ from pettingzoo import AECEnv, ParallelEnv
 from pettingzoo.utils import wrappers
 from pettingzoo.utils.conversions import parallel_to_aec
 
-from tokenenv.envs.build import build_game
-from tokenenv.envs.play import RENDER_MODES, Play, action_masks, check_choice
+from tokenenv.envs.play import RENDER_MODES, check_choice, open_play
 from tokenenv.errors import UserError
 
 Seen: TypeAlias = NDArray[np.float32] | dict[str, NDArray[Any]]
@@ -140,9 +139,9 @@ class TokenPruneParallelEnv(ParallelEnv[str, Seen, int], EzPickle):
         check_choice("on_prune", on_prune, ("mask", "remove"))
         check_choice("mask_in", mask_in, ("info", "obs", None))
         self.on_prune, self.mask_in, self.render_mode = on_prune, mask_in, render_mode
-        self.game = build_game(**game)
+        self._play = open_play("token_prune", render_mode, game)
+        self.game = self._play.game
         self.max_cycles = self.game.steps
-        self._play = Play(self.game, render_mode)
         self.possible_agents = [f"token_{i}" for i in range(self.game.agents)]
         self.agents: list[str] = []
         self._index = {agent: i for i, agent in enumerate(self.possible_agents)}
@@ -245,7 +244,7 @@ class TokenPruneParallelEnv(ParallelEnv[str, Seen, int], EzPickle):
         """Observations and infos of :attr:`agents`, from ``(P, F + G)``."""
         play = self._play
         active = play.active[0].cpu().numpy()
-        masks = action_masks(active).astype(np.int8)
+        masks = play.legal[0].cpu().numpy().astype(np.int8)
         illegal = play.illegal[0].tolist()
         whole_image = {
             "tokens_left": int(active.sum()),

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import ClassVar
 
-import gymnasium as gym
-import numpy as np
-from gymnasium import spaces
-from gymnasium.utils import EzPickle
-from numpy.typing import NDArray
-
-from tokenenv.envs.build import build_game
-from tokenenv.envs.play import RENDER_MODES, Play, action_masks
+from tokenenv.envs.build import RulesName
+from tokenenv.envs.single import GameEnv
 
 
-class TokenPruneEnv(gym.Env[NDArray[np.float32], NDArray[np.int64]], EzPickle):
+class TokenPruneEnv(GameEnv):
     """
     ## Description
 
@@ -155,54 +149,4 @@ class TokenPruneEnv(gym.Env[NDArray[np.float32], NDArray[np.int64]], EzPickle):
     * v0: initial version
     """
 
-    metadata = {"render_modes": RENDER_MODES, "render_fps": 1}  # noqa: RUF012  (Gymnasium's form)
-
-    def __init__(self, *, render_mode: str | None = None, **game: Any) -> None:
-        EzPickle.__init__(self, render_mode=render_mode, **game)
-        self.game = build_game(**game)
-        self.max_cycles = self.game.steps
-        self.render_mode = render_mode
-        self._play = Play(self.game, render_mode)
-        self.action_space = spaces.MultiDiscrete([2] * self.game.agents)
-        shape = (self.game.agents, self._play.width)
-        self.observation_space = spaces.Box(-np.inf, np.inf, shape, np.float32)
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Take the next image. A seed starts their order anew; ``options`` are not used."""
-        super().reset(seed=seed)
-        if seed is not None or self._play.needs_seed:
-            self._play.seed(self.np_random_seed)
-        observation = self._play.reset()
-        return observation[0].cpu().numpy(), self._info()
-
-    def step(
-        self, action: NDArray[np.int64]
-    ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
-        """Play one decision. ``action``: ``(P,)`` of 0 (prune) and 1 (keep).
-
-        Raises:
-            UserError: wrong shape or value, or no episode was started.
-        """
-        observation, reward, over = self._play.step(np.asarray(action)[None])
-        return observation[0].cpu().numpy(), float(reward.sum()), over, False, self._info()
-
-    def action_masks(self) -> NDArray[np.bool_]:
-        """``(2 P,)`` which actions are legal: prune and keep of token 0, of token 1, ..."""
-        return action_masks(self._play.active[0].cpu().numpy()).reshape(-1)
-
-    def render(self) -> Any:
-        """The image with its pruned tokens; what form it has is the render mode."""
-        return self._play.draw()
-
-    def _info(self) -> dict[str, Any]:
-        play = self._play
-        active = play.active[0].cpu().numpy()
-        return {
-            "active_mask": active,
-            "tokens_left": int(active.sum()),
-            "illegal_actions": int(play.illegal[0].sum()),
-            "correct": bool(play.correct[0]),
-            "dense_correct": bool(play.dense_correct[0]),
-        }
+    rules: ClassVar[RulesName] = "token_prune"

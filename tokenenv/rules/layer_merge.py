@@ -41,10 +41,12 @@ class LayerMerge:
             merge, the most similar first.
         grid: how many pairs a choice of ``count`` merges, increasing from 0.
         features: what the agent sees of a candidate a and its partner b (``pairs``):
-            ``similarity``, their cosine and the same less its mean over the candidates (2);
+            ``similarity``, their cosine and by how much it exceeds the mean candidate's, as
+            :func:`scaled` (2);
             ``cls_attention``, log of the class token's attention to each, relative to the mean
             over living tokens (2); ``size``, log of how many patches each stands for (2);
-            ``token``, cosine of their embeddings and log ratio of their lengths (2); ``keys``,
+            ``token``, cosine of their embeddings, as :func:`scaled`, and log ratio of their lengths
+            (2); ``keys``,
             the mean-head keys of both (2 x head width).
         proportional: whether a merged token weighs as many keys as its patches in attention
             (ToMe's proportional attention).
@@ -197,7 +199,7 @@ class LayerMerge:
         for name in self.features:
             if name == "similarity":
                 mean = score.sum(1, keepdim=True) / possible.sum(1, keepdim=True).clamp(min=1)
-                own.append(torch.stack([score, score - mean], 2))
+                own.append(torch.stack([scaled(score), scaled(score - mean + _USUAL)], 2))
             elif name == "cls_attention":
                 assert context.cls_attention is not None
                 alive = tokens.visual_alive
@@ -225,15 +227,23 @@ class LayerMerge:
         return reduction.merge(moment.tokens, moment.match, accept)
 
 
-def _curve(score: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """``(B, A)`` -> ``(B, len(grid))`` the best similarity, then of the last pair of each choice.
+_USUAL, _SPREAD = 0.9, 0.05
 
-    0 where there are not so many pairs.
+
+def scaled(cosine: Tensor) -> Tensor:
+    """Cosines of similar tokens, ``(c - 0.9) / 0.05``: a network should see them differ."""
+    return (cosine - _USUAL) / _SPREAD
+
+
+def _curve(score: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """``(B, A)`` -> ``(B, len(grid))`` similarity of the best pair, then of each choice's last one.
+
+    As :func:`scaled`; 0 where there are not so many pairs.
     """
     ordered = score.sort(1, descending=True).values.clamp(min=-1.0)
     last = torch.tensor([0, *(count - 1 for count in grid[1:])], device=score.device)
     taken = ordered[:, last.clamp(max=ordered.shape[1] - 1)]
-    return torch.where((last < ordered.shape[1]) & (taken > -1.0), taken, 0.0)
+    return torch.where((last < ordered.shape[1]) & (taken > -1.0), scaled(taken), 0.0)
 
 
 def _likeness(tokens: Tokens, match: Match) -> Tensor:
@@ -242,4 +252,5 @@ def _likeness(tokens: Tokens, match: Match) -> Tensor:
     one = tokens.x.gather(1, wide).float()
     other = tokens.x.gather(1, match.partner[..., None].expand_as(wide)).float()
     lengths = torch.stack([one.norm(dim=2), other.norm(dim=2)]).clamp(min=1e-6).log()
-    return torch.stack([F.cosine_similarity(one, other, dim=2), lengths[0] - lengths[1]], 2)
+    cosine = scaled(F.cosine_similarity(one, other, dim=2))
+    return torch.stack([cosine, lengths[0] - lengths[1]], 2)

@@ -1,0 +1,266 @@
+"""DORA (He et al. 2026): the settings of a run, merging or pruning, and what is built from them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from agents.critic import PrivilegedCritic, SymmetricCritic
+from agents.gated import GatedPolicy
+from agents.judgement import Judgement
+from agents.policy import ActorPolicy, Widths
+from agents.ppo import PPO, PPOConfig
+from agents.settings import check_settings
+from tokenenv.backbone import Backbone
+from tokenenv.data import ImageSource
+from tokenenv.envs.build import build_game
+from tokenenv.errors import UserError
+from tokenenv.game import Game
+from tokenenv.rewards import ClosedLoop, Damage, Dora, PenaltyLoop
+from tokenenv.rules import LayerPrune
+
+
+@dataclass(frozen=True)
+class _Common:
+    """What both systems have in common.
+
+    Attributes:
+        updates: rollouts of ``batch`` images and their PPO epochs.
+        batch: images per rollout.
+        repeats: how often each image is in a batch, see :class:`~agents.ppo.PPOConfig`.
+        blocks: decision blocks; empty: all.
+        damage: ``divergence``, the KL of the logits if nobody decided after this block, or
+            ``drift`` of the class token, see :class:`~tokenenv.rewards.Dora`.
+        terminal: pay for damage at the end only, without dense credit.
+        penalty: price of damage before training.
+        closed_loop: whether it follows the policy on the held-back images.
+        target_saving: percent of the multiply-adds to save there; the penalty follows the saving.
+        target_drop: if above 0, share of those images that top-1 may lose; the penalty then
+            follows the drop, as in the paper, and the best policy is the one that saves most
+            within it. It takes thousands of images to measure a drop of 0.01.
+        critic: ``privileged`` (the dense logits, the course of the episode and, with a depth, all
+            tokens), or ``symmetric``: sees what the actor sees.
+        critic_width: of its Transformer; the paper's is 256.
+        critic_depth: its blocks; the paper's are 2; 0 leaves the tokens out.
+        lr: of the actor; of the gate and the budget for ``dora-prune``, whose encoder and selector
+            have 0.4 of it.
+        critic_lr: of the critic.
+        entropy, epochs, minibatches, gamma, lam, clip: PPO.
+        held_back: share of the training images on which policies are compared, not trained.
+        evaluate_every: updates between two such comparisons.
+        calibrate: bisection steps for the policy's threshold at the end; 0 leaves it at 0.5.
+    """
+
+    updates: int = 240
+    batch: int = 64
+    repeats: int = 4
+    blocks: tuple[int, ...] = ()
+    damage: Damage = "drift"
+    terminal: bool = False
+    penalty: float = 60.0
+    closed_loop: bool = True
+    target_saving: float = 26.5
+    target_drop: float = 0.0
+    critic: Literal["privileged", "symmetric"] = "privileged"
+    critic_width: int = 64
+    critic_depth: int = 1
+    lr: float = 2e-3
+    critic_lr: float = 1e-3
+    entropy: float = 0.001
+    epochs: int = 4
+    minibatches: int = 4
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip: float = 0.2
+    held_back: float = 0.15
+    evaluate_every: int = 20
+    calibrate: int = 7
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+    @staticmethod
+    def implied(given: dict[str, Any]) -> dict[str, Any]:
+        """Settings that those ``given`` bring with them: the drop is measured at threshold 0.5."""
+        return {"calibrate": 0} if given.get("target_drop") else {}
+
+    def _reward(self) -> Dora:
+        return Dora(penalty=self.penalty, damage=self.damage, terminal=self.terminal)
+
+    @property
+    def first_price(self) -> float:
+        """Of damage, before training."""
+        return self.penalty
+
+    def next_price(self, price: float, found: Judgement) -> float:
+        """Of damage, after the policy was judged."""
+        if not self.closed_loop:
+            return price
+        if self.target_drop:
+            return PenaltyLoop(price, self.target_drop).follow(found.drop / 100)
+        # The loop steers the price of computation; in units of damage that is its inverse.
+        return 1 / ClosedLoop(1 / price, self.target_saving).follow(found.saving)
+
+    def set_price(self, game: Game, price: float) -> None:
+        """Tell the game's reward."""
+        assert isinstance(game.reward, Dora)
+        game.reward = dataclasses.replace(game.reward, penalty=price)
+
+    def learner(self, policy: ActorPolicy | GatedPolicy, game: Game, seed: int) -> PPO:
+        """PPO with DORA's critic."""
+        critic = (
+            PrivilegedCritic(game, policy.heads, self.critic_width, self.critic_depth)
+            if self.critic == "privileged"
+            else SymmetricCritic(game, policy.heads)
+        )
+        config = PPOConfig(
+            steps=game.steps,
+            epochs=self.epochs,
+            minibatches=self.minibatches,
+            gamma=self.gamma,
+            lam=self.lam,
+            clip=self.clip,
+            actor_lr=self.lr,
+            critic_lr=self.critic_lr,
+            entropy=self.entropy,
+            repeats=self.repeats,
+            max_grad_norm=0.5,
+        )
+        return PPO(policy, critic.to(game.backbone.device), game, config, seed=seed)
+
+
+@dataclass(frozen=True)
+class DoraConfig(_Common):
+    """What ``tokenenv train dora --set key=value`` can set.
+
+    The defaults are for an ImageNet model; :meth:`for_digits` for the embedded one.
+
+    Attributes:
+        features: what the agent sees of a candidate pair, see
+            :class:`~tokenenv.rules.LayerMerge`.
+        hidden: widths of the actor's hidden layers.
+        initial_merge: probability of merging a pair of similarity 0.9 before training.
+        lean: how fast the log-odds of merging rise with similarity before training, per 0.05.
+
+    Raises:
+        UserError: a value out of its range.
+    """
+
+    features: tuple[str, ...] = ("similarity", "cls_attention", "size", "token")
+    hidden: tuple[int, ...] = (32, 32)
+    initial_merge: float = 0.2
+    lean: float = 2.0
+
+    @classmethod
+    def for_digits(cls) -> DoraConfig:
+        """Settings for the embedded model."""
+        return cls(
+            updates=60, batch=128, held_back=0.3, evaluate_every=10, lr=3e-3, target_saving=38.0
+        )
+
+    def game(self, backbone: Backbone, source: ImageSource) -> Game:
+        """The game to learn from."""
+        return build_game(
+            rules="layer_merge",
+            model=backbone,
+            data=source,
+            blocks=self.blocks or None,
+            features=self.features,
+            reward=self._reward(),
+            batch_size=self.batch,
+            repeats=self.repeats,
+            privileged=True,
+        )
+
+    def policy(self, game: Game, model: str) -> ActorPolicy:
+        """An untrained policy for ``game``; initialised from torch's global generator."""
+        policy = ActorPolicy(
+            game.rules,
+            Widths(game.agent_dim, game.shared_dim, game.state_dim),
+            hidden=self.hidden,
+            initial=self.initial_merge,
+            trained_on=model,
+        )
+        layout = game.rules.layout(game.backbone)
+        if "similarity" in layout:
+            first = layout["similarity"].start
+            policy.lean_on(slice(first, first + 1), self.lean)
+        return policy.to(game.backbone.device)
+
+
+@dataclass(frozen=True)
+class DoraPruneConfig(_Common):
+    """What ``tokenenv train dora-prune --set key=value`` can set.
+
+    The defaults are for an ImageNet model; :meth:`for_digits` for the embedded one.
+
+    Attributes:
+        features: what the agent sees of a token, see :class:`~tokenenv.rules.LayerPrune`.
+        budget_step: spacing of the budgets, see :class:`~tokenenv.rules.LayerPrune`.
+        width: of the actor's encoder; 0: a sixth of the model's, as in the paper.
+        initial_gate: probability of an open gate before training.
+        initial_budget: mean number of tokens that leave by an open gate before training.
+        lean: how fast scores fall with class attention before training, where that is seen.
+        selector: ``learned``; or ``random``, or ``redundancy`` (the most similar leave), in its
+            place, for comparison.
+
+    Raises:
+        UserError: a value out of its range.
+    """
+
+    features: tuple[str, ...] = ("keys", "cls_attention", "redundancy")
+    budget_step: int = 2
+    width: int = 0
+    initial_gate: float = 0.2
+    initial_budget: float = 12.0
+    lean: float = 2.0
+    selector: Literal["learned", "random", "redundancy"] = "learned"
+
+    @classmethod
+    def for_digits(cls) -> DoraPruneConfig:
+        """Settings for the embedded model."""
+        return cls(
+            updates=60, batch=128, held_back=0.3, evaluate_every=10, lr=3e-3, target_saving=38.0,
+            initial_budget=6.0,
+        )  # fmt: skip
+
+    def game(self, backbone: Backbone, source: ImageSource) -> Game:
+        """The game to learn from."""
+        return build_game(
+            rules="layer_prune",
+            model=backbone,
+            data=source,
+            blocks=self.blocks or None,
+            features=self.features,
+            budget_step=self.budget_step,
+            reward=self._reward(),
+            batch_size=self.batch,
+            repeats=self.repeats,
+            privileged=True,
+        )
+
+    def policy(self, game: Game, model: str) -> GatedPolicy:
+        """An untrained policy for ``game``; initialised from torch's global generator."""
+        assert isinstance(game.rules, LayerPrune)
+        steps, layout = len(game.rules.blocks), game.rules.layout(game.backbone)
+        policy = GatedPolicy(
+            game.rules,
+            {
+                "key": game.shared_dim - steps - 3,
+                "own": game.agent_dim,
+                "patches": game.backbone.patches,
+            },
+            width=self.width or max(16, game.backbone.dim // 6),
+            initial_gate=self.initial_gate,
+            initial_budget=self.initial_budget,
+            selector=self.selector,
+            trained_on=model,
+        )
+        if self.selector == "redundancy":
+            if "redundancy" not in layout:
+                raise UserError("selector=redundancy reads the feature 'redundancy': add it")
+            policy.lean_on(layout["redundancy"], 1.0)
+        elif "cls_attention" in layout:
+            policy.lean_on(layout["cls_attention"], -self.lean)
+        return policy.to(game.backbone.device)

@@ -1,0 +1,135 @@
+"""Settings of a system as ``--set key=value`` words."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import typing
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
+
+from tokenenv.errors import UserError
+
+
+class Settings(Protocol):
+    """A frozen dataclass of settings with defaults."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @classmethod
+    def for_digits(cls) -> Settings:
+        """The settings for the embedded model."""
+
+    @staticmethod
+    def implied(given: dict[str, Any]) -> dict[str, Any]:
+        """Settings that those ``given`` bring with them."""
+
+
+C = TypeVar("C", bound=Settings)
+
+Check = tuple[Callable[[Any], bool], str]
+"""Whether a value will do, and words for those that will."""
+
+_FROM_ONE: Check = (lambda v: v >= 1, "at least 1")
+_FROM_ZERO: Check = (lambda v: v >= 0, "at least 0")
+_POSITIVE: Check = (lambda v: v > 0, "greater than 0")
+_PERCENT: Check = (lambda v: 0 < v < 100, "between 0 and 100")
+_SHARE: Check = (lambda v: 0 <= v <= 1, "from 0 to 1")
+_PART: Check = (lambda v: 0 < v < 1, "between 0 and 1")
+_CHECKS: dict[str, Check] = {
+    **dict.fromkeys(("updates", "batch", "repeats", "evaluate_every"), _FROM_ONE),
+    **dict.fromkeys(("epochs", "minibatches", "critic_width", "budget_step"), _FROM_ONE),
+    **dict.fromkeys(("alpha", "beta", "entropy", "calibrate", "critic_depth", "width"), _FROM_ZERO),
+    **dict.fromkeys(("lr", "critic_lr", "clip", "penalty", "initial_budget"), _POSITIVE),
+    **dict.fromkeys(("gamma", "lam", "target_drop"), _SHARE),
+    **dict.fromkeys(("held_back", "initial_keep", "initial_merge", "initial_gate"), _PART),
+    "target_saving": _PERCENT,
+    "hidden": (lambda v: bool(v) and min(v) >= 1, "one or more widths, such as 64/64"),
+    "features": (bool, "one or more names, separated by slashes"),
+}
+
+
+def check_settings(config: Any) -> None:
+    """Raise :class:`UserError` where a setting is out of its range."""
+    for key, value in vars(config).items():
+        fits, words = _CHECKS.get(key, (lambda v: True, ""))
+        if isinstance(value, float) and not math.isfinite(value):
+            fits, words = (lambda v: False), "a finite number"
+        if not fits(value):
+            raise UserError(f"{key}={_text(value)} doesn't do: it must be {words}")
+
+
+def with_settings(config: C, settings: list[str]) -> C:
+    """``config`` with ``key=value`` words applied; lists are separated by slashes or commas.
+
+    Raises:
+        UserError: unknown key, or a value of the wrong type.
+    """
+    hints = _hints(type(config))
+    values: dict[str, Any] = {}
+    for setting in settings:
+        key, sep, text = setting.partition("=")
+        if not sep:
+            raise UserError(f"--set {setting}: the form is key=value")
+        if key not in hints:
+            raise UserError(f"--set {setting}: unknown key; choose from {', '.join(sorted(hints))}")
+        try:
+            values[key] = _parse(hints[key], text)
+        except ValueError:
+            raise UserError(f"--set {setting}: {key} takes {_describe(hints[key])}") from None
+    return dataclasses.replace(config, **{**config.implied(values), **values})
+
+
+def settings_help(cls: type[Settings]) -> str:
+    """Every setting with its default, then what each of them means."""
+    digits = vars(cls.for_digits())
+    defaults = [
+        f"  {key}={_text(value)}"
+        + (f"  (embedded model: {_text(digits[key])})" if digits[key] != value else "")
+        for key, value in vars(cls()).items()
+    ]
+    meanings = [
+        inspect.cleandoc(c.__doc__ or "").partition("Attributes:\n")[2].partition("\n\n")[0]
+        for c in reversed(cls.__mro__)
+        if dataclasses.is_dataclass(c)
+    ]
+    return "\n".join(["defaults:", *defaults, "", "meanings:", *meanings])
+
+
+def _hints(cls: type[Settings]) -> dict[str, Any]:
+    """Types of the fields that can be set."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _text(value: Any) -> str:
+    """A value as ``--set`` takes it."""
+    if isinstance(value, tuple):
+        return "/".join(map(_text, value))
+    return str(value).lower() if isinstance(value, bool) else f"{value}"
+
+
+def _parse(hint: Any, text: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        return tuple(_parse(args[0], part) for part in text.replace("/", ",").split(",") if part)
+    if origin is Literal:
+        if text not in args:
+            raise ValueError(text)
+        return text
+    if hint is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(text)
+        return text.lower() == "true"
+    return hint(text)
+
+
+def _describe(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        return f"a list of {_describe(args[0])}, such as a/b/c"
+    if origin is Literal:
+        return " or ".join(args)
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+    return names[hint]

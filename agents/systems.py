@@ -1,0 +1,81 @@
+"""The systems that can be trained, by the words a user types."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from agents.settings import Settings
+
+if TYPE_CHECKING:
+    from agents.judgement import Judgement
+    from tokenenv.backbone import Backbone
+    from tokenenv.data import ImageSource
+    from tokenenv.game import Game
+
+
+class Config(Settings, Protocol):
+    """Settings of a system, and what is built from them."""
+
+    batch: int
+    repeats: int
+    updates: int
+    evaluate_every: int
+    held_back: float
+    calibrate: int
+    target_saving: float
+
+    @property
+    def target_drop(self) -> float:
+        """Share of the images that top-1 may lose; 0 where the saving is the target."""
+
+    @property
+    def first_price(self) -> float:
+        """What steers the balance of cost and damage in the reward, before training."""
+
+    def next_price(self, price: float, found: Judgement) -> float:
+        """The same after a policy was judged."""
+
+    def set_price(self, game: Game, price: float) -> None:
+        """Tell the game's reward."""
+
+    def game(self, backbone: Backbone, source: ImageSource) -> Game:
+        """The game to learn from."""
+
+    def policy(self, game: Game, model: str) -> Any:
+        """An untrained policy for it."""
+
+    def learner(self, policy: Any, game: Game, seed: int) -> Any:
+        """What trains it."""
+
+
+def _rl4evit() -> Any:
+    from agents.rl4evit import RL4EViTConfig
+
+    return RL4EViTConfig
+
+
+def _dora() -> Any:
+    from agents.dora import DoraConfig
+
+    return DoraConfig
+
+
+def _dora_prune() -> Any:
+    from agents.dora import DoraPruneConfig
+
+    return DoraPruneConfig
+
+
+SYSTEMS: dict[str, Callable[[], Any]] = {
+    "rl4evit": _rl4evit,
+    "dora": _dora,
+    "dora-prune": _dora_prune,
+}
+"""Each gives the class of its settings; nothing heavy is imported before."""
+
+SUMMARIES = {
+    "rl4evit": "an agent per token, keep or prune before some blocks",
+    "dora": "an agent per block, merges pairs of tokens",
+    "dora-prune": "an agent per block: whether tokens leave, how many, and which",
+}

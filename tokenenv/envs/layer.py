@@ -1,0 +1,367 @@
+"""
+# Layer Merge, Layer Prune
+
+| Import | `from tokenenv import layer_merge_v0`, `layer_prune_v0` |
+|---|---|
+| Creation | `pettingzoo.make("aec", "tokenenv/LayerMerge-v0")`, `"tokenenv/LayerPrune-v0"` |
+| Actions | Discrete |
+| Parallel API | Yes |
+| Agents | `agents = ["layer_0", ..., "layer_{K-1}"]`, one per decision; 12 by default |
+| Action Shape | () |
+| Action Values | 0 (remove nothing) to n - 1 |
+| Observation Shape | `(F + G,)` float32 |
+| Observation Values | (-inf, inf) |
+| State Shape | `(S,)` float32 |
+| State Values | (-inf, inf) |
+
+One image passes through a Vision Transformer. In every block an agent says how many tokens are
+merged or pruned, each once. The games themselves, their observations, rewards and arguments are
+described at {class}`tokenenv.envs.layer_merge_gym.LayerMergeEnv` and
+{class}`tokenenv.envs.layer_prune_gym.LayerPruneEnv`, which have one agent for all blocks; this
+page tells what is different with one per block.
+
+### Turns
+
+The agents act in the order of the blocks, `layer_i` in decision block `i`.
+
+- AEC (`env`, `raw_env`): each acts once, and the episode is over after as many steps as there are
+  agents. The image has moved on after every step, so this environment is not parallelizable, its
+  metadata say so.
+- Parallel (`parallel_env`): `max_cycles` cycles, as many as agents. In cycle `i` only the action of
+  `layer_i` counts; the others may only do 0, and need not be given.
+
+### Observations
+
+The agent whose turn it is sees its block; the others see zeros, and so does everybody at the end.
+`state()` is the image's state for a centralised critic: the class token, which decision it is, the
+history of removals, and three numbers that no agent may know, the dense model's probability of the
+true class, its margin to the next class and its entropy. After the end it stays the state of the
+last decision.
+
+### Rewards
+
+An agent gets the reward of its own block, when it has acted, and nothing before and after.
+
+### Episode end
+
+All agents terminate together, after the last decision; nobody is ever truncated.
+
+### Arguments
+
+Beside these, all arguments of the Gymnasium environments but `action`: it is `"count"` here.
+
+`mask_in`: where the action mask is, int8 `(n,)`. An illegal action is not an error: 0 is played
+instead, and it is counted.
+
+- `"info"` (default): in `infos[agent]["action_mask"]`.
+- `"obs"`: the observation is a `Dict` of `observation` and `action_mask`.
+- `None`: nowhere.
+
+### Infos
+
+The same keys from reset on, numbers and arrays only.
+
+| Key | Meaning | Range |
+|---|---|---|
+| `action_mask` | legal actions (with `mask_in="info"`) | int8 `(n,)` of 0 and 1 |
+| `active_mask` | whether it is the agent's turn | bool |
+| `illegal_actions` | its illegal actions in this episode | int from 0 |
+| `tokens_left` | visual tokens of the image left | int in 0 to P |
+| `correct` | whether the reduced model names the true class, False until the end | bool |
+| `dense_correct` | whether the dense model does, False until the end | bool |
+
+### Example
+
+```python
+>>> from tokenenv import layer_prune_v0
+>>> env = layer_prune_v0.env(max_cycles=3)
+>>> env.reset(seed=0)
+>>> for agent in env.agent_iter():
+...     observation, reward, termination, truncation, info = env.last()
+...     env.step(None if termination else 2)
+...     print(agent, info["tokens_left"], termination)
+layer_0 64 False
+layer_1 60 False
+layer_2 56 False
+layer_0 52 True
+layer_1 52 True
+layer_2 52 True
+
+```
+
+### Version History
+
+* v0: initial version
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+from gymnasium import spaces
+from gymnasium.utils import EzPickle
+from numpy.typing import NDArray
+from pettingzoo import AECEnv, ParallelEnv
+
+from tokenenv.envs.build import RulesName
+from tokenenv.envs.play import RENDER_MODES, check_choice, open_play
+from tokenenv.envs.token_prune import MaskIn, Seen
+from tokenenv.errors import UserError
+
+
+class _Layers(EzPickle):
+    """What the AEC and the parallel face share: the roster, the spaces, the reports.
+
+    Args:
+        mask_in: where the action mask is.
+        render_mode: ``human``, ``rgb_array``, ``ansi`` or None.
+        **game: what :func:`~tokenenv.envs.build.build_game` takes.
+
+    Raises:
+        UserError: a value that is unknown or doesn't go with the others.
+    """
+
+    rules: ClassVar[RulesName]
+    agents: list[str]
+    possible_agents: list[str]
+
+    def __init__(
+        self, *, mask_in: MaskIn | None = "info", render_mode: str | None = None, **game: Any
+    ) -> None:
+        EzPickle.__init__(self, mask_in=mask_in, render_mode=render_mode, **game)
+        check_choice("mask_in", mask_in, ("info", "obs", None))
+        if game.get("action", "count") != "count":
+            raise UserError(
+                f"action={game['action']!r}: agents of PettingZoo choose a 'count'; "
+                "gymnasium.make takes the other"
+            )
+        self.mask_in, self.render_mode = mask_in, render_mode
+        self._play = open_play(self.rules, render_mode, game)
+        self.game = self._play.game
+        self.max_cycles = self.game.steps
+        self.possible_agents = [f"layer_{i}" for i in range(self.game.steps)]
+        self.agents = []
+        self.action_spaces = {
+            agent: spaces.Discrete(self.game.actions) for agent in self.possible_agents
+        }
+        self.observation_spaces = {
+            agent: self._one_observation_space() for agent in self.possible_agents
+        }
+        self.state_space = spaces.Box(-np.inf, np.inf, (self.game.state_dim,), np.float32)
+        self._turn = 0
+        self._view = np.zeros(self._play.width, np.float32)
+        self._illegal: dict[str, int] = {}
+
+    def observation_space(self, agent: str) -> spaces.Space[Any]:
+        """What ``agent`` may see: a Box, or a Dict with the mask; the same for all."""
+        return self.observation_spaces[agent]
+
+    def action_space(self, agent: str) -> spaces.Discrete:
+        """What ``agent`` may do: 0 removes nothing, further values ever more."""
+        return self.action_spaces[agent]
+
+    def state(self) -> NDArray[np.float32]:
+        """``(S,)`` the image's global state, before the next decision or that of the last."""
+        return self._play.state[0].cpu().numpy()
+
+    def render(self) -> NDArray[np.uint8] | str | None:
+        """The image with its tokens after each decision; the render mode says in what form."""
+        return self._play.draw()
+
+    def _one_observation_space(self) -> spaces.Space[Any]:
+        if self.mask_in != "obs":
+            return self._play.observation_space
+        mask = spaces.Box(0, 1, (self.game.actions,), np.int8)
+        return spaces.Dict({"observation": self._play.observation_space, "action_mask": mask})
+
+    def _start(self, seed: int | None) -> None:
+        if seed is not None:
+            self._play.seed(seed)
+        elif self._play.needs_seed:
+            self._play.seed(int(np.random.SeedSequence().generate_state(1)[0]))
+        self.agents = list(self.possible_agents)
+        self._turn = 0
+        self._illegal = dict.fromkeys(self.agents, 0)
+        self._view = self._play.reset()[0].cpu().numpy()
+
+    def _decide(self, actions: dict[str, Any]) -> tuple[float, bool]:
+        """Play the turn; the reward of the agent whose turn it was, and whether that was all."""
+        if not self.agents or self._turn == self.game.steps:
+            raise UserError("no episode is running: call reset() first")
+        agent = self.possible_agents[self._turn]
+        if agent not in actions:
+            raise UserError(f"no action for '{agent}': it is its turn")
+        given = {name: actions[name] for name in self.agents if name in actions}
+        for name, action in given.items():
+            if not self.action_space(name).contains(action):
+                raise UserError(
+                    f"action {action!r} of '{name}' is out of range: choose 0 to "
+                    f"{self.game.actions - 1}"
+                )
+        for name, action in given.items():
+            self._illegal[name] += int(not self._mask(name)[action])
+        observation, reward, over = self._play.step([int(actions[agent])])
+        self._view = observation[0].cpu().numpy()
+        self._turn += 1
+        return float(reward[0].sum()), over
+
+    def _acts(self, agent: str) -> bool:
+        return self._turn < self.game.steps and agent == self.possible_agents[self._turn]
+
+    def _mask(self, agent: str) -> NDArray[np.int8]:
+        if self._acts(agent):
+            return self._play.legal[0, 0].cpu().numpy().astype(np.int8)
+        return (np.arange(self.game.actions) == 0).astype(np.int8)
+
+    def _observation(self, agent: str) -> Seen:
+        view = self._view.copy() if self._acts(agent) else np.zeros_like(self._view)
+        if self.mask_in != "obs":
+            return view
+        return {"observation": view, "action_mask": self._mask(agent)}
+
+    def _infos(self) -> dict[str, dict[str, Any]]:
+        play = self._play
+        whole_image = {
+            "tokens_left": int(play.tokens_left[0]),
+            "correct": bool(play.correct[0]),
+            "dense_correct": bool(play.dense_correct[0]),
+        }
+        infos: dict[str, dict[str, Any]] = {}
+        for agent in self.agents:
+            infos[agent] = {
+                "active_mask": self._acts(agent),
+                "illegal_actions": self._illegal[agent],
+                **whole_image,
+            }
+            if self.mask_in == "info":
+                infos[agent]["action_mask"] = self._mask(agent)
+        return infos
+
+
+class _LayerAECEnv(_Layers, AECEnv[str, Any, Any]):
+    """One agent per block of one image, in turn. See the module's page."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        AECEnv.__init__(self)
+        _Layers.__init__(self, **kwargs)
+
+    def reset(self, seed: int | None = None, options: dict[str, Any] | None = None) -> None:
+        """Take the next image. A seed starts their order anew; ``options`` are not used."""
+        self._start(seed)
+        self.rewards = dict.fromkeys(self.agents, 0.0)
+        self._cumulative_rewards = dict.fromkeys(self.agents, 0.0)
+        self.terminations = dict.fromkeys(self.agents, False)
+        self.truncations = dict.fromkeys(self.agents, False)
+        self.infos = self._infos()
+        self.agent_selection = self.agents[0]
+
+    def observe(self, agent: str) -> Seen:
+        """What ``agent`` sees: its block if it is its turn, else zeros."""
+        return self._observation(agent)
+
+    def step(self, action: Any) -> None:
+        """Play the decision of the agent whose turn it is; None for one that has terminated.
+
+        Raises:
+            UserError: the action is out of range, or no episode was started.
+        """
+        if self.agents and self.terminations[self.agent_selection]:
+            self._was_dead_step(action)
+            return
+        agent = self.possible_agents[self._turn % self.game.steps]
+        reward, over = self._decide({agent: action})
+        self._clear_rewards()
+        self._cumulative_rewards[agent] = 0.0
+        self.rewards[agent] = reward
+        self._accumulate_rewards()
+        self.terminations = dict.fromkeys(self.agents, over)
+        self.infos = self._infos()
+        self.agent_selection = self.agents[self._turn % self.game.steps]
+
+
+class _LayerParallelEnv(_Layers, ParallelEnv[str, Any, Any]):
+    """One agent per block of one image, of which one acts in each cycle. See the module's page."""
+
+    def reset(
+        self, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Seen], dict[str, dict[str, Any]]]:
+        """Take the next image. A seed starts their order anew; ``options`` are not used."""
+        self._start(seed)
+        return {agent: self._observation(agent) for agent in self.agents}, self._infos()
+
+    def step(
+        self, actions: dict[str, Any]
+    ) -> tuple[
+        dict[str, Seen],
+        dict[str, float],
+        dict[str, bool],
+        dict[str, bool],
+        dict[str, dict[str, Any]],
+    ]:
+        """Play the decision of the agent whose turn it is.
+
+        Args:
+            actions: at least that agent's. Those of unknown agents are ignored; those of the
+                others are too, but anything than 0 is counted as illegal.
+
+        Returns:
+            Observations, rewards, terminations, truncations and infos of all agents; empty once
+            the episode has ended.
+
+        Raises:
+            UserError: the action is missing or out of range, or no episode was started.
+        """
+        if self.game.episode is not None and not self.agents:
+            return {}, {}, {}, {}, {}
+        turn = self._turn
+        reward, over = self._decide(actions)
+        acted = self.agents
+        rewards = dict.fromkeys(acted, 0.0) | {self.possible_agents[turn]: reward}
+        observations, infos = {agent: self._observation(agent) for agent in acted}, self._infos()
+        if over:
+            self.agents = []
+        return (
+            observations,
+            rewards,
+            dict.fromkeys(acted, over),
+            dict.fromkeys(acted, False),
+            infos,
+        )
+
+
+def _metadata(name: str, parallelizable: bool) -> dict[str, Any]:
+    return {
+        "name": name,
+        "render_modes": RENDER_MODES,
+        "render_fps": 1,
+        "is_parallelizable": parallelizable,
+    }
+
+
+class LayerMergeAECEnv(_LayerAECEnv):
+    """Merging, one agent per block, in turn. See the module's page."""
+
+    rules: ClassVar[RulesName] = "layer_merge"
+    metadata: ClassVar[dict[str, Any]] = _metadata("layer_merge_v0", False)
+
+
+class LayerPruneAECEnv(_LayerAECEnv):
+    """Pruning, one agent per block, in turn. See the module's page."""
+
+    rules: ClassVar[RulesName] = "layer_prune"
+    metadata: ClassVar[dict[str, Any]] = _metadata("layer_prune_v0", False)
+
+
+class LayerMergeParallelEnv(_LayerParallelEnv):
+    """Merging, one agent per block, one of them in each cycle. See the module's page."""
+
+    rules: ClassVar[RulesName] = "layer_merge"
+    metadata: ClassVar[dict[str, Any]] = _metadata("layer_merge_v0", True)
+
+
+class LayerPruneParallelEnv(_LayerParallelEnv):
+    """Pruning, one agent per block, one of them in each cycle. See the module's page."""
+
+    rules: ClassVar[RulesName] = "layer_prune"
+    metadata: ClassVar[dict[str, Any]] = _metadata("layer_prune_v0", True)

@@ -1,0 +1,168 @@
+"""The single-agent face of the per-block pruning game: one decision for each block."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from tokenenv.envs.build import RulesName
+from tokenenv.envs.single import GameEnv
+
+
+class LayerPruneEnv(GameEnv):
+    """
+    ## Description
+
+    An image passes through a frozen Vision Transformer. In every block, between attention and
+    MLP, the agent says how many visual tokens leave, or which. They have still taken part in the
+    block's attention, and leave the computation for good; four always stay. At the end the model
+    classifies the image from the tokens left. To be decided is where an image bears how much of
+    it. The game is that of DORA-pruning (arXiv 2609.34325). With an agent per block:
+    {mod}`tokenenv.envs.layer`.
+
+    By default the model is the packaged `digits_vit` on scikit-learn's digits, 8x8 pixels with one
+    token each: `P = 64`, 12 blocks, a decision in each. It needs no network.
+
+    ## Action Space
+
+    With `action="count"` (default) `Discrete(n)`, `n = (P - 4) // budget_step + 1`: how many tokens
+    leave; which, says `selector`.
+
+    | Value | Meaning |
+    |---|---|
+    | 0 | none |
+    | i | `i * budget_step` tokens; by default 2 to 60 for i = 1 to 30 |
+
+    With `action="tokens"` `MultiDiscrete([2] * P)`: one number per token, row by row from the top
+    left of the image. An action that would leave fewer than four tokens prunes none.
+
+    | Value | Meaning |
+    |---|---|
+    | 0 | prune |
+    | 1 | keep |
+
+    A count that would leave fewer than four tokens, and keeping a token that was pruned before or,
+    once only four are left, any token, is illegal: 0 is played instead, which changes nothing, and
+    it is counted in `info["illegal_actions"]`. `action_masks()` tells what is legal, in the form
+    that sb3-contrib's MaskablePPO reads.
+
+    ## Observation Space
+
+    `W` is the width of the keys, heads side by side (as a rule the model's), `K` the number of
+    decisions. No number has a unit; all are zero at the end of an episode.
+
+    With `action="count"` `Box(-inf, inf, (F + G,), float32)`, `F = 0`, `G = W + K + 3`:
+
+    | Num | Observation | Min | Max |
+    |---|---|---|---|
+    | W | key of the class token (without one: mean of the living tokens' keys) | -inf | inf |
+    | K | which decision it is, one-hot | 0 | 1 |
+    | 1 | share of tokens left | 0 | 1 |
+    | 1 | share of these that the last decision removed | 0 | 1 |
+    | 1 | decisions so far that removed something, over decisions so far plus one | 0 | 1 |
+
+    With `action="tokens"` `Box(-inf, inf, (P, F + G), float32)`: one row per token, zeros for one
+    that is not active. `features` chooses the first ones and their order.
+
+    | Num | Observation | Min | Max |
+    |---|---|---|---|
+    | W | `keys`: the token's key | -inf | inf |
+    | 1 | `cls_attention`: log of its attention over the mean (not by default) | -4 | log P |
+    | 1 | `redundancy`: cosine with the key of a better token (not by default) | -1 | 1 |
+    | W + K + 3 | class token's key, decision and history, as above | -inf | inf |
+
+    ## Rewards
+
+    `"dora"`, after each decision: `efficiency * dC - penalty * (g(d) - g(d'))`, with
+    `d'` that of the decision before, at first 0.
+
+    - `dC = k / P * (L - l) / L` for `k` tokens pruned in block `l` of the model's `L`: earlier
+      is more, all at once before block 0 would be 1.
+    - `damage="divergence"` (default): `d = tau^2 KL(dense, reduced)` of the predictions at
+      temperature `tau`, if nobody decided anything from here on; `g(d) = d`, or `d + d^2 / bend`.
+    - `damage="drift"`, without that further forward pass: `d = 1 - cos` of the summary token to
+      the dense model's at the next decision, `g(d) = exp(kappa d) - 1`; at the end
+      `tau^2 KL(dense, reduced)` in addition.
+
+    The defaults `efficiency=25, penalty=30, damage="divergence", tau=3, kappa=10, bend=0` and
+    `terminal=False` (`True`: the whole penalty at the end) can be changed with `reward_kwargs`.
+    `reward` also takes any function of a turn, see {class}`tokenenv.rewards.Turn`.
+
+    ## Starting State
+
+    The next image of the data set, with a token for every patch, at the first decision. Images
+    come in an endless shuffled order; without a seed it starts at random; `reset(seed=...)`
+    starts it anew, and every epoch has another one.
+
+    ## Episode End
+
+    1. Termination: the last decision was taken, and the image is classified. An episode has
+       always `max_cycles` steps.
+
+    There is no truncation.
+
+    ## Info
+
+    The same keys from reset on.
+
+    | Key | Meaning | Range |
+    |---|---|---|
+    | `active_mask` | which tokens may be pruned (not with `"count"`) | bool `(P,)` |
+    | `tokens_left` | visual tokens left | int in 4 to P |
+    | `illegal_actions` | illegal actions in this episode | int from 0 |
+    | `correct` | whether the reduced model names the true class, False until the end | bool |
+    | `dense_correct` | whether the dense model does, False until the end | bool |
+
+    ## Arguments
+
+    ```python
+    >>> import gymnasium as gym
+    >>> import tokenenv
+    >>> env = gym.make("tokenenv/LayerPrune-v0", max_cycles=2)
+    >>> observation, info = env.reset(seed=0)
+    >>> env.action_space, info["tokens_left"]
+    (Discrete(31), 64)
+    >>> _, reward, terminated, truncated, info = env.step(4)
+    >>> terminated, info["tokens_left"]
+    (False, 56)
+
+    ```
+
+    | Parameter | Type | Default | Description |
+    |---|---|---|---|
+    | `model` | **str** or Backbone | `"digits_vit"` | timm model name, or a ready backbone |
+    | `weights` | **str** | `None` | file of weights for a model given by name |
+    | `data` | **str** or ImageSource | `None` | folder or data set name; None: the digits |
+    | `split` | **str** | `"train"` | part of the data: `"train"` or `"test"` |
+    | `blocks` | **tuple** | `None` | decision blocks; None: `max_cycles`, spread evenly |
+    | `max_cycles` | **int** | `None` | number of decisions; None: that of `blocks`, or all |
+    | `action` | **str** | `"count"` | `"count"` or `"tokens"` |
+    | `budget_step` | **int** | `2` | spacing of the choices of `"count"` |
+    | `selector` | **str** | `"redundancy"` | whose top leaves; or `"cls_attention"`: its last |
+    | `features` | **tuple** | keys | of `"tokens"`, see above |
+    | `reward` | **str** or Reward | `"dora"` | see Rewards, or any function of a turn |
+    | `reward_kwargs` | **dict** | `None` | parameters of a reward given by name |
+    | `device` | **str** | `"cpu"` | where to put a model given by name |
+    | `execution` | **str** | `None` | `"masked"` or `"padded"`; None: what suits the device |
+    | `render_mode` | **str** | `None` | `"human"` (printed), `"rgb_array"`, `"ansi"` |
+
+    ## Vectorized environment
+
+    One batched game, no processes:
+
+    ```python
+    >>> envs = gym.make_vec("tokenenv/LayerPrune-v0", num_envs=4)
+    >>> envs
+    LayerPruneVectorEnv(tokenenv/LayerPrune-v0, num_envs=4)
+
+    ```
+
+    See {class}`tokenenv.envs.layer_vector.LayerPruneVectorEnv`. stable-baselines3 takes
+    {class}`tokenenv.envs.sb3.SB3VecEnv`. An `AsyncVectorEnv` of single environments works too,
+    and needs `context="spawn"`: a forked torch may hang.
+
+    ## Version History
+
+    * v0: initial version
+    """
+
+    rules: ClassVar[RulesName] = "layer_prune"

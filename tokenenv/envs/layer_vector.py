@@ -1,0 +1,46 @@
+"""Many images at once: the games of one agent per block as Gymnasium ``VectorEnv``."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from tokenenv.envs.build import RulesName
+from tokenenv.envs.vector import GameVectorEnv
+
+
+class LayerMergeVectorEnv(GameVectorEnv):
+    """One batched game of ``num_envs`` images, shown as so many environments.
+
+    The game is that of :class:`~tokenenv.envs.layer_merge_gym.LayerMergeEnv`; see
+    :class:`~tokenenv.envs.vector.GameVectorEnv` for the arguments and the form of ``infos``.
+
+    Example:
+        >>> import gymnasium as gym
+        >>> import tokenenv
+        >>> envs = gym.make_vec("tokenenv/LayerMerge-v0", num_envs=2, max_cycles=1)
+        >>> observations, infos = envs.reset(seed=0)
+        >>> observations, rewards, terminations, truncations, infos = envs.step([0, 4])
+        >>> terminations, infos["final_info"]["tokens_left"]
+        (array([ True,  True]), array([64, 52]))
+    """
+
+    rules: ClassVar[RulesName] = "layer_merge"
+
+
+class LayerPruneVectorEnv(GameVectorEnv):
+    """One batched game of ``num_envs`` images, shown as so many environments.
+
+    The game is that of :class:`~tokenenv.envs.layer_prune_gym.LayerPruneEnv`; see
+    :class:`~tokenenv.envs.vector.GameVectorEnv` for the arguments and the form of ``infos``.
+
+    Example:
+        >>> import gymnasium as gym
+        >>> import tokenenv
+        >>> envs = gym.make_vec("tokenenv/LayerPrune-v0", num_envs=2, max_cycles=1)
+        >>> observations, infos = envs.reset(seed=0)
+        >>> observations, rewards, terminations, truncations, infos = envs.step([0, 4])
+        >>> terminations, infos["final_info"]["tokens_left"]
+        (array([ True,  True]), array([64, 56]))
+    """
+
+    rules: ClassVar[RulesName] = "layer_prune"

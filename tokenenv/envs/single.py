@@ -1,0 +1,75 @@
+"""A game as a Gymnasium environment: one image, one agent that decides about all of it."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.utils import EzPickle
+from numpy.typing import NDArray
+
+from tokenenv.envs.build import RulesName
+from tokenenv.envs.play import RENDER_MODES, open_play
+
+
+class GameEnv(gym.Env[NDArray[np.float32], Any], EzPickle):
+    """One image at a time. Subclasses say of which game, and describe it.
+
+    Args:
+        render_mode: ``human``, ``rgb_array``, ``ansi`` or None.
+        **game: what :func:`~tokenenv.envs.build.build_game` takes.
+
+    Raises:
+        UserError: a value that is unknown or doesn't go with the others.
+    """
+
+    metadata = {"render_modes": RENDER_MODES, "render_fps": 1}  # noqa: RUF012  (Gymnasium's form)
+    rules: ClassVar[RulesName]
+
+    def __init__(self, *, render_mode: str | None = None, **game: Any) -> None:
+        EzPickle.__init__(self, render_mode=render_mode, **game)
+        self._play = open_play(self.rules, render_mode, game)
+        self.game = self._play.game
+        self.max_cycles = self.game.steps
+        self.render_mode = render_mode
+        self.action_space = self._play.action_space
+        self.observation_space: spaces.Space[Any] = self._play.observation_space
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """Take the next image. A seed starts their order anew; ``options`` are not used."""
+        super().reset(seed=seed)
+        if seed is not None or self._play.needs_seed:
+            self._play.seed(self.np_random_seed)
+        observation = self._play.reset()
+        return observation[0].cpu().numpy(), self._info()
+
+    def step(self, action: Any) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+        """Play one decision. ``action``: of :attr:`action_space`.
+
+        Raises:
+            UserError: wrong shape or value, or no episode was started.
+        """
+        observation, reward, over = self._play.step(np.asarray(action)[None])
+        return observation[0].cpu().numpy(), float(reward.sum()), over, False, self._info()
+
+    def action_masks(self) -> NDArray[np.bool_]:
+        """Which actions are legal: ``(n,)``, or ``(2 A,)``, no and yes of slot 0, of slot 1, ..."""
+        return self._play.legal[0].cpu().numpy().reshape(-1)
+
+    def render(self) -> Any:
+        """The image with its tokens after each decision; the render mode says in what form."""
+        return self._play.draw()
+
+    def _info(self) -> dict[str, Any]:
+        play = self._play
+        info = {
+            "tokens_left": int(play.tokens_left[0]),
+            "illegal_actions": int(play.illegal[0].sum()),
+            "correct": bool(play.correct[0]),
+            "dense_correct": bool(play.dense_correct[0]),
+        }
+        return info if play.by_count else {"active_mask": play.active[0].cpu().numpy()} | info

@@ -1,0 +1,27 @@
+"""PettingZoo's classic form: ``from tokenenv import layer_merge_v0``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pettingzoo import AECEnv
+from pettingzoo.utils import wrappers
+
+from tokenenv.envs.layer import LayerMergeAECEnv, LayerMergeParallelEnv
+
+__all__ = ["env", "parallel_env", "raw_env"]
+
+
+def parallel_env(**kwargs: Any) -> LayerMergeParallelEnv:
+    """Make the parallel env; it takes what :class:`LayerMergeParallelEnv` takes."""
+    return LayerMergeParallelEnv(**kwargs)
+
+
+def raw_env(**kwargs: Any) -> LayerMergeAECEnv:
+    """Make the AEC env without PettingZoo's usual wrappers."""
+    return LayerMergeAECEnv(**kwargs)
+
+
+def env(**kwargs: Any) -> AECEnv[str, Any, Any]:
+    """Make the AEC env with PettingZoo's usual wrappers."""
+    return wrappers.OrderEnforcingWrapper(wrappers.AssertOutOfBoundsWrapper(raw_env(**kwargs)))

@@ -1,0 +1,27 @@
+"""PettingZoo's classic form: ``from tokenenv import layer_prune_v0``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pettingzoo import AECEnv
+from pettingzoo.utils import wrappers
+
+from tokenenv.envs.layer import LayerPruneAECEnv, LayerPruneParallelEnv
+
+__all__ = ["env", "parallel_env", "raw_env"]
+
+
+def parallel_env(**kwargs: Any) -> LayerPruneParallelEnv:
+    """Make the parallel env; it takes what :class:`LayerPruneParallelEnv` takes."""
+    return LayerPruneParallelEnv(**kwargs)
+
+
+def raw_env(**kwargs: Any) -> LayerPruneAECEnv:
+    """Make the AEC env without PettingZoo's usual wrappers."""
+    return LayerPruneAECEnv(**kwargs)
+
+
+def env(**kwargs: Any) -> AECEnv[str, Any, Any]:
+    """Make the AEC env with PettingZoo's usual wrappers."""
+    return wrappers.OrderEnforcingWrapper(wrappers.AssertOutOfBoundsWrapper(raw_env(**kwargs)))
