@@ -115,45 +115,62 @@ class GatedPolicy(nn.Module):
 
         uniform = torch.rand(gate_logit.shape, generator=generator, device=gate_logit.device)
         gate = (uniform < gate_logit.sigmoid()) & feasible.any(1, keepdim=True)
-        z = self._encode(seen)
-        logits = self._budget_logits(z, feasible)
+        rows = gate[:, 0].nonzero()[:, 0]
+        open_ = {name: tensor[rows] for name, tensor in seen.items()}
+        z = self._encode(open_)
+        logits = self._budget_logits(z, feasible[rows])
         budget = (logits + noise(logits)).argmax(1, keepdim=True)
-        count = self._count(gate, budget)
-        score = self._scores(z, seen, count)
+        count = self.budgets[budget]
+        score = self._scores(z, open_, count)
         if self.chooser != "redundancy":
             score = score + noise(score)
         # Gumbel top-k is an ordered draw without replacement (Plackett-Luce).
         order = score.sort(stable=True, dim=1, descending=True).indices
-        living = seen["active"].sum(1, keepdim=True).clamp(min=1)
-        choice = {"gate": gate, "budget": budget, "order": order, "share": count / living}
-        return self._action(order, count), choice
+        living = open_["active"].sum(1, keepdim=True)
+
+        def everywhere(values: Tensor) -> Tensor:
+            return values.new_zeros(len(gate), *values.shape[1:]).index_copy(0, rows, values)
+
+        choice = {
+            "gate": gate,
+            "budget": everywhere(budget),
+            "order": everywhere(order),
+            "share": everywhere(count / living),
+        }
+        action = torch.ones_like(seen["active"], dtype=torch.long)
+        return action.index_copy(0, rows, self._action(order, count)), choice
 
     def score(self, seen: Columns, choice: Columns) -> dict[str, Head]:
         """Gate and budget ``(B, 1)``; selector ``(B, A)``, one number per pick."""
         gate_logit, feasible = self._gate(seen)
-        gate, budget = choice["gate"], choice["budget"]
+        gate = choice["gate"]
+        chances = nn.functional.logsigmoid(torch.cat([-gate_logit, gate_logit], 1))
+        entropy = -(chances.exp() * chances).sum(1, keepdim=True)
         possible = feasible.any(1, keepdim=True)
-        chance = torch.cat([-gate_logit, gate_logit], 1)
-        chances = nn.functional.logsigmoid(chance)
-        gate_head = Head(
-            chances.gather(1, gate.long()),
-            -(chances.exp() * chances).sum(1, keepdim=True),
-            possible,
-        )
-        z = self._encode(seen)
-        logits = self._budget_logits(z, feasible).log_softmax(1)
+        found = {"gate": Head(chances.gather(1, gate.long()), entropy, possible)}
+
+        # Where the gate is closed there is nothing to encode: most blocks of most images.
+        rows = gate[:, 0].nonzero()[:, 0]
+        open_ = {name: tensor[rows] for name, tensor in seen.items()}
+        budget, order = choice["budget"][rows], choice["order"][rows]
+        z = self._encode(open_)
+
+        def everywhere(values: Tensor) -> Tensor:
+            return values.new_zeros(len(gate), values.shape[1]).index_copy(0, rows, values)
+
+        logits = self._budget_logits(z, feasible[rows]).log_softmax(1)
         entropy = -(logits.exp() * logits).sum(1, keepdim=True)
-        budget_head = Head(logits.gather(1, budget), entropy, gate)
-        count = self._count(gate, budget)
-        found = {"gate": gate_head, "budget": budget_head}
+        found["budget"] = Head(everywhere(logits.gather(1, budget)), everywhere(entropy), gate)
         if self.chooser != "learned":
             return found
-        score = self._scores(z, seen, count)
-        log_prob = plackett_luce(score.gather(1, choice["order"]))
+        count = self.budgets[budget]
+        score = self._scores(z, open_, count)
         picks = torch.arange(score.shape[1], device=score.device) < count
+        log_prob = torch.where(picks, plackett_luce(score.gather(1, order)), 0.0)
         spread = score.log_softmax(1)
         entropy = -(spread.exp() * spread).sum(1, keepdim=True).expand_as(log_prob)
-        return {**found, "selector": Head(torch.where(picks, log_prob, 0.0), entropy, picks)}
+        found["selector"] = Head(everywhere(log_prob), everywhere(entropy), everywhere(picks))
+        return found
 
     @torch.no_grad()
     def act(self, observation: Observation) -> Tensor:
@@ -169,7 +186,7 @@ class GatedPolicy(nn.Module):
         open_ = {name: tensor[rows] for name, tensor in seen.items()}
         z = self._encode(open_)
         budget = self._budget_logits(z, feasible[rows]).argmax(1, keepdim=True)
-        count = self._count(gate[rows], budget)
+        count = self.budgets[budget]
         order = self._scores(z, open_, count).sort(stable=True, dim=1, descending=True).indices
         return action.index_copy(0, rows, self._action(order, count))
 
@@ -250,10 +267,6 @@ class GatedPolicy(nn.Module):
 
     def _budget_logits(self, z: Tensor, feasible: Tensor) -> Tensor:
         return self.budget(z[:, 0]).masked_fill(~feasible, _NEVER)
-
-    def _count(self, gate: Tensor, budget: Tensor) -> Tensor:
-        """``(B, 1)`` how many leave."""
-        return torch.where(gate, self.budgets[budget], 0)
 
     def _scores(self, z: Tensor, seen: Columns, count: Tensor) -> Tensor:
         """``(B, A)``; the highest leave, those that may not act never do."""

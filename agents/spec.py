@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agents.heuristics import KeepAll, RandomPrune, TopK
+from agents.heuristics import KeepAll, MergeAbove, MergeRandom, MergeStrongest, RandomPrune, TopK
 from agents.policy import Policy, load, shipped
 from tokenenv.errors import UserError
-from tokenenv.rules import TokenPrune
+from tokenenv.rules import LayerMerge, TokenPrune
 from tokenenv.rules.token_prune import spread_blocks
 
 if TYPE_CHECKING:
@@ -19,6 +19,9 @@ HEURISTICS: dict[str, str] = {
     "random": "random:keep=0.7[,blocks=3/6/9][,seed=0]",
     "cls-attention": "cls-attention:keep=0.7[,blocks=3/6/9]: top-k by class attention (EViT)",
     "norm": "norm:keep=0.7[,blocks=3/6/9]: top-k by length of the embedding",
+    "tome": "tome:r=8[,blocks=0/1/2]: in every block the 8 most similar pairs merge (ToMe)",
+    "random-merge": "random-merge:r=8[,blocks=0/1/2][,seed=0]: 8 random pairs of ToMe's matching",
+    "merge-above": "merge-above:similarity=0.9[,blocks=0/1/2]: all pairs at least so similar",
 }
 
 
@@ -40,18 +43,21 @@ def parse_policy(what: str, depth: int) -> Policy:
         raise UserError(f"'{what}' is neither a run folder nor a policy: choose from {known}")
     arguments = _arguments(what, rest)
     blocks = arguments.pop("blocks", None)
-    rules = TokenPrune(
-        blocks=_blocks(what, blocks) if blocks is not None else spread_blocks(depth),
-        features=("position",),
-        share=False,
-    )
+    chosen = _blocks(what, blocks) if blocks is not None else None
+    tokens = TokenPrune(chosen or spread_blocks(depth), features=("position",), share=False)
+    pairs = LayerMerge(chosen or tuple(range(depth)))
     builders: dict[str, Callable[[], Policy]] = {
-        "keep-all": lambda: KeepAll(rules),
+        "keep-all": lambda: KeepAll(tokens),
         "random": lambda: RandomPrune(
-            rules, _number(what, arguments, "keep"), _seed(what, arguments)
+            tokens, _number(what, arguments, "keep"), _seed(what, arguments)
         ),
-        "cls-attention": lambda: TopK(rules, _number(what, arguments, "keep"), "cls_attention"),
-        "norm": lambda: TopK(rules, _number(what, arguments, "keep"), "norm"),
+        "cls-attention": lambda: TopK(tokens, _number(what, arguments, "keep"), "cls_attention"),
+        "norm": lambda: TopK(tokens, _number(what, arguments, "keep"), "norm"),
+        "tome": lambda: MergeStrongest(pairs, _whole(what, arguments, "r")),
+        "random-merge": lambda: MergeRandom(
+            pairs, _whole(what, arguments, "r"), _seed(what, arguments)
+        ),
+        "merge-above": lambda: MergeAbove(pairs, _number(what, arguments, "similarity")),
     }
     policy = builders[name]()
     if arguments:
@@ -80,10 +86,17 @@ def _seed(what: str, arguments: dict[str, str]) -> int:
     return int(text)
 
 
+def _whole(what: str, arguments: dict[str, str], key: str) -> int:
+    value = _number(what, arguments, key)
+    if value != int(value):
+        raise UserError(f"'{what}': {key}={value:g} is not a whole number")
+    return int(value)
+
+
 def _number(what: str, arguments: dict[str, str], key: str) -> float:
     text = arguments.pop(key, None)
     if text is None:
-        raise UserError(f"'{what}' needs {key}=..., for instance {key}=0.7")
+        raise UserError(f"'{what}' needs {key}=...: {HEURISTICS[what.partition(':')[0]]}")
     try:
         return float(text)
     except ValueError:

@@ -93,7 +93,8 @@ def _add_evaluate(commands: argparse._SubParsersAction[_Parser]) -> None:
         "what",
         metavar="WHAT",
         help="a run folder, a shipped policy, keep-all, random:keep=0.7, "
-        "cls-attention:keep=0.7,blocks=3/6/9 or norm:keep=0.7",
+        "cls-attention:keep=0.7,blocks=3/6/9, norm:keep=0.7, tome:r=8, random-merge:r=8 or "
+        "merge-above:similarity=0.9",
     )
     _add_model_options(evaluate)
     evaluate.add_argument("--limit", type=_positive, metavar="N", help="at most N images")
