@@ -36,9 +36,11 @@ class PrivilegedCritic(nn.Module):
         self.project = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width))
         self.prefix = nn.Parameter(torch.zeros(game.backbone.prefix, width))
         self.place = nn.Linear(64, width)
+        # About 64 numbers a head, as in the paper, where that divides the width.
+        heads_of = max(h for h in range(1, max(1, width // 64) + 1) if width % h == 0)
         layers = [
             nn.TransformerEncoderLayer(
-                width, max(1, width // 64), 2 * width, 0.0, "gelu", batch_first=True,
+                width, heads_of, 2 * width, 0.0, "gelu", batch_first=True,
                 norm_first=True,
             )
             for _ in range(depth)

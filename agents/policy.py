@@ -50,8 +50,8 @@ class ActorPolicy(nn.Module):
 
     Under rules that prune the last action is to keep, under rules that merge it is to merge.
 
-    A linear path from the agent's own view to the log-odds of the last action runs beside the
-    perceptron, see :meth:`lean_on`.
+    A linear path from both views to the log-odds of the last action runs beside the perceptron:
+    it starts where :meth:`lean_on` puts it, and learns soon how willing each block should be.
 
     Args:
         rules: the rules it was trained under.
@@ -82,6 +82,9 @@ class ActorPolicy(nn.Module):
         self.actor = SharedMLP(widths.own, widths.shared, hidden, actions, gain=0.01)
         self.skip = nn.Linear(widths.own, 1, bias=False)
         nn.init.zeros_(self.skip.weight)
+        self.skip_shared = nn.Linear(widths.shared, 1, bias=False) if widths.shared else None
+        if self.skip_shared is not None:
+            nn.init.zeros_(self.skip_shared.weight)
         with torch.no_grad():
             odds = initial / (1 - initial) * (actions - 1)
             self.actor.head.bias[-1] = torch.tensor(odds).log()
@@ -90,6 +93,8 @@ class ActorPolicy(nn.Module):
         """``(..., A, actions)`` unnormalised log-probabilities."""
         logits = self.actor(agents, shared)
         last = logits[..., -1:] + self.skip(agents)
+        if self.skip_shared is not None:
+            last = last + self.skip_shared(shared)[..., None, :]
         return torch.cat([logits[..., :-1], last], dim=-1)
 
     def lean_on(self, feature: slice, slope: float) -> None:
@@ -151,7 +156,7 @@ class ActorPolicy(nn.Module):
 
     def macs(self, agents: Tensor, removed: Tensor) -> Tensor:
         """Multiply-adds of one decision of ``agents`` agents that removed so many tokens."""
-        return self.actor.macs(agents) + agents * self.widths.own
+        return self.actor.macs(agents) + agents * self.widths.own + self.widths.shared
 
     def check(self, agent_dim: int, shared_dim: int, model: str) -> None:
         """Raise :class:`UserError` unless the policy reads observations of these widths."""

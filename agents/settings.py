@@ -113,7 +113,10 @@ def _text(value: Any) -> str:
 def _parse(hint: Any, text: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is tuple:
-        return tuple(_parse(args[0], part) for part in text.replace("/", ",").split(",") if part)
+        parts = [part for part in text.replace("/", ",").split(",") if part]
+        if args[-1] is not Ellipsis and len(parts) != len(args):
+            raise ValueError(text)
+        return tuple(_parse(args[0], part) for part in parts)
     if origin is Literal:
         if text not in args:
             raise ValueError(text)
@@ -127,6 +130,8 @@ def _parse(hint: Any, text: str) -> Any:
 
 def _describe(hint: Any) -> str:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple and args[-1] is not Ellipsis:
+        return f"{len(args)} values, each {_describe(args[0])}, separated by slashes"
     if origin is tuple:
         return f"a list of {_describe(args[0])}, such as a/b/c"
     if origin is Literal:

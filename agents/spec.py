@@ -88,8 +88,8 @@ def _seed(what: str, arguments: dict[str, str]) -> int:
 
 def _whole(what: str, arguments: dict[str, str], key: str) -> int:
     value = _number(what, arguments, key)
-    if value != int(value):
-        raise UserError(f"'{what}': {key}={value:g} is not a whole number")
+    if not value.is_integer() or abs(value) >= 2**31:
+        raise UserError(f"'{what}': {key}={value:g} is not a whole number of tokens")
     return int(value)
 
 

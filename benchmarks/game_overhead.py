@@ -162,9 +162,7 @@ def petting_zoo(backbone: Backbone) -> tuple[float, float, float]:
 
     arena = PettingZooArena(lambda: parallel_env(model=backbone), 1)
     widths = Widths(arena.agent_dim, arena.shared_dim, arena.state_dim)
-    learner = MAPPO(
-        ActorPolicy(TokenPrune(), widths, initial=0.9), arena, MAPPOConfig(steps=12)
-    )
+    learner = MAPPO(ActorPolicy(TokenPrune(), widths, initial=0.9), arena, MAPPOConfig(steps=12))
 
     def infer() -> int:
         learner.collect()

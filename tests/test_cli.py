@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
@@ -167,6 +168,23 @@ def test_settings_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "price of a token" in listed
 
 
+@pytest.mark.parametrize(
+    ("system", "line", "meaning"),
+    [
+        ("dora", "features=similarity/cls_attention/size/token", "probability of merging a pair"),
+        ("dora-prune", "budget_step=2", "spacing of the budgets"),
+    ],
+)
+def test_doras_settings_are_listed(
+    system: str, line: str, meaning: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", system, "--list-settings"]) == 0
+    listed = capsys.readouterr().out
+    for words in (line, "updates=240  (embedded model: ", meaning, "price of damage before"):
+        assert words in listed
+    assert not Path("runs").exists()
+
+
 def test_a_run_folder_holds_what_is_promised(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
     events = {name for name in names if name.startswith("events.out.tfevents")}
@@ -188,6 +206,85 @@ def test_a_run_folder_holds_what_is_promised(run: Path) -> None:
     assert report["updates"] == 3
     assert not report["stopped_early"]
     assert len([row for row in report["history"] if "saving" in row]) == 4
+
+
+@pytest.mark.parametrize("system", ["dora", "dora-prune"])
+def test_a_dora_run_holds_what_is_promised_and_evaluates_to_its_report(
+    system: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = (
+        f"train {system} --images 60 --set updates=2 --set evaluate_every=1 --set batch=8 "
+        "--set epochs=1 --set minibatches=1 --set calibrate=2 --set blocks=1/4 --out r"
+    )
+    assert main(command.split()) == 0
+    names = {path.name for path in Path("r").iterdir()}
+    assert {name for name in names if not name.startswith("events.out.tfevents")} == {
+        "config.json", "policy.safetensors", "report.json", "curve.png", "tokens.png",
+        "checkpoint.safetensors",
+    }  # fmt: skip
+    config, report = (json.loads(Path("r", n).read_text()) for n in ("config.json", "report.json"))
+    assert (config["system"], config["model"], config["blocks"]) == (system, "digits_vit", [1, 4])
+    assert (report["updates"], report["images"]) == (2, 600)
+    assert len([row for row in report["history"] if "saving" in row]) == 3
+    for name in ("curve.png", "tokens.png"):
+        with Image.open(Path("r", name)) as image:
+            assert len(image.getcolors(2**20) or range(99)) > 20  # not a blank sheet
+    found = evaluation("r")
+    for key in KEYS - {"predictions", "images_per_s", "images_per_s_dense"}:
+        assert found[key] == report[key], key
+    # Tokens leave between the attention and the MLP of the two blocks, nowhere else.
+    tokens = found["tokens"]
+    assert tokens[0] == 64 and len(set(tokens[1:4])) == len(set(tokens[4:])) == 1
+    assert tokens[4] <= tokens[1] <= 64
+
+    model = timm.create_model("test_vit", num_classes=10)
+    save_file(model.state_dict(), "other.safetensors")
+    write_digits(Path("images"), 12)
+    other = "--data images --model test_vit --weights other.safetensors"
+    assert "'digits_vit', not on 'test_vit'" in mistake(f"evaluate r {other}", capfd)
+    error = mistake(f"{command} --resume --set penalty=2", capfd)
+    assert "penalty=2.0: it was started with penalty=60.0" in error
+
+
+@pytest.mark.parametrize(
+    ("what", "tokens"),
+    [
+        ("tome:r=8", [56, 48, 40, 32, 24, 16, 8, 4, 2, 1, 1, 1]),  # half at most
+        ("tome:r=3,blocks=0/5", [61] * 5 + [58] * 7),
+        ("tome:r=0", [64] * 12),
+        ("random-merge:r=8,seed=2,blocks=3", [64] * 3 + [56] * 9),
+        ("random-merge:r=8", [56, 48, 40, 32, 24, 16, 8, 4, 2, 1, 1, 1]),
+        ("merge-above:similarity=1,blocks=0/1", [64] * 12),
+        ("merge-above:similarity=-1,blocks=0/1", [32, *[16] * 11]),
+    ],
+)
+def test_merging_heuristics(what: str, tokens: list[int]) -> None:
+    """``n`` tokens after the block's attention: its MLP and all that follows run on them."""
+    report = evaluation(f"{what} --limit 40 --batch 16")
+    assert report.keys() == KEYS
+    assert report["tokens"] == tokens
+    due = what.partition("blocks=")[2]
+    blocks = [int(b) for b in due.split("/")] if due else range(12)
+    macs = 64 * 48 * 9 + 48 * 10.0
+    for block, (before, after) in enumerate(zip([64, *tokens], tokens, strict=False)):
+        n = before + 1
+        macs += 4 * n * 48**2 + 2 * n**2 * 48 + 8 * (after + 1) * 48**2
+        if block in blocks:  # the matching, on keys of width 16
+            macs += -(-before // 2) * (before // 2) * HEAD
+    assert report["gmacs"] * 1e9 == pytest.approx(macs, rel=1e-9)
+    if tokens[-1] == 64:
+        assert report["agreement"] == 100
+
+
+HEAD = timm.create_model("digits_vit").blocks[0].attn.head_dim
+
+
+def test_merging_above_a_similarity_follows_the_image() -> None:
+    few, many = (evaluation(f"merge-above:similarity={s} --limit 40")["tokens"] for s in (0.9, 0.7))
+    for tokens in (few, many):
+        assert all(a >= b for a, b in itertools.pairwise(tokens))
+    assert 64 > few[-1] > many[-1] >= 1
+    assert few[-1] != round(few[-1])  # a mean of images that differ
 
 
 def test_a_share_is_held_back(
@@ -425,7 +522,7 @@ def test_a_programming_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch
     [
         ("", "COMMAND"),
         ("trian", "trian"),
-        ("train dora", "dora"),
+        ("train rlevit", "rlevit|dora-prune"),
         ("train rl4evit --images 0", "'0' is no whole number from 1"),
         ("train rl4evit --images x", "'x' is no whole number"),
         ("train rl4evit --seed -1", "'-1' is no whole number from 0"),
@@ -472,6 +569,20 @@ def test_a_programming_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch
         ("evaluate norm:keep=0.5,blocks=6/3", "blocks=6/3"),
         ("evaluate norm:keep=0.5,blocks=three", "blocks=three must be block indices"),
         ("evaluate cls-attention:keep=0.5,blocks=0/3", "none before block 0"),
+        ("evaluate tome", "needs r=|tome:r=8"),
+        ("evaluate tome:r=-1", "r=-1 pairs to merge: give 0 or more"),
+        ("evaluate tome:r=1.5", "r=1.5 is not a whole number"),
+        ("evaluate tome:r=inf", "r=inf is not a whole number"),
+        ("evaluate tome:r=nan", "r=nan is not a whole number"),
+        ("evaluate random-merge:r=1e19", "r=1e+19 is not a whole number"),
+        ("evaluate tome:r=much", "r=much is not a number"),
+        ("evaluate tome:r=4,seed=1", "unknown argument 'seed'"),
+        ("evaluate tome:r=4,blocks=0/12", "block 12 is out of range|0 to 11"),
+        ("evaluate random-merge:r=2,seed=-1", "seed=-1"),
+        ("evaluate random-merge:k=2", "needs r="),
+        ("evaluate merge-above", "needs similarity="),
+        ("evaluate merge-above:similarity=2", "similarity 2 is no cosine"),
+        ("evaluate merge-above:similarity=nan", "similarity nan is no cosine"),
         # settings
         ("train rl4evit --set beta", "--set beta|key=value"),
         ("train rl4evit --set bta=1", "--set bta=1: unknown key; choose from|beta"),
@@ -501,6 +612,27 @@ def test_a_programming_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch
         ("train rl4evit --set batch=10 --set repeats=4", "10|multiple of repeats=4"),
         ("train rl4evit --set reward=keep_target --set targets=0/0.5", "keep ratio 0"),
         ("train rl4evit --set reward=keep_target --set targets=0.5", "1 targets for 3 decisions"),
+        ("train dora --set target_drop=2", "target_drop=2.0|from 0 to 1"),
+        ("train dora-prune --set target_drop=-0.1", "target_drop=-0.1|from 0 to 1"),
+        ("train dora --set target_saving=100", "target_saving=100.0|between 0 and 100"),
+        ("train dora-prune --set budget_step=1000", "budget_step=1000 doesn't fit 64|at most 60"),
+        ("train dora-prune --set budget_step=0", "budget_step=0|at least 1"),
+        ("train dora --set budget_step=2", "unknown key|initial_merge"),
+        ("train dora --set grid=0/4/8", "--set grid=0/4/8: unknown key"),
+        ("train dora --set damage=pain", "damage=pain|drift or divergence"),
+        ("train dora --set critic=magic", "critic=magic|privileged or symmetric"),
+        ("train dora --set penalty=0", "penalty=0.0|greater than 0"),
+        ("train dora --set initial_merge=1", "initial_merge=1.0|between 0 and 1"),
+        ("train dora --set features=keys/keys", "each only once"),
+        ("train dora --set features=redundancy", "unknown feature 'redundancy'|similarity"),
+        ("train dora --set blocks=0/12", "block 12 is out of range"),
+        ("train dora --set batch=10", "batch_size=10 must be a multiple of repeats=4"),
+        ("train dora --set terminal=perhaps", "terminal=perhaps|true or false"),
+        ("train dora-prune --set selector=luck", "selector=luck|learned or random or redundancy"),
+        ("train dora-prune --set selector=redundancy --set features=keys", "'redundancy': add it"),
+        ("train dora-prune --set lean=1", "lean=1|2 values, each a number"),
+        ("train dora-prune --set lean=1/2/3", "lean=1/2/3|2 values, each a number"),
+        ("train dora-prune --set initial_gate=0", "initial_gate=0.0|between 0 and 1"),
         # places
         ("train rl4evit --resume", "--resume needs --out"),
         ("train rl4evit --out new --resume", "nothing to resume in 'new'"),

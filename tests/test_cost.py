@@ -4,12 +4,13 @@ import pytest
 import timm
 import torch
 
-from agents.heuristics import TopK
+from agents.gated import GatedPolicy
+from agents.heuristics import MergeStrongest, TopK
 from agents.policy import ActorPolicy, Widths
 from tokenenv.backbone import Backbone
 from tokenenv.cost import Cost, measured_macs
-from tokenenv.metrics import play
-from tokenenv.rules import TokenPrune
+from tokenenv.metrics import Decider, play
+from tokenenv.rules import LayerMerge, LayerPrune, TokenPrune
 
 
 @pytest.mark.parametrize(
@@ -85,8 +86,85 @@ def test_the_policy_is_in_the_bill() -> None:
     lengths = [torch.tensor([197]), torch.tensor([101]), torch.tensor([51]), torch.tensor([51])]
     cost = Cost(backbone)
     per_agent = 201 * 64 + 64 * 64 + 64 * 2 + 201
-    expected = (196 + 100) * per_agent + 2 * 192 * 64 + (197 + 101) * 192
+    per_decision = 192 * 64 + 192  # the shared view, through the perceptron and past it
+    expected = (196 + 100) * per_agent + 2 * per_decision + (197 + 101) * 192
     assert cost.decision_macs(rules, policy, lengths, lengths).item() == expected
     # A heuristic pays for the class token's row only.
     top = TopK(rules, 0.5)
     assert cost.decision_macs(top.rules, top, lengths, lengths).item() == (197 + 101) * 192
+
+
+def merging(backbone: Backbone) -> ActorPolicy:
+    features: tuple[str, ...] = ("similarity", "size", "token", "keys")
+    if backbone.has_class_token:
+        features += ("cls_attention",)
+    rules = LayerMerge((1, 3, 4), features=features)
+    widths = Widths(rules.agent_dim(backbone), rules.shared_dim(backbone), 1)
+    torch.manual_seed(0)
+    policy = ActorPolicy(rules, widths, hidden=(16, 8))
+    policy.lean_on(slice(1, 2), 5.0)  # the more similar pairs
+    return policy
+
+
+def pruning(backbone: Backbone) -> GatedPolicy:
+    features: tuple[str, ...] = ("keys",)
+    if backbone.has_class_token:
+        features += ("cls_attention", "redundancy")
+    rules = LayerPrune((1, 3, 4), "tokens", features=features)
+    own, shared = rules.agent_dim(backbone), rules.shared_dim(backbone)
+    widths = {"key": shared - 6, "own": own, "patches": backbone.patches}
+    torch.manual_seed(1)
+    policy = GatedPolicy(rules, widths, width=16, initial_gate=0.5)
+    for parameter in policy.parameters():
+        parameter.data += torch.randn_like(parameter)
+    return policy
+
+
+@pytest.mark.parametrize("kind", ["strongest", "merging", "pruning"])
+def test_closed_form_of_decisions_in_the_block_agrees_with_torchs_counter(
+    backbone: Backbone, kind: str
+) -> None:
+    """The counter sees products of matrices, not the cosines of pairs: those are added by hand."""
+    policy: Decider = {
+        "strongest": lambda: MergeStrongest(LayerMerge((0, 2, 5)), 3),
+        "merging": lambda: merging(backbone),
+        "pruning": lambda: pruning(backbone),
+    }[kind]()
+    cost, generator = Cost(backbone), torch.Generator().manual_seed(0)
+    images = torch.randn(6, 3, 96, 96, generator=generator)
+    images *= torch.linspace(0.2, 3, 6)[:, None, None, None]
+    totals, idle = set(), 0
+    for one in images.split(1):
+        with torch.no_grad():
+            episode = play(backbone, policy, one, "padded")
+        counted = measured_macs(lambda one=one: play(backbone, policy, one, "padded"))
+        if kind == "merging":  # three products of width D for each candidate, see "token"
+            visual = [int(n) for n in episode.counts[:-1]]
+            counted += sum(3 * backbone.dim * -(-n // 2) for n in visual)
+        lengths = episode.attended, episode.fed
+        closed = cost.backbone_macs(*lengths) + cost.decision_macs(policy.rules, policy, *lengths)
+        assert closed.item() == pytest.approx(counted, rel=1e-9)
+        totals.add(counted)
+        idle += sum(bool(a == b) for a, b in zip(episode.counts, episode.counts[1:], strict=False))
+    assert (len(totals) > 1) == (kind != "strongest")
+    if kind == "pruning":
+        assert 0 < idle < 18, "closed and open gates should both occur"
+    assert episode.counts[-1] < backbone.patches or kind == "pruning"
+
+
+def test_what_a_gate_costs_by_hand() -> None:
+    """DeiT-B, 196 tokens, the paper's widths: papers.md section 1.2 has about 57 MMAC in all."""
+    rules = LayerPrune(tuple(range(12)), "tokens")
+    policy = GatedPolicy(rules, {"key": 768, "own": 768, "patches": 196}, width=128)
+    n, w = 197, 128
+    gate = 12 * 16 + (768 + 16 + 3) * 64 + 64
+    enter = n * 768 * w + (12 + 3) * w
+    encoder = n * (4 * w * w + 2 * w * 256) + 2 * n * n * w
+    budget = w * w + w * 96
+    selector = w + 196 * (w * 64 + 64)
+    skip = 196 * 768  # ours
+    agents, removed = torch.tensor([196.0, 196.0]), torch.tensor([0.0, 8.0])
+    closed, opened = policy.macs(agents, removed).tolist()
+    assert closed == gate
+    assert opened == gate + enter + encoder + budget + selector + skip
+    assert opened == pytest.approx(57e6, rel=0.02)

@@ -299,6 +299,34 @@ def test_the_cache_stays_within_its_budget(
 # --- parts ---------------------------------------------------------------------------------
 
 
+def test_altered_images_keep_files_labels_and_positions(
+    tmp_path: Path, imagenet_model: nn.Module
+) -> None:
+    bad = len(corrupt(make_folder(tmp_path, {"0": 2, "1": 3})))
+    source = open_source(str(tmp_path), imagenet_model)
+    asked: list[int] = []
+
+    def invert(image: torch.Tensor, position: int) -> torch.Tensor:
+        asked.append(position)
+        return 255 - image
+
+    part = source.subset(len(source) - 1, seed=0)
+    other = part.altered("inverted", invert)
+    assert (other.name, other.files) == ("inverted", part.files)
+    assert torch.equal(other.classes, source.classes)
+    clean, dark = part.batch(all_of(part)), other.batch(all_of(other))
+    assert torch.equal(dark.labels, clean.labels)
+    assert torch.equal(dark.index, clean.index)
+    assert asked == [source.files.index(part.files[i]) for i in clean.index.tolist()]
+    assert other.skipped == part.skipped
+    assert bad - 1 <= len(other.skipped) <= bad
+    # Normalising is affine, so an image and its negative have the same mean everywhere.
+    middle = clean.images + dark.images
+    assert torch.allclose(middle, middle[:1, :, :1, :1].expand_as(middle), atol=1e-5)
+    other.batch(all_of(other))
+    assert len(asked) == len(clean.index)  # the second time from the cache
+
+
 def test_subset_is_balanced_seeded_and_keeps_the_classes(digits_model: nn.Module) -> None:
     source = open_source("digits", digits_model, split="train")
     part = source.subset(43, seed=5)

@@ -27,7 +27,7 @@ from pettingzoo.test import (
 from pettingzoo.test.state_test import state_test
 from pettingzoo.utils.conversions import parallel_to_aec
 
-from tokenenv import UserError, build_game, layer_merge_v0, layer_prune_v0, render
+from tokenenv import UserError, build_game, layer_merge_v0, layer_prune_v0, metrics, render
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -271,6 +271,56 @@ def test_stable_baselines_vec_env_learns(name: str) -> None:
     assert ends.all() and all(info["illegal_actions"] == 0 for info in infos)
 
 
+@pytest.mark.parametrize("name", [MERGE, PRUNE])
+@pytest.mark.parametrize("algorithm", ["PPO", "MaskablePPO"])
+def test_what_stable_baselines_trained_is_evaluated_as_it_plays(name: str, algorithm: str) -> None:
+    sb3, contrib = pytest.importorskip("stable_baselines3"), pytest.importorskip("sb3_contrib")
+    from agents.sb3 import SB3Policy
+    from tokenenv.envs.sb3 import SB3VecEnv
+
+    envs = SB3VecEnv(name, 32, max_cycles=4)
+    game = envs.envs.game
+    settings: dict[str, Any] = {"n_steps": 4, "batch_size": 64, "n_epochs": 1, "device": "cpu"}
+    make_learner = sb3.PPO if algorithm == "PPO" else contrib.MaskablePPO
+    learner = make_learner("MlpPolicy", envs, seed=0, policy_kwargs={"net_arch": [16]}, **settings)
+    learner.learn(128)
+    with torch.no_grad():  # prefer other counts at every decision, among them illegal ones
+        learner.policy.action_net.weight.normal_(0, 3)
+    envs.seed(3)
+    seen = envs.reset()
+    images = game.images
+    for _ in range(4):
+        masks = np.stack(envs.env_method("action_masks"))
+        given = {"action_masks": masks} if algorithm == "MaskablePPO" else {}
+        seen, _, _, infos = envs.step(learner.predict(seen, deterministic=True, **given)[0])
+    policy = SB3Policy(learner, game)
+    episode = metrics.play(game.backbone, policy, images)
+    left = episode.counts[-1].tolist()
+    assert left == [info["tokens_left"] for info in infos]
+    assert len(set(left)) > 1 or name == PRUNE
+    widths = envs.observation_space.shape[0] * 16 + 16 * game.actions
+    assert policy.macs(torch.ones(2), torch.zeros(2)).tolist() == [widths] * 2
+
+
+def test_learners_of_another_game_are_refused() -> None:
+    sb3 = pytest.importorskip("stable_baselines3")
+    from agents.sb3 import SB3Policy
+    from tokenenv.envs.sb3 import SB3VecEnv
+
+    envs = {name: SB3VecEnv(name, 2, **small(max_cycles=2)) for name in (TOKENS, MERGE, PRUNE)}
+    learner = sb3.PPO("MlpPolicy", envs[MERGE], device="cpu")
+    with pytest.raises(UserError, match="asks every token and not for a count"):
+        SB3Policy(learner, envs[TOKENS].envs.game)
+    with pytest.raises(UserError, match=r"learner observes Box.* the game that it was trained"):
+        SB3Policy(learner, SB3VecEnv(MERGE, 2, **small(max_cycles=3)).envs.game)
+    with pytest.raises(UserError, match=r"chooses from Discrete\(.*the game takes Discrete"):
+        pruner = sb3.PPO("MlpPolicy", envs[PRUNE], device="cpu")
+        SB3Policy(pruner, SB3VecEnv(PRUNE, 2, budget_step=4, **small(max_cycles=2)).envs.game)
+    critic_only = sb3.DQN("MlpPolicy", make(MERGE, max_cycles=2), buffer_size=10, device="cpu")
+    with pytest.raises(UserError, match="the cost of DQNPolicy is not known: train 'MlpPolicy'"):
+        SB3Policy(critic_only, make(MERGE, max_cycles=2).unwrapped.game)
+
+
 def test_stable_baselines_vec_env_is_the_vector_env() -> None:
     pytest.importorskip("stable_baselines3")
     from tokenenv.envs.sb3 import SB3VecEnv
@@ -368,12 +418,14 @@ def test_mistakes_in_play() -> None:
 
 
 @pytest.mark.parametrize(
-    "face", ["layer", "layer_merge_gym", "layer_prune_gym", "layer_vector", "sb3"]
-)
-def test_examples_in_the_documentation(face: str) -> None:
-    if face == "sb3":
+    "module",
+    [*(f"tokenenv.envs.{face}" for face in ("layer", "layer_merge_gym", "layer_prune_gym",
+                                            "layer_vector", "sb3")), "agents.sb3"],
+)  # fmt: skip
+def test_examples_in_the_documentation(module: str) -> None:
+    if module.endswith("sb3"):
         pytest.importorskip("stable_baselines3")
-    result = doctest.testmod(importlib.import_module(f"tokenenv.envs.{face}"))
+    result = doctest.testmod(importlib.import_module(module))
     assert result.attempted and not result.failed
 
 

@@ -7,6 +7,7 @@ decoded bytes while they fit in memory, and leaves unreadable images out instead
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from tokenenv.errors import UserError
 from tokenenv.labels import head_outputs, map_classes
-from tokenenv.pixels import DECODE_THREADS, PixelStore, Preprocess
+from tokenenv.pixels import DECODE_THREADS, AlteredPixels, PixelStore, Preprocess
 
 Split = Literal["train", "test"]
 
@@ -124,6 +125,20 @@ class ImageSource:
         held = torch.zeros(len(self), dtype=torch.bool)
         held[_draw(self.labels, count, seed, proportional=True)] = True
         return self._part(torch.where(~held)[0]), self._part(torch.where(held)[0])
+
+    def altered(self, name: str, alter: Callable[[Tensor, int], Tensor]) -> ImageSource:
+        """The same images, each passed through ``alter`` before it is normalised.
+
+        Args:
+            name: of the new source.
+            alter: gets ``(C, H, W)`` uint8 pixels, resized and cropped, and the image's position
+                in the whole data set, which :meth:`subset` and :meth:`split` leave as it is;
+                gives pixels of the same shape and type, the same ones each time.
+        """
+        other = ImageSource(name, self.files, self.labels, AlteredPixels(self._store, alter))
+        other.classes = self.classes
+        other._positions = self._positions
+        return other
 
     def _part(self, index: Tensor) -> ImageSource:
         chosen = index.tolist()

@@ -118,6 +118,26 @@ class PixelStore:
             return None
 
 
+class AlteredPixels(PixelStore):
+    """The images of another store after a function of them, with a cache of their own.
+
+    Args:
+        clean: the other store; unreadable images are the same.
+        alter: makes of ``(C, H, W)`` uint8 pixels and their position others of the same shape.
+            The same pixels each time, or what is seen depends on the room in the cache.
+    """
+
+    def __init__(self, clean: PixelStore, alter: Callable[[Tensor, int], Tensor]) -> None:
+        super().__init__(clean._load, clean.preprocess)
+        self.unreadable = clean.unreadable
+        self._clean = clean
+        self._alter = alter
+
+    def _decode_all(self, positions: list[int]) -> list[Tensor | None]:
+        images = zip(self._clean.read(positions), positions, strict=True)
+        return [None if image is None else self._alter(image, p) for image, p in images]
+
+
 def one_line(error: Exception) -> str:
     """Name and message of an exception, whatever it was, fit for a ``UserError``."""
     return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".: ")

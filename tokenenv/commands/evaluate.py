@@ -27,14 +27,14 @@ from tokenenv.errors import UserError
 
 def evaluate(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
-    with _writable_file(args.json):  # before minutes of work
+    with writable_file(args.json):  # before minutes of work
         if args.model is None:
             trained = _trained_on(args.what)
             args.model = trained.get("model")
             args.weights = args.weights or trained.get("weights")
         backbone, name = open_backbone(args)
         policy = parse_policy(args.what, backbone.depth)
-        _fit(policy, backbone, name)
+        fit(policy, backbone, name)
         source = open_source(args.data, backbone.model, split="test", limit=args.limit)
         print(f"evaluating {args.what} on {name}: {len(source)} images of {source.name}")
         result = evaluate_with_bar(
@@ -50,8 +50,12 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _writable_file(path: str | None) -> Any:
-    """See that ``--json`` can be written."""
+def writable_file(path: str | None) -> Any:
+    """See that ``--json`` can be written.
+
+    Raises:
+        UserError: it cannot.
+    """
     if path is None:
         yield
         return
@@ -79,8 +83,12 @@ def _trained_on(what: str) -> dict[str, Any]:
         ) from None
 
 
-def _fit(policy: Policy, backbone: Backbone, name: str) -> None:
-    """Check that the policy belongs to this model, and bring it to its device."""
+def fit(policy: Policy, backbone: Backbone, name: str) -> None:
+    """Check that the policy belongs to this model, and bring it to its device.
+
+    Raises:
+        UserError: it was trained for another one, or its rules don't fit.
+    """
     rules = policy.rules
     if isinstance(policy, Trained):
         # Some policies could read another model's tokens; numbers of one would mislead here.

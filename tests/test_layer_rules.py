@@ -1,0 +1,625 @@
+"""Merging and pruning between attention and MLP: what DORA's rules do to the tokens and logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from helpers import backbone as digits_backbone
+from helpers import source
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_backbone import family_model, image_for
+from test_reduction import check_invariants
+from torch import Tensor
+from torch.testing import assert_close
+
+from agents.gated import GatedPolicy
+from agents.heuristics import MergeAbove, MergeRandom, MergeStrongest
+from agents.policy import ActorPolicy, Widths
+from tokenenv.backbone import Backbone, Context
+from tokenenv.data import open_source
+from tokenenv.episode import Episode
+from tokenenv.errors import UserError
+from tokenenv.metrics import play
+from tokenenv.models import load_backbone
+from tokenenv.rules import LayerMerge, LayerPrune, Moment, Observation
+from tokenenv.rules.layer import history
+from tokenenv.tokens import Tokens
+
+BLOCKS = (0, 1, 3)
+EXECUTION = pytest.mark.parametrize("execution", ["masked", "padded"])
+KINDS = [
+    "deit", "distilled", "registers (DINOv2)", "average pooling, no class token",
+    "attention pooling (SigLIP)", "qk-norm",
+]  # fmt: skip
+
+Decide = Callable[[Observation], Tensor]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def backbone(request: pytest.FixtureRequest) -> Backbone:
+    return family_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def deit() -> Backbone:
+    return family_model("deit")
+
+
+def merge_rules(backbone: Backbone, **kwargs: Any) -> LayerMerge:
+    features = ("similarity", "size", "token", "keys")
+    if backbone.has_class_token:
+        features += ("cls_attention",)
+    return LayerMerge(BLOCKS, **{"features": features, "grid": (0, 1, 3, 7, 11)} | kwargs)
+
+
+def prune_rules(backbone: Backbone, **kwargs: Any) -> LayerPrune:
+    features = ("keys",)
+    if backbone.has_class_token:
+        features += ("cls_attention", "redundancy")
+    return LayerPrune(BLOCKS, **{"action": "tokens", "features": features} | kwargs)
+
+
+def shake(policy: Any, by: float) -> Any:
+    """What the policy decides depends on the image."""
+    generator = torch.Generator().manual_seed(2)
+    for parameter in policy.parameters():
+        parameter.data += by * torch.randn(parameter.shape, generator=generator)
+    return policy
+
+
+def actor(backbone: Backbone) -> ActorPolicy:
+    torch.manual_seed(0)
+    rules = merge_rules(backbone)
+    widths = Widths(rules.agent_dim(backbone), rules.shared_dim(backbone), 1)
+    policy = shake(ActorPolicy(rules, widths, hidden=(16, 8)), 0.1)
+    # Near half of the candidates merge: those more similar than the mean one.
+    second = rules.layout(backbone)["similarity"].start + 1
+    policy.lean_on(slice(second, second + 1), 3.0)
+    return policy
+
+
+def gated(backbone: Backbone, **kwargs: Any) -> GatedPolicy:
+    torch.manual_seed(0)
+    rules = prune_rules(backbone)
+    own, shared = rules.agent_dim(backbone), rules.shared_dim(backbone)
+    widths = {"key": shared - len(BLOCKS) - 3, "own": own, "patches": backbone.patches}
+    policy = GatedPolicy(rules, widths, width=16, initial_gate=0.6, initial_budget=20.0, **kwargs)
+    return shake(policy, 0.5)
+
+
+POLICIES: dict[str, Callable[[Backbone], Any]] = {
+    "strongest": lambda b: MergeStrongest(merge_rules(b), 5),
+    "above": lambda b: MergeAbove(merge_rules(b), 0.4),
+    "actor": actor,
+    "gated": gated,
+}
+
+
+@torch.inference_mode()
+def run(backbone: Backbone, rules: Any, images: Tensor, decide: Decide, execution: str) -> Episode:
+    episode = Episode(backbone, rules, images, execution=execution)
+    while not episode.done:
+        episode.act(decide(episode.observe(state=True)))
+    return episode
+
+
+def table(episode: Episode) -> Tensor:
+    """``(depth, B)`` tokens in the MLP of each block."""
+    return torch.stack(episode.fed)
+
+
+# Nobody decides, nothing changes; the executions and the neighbours ------------------------------
+@EXECUTION
+@pytest.mark.parametrize("action", ["pairs", "tokens", "count"])
+def test_keeping_everything_gives_timms_logits(
+    backbone: Backbone, action: str, execution: str
+) -> None:
+    images = image_for(backbone, 3)
+    rules = [prune_rules(backbone, action=action)] if action != "pairs" else []
+    rules += [merge_rules(backbone, action=action)] if action != "tokens" else []
+    if action == "count" and not backbone.has_class_token:
+        with pytest.raises(UserError, match="'redundancy' needs a class token"):
+            rules.pop(0).check(backbone)
+    with torch.inference_mode():
+        expected = backbone.model(images)
+    assert expected.std() > 1e-3
+    for one in rules:
+        one.check(backbone)
+        keep = 1 if action == "tokens" else 0
+        episode = run(
+            backbone, one, images, lambda s, k=keep: torch.full_like(s.active.long(), k), execution
+        )
+        assert_close(episode.logits, expected, atol=1e-5, rtol=0)
+        assert (table(episode) == backbone.prefix + backbone.patches).all()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_masked_equals_padded_and_neighbours_are_not_felt(backbone: Backbone, name: str) -> None:
+    policy = POLICIES[name](backbone)
+    images = image_for(backbone, 6) * torch.linspace(0.2, 2, 6)[:, None, None, None]
+    with torch.inference_mode():
+        masked, padded = (play(backbone, policy, images, e) for e in ("masked", "padded"))
+        dense = backbone(images)
+    counts = table(masked)
+    full = backbone.prefix + backbone.patches
+    assert counts.min() < full
+    if name != "strongest":
+        assert len(counts.unique(dim=1).T) > 1, "the policy should treat images differently"
+    assert torch.equal(counts, table(padded))
+    assert torch.equal(masked.tokens.patch_alive(), padded.tokens.patch_alive())
+    assert_close(masked.logits, padded.logits, atol=1e-4, rtol=0)
+    assert (masked.logits - dense).abs().max() > 1e-3  # it is no small matter
+
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    for execution, together in (("masked", masked), ("padded", padded)):
+        with torch.inference_mode():
+            shuffled = play(backbone, policy, images[order], execution)
+        assert torch.equal(table(shuffled), counts[:, order])
+        assert_close(shuffled.logits, together.logits[order], atol=1e-4, rtol=0)
+        for i in range(3):
+            with torch.inference_mode():
+                alone = play(backbone, policy, images[i : i + 1], execution)
+            assert torch.equal(table(alone)[:, 0], counts[:, i])
+            assert_close(alone.logits, together.logits[i : i + 1], atol=1e-4, rtol=0)
+
+
+# What happens to patches -------------------------------------------------------------------------
+def coins(generator: torch.Generator, p: float) -> Decide:
+    return lambda seen: (torch.rand(seen.active.shape, generator=generator) < p).long()
+
+
+@EXECUTION
+def test_merging_conserves_patches(backbone: Backbone, execution: str) -> None:
+    images, generator = image_for(backbone, 4), torch.Generator().manual_seed(0)
+    nobody = torch.zeros(4, backbone.patches, dtype=torch.bool)
+    decide = coins(generator, 0.6)
+    with torch.inference_mode():
+        episode = Episode(backbone, merge_rules(backbone), images, execution=execution)
+        while not episode.done:
+            possible = episode.observe().active
+            action = decide(episode.observe())
+            wanted = (possible & action.bool()).sum(1)
+            episode.act(action)
+            assert torch.equal(episode.counts[-2] - episode.counts[-1], wanted)
+            check_invariants(episode.tokens, nobody)
+            sizes = episode.tokens.size[:, backbone.prefix :].sum(1)
+            assert sizes.tolist() == [backbone.patches] * 4
+    assert episode.counts[-1].max() < backbone.patches // 2
+    assert episode.tokens.size.max() > 2
+
+
+@EXECUTION
+def test_exactly_the_pruned_patches_are_gone(backbone: Backbone, execution: str) -> None:
+    images, generator = image_for(backbone, 4), torch.Generator().manual_seed(0)
+    rules = prune_rules(backbone)
+    pruned = torch.zeros(4, backbone.patches, dtype=torch.bool)
+    with torch.inference_mode():
+        episode = Episode(backbone, rules, images, execution=execution)
+        while not episode.done:
+            keep = torch.rand(4, backbone.patches, generator=generator) < 0.6
+            keep[0] = episode.step != 1  # would lose all
+            keep[1] = True
+            episode.act(rules.from_roster(episode.tokens, keep.long()))
+            for row in range(4):
+                left = keep[row] & ~pruned[row]
+                if left.sum() >= 4:
+                    pruned[row] = ~left
+            check_invariants(episode.tokens, pruned)
+            assert torch.equal(episode.counts[-1], (~pruned).sum(1))
+    left = episode.counts[-1].tolist()
+    assert left[:2] == [backbone.patches] * 2 and 4 < left[2] < backbone.patches // 2
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    action=st.sampled_from(["tokens", "count"]),
+    step=st.integers(1, 60),
+    selector=st.sampled_from(["redundancy", "cls_attention"]),
+    execution=st.sampled_from(["masked", "padded"]),
+    p=st.floats(0, 1),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_four_tokens_stay_whatever_the_action(
+    action: str, step: int, selector: str, execution: str, p: float, seed: int
+) -> None:
+    backbone, generator = digits_backbone(), torch.Generator().manual_seed(seed)
+    rules = LayerPrune(tuple(range(backbone.depth)), action, budget_step=step, selector=selector)
+    rules.check(backbone)
+    choices = rules.actions(backbone)
+
+    def decide(seen: Observation) -> Tensor:
+        if action == "tokens":
+            return coins(generator, p)(seen)
+        return torch.randint(0, choices, seen.active.shape, generator=generator)
+
+    images = source().batch(torch.arange(3)).images
+    with torch.inference_mode():
+        episode = Episode(backbone, rules, images, execution=execution)
+        while not episode.done:
+            seen, before = episode.observe(), episode.counts[-1]
+            choice = decide(seen)
+            episode.act(choice)
+            taken = before - episode.counts[-1]
+            assert (episode.counts[-1] >= 4).all() and (taken >= 0).all()
+            if action == "count":
+                # A feasible number is taken exactly, any other as far as it goes.
+                assert torch.equal(taken, torch.minimum(choice[:, 0] * step, before - 4))
+                legal = seen.legal[:, 0].gather(1, choice)[:, 0]
+                assert torch.equal(legal, choice[:, 0] * step <= before - 4)
+    assert episode.logits.isfinite().all()
+
+
+def test_the_budget_grid_is_the_papers() -> None:
+    """papers.md section 1.2: {2, 4, ..., N - 4}, 96 of them for 196 tokens, and none."""
+    budgets = LayerPrune(action="count").budgets(196)
+    assert budgets == (0, *range(2, 193, 2)) and len(budgets) - 1 == 96
+
+
+# The forward pass, written out -------------------------------------------------------------------
+class ByHand:
+    """One image through the model with plain matrix products; who is gone is not there."""
+
+    def __init__(self, backbone: Backbone, image: Tensor) -> None:
+        self.model, self.prefix = backbone.model, backbone.prefix
+        self.pools = not backbone.has_class_token
+        self.x = backbone.embed(image[None]).x[0]
+        self.size = torch.ones(len(self.x))
+
+    def attend(self, index: int, *, by_size: bool) -> None:
+        block = self.model.blocks[index]
+        heads, width = block.attn.num_heads, block.attn.head_dim
+        qkv = F.linear(block.norm1(self.x), block.attn.qkv.weight, block.attn.qkv.bias)
+        q, k, v = qkv.reshape(len(self.x), 3, heads, width).unbind(1)
+        out = torch.zeros_like(v)
+        for head in range(heads):
+            score = q[:, head] @ k[:, head].T / width**0.5
+            if by_size:
+                # A token that stands for s patches counts as s equal keys.
+                weight = score.exp() * self.size
+                out[:, head] = weight / weight.sum(1, keepdim=True) @ v[:, head]
+            else:
+                out[:, head] = score.softmax(1) @ v[:, head]
+        self.keys = k.mean(1)
+        self.x = self.x + block.ls1(block.attn.proj(out.flatten(1)))
+
+    def feed(self, index: int) -> None:
+        block = self.model.blocks[index]
+        self.x = self.x + block.ls2(block.mlp(block.norm2(self.x)))
+
+    def prune(self, keep: Tensor) -> None:
+        rows = torch.cat([torch.ones(self.prefix).bool(), keep])
+        self.x, self.size = self.x[rows], self.size[rows]
+
+    def pairs(self) -> list[tuple[int, int, float]]:
+        """Each of every second token with its most similar partner among the others."""
+        found = []
+        last = len(self.x)
+        for a in range(self.prefix, last, 2):
+            rivals = {
+                b: F.cosine_similarity(self.keys[a], self.keys[b], dim=0).item()
+                for b in range(self.prefix + 1, last, 2)
+            }
+            best = max(rivals, key=lambda b: rivals[b])
+            found.append((a, best, rivals[best]))
+        return found
+
+    def merge(self, pairs: list[tuple[int, int]]) -> None:
+        group = {b: [b] for _, b in pairs}
+        for a, b in pairs:
+            group[b].append(a)
+        x, size = self.x.clone(), self.size.clone()
+        for b, members in group.items():
+            size[b] = sum(self.size[m] for m in members)
+            x[b] = sum(self.size[m] * self.x[m] for m in members) / size[b]
+        gone = {a for a, _ in pairs}
+        left = [i for i in range(len(x)) if i not in gone]
+        self.x, self.size = x[left], size[left]
+
+    def logits(self) -> Tensor:
+        x = self.model.norm(self.x)
+        if self.pools:
+            weight = self.size[self.prefix :, None]
+            x = (x[self.prefix :] * weight).sum(0) / weight.sum()
+        else:
+            x = x[0]
+        return self.model.head(self.model.fc_norm(x))
+
+
+WRITTEN_OUT = pytest.mark.parametrize("kind", ["deit", "average pooling, no class token"])
+
+
+@EXECUTION
+@WRITTEN_OUT
+@torch.no_grad()
+def test_pruned_tokens_take_part_in_the_blocks_attention(kind: str, execution: str) -> None:
+    backbone = family_model(kind)
+    images = image_for(backbone, 3)
+    keep = torch.rand(3, backbone.patches, generator=torch.Generator().manual_seed(0)) < 0.5
+    rules = LayerPrune((2,), "tokens")
+    episode = run(backbone, rules, images, lambda seen: keep.long(), execution)
+    for i, image in enumerate(images):
+        hand = ByHand(backbone, image)
+        for block in range(backbone.depth):
+            hand.attend(block, by_size=False)
+            if block == 2:
+                hand.prune(keep[i])
+            hand.feed(block)
+        assert_close(episode.logits[i], hand.logits(), atol=1e-5, rtol=0)
+    early = run(backbone, LayerPrune((1,), "tokens"), images, lambda seen: keep.long(), execution)
+    assert (early.logits - episode.logits).abs().max() > 1e-3
+    full, left = backbone.prefix + backbone.patches, backbone.prefix + keep.sum(1)
+    assert [n.tolist() for n in episode.attended] == [[full] * 3] * 3 + [left.tolist()]
+    assert [n.tolist() for n in episode.fed] == [[full] * 3] * 2 + [left.tolist()] * 2
+
+
+@EXECUTION
+@pytest.mark.parametrize("proportional", [True, False])
+@WRITTEN_OUT
+@torch.no_grad()
+def test_merging_is_toms_written_out(kind: str, proportional: bool, execution: str) -> None:
+    """Size-weighted means, sizes as so many keys, the best partner of every second token."""
+    backbone = family_model(kind)
+    images, wished = image_for(backbone, 3), {0: 0.3, 1: 0.7, 3: 0.5}
+    rules = LayerMerge(BLOCKS, features=("similarity", "size"), proportional=proportional)
+    width = -(-backbone.patches // 2)
+    votes = [
+        torch.rand(3, width, generator=torch.Generator().manual_seed(b)) < p
+        for b, p in wished.items()
+    ]
+    episode = run(
+        backbone, rules, images, lambda s: votes[s.step][:, : s.active.shape[1]].long(), execution
+    )
+    for i, image in enumerate(images):
+        hand = ByHand(backbone, image)
+        for block in range(backbone.depth):
+            hand.attend(block, by_size=proportional)
+            if block in BLOCKS:
+                vote = votes[BLOCKS.index(block)][i]
+                pairs = hand.pairs()
+                hand.merge([(a, b) for (a, b, _), yes in zip(pairs, vote, strict=False) if yes])
+            hand.feed(block)
+        assert len(hand.x) == episode.fed[-1][i]
+        assert hand.size.max() >= 4  # the sizes mattered
+        assert_close(episode.logits[i], hand.logits(), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_sizes_of_one_weigh_as_no_sizes(backbone: Backbone) -> None:
+    """The bias is there, and zero; with another size it is not."""
+    tokens = replace(backbone.embed(image_for(backbone)), merged=True, ragged=True)
+    assert tokens.size_bias is not None and (tokens.size_bias == 0).all()
+    options = {"keys": True, "cls_attention": backbone.has_class_token}
+    plain, plain_context = backbone.attend(1, tokens, **options)
+    sized, context = backbone.attend(1, tokens, proportional=True, **options)
+    assert_close(sized.x, plain.x, atol=1e-6, rtol=0)
+    assert_close(context.cls_attention, plain_context.cls_attention, atol=1e-7, rtol=0)
+    doubled = replace(tokens, size=tokens.size.clone().index_fill(1, torch.tensor(5), 2.0))
+    other, _ = backbone.attend(1, doubled, proportional=True)
+    assert (other.x - plain.x).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_a_token_of_three_patches_attends_as_three_equal_tokens(deit: Backbone) -> None:
+    tokens = deit.embed(image_for(deit, 2))
+    one = replace(tokens, size=tokens.size.clone().index_fill(1, torch.tensor(7), 3.0), merged=True)
+    triple = Tokens.start(torch.cat([tokens.x, tokens.x[:, 7:8], tokens.x[:, 7:8]], 1), deit.prefix)
+    sized, context = deit.attend(0, one, proportional=True, cls_attention=True)
+    copied, other = deit.attend(0, triple, cls_attention=True)
+    assert_close(sized.x, copied.x[:, :-2], atol=1e-5, rtol=0)
+    assert_close(context.cls_attention[:, 7], other.cls_attention[:, [7, -1, -2]].sum(1))
+
+
+# Two kinds of action, one decision ---------------------------------------------------------------
+@EXECUTION
+def test_a_count_merges_the_most_similar_pairs(backbone: Backbone, execution: str) -> None:
+    images, grid = image_for(backbone, 4), merge_rules(backbone).grid
+    choice = torch.tensor([[0, 2, 4], [4, 4, 4], [1, 0, 3], [3, 3, 1]]).T[..., None]
+    count = run(
+        backbone,
+        merge_rules(backbone, action="count"),
+        images,
+        lambda seen: choice[seen.step],
+        execution,
+    )
+
+    def same_by_hand(seen: Observation) -> Tensor:
+        """The first of an image's ``grid[choice]`` highest similarities."""
+        similarity, action = seen.feature("similarity")[..., 0], torch.zeros_like(seen.active)
+        for row, (values, active) in enumerate(zip(similarity, seen.active, strict=True)):
+            known = [j for j in range(len(values)) if active[j]]
+            known.sort(key=lambda j: -values[j].item())
+            action[row, known[: grid[choice[seen.step, row, 0]]]] = True
+        return action.long()
+
+    pairs = run(backbone, merge_rules(backbone), images, same_by_hand, execution)
+    assert torch.equal(table(count), table(pairs))
+    assert torch.equal(count.tokens.source, pairs.tokens.source)
+    assert_close(count.logits, pairs.logits, atol=1e-6, rtol=0)
+    removed = torch.stack(count.counts).diff(dim=0).neg()
+    assert removed.tolist() == torch.tensor(grid)[choice[..., 0]].tolist()
+
+
+@EXECUTION
+@pytest.mark.parametrize("selector", ["redundancy", "cls_attention"])
+def test_a_count_prunes_by_the_selector(deit: Backbone, selector: str, execution: str) -> None:
+    images = image_for(deit, 4)
+    choice = torch.tensor([[0, 5, 2], [1, 1, 1], [3, 0, 6], [7, 2, 0]]).T[..., None]
+    by_count = LayerPrune(BLOCKS, "count", budget_step=2, selector=selector)
+    count = run(deit, by_count, images, lambda seen: choice[seen.step], execution)
+
+    def same_by_hand(seen: Observation) -> Tensor:
+        score, action = seen.feature(selector)[..., 0], torch.ones_like(seen.active)
+        sign = -1 if selector == "redundancy" else 1  # the most redundant, the least attended
+        for row, (values, active) in enumerate(zip(score, seen.active, strict=True)):
+            known = [j for j in range(len(values)) if active[j]]
+            known.sort(key=lambda j: sign * values[j].item())
+            action[row, known[: 2 * int(choice[seen.step, row, 0])]] = False
+        return action.long()
+
+    tokens = run(deit, prune_rules(deit), images, same_by_hand, execution)
+    assert torch.equal(table(count), table(tokens))
+    assert torch.equal(count.tokens.patch_alive(), tokens.tokens.patch_alive())
+    assert_close(count.logits, tokens.logits, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_redundancy_and_similarity_by_hand(deit: Backbone) -> None:
+    images = image_for(deit, 2)
+    hand = ByHand(deit, images[0])
+    hand.attend(0, by_size=False)
+    seen = Episode(deit, merge_rules(deit), images, execution="padded").observe()
+    expected = torch.tensor([cosine for _, _, cosine in hand.pairs()])
+    scaled = torch.stack([(expected - 0.9) / 0.05, (expected - expected.mean()) / 0.05], 1)
+    assert_close(seen.feature("similarity")[0], scaled, atol=1e-4, rtol=0)
+
+    seen = Episode(deit, prune_rules(deit), images, execution="padded").observe()
+    attention = seen.feature("cls_attention")[0, :, 0]
+    for j, value in enumerate(seen.feature("redundancy")[0, :, 0].tolist()):
+        rivals = [
+            F.cosine_similarity(hand.keys[1 + j], hand.keys[1 + i], dim=0).item()
+            for i in range(deit.patches)
+            if attention[i] > attention[j]
+        ]
+        assert value == pytest.approx(max(rivals, default=-1.0), abs=1e-5)
+
+
+@torch.no_grad()
+def test_what_is_seen_of_a_pair_by_hand(deit: Backbone) -> None:
+    rules = merge_rules(deit)
+    episode = Episode(deit, rules, image_for(deit, 2), execution="masked")
+    episode.act(torch.ones(2, 25, dtype=torch.long))
+    seen, match, tokens = episode.observe(), episode._moment.match, episode.tokens
+    attention = episode._moment.context.cls_attention
+    assert tokens.size.max() > 2 and 0 < seen.active.sum() < seen.active.numel()
+    assert (seen.agents[~seen.active] == 0).all()
+    for row, place in seen.active.nonzero().tolist():
+        pair = [int(match.token[row, place]), int(match.partner[row, place])]
+        one, other = tokens.x[row, pair]
+        keys = episode._moment.context.keys.mean(1)[row, pair]
+        mean = attention[row, 1:].sum() / tokens.visual_alive[row].sum()
+        cosine = torch.dot(one, other) / (one.norm() * other.norm())
+        expected = {
+            "size": tokens.size[row, pair].log(),
+            "token": torch.stack([(cosine - 0.9) / 0.05, (one.norm() / other.norm()).log()]),
+            "keys": keys.flatten(),
+            "cls_attention": (attention[row, pair] / mean).log().clamp(min=-4),
+        }
+        for name, values in expected.items():
+            assert_close(seen.feature(name)[row, place], values, atol=1e-4, rtol=1e-4)
+
+
+# What agents are told of the past ----------------------------------------------------------------
+def test_the_history_by_hand() -> None:
+    counts = tuple(torch.tensor(n) for n in ([40, 40], [30, 40], [30, 20]))
+    tokens = Tokens.start(torch.zeros(2, 41, 4), 1)
+
+    def told(step: int) -> Tensor:
+        return history(Moment(tokens, step, Context(), counts[: step + 1]))
+
+    assert told(0).tolist() == [[1.0, 0.0, 0.0]] * 2
+    assert_close(told(1), torch.tensor([[0.75, 0.25, 1 / 2], [1.0, 0.0, 0.0]]))
+    assert_close(told(2), torch.tensor([[0.75, 0.0, 1 / 3], [0.5, 0.5, 1 / 3]]))
+
+
+# Heuristics --------------------------------------------------------------------------------------
+def candidates(score: Tensor, active: Tensor) -> Observation:
+    own = torch.stack([(score - 0.9) / 0.05, torch.zeros_like(score)], 2) * active[..., None]
+    return Observation(own, score[:, :0], active, 0, {"similarity": slice(0, 2)})
+
+
+def test_merging_heuristics_against_brute_force() -> None:
+    generator = torch.Generator().manual_seed(0)
+    score = 2 * torch.rand(60, 12, generator=generator) - 1
+    active = torch.rand(60, 12, generator=generator) < 0.6
+    seen = candidates(score, active)
+    strongest = MergeStrongest(LayerMerge(), 4).act(seen)
+    above = MergeAbove(LayerMerge(), 0.25).act(seen)
+    random = MergeRandom(LayerMerge(), 4, seed=1)
+    first, second = random.act(seen), random.act(seen)
+    again = MergeRandom(LayerMerge(), 4, seed=1).act(seen)
+    assert torch.equal(first, again) and not torch.equal(first, second)
+    for s, a, best, high, some in zip(score, active, strongest, above, first, strict=True):
+        living = s[a].tolist()
+        # Those that can't merge may say what they like.
+        assert sorted(s[a & best.bool()].tolist()) == sorted(living)[-4:]
+        assert sorted(s[a & high.bool()].tolist()) == sorted(v for v in living if v >= 0.25)
+        assert (a & some.bool()).sum() == min(4, len(living))
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: MergeStrongest(LayerMerge(), -1), "r=-1 pairs to merge: give 0 or more"),
+        (lambda: MergeRandom(LayerMerge(), -1), "r=-1"),
+        (lambda: MergeAbove(LayerMerge(), 1.5), "similarity 1.5 is no cosine"),
+        (lambda: MergeAbove(LayerMerge(), float("nan")), "similarity nan is no cosine"),
+        (lambda: LayerMerge(grid=(0,)), "must increase from 0"),
+        (lambda: LayerMerge(grid=(1, 2)), "must increase from 0"),
+        (lambda: LayerMerge(grid=(0, 4, 4)), "must increase from 0"),
+        (lambda: LayerMerge(action="tokens"), "action='tokens': choose 'pairs' or 'count'"),
+        (lambda: LayerMerge(features=("smell",)), "unknown feature 'smell'"),
+        (lambda: LayerPrune(action="pairs"), "action='pairs': choose 'tokens' or 'count'"),
+        (lambda: LayerPrune(selector="luck"), "selector='luck'"),
+        (lambda: LayerPrune(budget_step=0), "budget_step=0 must be at least 1"),
+        (lambda: LayerPrune((3, 3)), "strictly increasing"),
+    ],
+)
+def test_bad_parameters(build: Callable[[], Any], words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        build()
+    assert "\n" not in str(caught.value)
+
+
+def test_rules_that_do_not_fit_the_model(deit: Backbone) -> None:
+    no_class = family_model("average pooling, no class token")
+    tiny = Backbone(
+        timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=16, num_heads=2)
+    )
+    one = Backbone(
+        timm.create_model("vit_tiny_patch16_224", img_size=16, depth=1, embed_dim=16, num_heads=2)
+    )
+    for rules, backbone, words in (
+        (LayerMerge(), deit, "decision block 11 is out of range: the model has blocks 0 to 3"),
+        (LayerMerge((0,), "count", grid=(0, 25)), deit, "asks for 25 pairs and 49 visual"),
+        (LayerMerge((0,)), no_class, "'cls_attention' needs a class token"),
+        (LayerMerge((0,)), one, "the model has 1 visual tokens: no two could merge"),
+        (LayerPrune(), deit, "decision block 11 is out of range"),
+        (LayerPrune((0,), budget_step=46), deit, "budget_step=46 doesn't fit 49 visual tokens"),
+        (LayerPrune((0,), features=("redundancy",)), no_class, "'redundancy' needs a class token"),
+        (LayerPrune((0,)), tiny, "the model has 4 visual tokens and 4 always stay"),
+    ):
+        with pytest.raises(UserError, match=words):
+            rules.check(backbone)
+
+
+# Real weights and photographs --------------------------------------------------------------------
+def test_the_invariants_hold_on_deit_tiny(real_data: Path) -> None:
+    weights = real_data / "weights/deit_tiny_patch16_224.safetensors"
+    backbone = load_backbone("deit_tiny_patch16_224", str(weights))
+    photographs = open_source(str(real_data / "imagenet_val_300"), backbone.model, limit=8)
+    images = photographs.batch(torch.arange(8)).images
+    with torch.inference_mode():
+        dense = backbone.model(images)
+    blocks = tuple(range(12))
+    for rules, keep in ((LayerMerge(blocks), 0), (LayerPrune(blocks, "tokens"), 1)):
+        calm = run(backbone, rules, images, lambda s, k=keep: s.active.long() * 0 + k, "padded")
+        assert_close(calm.logits, dense, atol=1e-5, rtol=0)
+
+    tome = MergeStrongest(LayerMerge(blocks), 8)
+    with torch.inference_mode():
+        masked, padded = (play(backbone, tome, images, e) for e in ("masked", "padded"))
+        alone = play(backbone, tome, images[3:4], "padded")
+    assert torch.stack(masked.counts)[:, 0].tolist() == [196 - 8 * i for i in range(13)]
+    assert torch.equal(table(masked), table(padded))
+    assert_close(masked.logits, padded.logits, atol=1e-4, rtol=0)
+    assert_close(alone.logits, masked.logits[3:4], atol=1e-4, rtol=0)
+    check_invariants(masked.tokens, torch.zeros(8, 196, dtype=torch.bool))
+    assert (masked.logits.argmax(1) == dense.argmax(1)).float().mean() >= 0.75
