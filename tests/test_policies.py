@@ -10,6 +10,8 @@ from agents.heuristics import KeepAll, RandomPrune, TopK, keep_highest
 from agents.policy import ActorPolicy, Widths, load_policy
 from agents.spec import parse_policy
 from tokenenv import UserError, load_backbone, metrics, open_source
+from tokenenv.cost import Cost
+from tokenenv.rewards import divergence
 from tokenenv.rules import Observation, TokenPrune
 
 
@@ -108,3 +110,26 @@ def test_keep_all_is_the_dense_model() -> None:
     assert report["agreement"] == 100.0 and report["top1"] == report["top1_dense"]
     assert report["gmacs"] == report["gmacs_dense"]
     assert report["tokens"] == [64.0] * 12
+
+
+@pytest.mark.parametrize(("name", "r"), [("dora-deit_tiny", 12), ("dora-strict-deit_tiny", 11)])
+def test_shipped_dora_does_less_damage_than_tome(name: str, r: int, real_data: Path) -> None:
+    backbone = load_backbone(
+        "deit_tiny_patch16_224", str(real_data / "weights" / "deit_tiny_patch16_224.safetensors")
+    )
+    source = open_source(str(real_data / "imagenet_val_300"), backbone.model, limit=48)
+    batch = source.batch(torch.arange(48))
+    cost = Cost(backbone)
+
+    def saving_and_damage(what: str) -> tuple[float, float]:
+        policy = parse_policy(what, backbone.depth)
+        with torch.inference_mode():
+            episode = metrics.play(backbone, policy, batch.images)
+            macs = cost.backbone_macs(episode.attended, episode.fed)
+            macs += cost.decision_macs(policy.rules, policy, episode.attended, episode.fed)
+            damage = divergence(backbone(batch.images), episode.logits, tau=1.0)
+        return 1 - macs.mean().item() / cost.dense(), damage.mean().item()
+
+    saved, damage = saving_and_damage(name)
+    saved_by_tome, damage_by_tome = saving_and_damage(f"tome:r={r}")
+    assert saved > saved_by_tome and damage < 0.8 * damage_by_tome
