@@ -229,8 +229,9 @@ class DoraPruneConfig(_Common):
     def for_digits(cls) -> DoraPruneConfig:
         """Settings for the embedded model."""
         return cls(
-            updates=60, batch=128, held_back=0.3, evaluate_every=10, lr=3e-3, target_saving=38.0,
-            initial_gate=0.9, initial_budget=10.0, lean=(0.0, 20.0),
+            updates=60, batch=128, repeats=8, held_back=0.3, evaluate_every=10, penalty=150.0,
+            target_saving=70.0, lr=1e-3, features=("cls_attention", "redundancy"),
+            initial_gate=0.9, initial_budget=10.0, lean=(0.0, 40.0),
         )  # fmt: skip
 
     def game(self, backbone: Backbone, source: ImageSource) -> Game:
@@ -259,7 +260,7 @@ class DoraPruneConfig(_Common):
                 "own": game.agent_dim,
                 "patches": game.backbone.patches,
             },
-            width=self.width or max(16, game.backbone.dim // 6),
+            width=self.width or max(8, game.backbone.dim // 6),
             initial_gate=self.initial_gate,
             initial_budget=self.initial_budget,
             selector=self.selector,

@@ -26,17 +26,19 @@ class GatedPolicy(nn.Module):
     Parameters are shared by all blocks, each of which has embeddings of its own.
 
     Three departures from the paper, each made because training starts from some hundred images,
-    not from 300,000: the gate starts mostly closed and the budget mostly small (both start flat
-    there); a token's score starts from a feature that already tells which tokens matter, where
-    the rules show one (:meth:`lean_on`); and the picks of one draw have a ratio each, as the words
-    of a sentence do, because the ratio of their product explodes with their number.
+    not from 300,000: gate and budget start near a given schedule (both start flat there), and a
+    linear path from the block to the budget moves it soon; a token's score starts from a feature
+    that already tells which tokens matter, where the rules show one (:meth:`lean_on`), by weights
+    that each block has of its own; and the picks of one draw have a ratio each, as the words of a
+    sentence do, because the ratio of their product explodes with their number.
 
     Args:
         rules: :class:`~tokenenv.rules.LayerPrune` with ``action="tokens"``.
         widths: key width, agent's view F, patches P.
         width: of the encoder; the paper's is 128 for a model of width 768.
         initial_gate: probability of an open gate before training.
-        initial_budget: mean number of tokens that leave by an open gate before training.
+        initial_budget: number of tokens that leave by an open gate before training, give or take
+            a third.
         selector: ``learned``; ``random`` draws instead, ``redundancy`` only reads :meth:`lean_on`.
         threshold: the gate is open where its probability is at least this.
         trained_on: name of the backbone, for the error message when it doesn't fit.
@@ -71,21 +73,24 @@ class GatedPolicy(nn.Module):
         self.enter = nn.Linear(own, width)
         self.block = nn.Linear(steps, width, bias=False)
         self.history = nn.Linear(3, width, bias=False)
-        heads = 4 if width % 4 == 0 else 1
+        # The paper's four heads, where each has at least eight numbers.
+        heads = next(h for h in (4, 2, 1) if width % h == 0 and (width // h >= 8 or h == 1))
         self.encoder = nn.TransformerEncoderLayer(
             width, heads, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True
         )
         self.budget = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, len(budgets))
         )
+        self.budget_block = nn.Linear(steps, len(budgets), bias=False)
         self.count = nn.Linear(1, width, bias=False)
         self.selector = nn.Sequential(nn.Linear(width, 64), nn.SiLU(), nn.Linear(64, 1))
-        self.skip = nn.Linear(own, 1, bias=False)
+        self.skip = nn.Linear(steps, own, bias=False)
+        nn.init.zeros_(self.budget_block.weight)
         nn.init.zeros_(self.skip.weight)
         closed = torch.logit(torch.tensor(initial_gate)).item()
         for module, bias in (
             (self.gate, closed),
-            (self.budget, -budgets / initial_budget),
+            (self.budget, -(((budgets - initial_budget) * 3 / initial_budget) ** 2) / 2),
             (self.selector, 0.0),
         ):
             _start_at(module, bias)
@@ -93,7 +98,7 @@ class GatedPolicy(nn.Module):
     def lean_on(self, feature: slice, slope: float) -> None:
         """Start with scores that rise by ``slope`` per unit of a feature; the highest leave."""
         with torch.no_grad():
-            self.skip.weight[:, feature] = slope
+            self.skip.weight[feature] = slope
 
     @property
     def strict(self) -> int:
@@ -118,7 +123,7 @@ class GatedPolicy(nn.Module):
         rows = gate[:, 0].nonzero()[:, 0]
         open_ = {name: tensor[rows] for name, tensor in seen.items()}
         z = self._encode(open_)
-        logits = self._budget_logits(z, feasible[rows])
+        logits = self._budget_logits(z, open_, feasible[rows])
         budget = (logits + noise(logits)).argmax(1, keepdim=True)
         count = self.budgets[budget]
         score = self._scores(z, open_, count)
@@ -158,7 +163,7 @@ class GatedPolicy(nn.Module):
         def everywhere(values: Tensor) -> Tensor:
             return values.new_zeros(len(gate), values.shape[1]).index_copy(0, rows, values)
 
-        logits = self._budget_logits(z, feasible[rows]).log_softmax(1)
+        logits = self._budget_logits(z, open_, feasible[rows]).log_softmax(1)
         entropy = -(logits.exp() * logits).sum(1, keepdim=True)
         found["budget"] = Head(everywhere(logits.gather(1, budget)), everywhere(entropy), gate)
         if self.chooser != "learned":
@@ -185,7 +190,7 @@ class GatedPolicy(nn.Module):
             return action
         open_ = {name: tensor[rows] for name, tensor in seen.items()}
         z = self._encode(open_)
-        budget = self._budget_logits(z, feasible[rows]).argmax(1, keepdim=True)
+        budget = self._budget_logits(z, open_, feasible[rows]).argmax(1, keepdim=True)
         count = self.budgets[budget]
         order = self._scores(z, open_, count).sort(stable=True, dim=1, descending=True).indices
         return action.index_copy(0, rows, self._action(order, count))
@@ -199,6 +204,7 @@ class GatedPolicy(nn.Module):
         encoder = agents * own * w + key * w + steps * w + 3 * w
         encoder = encoder + n * (4 * w * w + 2 * w * 2 * w) + 2 * n * n * w
         heads = w * w + w * len(self.budgets) + w + agents * (w * 64 + 64 + own)
+        heads = heads + steps * (own + len(self.budgets))
         return gate + torch.where(removed > 0, encoder + heads, torch.zeros_like(agents))
 
     def kept(self, action: Tensor) -> Tensor:
@@ -207,7 +213,8 @@ class GatedPolicy(nn.Module):
 
     def rates(self) -> list[tuple[list[nn.Parameter], float]]:
         """The paper's learning rates in proportion: gate and budget 1, the others 0.4."""
-        fast = [*self.gate.parameters(), *self.gate_block.parameters(), *self.budget.parameters()]
+        parts = (self.gate, self.gate_block, self.budget, self.budget_block)
+        fast = [p for part in parts for p in part.parameters()]
         known = {id(p) for p in fast}
         return [(fast, 1.0), ([p for p in self.parameters() if id(p) not in known], 0.4)]
 
@@ -263,21 +270,24 @@ class GatedPolicy(nn.Module):
         first = self.enter_class(key) + self.history(history)
         x = torch.cat([first[:, None], self.enter(seen["agents"])], 1) + self.block(block)[:, None]
         dead = torch.cat([torch.zeros_like(seen["active"][:, :1]), ~seen["active"]], 1)
+        if not len(x):  # every gate is closed, and torch's attention can't do nothing
+            return x
         return self.encoder(x, src_key_padding_mask=dead)
 
-    def _budget_logits(self, z: Tensor, feasible: Tensor) -> Tensor:
-        return self.budget(z[:, 0]).masked_fill(~feasible, _NEVER)
+    def _budget_logits(self, z: Tensor, seen: Columns, feasible: Tensor) -> Tensor:
+        logits = self.budget(z[:, 0]) + self.budget_block(self._split(seen)[1])
+        return logits.masked_fill(~feasible, _NEVER)
 
     def _scores(self, z: Tensor, seen: Columns, count: Tensor) -> Tensor:
         """``(B, A)``; the highest leave, those that may not act never do."""
         if self.chooser == "random":
             return self._random(seen["active"])
+        direct = (seen["agents"] @ self.skip(self._split(seen)[1])[..., None])[..., 0]
         if self.chooser == "redundancy":
-            score = self.skip(seen["agents"])[..., 0]
-            return score.masked_fill(~seen["active"], _NEVER)
+            return direct.masked_fill(~seen["active"], _NEVER)
         living = seen["active"].sum(1, keepdim=True).clamp(min=1)
         told = z[:, 1:] + self.count((count / living).float())[:, None]
-        score = (self.selector(told) + self.skip(seen["agents"]))[..., 0]
+        score = self.selector(told)[..., 0] + direct
         return score.masked_fill(~seen["active"], _NEVER)
 
     def _random(self, active: Tensor) -> Tensor:

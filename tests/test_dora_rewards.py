@@ -168,6 +168,26 @@ def test_paid_at_the_end_only_the_sum_is_the_same(backbone: Backbone, execution:
     assert (dense.reward[:, :-1] - terminal.reward[:, :-1]).abs().max() > 0.1
 
 
+@EXECUTION
+def test_the_end_is_paid_for_though_nothing_leaves_at_last(
+    backbone: Backbone, execution: str
+) -> None:
+    sums = []
+    for terminal in (False, True):
+        game = dora_game(
+            backbone, "layer_prune", "tokens", execution=execution,
+            reward=Dora(penalty=PENALTY, terminal=terminal),
+        )  # fmt: skip
+        game.reset()
+        total = 0.0
+        for step in range(game.steps):
+            keep = torch.ones(game.batch_size, game.agents, dtype=torch.long)
+            keep[:, :20] = step > 0
+            total = total + game.step(keep).reward
+        sums.append(total)
+    assert_close(*sums, atol=1e-3, rtol=1e-5)
+
+
 def test_bent_damage_telescopes_too(backbone: Backbone) -> None:
     reward = Dora(efficiency=10.0, penalty=7.0, tau=2.0, bend=0.1)
     played = Played(dora_game(backbone, "layer_merge", "pairs", reward=reward))

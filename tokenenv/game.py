@@ -227,8 +227,10 @@ class Game:
         last = self._damage[-1] if self._damage else torch.zeros_like(self._compressed)
         rows = torch.arange(len(last), device=last.device)
         if self.execution == "padded":
-            # Elsewhere the device would be waited for.
-            rows = (self.counts[-1] < self.counts[-2]).nonzero()[:, 0]
+            # Elsewhere the device would be waited for. What is known is of the decision before, or,
+            # where only the end is paid for, of the untouched image.
+            known = self.counts[0] if reward.terminal else self.counts[-2]
+            rows = (self.counts[-1] < known).nonzero()[:, 0]
         logits = episode.finish(rows)
         return (last.index_copy(0, rows, divergence(self.native[rows], logits, reward.tau)),)
 
