@@ -142,8 +142,10 @@ class DoraConfig(_Common):
         features: what the agent sees of a candidate pair, see
             :class:`~tokenenv.rules.LayerMerge`.
         hidden: widths of the actor's hidden layers.
-        initial_merge: probability of merging a pair of similarity 0.9 before training.
-        lean: how fast the log-odds of merging rise with similarity before training, per 0.05.
+        initial_merge: probability of merging before training, of a pair with cosines of 0.9.
+        lean: how fast the log-odds of merging rise before training with the cosine of the keys,
+            the same less its mean over the candidates, and the cosine of the tokens, per 0.05
+            each, where those are seen.
 
     Raises:
         UserError: a value out of its range.
@@ -155,14 +157,14 @@ class DoraConfig(_Common):
     features: tuple[str, ...] = ("similarity", "cls_attention", "size", "token")
     hidden: tuple[int, ...] = (32, 32)
     initial_merge: float = 0.2
-    lean: float = 2.0
+    lean: tuple[float, float, float] = (2.0, 0.0, 0.0)
 
     @classmethod
     def for_digits(cls) -> DoraConfig:
         """Settings for the embedded model."""
         return cls(
             updates=120, batch=128, held_back=0.3, evaluate_every=10, damage="divergence",
-            target_saving=73.0,
+            penalty=120.0, target_saving=73.0, lr=1e-3, initial_merge=0.95, lean=(0.0, 4.0, 0.8),
         )  # fmt: skip
 
     def game(self, backbone: Backbone, source: ImageSource) -> Game:
@@ -189,9 +191,14 @@ class DoraConfig(_Common):
             trained_on=model,
         )
         layout = game.rules.layout(game.backbone)
+        keys, relative, tokens = self.lean
         if "similarity" in layout:
             first = layout["similarity"].start
-            policy.lean_on(slice(first, first + 1), self.lean)
+            policy.lean_on(slice(first, first + 1), keys)
+            policy.lean_on(slice(first + 1, first + 2), relative)
+        if "token" in layout:
+            first = layout["token"].start
+            policy.lean_on(slice(first, first + 1), tokens)
         return policy.to(game.backbone.device)
 
 

@@ -41,10 +41,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--system", choices=("dora", "dora-prune"), help="only this one's rows")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, a core each")
     parser.add_argument("train", nargs="*", help="after --: options of every training")
     args = parser.parse_args()
-    runs = [(row, seed) for seed in range(args.seeds) for row in SETTINGS]
+    rows = [row for row in SETTINGS if args.system in (None, row.split(",")[0])]
+    runs = [(row, seed) for seed in range(args.seeds) for row in rows]
     bar = tqdm(total=len(runs), unit="run", smoothing=0)
     with ThreadPoolExecutor(args.jobs) as pool:
         waiting = [pool.submit(train, row, seed, args.out, args.train) for row, seed in runs]
@@ -59,7 +61,7 @@ def main() -> None:
     reports = {
         row: [json.loads((folder(row, seed, args.out) / "report.json").read_text())
               for seed in range(args.seeds)]
-        for row in SETTINGS
+        for row in rows
     }  # fmt: skip
     text = table(reports)
     (args.out / "table.md").write_text(text)

@@ -125,7 +125,7 @@ def mistake(command: str, capfd: pytest.CaptureFixture[str]) -> str:
 # What works
 
 
-@pytest.mark.parametrize("command", ["", "train", "evaluate", "envs"])
+@pytest.mark.parametrize("command", ["", "train", "evaluate", "bench", "compress", "envs"])
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main([*command.split(), "--help"])
@@ -136,7 +136,7 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_imports_no_model_library() -> None:
     code = (
         "import sys\nfrom tokenenv.cli import main\n"
-        "for words in ([], ['train'], ['evaluate'], ['envs']):\n"
+        "for words in ([], *([name] for name in 'train evaluate bench compress envs'.split())):\n"
         "    try: main([*words, '--help'])\n"
         "    except SystemExit as exit: assert exit.code == 0\n"
         "loaded = {'torch', 'timm', 'torchvision', 'matplotlib', 'sklearn'} & sys.modules.keys()\n"
@@ -171,7 +171,7 @@ def test_settings_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("system", "line", "meaning"),
     [
-        ("dora", "features=similarity/cls_attention/size/token", "probability of merging a pair"),
+        ("dora", "features=similarity/cls_attention/size/token", "probability of merging before training"),
         ("dora-prune", "budget_step=2", "spacing of the budgets"),
     ],
 )
@@ -243,7 +243,7 @@ def test_a_dora_run_holds_what_is_promised_and_evaluates_to_its_report(
     other = "--data images --model test_vit --weights other.safetensors"
     assert "'digits_vit', not on 'test_vit'" in mistake(f"evaluate r {other}", capfd)
     error = mistake(f"{command} --resume --set penalty=2", capfd)
-    assert "penalty=2.0: it was started with penalty=60.0" in error
+    assert "penalty=2.0: it was started with penalty=1" in error
 
 
 @pytest.mark.parametrize(
