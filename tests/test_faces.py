@@ -28,7 +28,8 @@ from pettingzoo.test import (
 from pettingzoo.test.state_test import state_test
 
 import tokenenv
-from tokenenv import UserError, render, token_prune_v0
+from agents.spec import parse_policy
+from tokenenv import UserError, render, run_report, token_prune_v0
 from tokenenv.envs.build import build_game
 from tokenenv.envs.token_prune_gym import TokenPruneEnv
 from tokenenv.envs.token_prune_vector import TokenPruneVectorEnv
@@ -426,11 +427,41 @@ def test_pruned_tokens_are_greyed_where_they_are() -> None:
 
 
 def test_saved_pictures(tmp_path: Path) -> None:
-    alive = np.ones((2, PATCHES), bool)
-    alive[1, :20] = False
+    source = np.arange(2 * PATCHES).reshape(2, PATCHES) % PATCHES
+    source[1, :20] = -1
     rows = [
-        render.TokenRow(np.full((8, 8, 3), 9, np.uint8), alive, "7", "7", predicted)
+        render.TokenRow(np.full((8, 8, 3), 9, np.uint8), source, "7", "7", predicted)
         for predicted in ("7", "1")
     ]
     render.save_token_pictures(tmp_path / "tokens.png", rows, (8, 8), (2, 4))
+    assert (tmp_path / "tokens.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("what", "left"),
+    [
+        ("tome:r=8,blocks=2/5", [56, 48]),
+        ("tome:r=0,blocks=2/5", [64, 64]),
+        ("random:keep=0.5,blocks=2/5", [32, 16]),
+        ("random:keep=1,blocks=2/5", [64, 64]),
+    ],
+)
+def test_pictures_of_a_run_show_what_left(
+    what: str, left: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    outlined = render.outlined
+    monkeypatch.setattr(render, "outlined", lambda *a: drawn.append(a) or outlined(*a))
+    rows: list[Any] = []
+    monkeypatch.setattr(
+        run_report,
+        "save_token_pictures",
+        lambda path, of, *a, **k: rows.extend(of) or render.save_token_pictures(path, of, *a, **k),
+    )
+    model = backbone()
+    policy = parse_policy(what, model.depth)
+    run_report.write_token_pictures(tmp_path / "tokens.png", model, policy, source(), 3)
+    assert [[len(set(now[now >= 0])) for now in row.source] for row in rows] == [left] * 3
+    # Merged tokens are outlined, with the patches that became one.
+    assert len(drawn) == (6 if what.startswith("tome") else 0)
     assert (tmp_path / "tokens.png").stat().st_size > 1000

@@ -136,14 +136,15 @@ class TokenRow:
 
     Attributes:
         pixels: ``(H, W, 3)`` the image.
-        alive: ``(T, P)`` whether each token is alive after each decision.
+        source: ``(T, P)`` the number of the token that stands for each patch after each decision,
+            -1 where none does.
         label: name of the true class.
         dense: name of the class that the dense model predicts.
         reduced: name of the class predicted from the tokens left.
     """
 
     pixels: Pixels
-    alive: NDArray[np.bool_]
+    source: NDArray[np.int64]
     label: str
     dense: str
     reduced: str
@@ -154,6 +155,8 @@ def save_token_pictures(
     rows: Sequence[TokenRow],
     grid: tuple[int, int],
     blocks: Sequence[int],
+    *,
+    merging: bool = False,
 ) -> None:
     """Write a picture file with one row per image and one column per decision block.
 
@@ -162,6 +165,7 @@ def save_token_pictures(
         rows: the images, at least one.
         grid: rows and columns of tokens.
         blocks: the decision blocks, as many as decisions in every row.
+        merging: whether to outline tokens and to give merged ones their mean colour.
     """
     # Not pyplot: it keeps figures, and looks for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -174,13 +178,16 @@ def save_token_pictures(
     heads = ["image", *(f"block {block}" for block in blocks)]
     for line, row in zip(axes, rows, strict=True):
         large = _enlarged(row.pixels)
-        panels = [large, *(greyed(large, alive, grid) for alive in row.alive)]
+        panels = [large]
+        for source in row.source:
+            drawn = outlined(large, source, grid) if merging else large
+            panels.append(greyed(drawn, source >= 0, grid))
         for i, (axis, panel) in enumerate(zip(line, panels, strict=True)):
             axis.imshow(panel, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
             if i:
-                axis.set_xlabel(f"{row.alive[i - 1].sum()} tokens", fontsize=9)
+                axis.set_xlabel(f"{_distinct(row.source[i - 1])} tokens", fontsize=9)
         caption = f"true: {row.label}\ndense: {row.dense}\nreduced: {row.reduced}"
         line[0].set_ylabel(
             caption,
@@ -238,7 +245,7 @@ def _spread(values: NDArray[Any], grid: tuple[int, int], size: tuple[int, ...]) 
 
 
 def _distinct(source: NDArray[np.int64]) -> int:
-    return len(np.unique(source))
+    return len(np.unique(source[source >= 0]))
 
 
 def _shaded(brightness: NDArray[np.uint8]) -> NDArray[np.str_]:

@@ -12,33 +12,35 @@ from tokenenv.episode import Episode
 from tokenenv.labels import class_names
 from tokenenv.metrics import Decider
 from tokenenv.render import TokenRow, save_token_pictures, to_pixels
+from tokenenv.rules import LayerMerge
 
 
 @torch.inference_mode()
 def write_token_pictures(
     path: Path, backbone: Backbone, policy: Decider, source: ImageSource, count: int = 6
 ) -> None:
-    """Draw which tokens the policy keeps, for ``count`` images spread over the source."""
+    """Draw which tokens the policy keeps or merges, for ``count`` images spread over the source."""
     index = torch.linspace(0, len(source) - 1, min(count, len(source))).round().long()
     batch = source.batch(index)
     images = batch.images.to(backbone.device, backbone.dtype)
     dense = backbone(images).argmax(1)
     episode = Episode(backbone, policy.rules, images, execution="masked")
-    alive = []
+    sources = []
     while not episode.done:
         episode.act(policy.act(episode.observe()))
-        alive.append(episode.tokens.patch_alive())
+        sources.append(episode.tokens.source)
     assert episode.logits is not None
-    kept = torch.stack(alive, 1).cpu().numpy()
+    owners = torch.stack(sources, 1).cpu().numpy()
     names = class_names(backbone.model)
     rows = [
         TokenRow(
             pixels=to_pixels(image, backbone.model),
-            alive=kept[i],
+            source=owners[i],
             label=names(int(batch.labels[i])),
             dense=names(int(dense[i])),
             reduced=names(int(episode.logits[i].argmax())),
         )
         for i, image in enumerate(batch.images)
     ]
-    save_token_pictures(path, rows, backbone.grid, policy.rules.blocks)
+    merging = isinstance(policy.rules, LayerMerge)
+    save_token_pictures(path, rows, backbone.grid, policy.rules.blocks, merging=merging)
