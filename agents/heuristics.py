@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from agents.storage import describe, make_rules, write_tensors
 from tokenenv.errors import UserError
 from tokenenv.reduction import highest
 from tokenenv.rewards import check_keep
@@ -16,6 +19,15 @@ from tokenenv.rules.layer_merge import scaled
 
 class _Free:
     """A decision without a network."""
+
+    rules: TokenPrune | LayerMerge
+
+    def save(self, path: Path) -> None:
+        """Write all that makes it into one safetensors file, as trained policies are kept."""
+        assert is_dataclass(self)
+        made_of = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        config = made_of | {"class": type(self).__name__, "rules": describe(self.rules)}
+        write_tensors(path, {}, config)
 
     def macs(self, agents: Tensor, removed: Tensor) -> Tensor:
         """Multiply-adds of one decision: none."""
@@ -40,17 +52,28 @@ class KeepAll(_Free):
 class RandomPrune(_Free):
     """At each decision a random ``ceil(keep n)`` of an image's ``n`` living tokens stay.
 
+    Of two ratios each image draws one between them, for all its decisions: a batch of images that
+    differ in length.
+
     Draws come from a generator of its own, in the order of the calls and of the tokens as they
     lie: the same images in another order, or in another execution, get other draws.
     """
 
     rules: TokenPrune
-    keep: float
+    keep: float | tuple[float, float]
     seed: int = 0
     _generator: torch.Generator | None = field(default=None, init=False, repr=False)
+    _ratio: float | Tensor = field(default=1.0, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
+        if isinstance(self.keep, tuple):
+            low, high = self.keep
+            check_keep(low)
+            check_keep(high)
+            if low > high:
+                raise UserError(f"keep={low:g}..{high:g} must not fall: give the lower ratio first")
+        else:
+            check_keep(self.keep)
         self.rules = replace(self.rules, features=("position",), share=False)
 
     def act(self, observation: Observation) -> Tensor:
@@ -58,8 +81,17 @@ class RandomPrune(_Free):
         device = observation.active.device
         if self._generator is None:
             self._generator = torch.Generator(device).manual_seed(self.seed)
+        if observation.step == 0:
+            self._ratio = self._draw(len(observation.active), device)
         score = torch.rand(observation.active.shape, generator=self._generator, device=device)
-        return keep_highest(score, observation.active, self.keep)
+        return keep_highest(score, observation.active, self._ratio)
+
+    def _draw(self, batch: int, device: torch.device) -> float | Tensor:
+        """The ratio, or ``(B, 1)`` one of each image."""
+        if not isinstance(self.keep, tuple):
+            return self.keep
+        low, high = self.keep
+        return low + (high - low) * torch.rand(batch, 1, generator=self._generator, device=device)
 
 
 @dataclass
@@ -84,8 +116,11 @@ class TopK(_Free):
         return keep_highest(score, observation.active, self.keep)
 
 
-def keep_highest(score: Tensor, active: Tensor, keep: float) -> Tensor:
-    """1 for the ``ceil(keep n)`` highest of an image's ``n`` active scores. All ``(B, A)``."""
+def keep_highest(score: Tensor, active: Tensor, keep: float | Tensor) -> Tensor:
+    """1 for the ``ceil(keep n)`` highest of an image's ``n`` active scores.
+
+    All ``(B, A)``; ``keep``: one ratio, or ``(B, 1)``.
+    """
     count = (active.sum(1, keepdim=True) * keep).ceil()
     return highest(score.masked_fill(~active, -torch.inf), count).long()
 
@@ -153,3 +188,19 @@ class MergeRandom(_Free):
 def _check_pairs(r: int) -> None:
     if r < 0:
         raise UserError(f"r={r} pairs to merge: give 0 or more")
+
+
+def remake(
+    config: dict[str, Any],
+) -> KeepAll | RandomPrune | TopK | MergeStrongest | MergeAbove | MergeRandom:
+    """A policy from the config that its ``save`` wrote.
+
+    Raises:
+        KeyError: of an unknown class. TypeError: with values that it does not have.
+    """
+    classes = (KeepAll, RandomPrune, TopK, MergeStrongest, MergeAbove, MergeRandom)
+    kinds: dict[str, Any] = {cls.__name__: cls for cls in classes}
+    kind, rules = kinds[config.pop("class")], make_rules(config.pop("rules"))
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+    made: KeepAll = kind(rules, **values)
+    return made

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from agents import heuristics
 from agents.gated import GatedPolicy
 from agents.networks import SharedMLP
 from agents.ppo import Head
@@ -184,7 +185,7 @@ class ActorPolicy(nn.Module):
         write_tensors(path, dict(self.state_dict()), self.config())
 
 
-def load_policy(path: Path) -> ActorPolicy | GatedPolicy:
+def load_policy(path: Path) -> Policy:
     """Read a policy that its ``save`` wrote.
 
     Raises:
@@ -193,19 +194,21 @@ def load_policy(path: Path) -> ActorPolicy | GatedPolicy:
     tensors, config = read_tensors(path)
     try:
         policy = _make(dict(config))
-        policy.load_state_dict(tensors)
+        if isinstance(policy, nn.Module):
+            policy.load_state_dict(tensors)
+            policy.eval()
     except (KeyError, TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[-1].strip()  # torch puts what is wrong into the last line
         raise UserError(
             f"'{path}' is not a policy of this version ({reason}): train it anew"
         ) from None
-    policy.eval()
     return policy
 
 
-def _make(config: dict[str, Any]) -> ActorPolicy | GatedPolicy:
-    kind = config.pop("class")
-    rules = make_rules(config.pop("rules"))
+def _make(config: dict[str, Any]) -> Policy:
+    if config["class"] not in ("ActorPolicy", "GatedPolicy"):
+        return heuristics.remake(config)
+    kind, rules = config.pop("class"), make_rules(config.pop("rules"))
     if kind == "GatedPolicy" and isinstance(rules, LayerPrune):
         return GatedPolicy(rules, config.pop("widths"), **config)
     if kind != "ActorPolicy":
@@ -224,8 +227,8 @@ def shipped() -> list[str]:
     return sorted(p.parent.name for p in SHIPPED.glob("*/policy.safetensors"))
 
 
-def load(what: str | Path) -> ActorPolicy | GatedPolicy:
-    """A trained policy: a run folder, or the name of one shipped with the package.
+def load(what: str | Path) -> Policy:
+    """A policy: a folder that keeps one, such as a run's, or the name of a shipped one.
 
     Raises:
         UserError: neither of the two.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 HEURISTICS: dict[str, str] = {
     "keep-all": "nobody leaves; the dense model played as a game",
-    "random": "random:keep=0.7[,blocks=3/6/9][,seed=0]",
+    "random": "random:keep=0.7[,blocks=3/6/9][,seed=0]; keep=0.5..0.9 draws a ratio per image",
     "cls-attention": "cls-attention:keep=0.7[,blocks=3/6/9]: top-k by class attention (EViT)",
     "norm": "norm:keep=0.7[,blocks=3/6/9]: top-k by length of the embedding",
     "tome": "tome:r=8[,blocks=0/1/2]: in every block the 8 most similar pairs merge (ToMe)",
@@ -49,7 +49,7 @@ def parse_policy(what: str, depth: int) -> Policy:
     builders: dict[str, Callable[[], Policy]] = {
         "keep-all": lambda: KeepAll(tokens),
         "random": lambda: RandomPrune(
-            tokens, _number(what, arguments, "keep"), _seed(what, arguments)
+            tokens, _range(what, arguments, "keep"), _seed(what, arguments)
         ),
         "cls-attention": lambda: TopK(tokens, _number(what, arguments, "keep"), "cls_attention"),
         "norm": lambda: TopK(tokens, _number(what, arguments, "keep"), "norm"),
@@ -91,6 +91,15 @@ def _whole(what: str, arguments: dict[str, str], key: str) -> int:
     if not value.is_integer() or abs(value) >= 2**31:
         raise UserError(f"'{what}': {key}={value:g} is not a whole number of tokens")
     return int(value)
+
+
+def _range(what: str, arguments: dict[str, str], key: str) -> float | tuple[float, float]:
+    """One number, or two with ``..`` between them."""
+    low, two, high = arguments.get(key, "").partition("..")
+    if not two:
+        return _number(what, arguments, key)
+    del arguments[key]
+    return _number(what, {key: low}, key), _number(what, {key: high}, key)
 
 
 def _number(what: str, arguments: dict[str, str], key: str) -> float:

@@ -6,7 +6,7 @@ import torch
 from torch.testing import assert_close
 
 from tokenenv.backbone import Backbone
-from tokenenv.episode import Episode
+from tokenenv.episode import EXECUTIONS, Episode
 from tokenenv.errors import UserError
 from tokenenv.rules import TokenPrune
 
@@ -82,7 +82,7 @@ def by_content(seen):
     return (score >= mean + (7 * mean).sin()).long()
 
 
-@pytest.mark.parametrize("execution", ["masked", "padded"])
+@pytest.mark.parametrize("execution", EXECUTIONS)
 def test_keeping_everything_gives_timms_logits(backbone: Backbone, execution: str) -> None:
     images = image_for(backbone)
     with torch.inference_mode():
@@ -92,18 +92,19 @@ def test_keeping_everything_gives_timms_logits(backbone: Backbone, execution: st
     assert expected.std() > 1e-3
 
 
-def test_masked_equals_padded(backbone: Backbone) -> None:
+@pytest.mark.parametrize("execution", ["padded", "packed"])
+def test_masked_equals(backbone: Backbone, execution: str) -> None:
     images = image_for(backbone, 5)
     masked = run(backbone, images, by_content, "masked")
-    padded = run(backbone, images, by_content, "padded")
-    assert torch.equal(masked.tokens.patch_alive(), padded.tokens.patch_alive())
+    other = run(backbone, images, by_content, execution)
+    assert torch.equal(masked.tokens.patch_alive(), other.tokens.patch_alive())
     left = masked.tokens.patch_alive().sum(1)
     assert 0 < left.max() < backbone.patches and len(left.unique()) > 1
-    assert_close(masked.logits, padded.logits, atol=1e-4, rtol=0)
-    assert torch.equal(torch.stack(masked.fed), torch.stack(padded.fed))
+    assert_close(masked.logits, other.logits, atol=1e-4, rtol=0)
+    assert torch.equal(torch.stack(masked.fed), torch.stack(other.fed))
 
 
-@pytest.mark.parametrize("execution", ["masked", "padded"])
+@pytest.mark.parametrize("execution", EXECUTIONS)
 def test_an_image_does_not_feel_its_neighbours(backbone: Backbone, execution: str) -> None:
     images = image_for(backbone, 6)
     together = run(backbone, images, by_content, execution)
@@ -116,7 +117,8 @@ def test_an_image_does_not_feel_its_neighbours(backbone: Backbone, execution: st
         assert torch.equal(alone.tokens.patch_alive()[0], together.tokens.patch_alive()[i])
 
 
-def test_one_image_loses_all_and_one_none(backbone: Backbone) -> None:
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_one_image_loses_all_and_one_none(backbone: Backbone, execution: str) -> None:
     images = image_for(backbone, 3)
 
     def mixed(seen):
@@ -124,7 +126,7 @@ def test_one_image_loses_all_and_one_none(backbone: Backbone) -> None:
         action[0] = 0
         return action
 
-    episode = run(backbone, images, mixed, "padded")
+    episode = run(backbone, images, mixed, execution)
     left = episode.tokens.patch_alive().sum(1).tolist()
     # Where the model can't do without visual tokens, the vote is void.
     assert (
@@ -187,7 +189,7 @@ def test_unsupported_models_are_refused(name: str, options: dict, words: str) ->
 def test_half_precision_stays_finite() -> None:
     backbone = family_model("deit").to(torch.bfloat16)
     images = image_for(backbone, 2).to(torch.bfloat16)
-    for execution in ("masked", "padded"):
+    for execution in EXECUTIONS:
         episode = run(backbone, images, by_content, execution)
         assert episode.logits.dtype == torch.bfloat16
         assert episode.logits.isfinite().all()

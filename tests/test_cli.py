@@ -171,7 +171,11 @@ def test_settings_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("system", "line", "meaning"),
     [
-        ("dora", "features=similarity/cls_attention/size/token", "probability of merging before training"),
+        (
+            "dora",
+            "features=similarity/cls_attention/size/token",
+            "probability of merging before training",
+        ),
         ("dora-prune", "budget_step=2", "spacing of the budgets"),
     ],
 )

@@ -162,9 +162,9 @@ def test_what_a_gate_costs_by_hand() -> None:
     encoder = n * (4 * w * w + 2 * w * 256) + 2 * n * n * w
     budget = w * w + w * 96
     selector = w + 196 * (w * 64 + 64)
-    skip = 196 * 768  # ours
+    ours = 196 * 768 + 12 * (768 + 96)  # the direct paths from feature and block
     agents, removed = torch.tensor([196.0, 196.0]), torch.tensor([0.0, 8.0])
     closed, opened = policy.macs(agents, removed).tolist()
     assert closed == gate
-    assert opened == gate + enter + encoder + budget + selector + skip
+    assert opened == gate + enter + encoder + budget + selector + ours
     assert opened == pytest.approx(57e6, rel=0.02)

@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from tokenenv import Cooperative, UserError, build_game, load_backbone
+from tokenenv.episode import EXECUTIONS
 from tokenenv.rewards import Turn
 
 
@@ -32,9 +33,9 @@ def test_a_pruned_agent_never_returns_and_sees_nothing(backbone) -> None:
     assert transition.done.all() and transition.outcome is not None
 
 
-def test_masked_and_padded_play_the_same_game(backbone) -> None:
+def test_all_executions_play_the_same_game(backbone) -> None:
     results = []
-    for execution in ("masked", "padded"):
+    for execution in EXECUTIONS:
         game = build_game(model=backbone, batch_size=8, execution=execution, reward="cooperative")
         game.seed(3)
         seen, rewards = game.reset(), []
@@ -46,10 +47,11 @@ def test_masked_and_padded_play_the_same_game(backbone) -> None:
             rewards.append(transition.reward)
             seen = transition.observation
         results.append((views, torch.stack(rewards)))
-    for (own, state), (own2, state2) in zip(results[0][0], results[1][0], strict=True):
-        assert_close(own, own2, atol=1e-4, rtol=0)
-        assert_close(state, state2, atol=1e-4, rtol=0)
-    assert_close(results[0][1], results[1][1], atol=1e-4, rtol=0)
+    for views, rewards in results[1:]:
+        for (own, state), (own2, state2) in zip(results[0][0], views, strict=True):
+            assert_close(own, own2, atol=1e-4, rtol=0)
+            assert_close(state, state2, atol=1e-4, rtol=0)
+        assert_close(results[0][1], rewards, atol=1e-4, rtol=0)
 
 
 def test_repeats_play_the_same_image(backbone) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -362,6 +363,8 @@ def test_events_have_every_step_once_after_a_resume(
     assert broken.done == 3  # logged, and later than the checkpoint
     again = trainer(tmp_path)
     again.resume()
+    # Files are read in the order of their names: a second, then a count without leading zeros.
+    time.sleep(1.1)
     with _events(tmp_path, again) as log:
         again.run(log)
 

@@ -16,8 +16,10 @@ from tokenenv.errors import UserError
 if TYPE_CHECKING:
     from tokenenv import layer_merge_v0, layer_prune_v0, token_prune_v0
     from tokenenv.backbone import Backbone
+    from tokenenv.compressed import CompressedViT, compress, load_compressed
     from tokenenv.data import ImageSource, open_source
     from tokenenv.envs.build import build_game
+    from tokenenv.export import export_onnx
     from tokenenv.game import Game
     from tokenenv.models import load_backbone
     from tokenenv.rewards import AlphaBeta, Cooperative, Dora, KeepTarget
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AlphaBeta",
     "Backbone",
+    "CompressedViT",
     "Cooperative",
     "Dora",
     "Game",
@@ -37,9 +40,12 @@ __all__ = [
     "UserError",
     "__version__",
     "build_game",
+    "compress",
+    "export_onnx",
     "layer_merge_v0",
     "layer_prune_v0",
     "load_backbone",
+    "load_compressed",
     "open_source",
     "token_prune_v0",
 ]
@@ -47,6 +53,7 @@ __all__ = [
 _HOME = {
     "AlphaBeta": "rewards",
     "Backbone": "backbone",
+    "CompressedViT": "compressed",
     "Cooperative": "rewards",
     "Dora": "rewards",
     "Game": "game",
@@ -56,7 +63,10 @@ _HOME = {
     "LayerPrune": "rules",
     "TokenPrune": "rules",
     "build_game": "envs.build",
+    "compress": "compressed",
+    "export_onnx": "export",
     "load_backbone": "models",
+    "load_compressed": "compressed",
     "open_source": "data",
 }
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenenv import attention
 from tokenenv.errors import UserError
 from tokenenv.tokens import Tokens
 
@@ -35,18 +35,20 @@ class Backbone(nn.Module):
     touching the tokens gives the model's own logits.
 
     Args:
-        model: the timm model; it is used as it is, not copied. It is put into ``eval`` mode and
-            its parameters are frozen.
+        model: the timm model; it is used as it is, not copied.
+        freeze: whether to put it into ``eval`` mode and to freeze its parameters.
 
     Raises:
         UserError: for an architecture whose stages are not known; the message names the part.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, freeze: bool = True) -> None:
         check_supported(model)
         super().__init__()
+        if freeze:
+            model.eval().requires_grad_(False)
         # What timm's modules hold is not typed; Any here keeps it out of every line below.
-        self.model = cast(Any, model.eval().requires_grad_(False))
+        self.model = cast(Any, model)
         self.blocks = cast(Any, self.model.blocks)
         self.depth = len(self.blocks)
         self.dim: int = self.model.embed_dim
@@ -59,12 +61,16 @@ class Backbone(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return self.model.norm.weight.device
+        return self._parameter.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The parameters' floating-point type."""
-        return self.model.norm.weight.dtype
+        return self._parameter.dtype
+
+    @property
+    def _parameter(self) -> nn.Parameter:
+        return self.blocks[0].attn.qkv.weight
 
     def forward(self, images: Tensor) -> Tensor:
         """The dense model: images ``(B, C, H, W)`` -> logits ``(B, classes)``."""
@@ -116,25 +122,31 @@ class Backbone(nn.Module):
         bias = tokens.size_bias if proportional else None
         mask = tokens.key_mask if bias is None else bias
         h = b.norm1(tokens.x)
-        batch, count, _ = h.shape
-        qkv = attn.qkv(h).reshape(batch, count, 3, attn.num_heads, attn.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = attn.qkv(h).unflatten(-1, (3, attn.num_heads, attn.head_dim))
+        q, k, v = qkv.unbind(-3)
         q, k = attn.q_norm(q), attn.k_norm(k)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        out = attn.norm(out.transpose(1, 2).reshape(batch, count, attn.attn_dim))
+        if tokens.packing is None:
+            drop = attn.attn_drop.p if attn.training else 0.0
+            out = attention.padded(q, k, v, mask, drop)
+        else:
+            out = attention.packed(q, k, v, tokens.packing, bias)
+        out = attn.norm(out.flatten(-2))
         if getattr(attn, "gate", None) is not None:
             out = out * attn.gate(h).sigmoid()
-        x = tokens.x + b.ls1(attn.proj(out))
-        context = Context(
-            keys=k if keys else None,
-            cls_attention=_class_row(q, k, mask) if cls_attention else None,
+        x = tokens.x + b.drop_path1(b.ls1(attn.proj_drop(attn.proj(out))))
+        if not (keys or cls_attention):
+            return tokens.with_x(x), Context()
+        if tokens.packing is not None:
+            q, k = q[tokens.packing.ends[:-1], None], tokens.packing.unpack(k)
+        return tokens.with_x(x), Context(
+            keys=k.transpose(1, 2) if keys else None,
+            cls_attention=attention.class_row(q[:, 0], k, mask) if cls_attention else None,
         )
-        return tokens.with_x(x), context
 
     def feed(self, block: int, tokens: Tokens) -> Tokens:
         """MLP and its residual of block ``block``."""
         b = self.blocks[block]
-        return tokens.with_x(tokens.x + b.ls2(b.mlp(b.norm2(tokens.x))))
+        return tokens.with_x(tokens.x + b.drop_path2(b.ls2(b.mlp(b.norm2(tokens.x)))))
 
     def attention_dim(self, block: int) -> int:
         """Width of all heads together in block ``block``."""
@@ -183,19 +195,6 @@ class Backbone(nn.Module):
     def _pools_patches(self) -> bool:
         model = self.model
         return getattr(model, "attn_pool", None) is not None or model.global_pool != "token"
-
-
-def _class_row(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of token 0: ``(B, N)``, mean over the heads.
-
-    Dead keys leave the softmax of every head; masking after the mean would be another number.
-    """
-    score = (q[:, :, :1] @ k.transpose(2, 3)).float() * q.shape[-1] ** -0.5
-    if mask is not None and mask.dtype == torch.bool:
-        score = score.masked_fill(~mask, -torch.inf)
-    elif mask is not None:
-        score = score + mask
-    return score.softmax(-1).mean(1)[:, 0]
 
 
 def check_supported(model: nn.Module) -> None:

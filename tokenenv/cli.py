@@ -31,6 +31,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_evaluate(commands)
+    _add_compress(commands)
+    _add_bench(commands)
     commands.add_parser(
         "envs",
         help="the registered environments, one line each",
@@ -79,6 +81,13 @@ def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
 
 
+_WHAT = (
+    "a run folder, a shipped policy, keep-all, random:keep=0.7 (keep=0.5..0.9: a ratio per image), "
+    "cls-attention:keep=0.7,blocks=3/6/9, norm:keep=0.7, tome:r=8, random-merge:r=8 or "
+    "merge-above:similarity=0.9"
+)
+
+
 def _add_evaluate(commands: argparse._SubParsersAction[_Parser]) -> None:
     evaluate = commands.add_parser(
         "evaluate",
@@ -92,9 +101,7 @@ def _add_evaluate(commands: argparse._SubParsersAction[_Parser]) -> None:
     evaluate.add_argument(
         "what",
         metavar="WHAT",
-        help="a run folder, a shipped policy, keep-all, random:keep=0.7, "
-        "cls-attention:keep=0.7,blocks=3/6/9, norm:keep=0.7, tome:r=8, random-merge:r=8 or "
-        "merge-above:similarity=0.9",
+        help=_WHAT,
     )
     _add_model_options(evaluate)
     evaluate.add_argument("--limit", type=_positive, metavar="N", help="at most N images")
@@ -109,19 +116,70 @@ def _add_evaluate(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
 
 
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="NAME", help="any timm ViT (default: embedded digits)")
-    parser.add_argument("--weights", metavar="FILE", help=".safetensors or .pth state dict")
-    parser.add_argument(
-        "--data",
-        metavar="DIR",
-        help="folder of class/image, or a torchvision data set such as CIFAR10:ROOT",
+def _add_compress(commands: argparse._SubParsersAction[_Parser]) -> None:
+    compress = commands.add_parser(
+        "compress",
+        help="write a model and a policy as one faster model",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Write a folder that tokenenv.load_compressed reads, and on demand an ONNX "
+        "file:\nfor one image at a time, whose tokens really leave.",
+        epilog="examples:\n  tokenenv compress norm:keep=0.7 --out fast\n"
+        "  tokenenv compress rl4evit-deit_tiny --weights deit.safetensors --out fast "
+        "--export fast.onnx",
     )
+    compress.add_argument("what", metavar="WHAT", help=_WHAT)
+    _add_model_options(compress, images=False)
+    compress.add_argument("--out", metavar="DIR", required=True, help="a new folder")
+    compress.add_argument(
+        "--export", metavar="FILE", help="write ONNX there (pip install tokenenv[export])"
+    )
+
+
+def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="how much faster policies make a model, and how much faster they could",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Time the dense model and policies in turns, in one process. 'sliced' is the "
+        "same model\nmerely cut to the policy's token counts: the limit. 'share' is the part of "
+        "that speed-up\nthat is real. Images are those of --data, else random.",
+        epilog="examples:\n  tokenenv bench tome:r=3 random:keep=0.5..0.9\n"
+        "  tokenenv bench tome:r=13 random:keep=0.5..0.9,blocks=3/6/9 --model "
+        "deit_small_patch16_224 --weights random --batch 1,64 --json speed.json --out speed.png",
+    )
+    bench.add_argument("what", metavar="WHAT", nargs="+", help=_WHAT)
+    _add_model_options(bench, weights="; random: untrained ones, no download")
+    bench.add_argument(
+        "--batch", type=_batches, default="1,8,64", metavar="N,N", help="default: 1,8,64"
+    )
+    bench.add_argument("--threads", type=_positive, metavar="N", help="default: torch's choice")
+    bench.add_argument("--rounds", type=_positive, default=7, metavar="N", help="default: 7")
+    bench.add_argument("--json", metavar="FILE", help="write the numbers there")
+    bench.add_argument("--out", metavar="FILE", help="draw them into this PNG")
+
+
+def _add_model_options(
+    parser: argparse.ArgumentParser, *, weights: str = "", images: bool = True
+) -> None:
+    parser.add_argument("--model", metavar="NAME", help="any timm ViT (default: embedded digits)")
+    parser.add_argument(
+        "--weights", metavar="FILE", help=f".safetensors or .pth state dict{weights}"
+    )
+    if images:
+        parser.add_argument(
+            "--data",
+            metavar="DIR",
+            help="folder of class/image, or a torchvision data set such as CIFAR10:ROOT",
+        )
     parser.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda ...; default: cpu")
 
 
 def _positive(text: str) -> int:
     return _whole(text, 1, 2**31 - 1)
+
+
+def _batches(text: str) -> list[int]:
+    return [_positive(part) for part in text.split(",")]
 
 
 def _seed(text: str) -> int:
@@ -161,6 +219,14 @@ def _run(args: argparse.Namespace) -> int:
         from tokenenv.commands.evaluate import evaluate
 
         return evaluate(args)
+    if args.command == "bench":
+        from tokenenv.commands import bench
+
+        return bench.run(args)
+    if args.command == "compress":
+        from tokenenv.commands import compress
+
+        return compress.run(args)
     if args.list_settings:
         from agents.settings import settings_help
         from agents.systems import SYSTEMS

@@ -49,7 +49,7 @@ class Game:
         repeats: how many times in a row each image is in the batch; several tries at one image
             tell a learner what the tries, and not the image, made of the reward.
         seed: of the order of the images.
-        execution: ``masked`` or ``padded``; None takes what suits the device.
+        execution: ``masked``, ``padded`` or ``packed``; None takes what suits the device.
         privileged: whether observations also hold what a critic of DORA reads in training: all
             tokens, and in the state the dense model's logits and the course of the episode.
 
@@ -226,7 +226,7 @@ class Game:
             return (torch.zeros_like(self._compressed),)
         last = self._damage[-1] if self._damage else torch.zeros_like(self._compressed)
         rows = torch.arange(len(last), device=last.device)
-        if self.execution == "padded":
+        if self.execution != "masked":
             # Elsewhere the device would be waited for. What is known is of the decision before, or,
             # where only the end is paid for, of the untouched image.
             known = self.counts[0] if reward.terminal else self.counts[-2]

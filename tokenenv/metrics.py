@@ -33,14 +33,46 @@ class Decider(Protocol):
         """Multiply-adds of one decision of ``agents`` agents that removed so many tokens."""
 
 
+def check_fit(policy: Decider, backbone: Backbone, name: str) -> None:
+    """Refuse a policy that does not belong to a model.
+
+    A policy that has ``trained_on``, the name of its model, or ``check``, which compares the widths
+    it reads, is asked.
+
+    Args:
+        policy: who decides.
+        backbone: the model.
+        name: the model's timm name; empty where it has none.
+
+    Raises:
+        UserError: it was trained for another one, or its rules don't fit.
+    """
+    trained_on = getattr(policy, "trained_on", "")
+    # Some policies could read another model's tokens; numbers of one would mislead here.
+    if trained_on and name and trained_on.split(".")[0] != name.split(".")[0]:
+        raise UserError(
+            f"the policy was trained on model '{trained_on}', not on '{name}': take that model, "
+            "or train one for this model"
+        )
+    policy.rules.check(backbone)
+    if hasattr(policy, "check"):
+        rules = policy.rules
+        policy.check(rules.agent_dim(backbone), rules.shared_dim(backbone), name)
+
+
 def play(
     backbone: Backbone, policy: Decider, images: Tensor, execution: Execution | None = None
 ) -> Episode:
-    """Run ``images (B, C, H, W)`` to their logits with ``policy`` deciding."""
+    """Run ``images (B, C, H, W)`` to their logits with ``policy`` deciding.
+
+    Decisions are taken in float32, also under autocast, and have no gradient.
+    """
     execution = execution or default_execution(backbone.device)
     episode = Episode(backbone, policy.rules, images, execution=execution)
     while not episode.done:
-        episode.act(policy.act(episode.observe()))
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            action = policy.act(episode.observe())
+        episode.act(action)
     return episode
 
 
@@ -126,7 +158,7 @@ def evaluate(
             protocol).
         dense: ``(len(source),)`` the dense model's predictions where they are known already; it
             is then not run again.
-        execution: ``masked`` or ``padded``; None takes what suits the device.
+        execution: ``masked``, ``padded`` or ``packed``; None takes what suits the device.
         progress: called with the number of images done after each batch.
 
     Raises:

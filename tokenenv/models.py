@@ -7,6 +7,7 @@ import difflib
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +38,13 @@ def load_backbone(
     return Backbone(load_model(name, weights)).to(place)
 
 
-def load_model(name: str, weights: str | None = None) -> nn.Module:
-    """The timm model of :func:`load_backbone`, in eval mode."""
+def load_model(
+    name: str, weights: str | None = None, options: dict[str, Any] | None = None
+) -> nn.Module:
+    """The timm model of :func:`load_backbone`, in eval mode.
+
+    ``options``: what timm shall make differently than the name says; taken with ``weights``.
+    """
     check_name(name)
     timm = import_timm()
     if weights is None:
@@ -46,7 +52,7 @@ def load_model(name: str, weights: str | None = None) -> nn.Module:
     state = read_weights(Path(weights))
     head = state.get("head.weight")
     classes = {"num_classes": len(head)} if head is not None else {}
-    model = timm.create_model(name, pretrained=False, **classes)
+    model = timm.create_model(name, pretrained=False, **classes, **(options or {}))
     missing, unexpected = [], []
     try:
         result = model.load_state_dict(state, strict=False)
@@ -61,6 +67,14 @@ def load_model(name: str, weights: str | None = None) -> nn.Module:
             f"({len(missing)} missing, {len(unexpected)} unexpected): give the matching --model"
         )
     return model.eval()
+
+
+def untrained_model(name: str) -> nn.Module:
+    """A timm model with random weights, always the same ones, in eval mode."""
+    timm = import_timm()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return timm.create_model(name).eval()
 
 
 def check_name(name: str) -> None:

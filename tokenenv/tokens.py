@@ -3,9 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the living tokens of ``B`` images lie end to end, image after image, without a gap.
+
+    Attributes:
+        lengths: ``B`` numbers of living tokens, on the host; ``T`` is their sum.
+        place: ``(T,)`` where each packed token lies in the padded layout, an index into ``B N``.
+    """
+
+    lengths: tuple[int, ...]
+    place: Tensor
+
+    @property
+    def ends(self) -> Tensor:
+        """``(B + 1,)`` 0, then the packed index behind each image's last token."""
+        ends = list(accumulate(self.lengths, initial=0))
+        return torch.tensor(ends, device=self.place.device)
+
+    def unpack(self, values: Tensor) -> Tensor:
+        """``(T, ...)`` -> ``(B, N, ...)``, N the longest image's length; zeros for the dead."""
+        batch, longest = len(self.lengths), max(self.lengths)
+        padded = values.new_zeros(batch * longest, *values.shape[1:])
+        return padded.index_copy(0, self.place, values).unflatten(0, (batch, longest))
 
 
 @dataclass(frozen=True)
@@ -16,7 +42,7 @@ class Tokens:
     others, the visual tokens, started as one token per image patch.
 
     Attributes:
-        x: ``(B, N, D)`` token embeddings.
+        x: ``(B, N, D)`` token embeddings; ``(T, D)`` while they are packed.
         size: ``(B, N)`` how many patches a token stands for; 1 for a prefix token, 0 for a dead
             one.
         alive: ``(B, N)`` whether the token is still in the game. Dead tokens may lie anywhere;
@@ -29,6 +55,8 @@ class Tokens:
             the tensors would make an accelerator wait.
         moved: False while visual token ``prefix + p`` is patch ``p`` for every image.
         merged: False while no token can stand for several patches.
+        packing: how ``x`` is packed on its way from decision to decision; None while it is not.
+            All else keeps the padded layout.
     """
 
     x: Tensor
@@ -40,6 +68,7 @@ class Tokens:
     ragged: bool = False
     moved: bool = False
     merged: bool = False
+    packing: Packing | None = None
 
     @staticmethod
     def start(x: Tensor, prefix: int, *, keep_one: bool = False) -> Tokens:
@@ -72,13 +101,11 @@ class Tokens:
 
     @property
     def size_bias(self) -> Tensor | None:
-        """``(B, 1, 1, N)`` log of the sizes, -inf for the dead: a key counts as its patches do.
+        """``(B, 1, 1, N)`` float32 log of the sizes, -inf for the dead.
 
-        None where every living token is one patch and all are alive.
+        With it a key counts as its patches do. None while no token stands for several.
         """
-        if not self.merged:
-            return None
-        return self.size.log().to(self.x.dtype)[:, None, None, :]
+        return self.size.log()[:, None, None, :] if self.merged else None
 
     def select(self, rows: Tensor) -> Tokens:
         """The tokens of some of the images. ``rows``: ``(b,)`` indices."""

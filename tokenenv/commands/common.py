@@ -1,4 +1,4 @@
-"""What training and evaluating have in common: models, places to write to, results in words."""
+"""What the commands have in common: models, places to write to, results in words."""
 
 from __future__ import annotations
 
@@ -15,21 +15,28 @@ from tokenenv import metrics
 from tokenenv.backbone import Backbone
 from tokenenv.data import ImageSource
 from tokenenv.errors import UserError
-from tokenenv.models import EMBEDDED, check_name, load_backbone
+from tokenenv.models import EMBEDDED, check_device, check_name, load_backbone, untrained_model
+
+RANDOM = "random"
+"""The word for ``--weights`` that asks for an untrained model."""
 
 MAC_NOTE = "1 MAC = 1 FLOP, policy included, frozen backbone"
 
 
-def open_backbone(args: argparse.Namespace) -> tuple[Backbone, str]:
+def open_backbone(args: argparse.Namespace, *, images: bool = True) -> tuple[Backbone, str]:
     """The model that ``--model``, ``--weights`` and ``--device`` ask for, and its name.
+
+    ``images``: whether the command needs images, which only the embedded model brings along.
 
     Raises:
         UserError: unknown, unsupported or unreadable, or a model without images of its own.
     """
     name = args.model or EMBEDDED
     check_name(name)
-    if args.data is None and name != EMBEDDED:
+    if images and args.data is None and name != EMBEDDED:
         raise UserError(f"model '{name}' needs --data: a folder of class/image")
+    if args.weights == RANDOM:
+        return Backbone(untrained_model(name)).to(check_device(args.device)), name
     if name != EMBEDDED and args.weights is None:
         print(f"loading '{name}' with timm's weights for it; --weights FILE takes others")
     return load_backbone(name, args.weights, args.device), name

@@ -8,7 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from agents.policy import SHIPPED, Policy, Trained, shipped
+from torch import nn
+
+from agents.policy import SHIPPED, Policy, shipped
 from agents.spec import parse_policy
 from agents.storage import read_tensors, write_json
 from tokenenv import metrics
@@ -29,7 +31,7 @@ def evaluate(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     with writable_file(args.json):  # before minutes of work
         if args.model is None:
-            trained = _trained_on(args.what)
+            trained = trained_on(args.what)
             args.model = trained.get("model")
             args.weights = args.weights or trained.get("weights")
         backbone, name = open_backbone(args)
@@ -50,8 +52,8 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def writable_file(path: str | None) -> Any:
-    """See that ``--json`` can be written.
+def writable_file(path: str | None, option: str = "--json") -> Any:
+    """See that the file which ``option`` names can be written.
 
     Raises:
         UserError: it cannot.
@@ -60,12 +62,12 @@ def writable_file(path: str | None) -> Any:
         yield
         return
     if Path(path).is_dir():
-        raise UserError(f"--json '{path}' is a folder: give the name of a file")
+        raise UserError(f"{option} '{path}' is a folder: give the name of a file")
     with writable_folder(Path(path).parent):
         yield
 
 
-def _trained_on(what: str) -> dict[str, Any]:
+def trained_on(what: str) -> dict[str, Any]:
     """Model and weights of a run folder or a shipped policy; empty for a heuristic."""
     folder = SHIPPED / what if what in shipped() else Path(what)
     config, policy = folder / "config.json", folder / "policy.safetensors"
@@ -89,18 +91,9 @@ def fit(policy: Policy, backbone: Backbone, name: str) -> None:
     Raises:
         UserError: it was trained for another one, or its rules don't fit.
     """
-    rules = policy.rules
-    if isinstance(policy, Trained):
-        # Some policies could read another model's tokens; numbers of one would mislead here.
-        if policy.trained_on.split(".")[0] != name.split(".")[0]:
-            raise UserError(
-                f"the policy was trained on model '{policy.trained_on}', not on '{name}': leave "
-                "--model out, or train one for this model"
-            )
-        rules.check(backbone)
-        policy.check(rules.agent_dim(backbone), rules.shared_dim(backbone), name)
+    metrics.check_fit(policy, backbone, name)
+    if isinstance(policy, nn.Module):
         policy.to(backbone.device)
-    rules.check(backbone)
 
 
 def _predictions(source: ImageSource, result: metrics.Evaluation) -> list[dict[str, Any]]:

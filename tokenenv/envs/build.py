@@ -77,7 +77,7 @@ def build_game(
             the equilibrium share of tokens of RL4EViT's code), and keep-target's ``targets``,
             ``0.7 ** (i + 1)`` after decision ``i``.
         device: where to put a model given by name; a ready backbone stays where it is.
-        execution: ``masked`` or ``padded``; None takes what suits the device.
+        execution: ``masked``, ``padded`` or ``packed``; None takes what suits the device.
         batch_size: images per episode, repeats counted.
         repeats: how many times in a row each image is in the batch.
         privileged: whether observations hold what DORA's critic reads, see

@@ -142,7 +142,7 @@ class LayerPruneEnv(GameEnv):
     | `reward` | **str** or Reward | `"dora"` | see Rewards, or any function of a turn |
     | `reward_kwargs` | **dict** | `None` | parameters of a reward given by name |
     | `device` | **str** | `"cpu"` | where to put a model given by name |
-    | `execution` | **str** | `None` | `"masked"` or `"padded"`; None: what suits the device |
+    | `execution` | **str** | `None` | `"masked"`, `"padded"`, `"packed"`; None: by device |
     | `render_mode` | **str** | `None` | `"human"` (printed), `"rgb_array"`, `"ansi"` |
 
     ## Vectorized environment

@@ -127,7 +127,7 @@ class TokenPruneEnv(GameEnv):
     | `reward` | **str** or Reward | `"alpha_beta"` | see Rewards, or any function of a turn |
     | `reward_kwargs` | **dict** | `None` | parameters of a reward given by name |
     | `device` | **str** | `"cpu"` | where to put a model given by name |
-    | `execution` | **str** | `None` | `"masked"` or `"padded"`; None: what suits the device |
+    | `execution` | **str** | `None` | `"masked"`, `"padded"`, `"packed"`; None: by device |
     | `render_mode` | **str** | `None` | `"human"` (printed), `"rgb_array"`, `"ansi"` |
 
     ## Vectorized environment

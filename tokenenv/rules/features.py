@@ -31,10 +31,10 @@ def redundancy(tokens: Tokens, context: Context) -> Tensor:
     assert context.keys is not None and context.cls_attention is not None
     key = F.normalize(context.keys.mean(1)[:, tokens.prefix :].float(), dim=-1)
     rank = context.cls_attention[:, tokens.prefix :] * tokens.visual_alive
-    if rank.shape[1] == 0:  # every visual token of the batch is gone
-        return rank[..., None]
     better = rank[:, None, :] > rank[:, :, None]
-    return (key @ key.transpose(1, 2)).masked_fill(~better, -1.0).amax(2)[..., None]
+    cosine = (key @ key.transpose(1, 2)).masked_fill(~better, -1.0)
+    # One column more, so that there is a highest where every visual token is gone.
+    return F.pad(cosine, (0, 1), value=-1.0).amax(2)[..., None]
 
 
 def position_code(grid: tuple[int, int], device: torch.device) -> Tensor:

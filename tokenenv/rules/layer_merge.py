@@ -212,8 +212,7 @@ class LayerMerge:
             else:
                 assert context.keys is not None
                 key = context.keys.mean(1).float()
-                wide = pair.flatten(1)[..., None].expand(-1, -1, key.shape[2])
-                own.append(key.gather(1, wide).reshape(*pair.shape[:2], -1))
+                own.append(reduction.take(key, pair.flatten(1)).reshape(*pair.shape[:2], -1))
         return torch.cat(own, 2)
 
     def apply(self, moment: Moment, action: Tensor) -> Tokens:
@@ -248,9 +247,8 @@ def _curve(score: Tensor, grid: tuple[int, ...]) -> Tensor:
 
 def _likeness(tokens: Tokens, match: Match) -> Tensor:
     """``(B, A, 2)`` cosine of the embeddings of a pair, log ratio of their lengths."""
-    wide = match.token[..., None].expand(-1, -1, tokens.x.shape[2])
-    one = tokens.x.gather(1, wide).float()
-    other = tokens.x.gather(1, match.partner[..., None].expand_as(wide)).float()
+    one = reduction.take(tokens.x, match.token).float()
+    other = reduction.take(tokens.x, match.partner).float()
     lengths = torch.stack([one.norm(dim=2), other.norm(dim=2)]).clamp(min=1e-6).log()
     cosine = scaled(F.cosine_similarity(one, other, dim=2))
     return torch.stack([cosine, lengths[0] - lengths[1]], 2)

@@ -158,7 +158,7 @@ class TokenPrune:
     def observe(self, backbone: Backbone, moment: Moment, *, state: bool = False) -> Observation:
         """What the agents see, over the ``N - prefix`` visual tokens as they lie."""
         tokens, step, context = moment.tokens, moment.step, moment.context
-        batch, active = len(tokens.x), tokens.visual_alive
+        batch, active = tokens.x.shape[0], tokens.visual_alive
         normalised = backbone.normalised(self.blocks[step], tokens.x).float()
         visual = normalised[:, tokens.prefix :]
         mean = mean_over(visual, active)

@@ -1,0 +1,177 @@
+"""Speed against the dense and the sliced model: what is measured, reported and drawn."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import backbone
+from PIL import Image
+from test_backbone import family_model, image_for
+from test_cli import mistake, tree
+from torch.testing import assert_close
+
+from agents.policy import Policy
+from agents.spec import parse_policy
+from tokenenv import bench
+from tokenenv.cli import main
+from tokenenv.cost import Cost, measured_macs
+from tokenenv.metrics import play
+
+KEYS = {
+    "what", "batch", "images_per_s", "speedup", "speedup_q25", "speedup_q75", "gmacs",
+    "gmacs_dense", "peak_mib", "slice_speedup", "realised_share",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def policies(*names: str) -> dict[str, Policy]:
+    return {name: parse_policy(name, backbone().depth) for name in names}
+
+
+def test_ratios_are_taken_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense, the policy and its slice take 6, 3 and 2 s in the first round, then all slow down."""
+    slow = {"dense": 6.0, "norm:keep=0.5": 3.0, "norm:keep=0.5, sliced": 2.0}
+    calls = itertools.count()
+
+    def seconds(run: Any, device: torch.device) -> float:
+        turn, place = divmod(next(calls), 3)
+        name = list(slow)[(turn + place) % 3]  # who goes first changes
+        return slow[name] * 2**turn
+
+    monkeypatch.setattr(bench, "_seconds", seconds)
+    images = torch.randn(4, 1, 8, 8)
+    done: list[int] = []
+    dense, half = bench.bench(
+        backbone(), policies("norm:keep=0.5"), images, rounds=3, progress=done.append
+    )
+    assert sum(done) == bench.passes(1, 3)
+    assert (dense.what, dense.speedup, dense.realised_share) == ("dense", 1.0, 1.0)
+    assert (half.speedup, half.speedup_q25, half.speedup_q75) == (2.0, 2.0, 2.0)
+    assert (half.slice_speedup, half.realised_share) == (3.0, 2.0 / 3)
+    assert (dense.images_per_s, half.images_per_s) == (4 / 12, 4 / 6)
+
+
+def test_multiply_adds_and_memory() -> None:
+    found = bench.bench(
+        backbone(), policies("norm:keep=0.3", "tome:r=6"), torch.randn(8, 1, 8, 8), rounds=1
+    )
+    dense, half, tome = found
+    assert dense.gmacs == dense.gmacs_dense == Cost(backbone()).dense() / 1e9
+    assert half.gmacs < tome.gmacs < dense.gmacs
+    # What one block's MLP holds at the least: its input, and the hidden layer before and after.
+    assert dense.peak_mib > 8 * 65 * 48 * 9 * 4 / 2**20
+    early = bench.bench(
+        backbone(), policies("norm:keep=0.3,blocks=0"), torch.randn(8, 1, 8, 8), rounds=1
+    )
+    assert early[1].peak_mib < 0.6 * dense.peak_mib
+
+
+@pytest.mark.parametrize("kind", ["deit", "average pooling, no class token"])
+def test_the_slice_costs_what_its_token_counts_say(kind: str) -> None:
+    model = family_model(kind)
+    images = image_for(model, 1)
+    with torch.inference_mode():
+        whole = [model.prefix + model.patches] * model.depth
+        assert_close(bench.sliced(model, images, whole, whole), model(images), atol=1e-5, rtol=0)
+        policy = parse_policy("tome:r=9", model.depth)
+        episode = play(model, policy, images)
+    attended = [int(n) for n in episode.attended]
+    fed = [int(n) for n in episode.fed]
+    assert fed == [n - 9 for n in attended]
+    found = measured_macs(lambda: bench.sliced(model, images, attended, fed))
+    expected = Cost(model).backbone_macs(episode.attended, episode.fed).item()
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_policy_draws_the_same_in_every_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = []
+
+    def noted(*args: Any) -> Any:
+        episode = play(*args)
+        lengths.append(episode.counts[-1].tolist())
+        return episode
+
+    monkeypatch.setattr(bench, "play", noted)
+    bench.bench(
+        backbone(), policies("random:keep=0.3..0.9,seed=2"), torch.randn(9, 1, 8, 8), rounds=2
+    )
+    assert len(lengths) == 5 and len(set(lengths[0])) > 3
+    assert all(again == lengths[0] for again in lengths)
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    command = "bench tome:r=3 random:keep=0.5..0.9 --batch 1,5 --rounds 1 --threads 1"
+    threads = torch.get_num_threads()
+    try:
+        assert main([*command.split(), "--json", "b.json", "--out", "b.png"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    rows = json.loads(Path("b.json").read_text())
+    assert [(row["what"], row["batch"]) for row in rows] == [
+        (what, batch) for batch in (1, 5) for what in ("dense", "tome:r=3", "random:keep=0.5..0.9")
+    ]
+    for row in rows:
+        assert row.keys() == KEYS
+        assert row["speedup_q25"] <= row["speedup"] <= row["speedup_q75"]
+        assert row["realised_share"] == pytest.approx(row["speedup"] / row["slice_speedup"])
+    with Image.open("b.png") as image:
+        assert min(image.size) > 300
+        assert len(image.getcolors(2**20) or range(99)) > 20
+    out = capsys.readouterr().out
+    assert "5 images of digits:test, cpu, 1 threads" in out
+    assert f"{rows[1]['gmacs']:.4f}" in out and "b.png" in out
+
+
+def test_other_models_take_random_images_and_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    command = "bench norm:keep=0.5,blocks=1 --model test_vit --weights random --batch 2 --rounds 1"
+    assert main(command.split()) == 0
+    assert "test_vit, random images" in capsys.readouterr().out
+
+
+def test_a_run_brings_its_model(capfd: pytest.CaptureFixture[str]) -> None:
+    error = mistake("bench rl4evit-deit_tiny --model test_vit --weights random", capfd)
+    assert "'deit_tiny_patch16_224', not on 'test_vit'" in error
+
+
+def test_ctrl_c_leaves_no_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def press(*args: Any) -> float:
+        signal.raise_signal(signal.SIGINT)
+        return 1.0
+
+    monkeypatch.setattr(bench, "_seconds", press)
+    command = "bench keep-all --batch 1 --json new/b.json --out b.png"
+    assert main(command.split()) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "tokenenv: interrupted"
+    assert not tree(Path.cwd())
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("bench", "WHAT"),
+        ("bench keep-all --batch 0", "'0' is no whole number"),
+        ("bench keep-all --batch 1,x", "'x' is no whole number"),
+        ("bench keep-all --rounds 0", "'0' is no whole number"),
+        ("bench keep-all --threads -1", "'-1' is no whole number"),
+        ("bench nonsense", "'nonsense' is neither a run folder nor a policy"),
+        ("bench keep-all --json .", "--json '.' is a folder"),
+        ("bench keep-all --out .", "--out '.' is a folder"),
+        ("bench keep-all --model nonsense", "unknown model 'nonsense'"),
+        ("bench keep-all --weights gone.safetensors", "'gone.safetensors' does not exist"),
+        ("bench random:keep=0.9..0.5", "keep=0.9..0.5 must not fall"),
+    ],
+)
+def test_mistakes(command: str, words: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert words in mistake(command, capfd)

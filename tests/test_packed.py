@@ -1,0 +1,178 @@
+"""Every image at its own length: the same decisions and logits as nothing moved, for all rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from test_backbone import family_model, image_for
+from torch import Tensor
+from torch.testing import assert_close
+
+from agents.heuristics import RandomPrune
+from agents.spec import parse_policy
+from tokenenv import UserError, reduction
+from tokenenv.backbone import Backbone
+from tokenenv.episode import EXECUTIONS, Episode
+from tokenenv.metrics import play
+from tokenenv.rules import LayerMerge, LayerPrune, Observation, Rules, TokenPrune
+from tokenenv.tokens import Tokens
+
+KINDS = (
+    "deit", "layer scale, class token without position", "registers (DINOv2)", "qk-norm",
+    "average pooling, no class token", "attention pooling (SigLIP)", "register, average pooling",
+)  # fmt: skip
+
+
+@pytest.fixture(params=KINDS, scope="module")
+def backbone(request: pytest.FixtureRequest) -> Backbone:
+    return family_model(request.param)
+
+
+def rules_for(backbone: Backbone) -> list[Rules]:
+    row = ("cls_attention",) if backbone.has_class_token else ()
+    more = ("redundancy",) if backbone.has_class_token else ()
+    rules: list[Rules] = [
+        TokenPrune(blocks=(1, 2, 3), features=("token", "similarity", *row, *more)),
+        LayerMerge(blocks=(0, 1, 2, 3), features=("similarity", *row, "size", "token", "keys")),
+        LayerMerge(blocks=(0, 2), action="count", grid=(0, 2, 5, 9)),
+        LayerPrune(blocks=(0, 1, 3), features=("keys", *row, *more)),
+    ]
+    if backbone.has_class_token:
+        rules.append(LayerPrune(blocks=(1, 2), action="count", selector="redundancy"))
+    return rules
+
+
+def drawn(seed: int) -> Callable[[Observation], Tensor]:
+    """Actions of an agent that depend on its image and itself alone, of every keep ratio."""
+
+    def act(seen: Observation) -> Tensor:
+        generator = torch.Generator().manual_seed(seed + seen.step)
+        batch = len(seen.active)
+        keep = torch.rand(batch, 1, generator=generator)
+        keep[0], keep[1] = 0.0, 1.0  # the first image loses all it can, the second nothing
+        score = torch.rand(batch, 4096, generator=generator)
+        # Agents act by their rank among the active, wherever they lie.
+        rank = (seen.active.cumsum(1) - 1).clamp(min=0)
+        choice = score.gather(1, rank)
+        if seen.legal is None:
+            return (choice < keep).long()
+        return (choice * seen.legal.sum(-1)).long()
+
+    return act
+
+
+@torch.inference_mode()
+def run(
+    backbone: Backbone,
+    rules: Rules,
+    images: Tensor,
+    act: Callable[[Observation], Tensor],
+    execution: str,
+) -> Episode:
+    episode = Episode(backbone, rules, images, execution=execution)  # type: ignore[arg-type]
+    while not episode.done:
+        episode.act(act(episode.observe(state=True)))
+    return episode
+
+
+def partition(tokens: Tokens) -> Tensor:
+    """``(B, P, P)`` which patches share a token; a pruned one shares none."""
+    same = tokens.source[:, :, None] == tokens.source[:, None]
+    return same & (tokens.source >= 0)[:, :, None]
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_all_executions_agree(backbone: Backbone, index: int) -> None:
+    if index >= len(rules_for(backbone)):
+        pytest.skip("needs a class token")
+    rules = rules_for(backbone)[index]
+    images = image_for(backbone, 6)
+    masked, *others = (run(backbone, rules, images, drawn(3), e) for e in EXECUTIONS)
+    lengths = masked.counts[-1]
+    assert len(lengths.unique()) > 2 and lengths.min() < lengths.max()
+    for other in others:
+        assert_close(other.logits, masked.logits, atol=1e-4, rtol=0)
+        assert torch.equal(torch.stack(other.counts), torch.stack(masked.counts))
+        assert torch.equal(partition(other.tokens), partition(masked.tokens))
+        assert other.tokens.packing is None
+
+
+def test_a_batch_of_one_is_the_batch_of_64() -> None:
+    backbone = family_model("deit")
+    rules = TokenPrune(blocks=(1, 3), features=("norm",), share=False)
+    images = image_for(backbone, 64)
+
+    def by_content(seen: Observation) -> Tensor:
+        score = seen.feature("norm")[..., 0]
+        return (score > 3 * score.sum(1, keepdim=True).sin() * 0.1).long()
+
+    together = run(backbone, rules, images, by_content, "packed")
+    assert len(together.counts[-1].unique()) > 5
+    for i in (0, 17, 63):
+        alone = run(backbone, rules, images[i : i + 1], by_content, "packed")
+        assert_close(alone.logits, together.logits[i : i + 1], atol=1e-4, rtol=0)
+        assert torch.equal(alone.tokens.patch_alive()[0], together.tokens.patch_alive()[i])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_half_precision_stays_finite(dtype: torch.dtype, execution: str) -> None:
+    backbone = family_model("deit").to(dtype)
+    images = image_for(backbone, 4).to(dtype)
+    for rules in rules_for(backbone):
+        episode = run(backbone, rules, images, drawn(0), execution)
+        assert episode.logits.dtype == dtype
+        assert episode.logits.isfinite().all()
+
+
+def test_finishing_early_is_the_same_in_every_execution() -> None:
+    backbone = family_model("deit")
+    rules = LayerMerge(blocks=(0, 1, 2))
+    found = []
+    for execution in EXECUTIONS:
+        with torch.inference_mode():
+            episode = Episode(backbone, rules, image_for(backbone, 5), execution=execution)
+            episode.act(drawn(0)(episode.observe()))
+            found.append(episode.finish(torch.tensor([0, 2, 4])))
+    for logits in found[1:]:
+        assert_close(logits, found[0], atol=1e-4, rtol=0)
+
+
+def test_packing_and_unpacking_is_compacting() -> None:
+    x = torch.randn(3, 9, 4, generator=torch.Generator().manual_seed(0))
+    keep = torch.tensor([[0, 0, 0, 0, 0, 0, 0, 0], [1] * 8, [0, 1, 1, 0, 0, 0, 1, 0]]) == 1
+    tokens = reduction.prune(Tokens.start(x, prefix=1), keep)
+    packed, compact = reduction.pack(tokens), reduction.compact(tokens)
+    assert packed.packing is not None
+    assert packed.packing.lengths == (1, 9, 4)
+    assert torch.equal(packed.x, torch.cat([x[0, :1], x[1], x[2, [0, 2, 3, 7]]]))
+    unpacked = reduction.unpack(packed)
+    for name in ("size", "alive", "source"):
+        assert torch.equal(getattr(unpacked, name), getattr(compact, name)), name
+    assert torch.equal(unpacked.x, compact.x * compact.alive[..., None])
+    # Equally long images need no packing.
+    even = reduction.prune(Tokens.start(x, prefix=1), torch.arange(8).expand(3, 8) < 5)
+    assert reduction.pack(even).packing is None
+    assert reduction.pack(even).x.shape == (3, 6, 4)
+
+
+def test_a_ratio_per_image() -> None:
+    backbone = family_model("deit")
+    policy = parse_policy("random:keep=0.5..0.9,blocks=1/2,seed=4", backbone.depth)
+    assert isinstance(policy, RandomPrune) and policy.keep == (0.5, 0.9)
+    with torch.inference_mode():
+        episode = play(backbone, policy, image_for(backbone, 32))
+    first, second, third = (count.double() for count in episode.counts)
+    ratio = second / first
+    assert ratio.min() >= 0.5 and ratio.max() <= 0.92 and ratio.max() - ratio.min() > 0.3
+    assert ((third / second - ratio).abs() < 0.06).all()  # the same again, rounded up
+    for bad, words in {
+        "0.9..0.5": "keep=0.9..0.5 must not fall",
+        "0..0.5": "keep ratio 0 is outside",
+        "0.5..": "keep= is not a number",
+        "a..b": "keep=a is not a number",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            parse_policy(f"random:keep={bad}", 4)

@@ -1,0 +1,89 @@
+"""Attention of a batch of images, padded or packed, and the one row of it that decisions read."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenenv.tokens import Packing
+
+
+def padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
+    """Attention of equally long or masked images.
+
+    Args:
+        q: ``(B, N, heads, dim)`` queries; ``k``, ``v`` likewise.
+        k: keys.
+        v: values.
+        mask: ``(B, 1, 1, N)`` bool, which keys are read, or float, what is added to their scores.
+        dropout: probability of dropping an attention weight.
+
+    Returns:
+        ``(B, N, heads, dim)``.
+    """
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout).transpose(1, 2)
+
+
+def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, bias: Tensor | None) -> Tensor:
+    """Attention of images that lie end to end, each among its own tokens.
+
+    On a CPU image by image; on a GPU by one kernel of variable length, where the tensors are of
+    half precision, no key has a bias and torch has that kernel (2.10).
+
+    Args:
+        q: ``(T, heads, dim)`` queries; ``k``, ``v`` likewise.
+        k: keys.
+        v: values.
+        packing: where each image begins and ends.
+        bias: ``(B, 1, 1, N)`` what is added to the scores of each image's keys.
+
+    Returns:
+        ``(T, heads, dim)``.
+    """
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and bias is None and _has_varlen():
+        from torch.nn.attention.varlen import varlen_attn
+
+        longest = max(packing.lengths)
+        ends = packing.ends.int()
+        out = varlen_attn(q, k, v, ends, ends, longest, longest)
+        assert isinstance(out, Tensor)
+        return out
+    queries, keys, values = (t[None].split(packing.lengths, 1) for t in (q, k, v))
+    rows = [None] * len(packing.lengths) if bias is None else bias.to(q.dtype).split(1)
+    parts = []
+    for i, length in enumerate(packing.lengths):
+        row = rows[i]
+        row = None if row is None else row[..., :length]
+        parts.append(padded(queries[i], keys[i], values[i], row))
+    return torch.cat(parts, dim=1)[0]
+
+
+def _has_varlen() -> bool:
+    return find_spec("torch.nn.attention.varlen") is not None
+
+
+def class_row(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of the class token, mean over the heads.
+
+    Dead keys leave the softmax of every head; masking after the mean would be another number.
+
+    Args:
+        q: ``(B, heads, dim)`` the class token's queries.
+        k: ``(B, N, heads, dim)`` keys.
+        mask: as for :func:`padded`.
+
+    Returns:
+        ``(B, N)`` float32.
+    """
+    score = torch.einsum("bhd,bnhd->bhn", q, k)[:, :, None].float() * q.shape[-1] ** -0.5
+    if mask is not None and mask.dtype == torch.bool:
+        score = score.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        score = score + mask
+    return score.softmax(-1).mean(1)[:, 0]

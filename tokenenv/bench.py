@@ -1,0 +1,207 @@
+"""How much faster a policy makes a model, and how much faster its token counts could make it."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenenv.backbone import Backbone
+from tokenenv.cost import Cost
+from tokenenv.metrics import Decider, play
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One model at one batch size.
+
+    Attributes:
+        what: the policy, or ``dense``.
+        batch: images per forward pass.
+        images_per_s: median over the rounds.
+        speedup: time of the dense model over this one's in the same round, median;
+            ``speedup_q25``, ``speedup_q75``: the quartiles.
+        speedup_q25: lower quartile.
+        speedup_q75: upper quartile.
+        gmacs: 10^9 multiply-adds per image, policy included (1 MAC = 1 FLOP).
+        gmacs_dense: those of the dense model.
+        peak_mib: the most memory that one forward pass held at a time, weights and images
+            apart, in MiB.
+        slice_speedup: ``speedup`` of :func:`sliced`, the limit of what these token counts give.
+        realised_share: ``speedup / slice_speedup``.
+    """
+
+    what: str
+    batch: int
+    images_per_s: float
+    speedup: float
+    speedup_q25: float
+    speedup_q75: float
+    gmacs: float
+    gmacs_dense: float
+    peak_mib: float
+    slice_speedup: float
+    realised_share: float
+
+    def as_json(self) -> dict[str, Any]:
+        """All attributes."""
+        return asdict(self)
+
+
+@torch.inference_mode()
+def bench(
+    backbone: Backbone,
+    policies: Mapping[str, Decider],
+    images: Tensor,
+    *,
+    rounds: int = 7,
+    progress: Callable[[int], object] = lambda n: None,
+) -> list[Speed]:
+    """Time the dense model, each policy and each sliced model in turns.
+
+    All run once in every round, in an order that changes from round to round, so that ratios
+    within a round stay fair on a machine with other work. A policy draws the same numbers in each.
+    On CUDA the dense and the sliced models are compiled.
+
+    Args:
+        backbone: the model.
+        policies: by name; those that fit the backbone (:func:`tokenenv.metrics.check_fit`).
+        images: ``(B, C, H, W)``, normalised, on the backbone's device.
+        rounds: how often each is timed, after one untimed pass.
+        progress: called with 1 after each forward pass.
+
+    Returns:
+        The dense model, then each policy.
+    """
+    device, cost = backbone.device, Cost(backbone)
+    compiled = torch.compile if device.type == "cuda" else lambda run: run
+    dense = compiled(lambda: backbone(images))
+    runs: dict[str, Callable[[], Any]] = {DENSE: lambda: dense}
+    gmacs = {DENSE: cost.dense() / 1e9}
+    for what, policy in policies.items():
+        episode = play(backbone, copy.deepcopy(policy), images)
+        macs = cost.backbone_macs(episode.attended, episode.fed)
+        macs += cost.decision_macs(policy.rules, policy, episode.attended, episode.fed)
+        gmacs[what] = macs.mean().item() / 1e9
+        runs[what] = _player(backbone, policy, images)
+        runs[_slice_of(what)] = _slicer(compiled, backbone, images, episode.attended, episode.fed)
+    peak = {}
+    for name, ready in runs.items():
+        ready()()
+        peak[name] = _peak_mib(ready(), device)
+        progress(2)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds):
+        names = list(runs)
+        start = turn % len(names)
+        for name in names[start:] + names[:start]:
+            seconds[name].append(_seconds(runs[name](), device))
+            progress(1)
+    took = {name: np.array(values) for name, values in seconds.items()}
+
+    def speed(what: str) -> Speed:
+        low, middle, high = np.quantile(took[DENSE] / took[what], [0.25, 0.5, 0.75]).tolist()
+        limit = np.median(took[DENSE] / took.get(_slice_of(what), took[DENSE])).item()
+        return Speed(
+            what=what,
+            batch=len(images),
+            images_per_s=len(images) / np.median(took[what]).item(),
+            speedup=middle,
+            speedup_q25=low,
+            speedup_q75=high,
+            gmacs=gmacs[what],
+            gmacs_dense=gmacs[DENSE],
+            peak_mib=peak[what],
+            slice_speedup=limit,
+            realised_share=middle / limit,
+        )
+
+    return [speed(what) for what in gmacs]
+
+
+def passes(policies: int, rounds: int) -> int:
+    """How many forward passes :func:`bench` reports to ``progress``."""
+    return (1 + 2 * policies) * (rounds + 2)
+
+
+def sliced(backbone: Backbone, images: Tensor, attended: list[int], fed: list[int]) -> Tensor:
+    """The dense model with its token tensor cut: what given token counts cost at the least.
+
+    Nobody decides, nothing is gathered: the last tokens fall off. The logits mean nothing.
+
+    Args:
+        backbone: the model.
+        images: ``(B, C, H, W)``.
+        attended: for each block how many tokens its attention works on, prefix included.
+        fed: the same for its MLP.
+
+    Returns:
+        ``(B, classes)``.
+    """
+    tokens = backbone.embed(images)
+    for block in range(backbone.depth):
+        tokens, _ = backbone.attend(block, tokens.with_x(tokens.x[:, : attended[block]]))
+        tokens = backbone.feed(block, tokens.with_x(tokens.x[:, : fed[block]]))
+    return backbone.classify(tokens)
+
+
+def _slice_of(what: str) -> str:
+    return f"{what}, sliced"
+
+
+def _player(backbone: Backbone, policy: Decider, images: Tensor) -> Callable[[], Any]:
+    def ready() -> Callable[[], Any]:
+        fresh = copy.deepcopy(policy)  # outside of the time
+        return lambda: play(backbone, fresh, images)
+
+    return ready
+
+
+def _slicer(
+    compiled: Any, backbone: Backbone, images: Tensor, attended: list[Tensor], fed: list[Tensor]
+) -> Callable[[], Any]:
+    counts = [[round(n.double().mean().item()) for n in counts] for counts in (attended, fed)]
+    run = compiled(lambda: sliced(backbone, images, *counts))
+    return lambda: run
+
+
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    run()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peak_mib(run: Callable[[], Any], device: torch.device) -> float:
+    """The most memory that ``run()`` held at a time beside what was there before, in MiB."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    from torch.autograd.profiler import MEMORY_EVENT_NAME
+    from torch.profiler import ProfilerActivity, profile
+
+    # Where there is no GPU the profiler complains about that on every start.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = profiled.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == MEMORY_EVENT_NAME]
+    held = np.cumsum([size for _, size in sorted(changes)])
+    return float(held.max(initial=0)) / 2**20

@@ -1,0 +1,133 @@
+"""``tokenenv bench``: policies against the dense model on the clock."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import itertools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from agents.spec import parse_policy
+from agents.storage import write_bytes, write_json
+from tokenenv.backbone import Backbone
+from tokenenv.bench import DENSE, Speed, bench, passes
+from tokenenv.commands.common import open_backbone
+from tokenenv.commands.evaluate import fit, trained_on, writable_file
+from tokenenv.data import open_source
+from tokenenv.errors import UserError
+from tokenenv.models import EMBEDDED
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
+    with contextlib.ExitStack() as places:  # before minutes of work
+        places.enter_context(writable_file(args.json))
+        places.enter_context(writable_file(args.out, "--out"))
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        if args.model is None:
+            known = next((found for found in map(trained_on, args.what) if found), {})
+            args.model, args.weights = known.get("model"), args.weights or known.get("weights")
+        backbone, name = open_backbone(args, images=False)
+        policies = {what: parse_policy(what, backbone.depth) for what in args.what}
+        for policy in policies.values():
+            fit(policy, backbone, name)
+        images, origin = _images(args, backbone, name)
+        print(
+            f"{name}, {origin}, {args.device}, {torch.get_num_threads()} threads, "
+            f"torch {torch.__version__}, median of {args.rounds} rounds (1 MAC = 1 FLOP)"
+        )
+        print(_HEADER)
+        found: list[Speed] = []
+        for batch in args.batch:
+            some = images[torch.arange(batch, device=images.device) % len(images)]
+            total = passes(len(policies), args.rounds)
+            with tqdm(total=total, desc=f"batch {batch}", leave=False, disable=None) as bar:
+                rows = bench(backbone, policies, some, rounds=args.rounds, progress=bar.update)
+            found += rows
+            for row in rows:
+                print(_line(row))
+        if args.json:
+            write_json(Path(args.json), [row.as_json() for row in found])
+            print(f"the numbers are in {args.json}")
+        if args.out:
+            write_bytes(Path(args.out), picture(found, name))
+            print(f"the picture is in {args.out}")
+    return 0
+
+
+def _images(args: argparse.Namespace, backbone: Backbone, name: str) -> tuple[Tensor, str]:
+    """As many as the largest batch, or as there are, and where they are from."""
+    count = max(args.batch)
+    place = backbone.device
+    if args.data is None and name != EMBEDDED:
+        patches = backbone.model.patch_embed
+        generator = torch.Generator().manual_seed(0)
+        shape = (count, patches.proj.in_channels, *patches.img_size)
+        images = torch.randn(shape, generator=generator)
+        return images.to(place, backbone.dtype), "random images"
+    source = open_source(args.data, backbone.model, split="test", limit=count)
+    images = source.batch(torch.arange(len(source))).images
+    if not len(images):
+        raise UserError(f"no image of '{source.name}' could be read: check the files")
+    return images.to(place, backbone.dtype), f"{len(images)} images of {source.name}"
+
+
+_HEADER = (
+    f"{'batch':>5}  {'what':36}{'images/s':>9}{'speed-up (quartiles)':>24}{'GMACs':>9}"
+    f"{'saved %':>9}{'peak MiB':>10}{'sliced':>8}{'share':>7}"
+)
+
+
+def _line(row: Speed) -> str:
+    quartiles = f"{row.speedup:.3f} ({row.speedup_q25:.3f}-{row.speedup_q75:.3f})"
+    return (
+        f"{row.batch:5}  {row.what:36}{row.images_per_s:9.1f}{quartiles:>24}{row.gmacs:9.4f}"
+        f"{_saved(row):9.1f}{row.peak_mib:10.1f}{row.slice_speedup:8.3f}{row.realised_share:7.3f}"
+    )
+
+
+def _saved(row: Speed) -> float:
+    return 100 * (1 - row.gmacs / row.gmacs_dense)
+
+
+def picture(rows: list[Speed], model: str) -> bytes:
+    """PNG: speed-up against multiply-adds saved, and the limit that the token counts set."""
+    # Not pyplot: it keeps figures, and looks for a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.5, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    names = list(dict.fromkeys(row.what for row in rows if row.what != DENSE))
+    marks = dict(zip(names, itertools.cycle("os^Dv*XP")))
+    for number, batch in enumerate(sorted({row.batch for row in rows})):
+        colour = f"C{number}"
+        here = sorted((row for row in rows if row.batch == batch), key=_saved)
+        limit = [row.slice_speedup for row in here]
+        axis.plot(
+            [_saved(row) for row in here], limit, "--", color=colour, lw=1,
+            label=f"batch {batch}: limit (sliced)",
+        )  # fmt: skip
+        for row in here:
+            if row.what == DENSE:
+                continue
+            spread = [[row.speedup - row.speedup_q25], [row.speedup_q75 - row.speedup]]
+            axis.errorbar(_saved(row), row.speedup, spread, fmt=marks[row.what], color=colour, ms=6)
+    for name in names:
+        axis.plot([], [], marks[name], color="0.3", ms=6, label=name)
+    axis.axhline(1, color="0.4", lw=1)
+    axis.set_xlabel("multiply-adds saved, policy included, %")
+    axis.set_ylabel("speed-up over the dense model")
+    axis.set_title(f"{model}: median and quartiles of ratios within a round", fontsize=10)
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120, format="png")
+    return buffer.getvalue()

@@ -1,0 +1,28 @@
+"""``tokenenv compress``: a model and a policy as one faster model on disk."""
+
+from __future__ import annotations
+
+import argparse
+
+from agents.spec import parse_policy
+from tokenenv.commands.common import open_backbone
+from tokenenv.commands.evaluate import trained_on, writable_file
+from tokenenv.compressed import compress
+from tokenenv.export import export_onnx
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
+    with writable_file(args.export, "--export"):
+        if args.model is None:
+            known = trained_on(args.what)
+            args.model, args.weights = known.get("model"), args.weights or known.get("weights")
+        backbone, name = open_backbone(args, images=False)
+        fast = compress(backbone.model, parse_policy(args.what, backbone.depth))
+        fast.save(args.out)
+        print(f"{name} with {args.what} is in {args.out}: tokenenv.load_compressed('{args.out}')")
+        if args.export:
+            print("exporting, which takes up to some minutes ...")
+            export_onnx(fast, args.export)
+            print(f"{args.export} takes one image at a time, each at its own length")
+    return 0
