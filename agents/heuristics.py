@@ -137,7 +137,7 @@ class MergeStrongest(_Free):
 
     def __post_init__(self) -> None:
         _check_pairs(self.r)
-        self.rules = replace(self.rules, features=("similarity",))
+        self.rules = replace(self.rules, features=("similarity",), share=False)
 
     def act(self, observation: Observation) -> Tensor:
         """``(B, A)`` 1 for the pairs that merge."""
@@ -155,7 +155,7 @@ class MergeAbove(_Free):
     def __post_init__(self) -> None:
         if not -1.0 <= self.similarity <= 1.0:
             raise UserError(f"similarity {self.similarity:g} is no cosine: give -1 to 1")
-        self.rules = replace(self.rules, features=("similarity",))
+        self.rules = replace(self.rules, features=("similarity",), share=False)
 
     def act(self, observation: Observation) -> Tensor:
         """``(B, A)`` 1 for the pairs that merge."""
@@ -174,7 +174,7 @@ class MergeRandom(_Free):
 
     def __post_init__(self) -> None:
         _check_pairs(self.r)
-        self.rules = replace(self.rules, features=("similarity",))
+        self.rules = replace(self.rules, features=("similarity",), share=False)
 
     def act(self, observation: Observation) -> Tensor:
         """``(B, A)`` 1 for the pairs that merge."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
 import numpy as np
+import pytest
 import timm
 import torch
 from gymnasium import spaces
@@ -14,6 +16,10 @@ from gymnasium import spaces
 import tokenenv.embedded  # noqa: F401  (registers digits_vit)
 from tokenenv.backbone import Backbone
 from tokenenv.data import ImageSource, open_source
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"
+)
 
 PATCHES = 64
 DEPTH = 6

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import backbone
+from helpers import backbone, needs_compiler
 from PIL import Image
 from test_backbone import family_model, image_for
 from test_cli import mistake, tree
@@ -41,9 +41,14 @@ def policies(*names: str) -> dict[str, Policy]:
 def test_ratios_are_taken_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dense, the policy and its slice take 6, 3 and 2 s in the first round, then all slow down."""
     slow = {"dense": 6.0, "norm:keep=0.5": 3.0, "norm:keep=0.5, sliced": 2.0}
-    calls = itertools.count()
+    calls = itertools.count(-1)
+    asked = []
 
-    def seconds(run: Any, device: torch.device) -> float:
+    def seconds(ready: Any, device: torch.device, passes: int) -> float:
+        asked.append(passes)
+        if len(asked) == 1:  # how long a pass takes
+            next(calls)
+            return 0.1
         turn, place = divmod(next(calls), 3)
         name = list(slow)[(turn + place) % 3]  # who goes first changes
         return slow[name] * 2**turn
@@ -54,7 +59,8 @@ def test_ratios_are_taken_within_a_round(monkeypatch: pytest.MonkeyPatch) -> Non
     dense, half = bench.bench(
         backbone(), policies("norm:keep=0.5"), images, rounds=3, progress=done.append
     )
-    assert sum(done) == bench.passes(1, 3)
+    assert sum(done) == bench.timings(1, 3)
+    assert asked == [1] + 9 * [3]  # no timing is shorter than a quarter of a second
     assert (dense.what, dense.speedup, dense.realised_share) == ("dense", 1.0, 1.0)
     assert (half.speedup, half.speedup_q25, half.speedup_q75) == (2.0, 2.0, 2.0)
     assert (half.slice_speedup, half.realised_share) == (3.0, 2.0 / 3)
@@ -102,11 +108,21 @@ def test_a_policy_draws_the_same_in_every_round(monkeypatch: pytest.MonkeyPatch)
         return episode
 
     monkeypatch.setattr(bench, "play", noted)
+    monkeypatch.setattr(bench, "_SHORTEST", 0.0)
     bench.bench(
         backbone(), policies("random:keep=0.3..0.9,seed=2"), torch.randn(9, 1, 8, 8), rounds=2
     )
     assert len(lengths) == 5 and len(set(lengths[0])) > 3
     assert all(again == lengths[0] for again in lengths)
+
+
+@needs_compiler
+def test_all_may_be_compiled() -> None:
+    dense, some = bench.bench(
+        backbone(), policies("norm:keep=0.5"), torch.randn(3, 1, 8, 8), rounds=1, compiled=True
+    )
+    assert dense.images_per_s > 0 and some.speedup > 0
+    assert not backbone().compiled
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from helpers import needs_compiler
 from safetensors.torch import load_file
 from test_backbone import family_model, image_for
 from torch import nn
@@ -146,6 +147,28 @@ def test_a_trained_policy_stays_float32() -> None:
 
 
 TINY = "deit_tiny_patch16_224"
+
+
+@needs_compiler
+def test_compiled_once_for_all_blocks_and_lengths() -> None:
+    from torch._dynamo.utils import counters
+
+    model, _ = model_and_images()
+    fast = compressed("merge-above:similarity=0.8", model)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(fast)
+    graphs = []
+    with torch.inference_mode():
+        for batch in (4, 1, 5, 6, 7):
+            torch.manual_seed(batch)
+            images = image_for(fast.backbone, batch)
+            assert_close(compiled(images), fast(images), atol=1e-4, rtol=0)
+            graphs.append(counters["stats"]["unique_graphs"])
+    # Padded, packed and a single image: what enters a block, leaves its attention, passes its MLP.
+    assert 3 <= graphs[0] <= graphs[2] <= 9
+    assert graphs[2:] == [graphs[2]] * 3
+    copy.deepcopy(fast), pickle.dumps(fast)
 
 
 def deit(**options: Any) -> nn.Module:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import cache
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +43,9 @@ class Backbone(nn.Module):
     Raises:
         UserError: for an architecture whose stages are not known; the message names the part.
     """
+
+    compiled = False
+    """Whether the parts of a block run through ``torch.compile``: one graph for every length."""
 
     def __init__(self, model: nn.Module, *, freeze: bool = True) -> None:
         check_supported(model)
@@ -121,19 +126,14 @@ class Backbone(nn.Module):
         attn = b.attn
         bias = tokens.size_bias if proportional else None
         mask = tokens.key_mask if bias is None else bias
-        h = b.norm1(tokens.x)
-        qkv = attn.qkv(h).unflatten(-1, (3, attn.num_heads, attn.head_dim))
-        q, k, v = qkv.unbind(-3)
-        q, k = attn.q_norm(q), attn.k_norm(k)
+        parts = _compiled_parts() if self.compiled else _PARTS
+        h, q, k, v = parts.enter(b, tokens.x)
         if tokens.packing is None:
             drop = attn.attn_drop.p if attn.training else 0.0
             out = attention.padded(q, k, v, mask, drop)
         else:
             out = attention.packed(q, k, v, tokens.packing, bias)
-        out = attn.norm(out.flatten(-2))
-        if getattr(attn, "gate", None) is not None:
-            out = out * attn.gate(h).sigmoid()
-        x = tokens.x + b.drop_path1(b.ls1(attn.proj_drop(attn.proj(out))))
+        x = parts.leave(b, tokens.x, h, out)
         if not (keys or cls_attention):
             return tokens.with_x(x), Context()
         if tokens.packing is not None:
@@ -145,8 +145,8 @@ class Backbone(nn.Module):
 
     def feed(self, block: int, tokens: Tokens) -> Tokens:
         """MLP and its residual of block ``block``."""
-        b = self.blocks[block]
-        return tokens.with_x(tokens.x + b.drop_path2(b.ls2(b.mlp(b.norm2(tokens.x)))))
+        parts = _compiled_parts() if self.compiled else _PARTS
+        return tokens.with_x(parts.feed(self.blocks[block], tokens.x))
 
     def attention_dim(self, block: int) -> int:
         """Width of all heads together in block ``block``."""
@@ -195,6 +195,44 @@ class Backbone(nn.Module):
     def _pools_patches(self) -> bool:
         model = self.model
         return getattr(model, "attn_pool", None) is not None or model.global_pool != "token"
+
+
+class _Parts(NamedTuple):
+    """What a block does to each token on its own: to ``(B, N, D)`` and ``(T, D)`` alike."""
+
+    enter: Callable[[Any, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
+    leave: Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+    feed: Callable[[Any, Tensor], Tensor]
+
+
+def _enter(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(..., D)`` -> normalised ``(..., D)`` and queries, keys, values ``(..., heads, dim)``."""
+    attn, h = block.attn, block.norm1(x)
+    q, k, v = attn.qkv(h).unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(-3)
+    return h, attn.q_norm(q), attn.k_norm(k), v
+
+
+def _leave(block: Any, x: Tensor, h: Tensor, out: Tensor) -> Tensor:
+    """The residual after attention gave ``out (..., heads, dim)``."""
+    attn = block.attn
+    out = attn.norm(out.flatten(-2))
+    if getattr(attn, "gate", None) is not None:
+        out = out * attn.gate(h).sigmoid()
+    return x + block.drop_path1(block.ls1(attn.proj_drop(attn.proj(out))))
+
+
+def _feed(block: Any, x: Tensor) -> Tensor:
+    """MLP and its residual."""
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+_PARTS = _Parts(_enter, _leave, _feed)
+
+
+@cache
+def _compiled_parts() -> _Parts:
+    enter, leave, feed = (cast(Any, torch.compile(part, dynamic=True)) for part in _PARTS)
+    return _Parts(enter, leave, feed)
 
 
 def check_supported(model: nn.Module) -> None:

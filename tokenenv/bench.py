@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from tokenenv.cost import Cost
 from tokenenv.metrics import Decider, play
 
 DENSE = "dense"
+_SHORTEST = 0.25
 
 
 @dataclass(frozen=True)
@@ -64,27 +66,33 @@ def bench(
     images: Tensor,
     *,
     rounds: int = 7,
+    compiled: bool = False,
     progress: Callable[[int], object] = lambda n: None,
 ) -> list[Speed]:
     """Time the dense model, each policy and each sliced model in turns.
 
     All run once in every round, in an order that changes from round to round, so that ratios
-    within a round stay fair on a machine with other work. A policy draws the same numbers in each.
-    On CUDA the dense and the sliced models are compiled.
+    within a round stay fair on a machine with other work; small batches several times in a row, so
+    that no timing is shorter than a quarter of a second. A policy draws the same numbers in each
+    pass.
 
     Args:
         backbone: the model.
         policies: by name; those that fit the backbone (:func:`tokenenv.metrics.check_fit`).
         images: ``(B, C, H, W)``, normalised, on the backbone's device.
-        rounds: how often each is timed, after one untimed pass.
-        progress: called with 1 after each forward pass.
+        rounds: how often each is timed, after two untimed passes.
+        compiled: whether ``torch.compile`` works on all of them: on the dense and the sliced models
+            as a whole, on what a block does to each token where a policy plays.
+        progress: called with the number of timings done since.
 
     Returns:
         The dense model, then each policy.
     """
     device, cost = backbone.device, Cost(backbone)
-    compiled = torch.compile if device.type == "cuda" else lambda run: run
-    dense = compiled(lambda: backbone(images))
+    compile_: Any = torch.compile if compiled else lambda run: run
+    dense = compile_(lambda: backbone(images))
+    player = copy.copy(backbone)
+    player.compiled = compiled
     runs: dict[str, Callable[[], Any]] = {DENSE: lambda: dense}
     gmacs = {DENSE: cost.dense() / 1e9}
     for what, policy in policies.items():
@@ -92,19 +100,21 @@ def bench(
         macs = cost.backbone_macs(episode.attended, episode.fed)
         macs += cost.decision_macs(policy.rules, policy, episode.attended, episode.fed)
         gmacs[what] = macs.mean().item() / 1e9
-        runs[what] = _player(backbone, policy, images)
-        runs[_slice_of(what)] = _slicer(compiled, backbone, images, episode.attended, episode.fed)
+        runs[what] = _player(player, policy, images)
+        counts = [_means(part) for part in (episode.attended, episode.fed)]
+        runs[_slice_of(what)] = _slicer(compile_, backbone, images, counts)
     peak = {}
     for name, ready in runs.items():
         ready()()
         peak[name] = _peak_mib(ready(), device)
-        progress(2)
+        progress(1)
+    passes = max(1, math.ceil(_SHORTEST / _seconds(runs[DENSE], device, 1)))
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds):
         names = list(runs)
         start = turn % len(names)
         for name in names[start:] + names[:start]:
-            seconds[name].append(_seconds(runs[name](), device))
+            seconds[name].append(_seconds(runs[name], device, passes))
             progress(1)
     took = {name: np.array(values) for name, values in seconds.items()}
 
@@ -128,9 +138,9 @@ def bench(
     return [speed(what) for what in gmacs]
 
 
-def passes(policies: int, rounds: int) -> int:
-    """How many forward passes :func:`bench` reports to ``progress``."""
-    return (1 + 2 * policies) * (rounds + 2)
+def timings(policies: int, rounds: int) -> int:
+    """How many timings :func:`bench` reports to ``progress``, the untimed passes counted as one."""
+    return (1 + 2 * policies) * (rounds + 1)
 
 
 def sliced(backbone: Backbone, images: Tensor, attended: list[int], fed: list[int]) -> Tensor:
@@ -166,20 +176,26 @@ def _player(backbone: Backbone, policy: Decider, images: Tensor) -> Callable[[],
     return ready
 
 
+def _means(counts: list[Tensor]) -> list[int]:
+    return [round(n.double().mean().item()) for n in counts]
+
+
 def _slicer(
-    compiled: Any, backbone: Backbone, images: Tensor, attended: list[Tensor], fed: list[Tensor]
+    compile_: Any, backbone: Backbone, images: Tensor, counts: list[list[int]]
 ) -> Callable[[], Any]:
-    counts = [[round(n.double().mean().item()) for n in counts] for counts in (attended, fed)]
-    run = compiled(lambda: sliced(backbone, images, *counts))
+    run = compile_(lambda: sliced(backbone, images, *counts))
     return lambda: run
 
 
-def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+def _seconds(ready: Callable[[], Any], device: torch.device, passes: int) -> float:
+    """Seconds of one pass, a mean."""
+    runs = [ready() for _ in range(passes)]
     _wait(device)
     start = time.perf_counter()
-    run()
+    for run in runs:
+        run()
     _wait(device)
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / passes
 
 
 def _wait(device: torch.device) -> None:

@@ -154,6 +154,11 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     bench.add_argument("--threads", type=_positive, metavar="N", help="default: torch's choice")
     bench.add_argument("--rounds", type=_positive, default=7, metavar="N", help="default: 7")
+    bench.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="let torch.compile work on all of them (default: on CUDA)",
+    )
     bench.add_argument("--json", metavar="FILE", help="write the numbers there")
     bench.add_argument("--out", metavar="FILE", help="draw them into this PNG")
 

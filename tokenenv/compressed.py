@@ -56,6 +56,9 @@ class CompressedViT(nn.Module):
     In ``train`` mode tokens are only hidden (masked execution), so that shapes stay fixed, and
     logits have a gradient in the model's parameters; the policy's decisions have none.
 
+    ``torch.compile`` compiles what a block does to each token, once for all lengths and blocks;
+    attention's own kernel and the decisions between stay as they are.
+
     Args:
         model: as for :func:`compress`.
         policy: likewise.
@@ -198,6 +201,12 @@ class CompressedViT(nn.Module):
             raise UserError(words)
 
     def _play(self, x: Tensor) -> Episode:
+        return self._play_outside(x, torch.compiler.is_dynamo_compiling())
+
+    # Lengths are data: a trace of it all would break or be made anew at every decision.
+    @torch.compiler.disable
+    def _play_outside(self, x: Tensor, compiled: bool) -> Episode:
+        self.backbone.compiled = compiled
         execution = self.execution or default_execution(self.backbone.device)
         return play(self.backbone, self.policy, x, "masked" if self.training else execution)
 

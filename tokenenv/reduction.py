@@ -186,8 +186,9 @@ def bipartite_match(tokens: Tokens, metric: Tensor) -> Match:
         unit = take(unit, place)
         alive = alive.gather(1, place)
     score = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)
-    pair = alive[:, ::2, None] & alive[:, None, 1::2]
-    score = score.masked_fill(~pair, -torch.inf)
+    if tokens.ragged:
+        pair = alive[:, ::2, None] & alive[:, None, 1::2]
+        score = score.masked_fill(~pair, -torch.inf)
     token, other = place[:, ::2] + tokens.prefix, place[:, 1::2] + tokens.prefix
     # A lone token has nobody to propose to: one impossible partner more, so that there is any.
     score, other = F.pad(score, (0, 1), value=-torch.inf), F.pad(other, (0, 1))

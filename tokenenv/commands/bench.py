@@ -15,7 +15,7 @@ from tqdm import tqdm
 from agents.spec import parse_policy
 from agents.storage import write_bytes, write_json
 from tokenenv.backbone import Backbone
-from tokenenv.bench import DENSE, Speed, bench, passes
+from tokenenv.bench import DENSE, Speed, bench, timings
 from tokenenv.commands.common import open_backbone
 from tokenenv.commands.evaluate import fit, trained_on, writable_file
 from tokenenv.data import open_source
@@ -38,17 +38,26 @@ def run(args: argparse.Namespace) -> int:
         for policy in policies.values():
             fit(policy, backbone, name)
         images, origin = _images(args, backbone, name)
+        compiled = args.compile if args.compile is not None else backbone.device.type == "cuda"
+        how = f"{args.device}{', compiled' if compiled else ''}"
         print(
-            f"{name}, {origin}, {args.device}, {torch.get_num_threads()} threads, "
+            f"{name}, {origin}, {how}, {torch.get_num_threads()} threads, "
             f"torch {torch.__version__}, median of {args.rounds} rounds (1 MAC = 1 FLOP)"
         )
         print(_HEADER)
         found: list[Speed] = []
         for batch in args.batch:
             some = images[torch.arange(batch, device=images.device) % len(images)]
-            total = passes(len(policies), args.rounds)
+            total = timings(len(policies), args.rounds)
             with tqdm(total=total, desc=f"batch {batch}", leave=False, disable=None) as bar:
-                rows = bench(backbone, policies, some, rounds=args.rounds, progress=bar.update)
+                rows = bench(
+                    backbone,
+                    policies,
+                    some,
+                    rounds=args.rounds,
+                    compiled=compiled,
+                    progress=bar.update,
+                )
             found += rows
             for row in rows:
                 print(_line(row))

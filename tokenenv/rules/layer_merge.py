@@ -50,6 +50,7 @@ class LayerMerge:
             the mean-head keys of both (2 x head width).
         proportional: whether a merged token weighs as many keys as its patches in attention
             (ToMe's proportional attention).
+        share: whether the agent also sees which decision it is, and the history.
     """
 
     blocks: tuple[int, ...] = tuple(range(12))
@@ -57,6 +58,7 @@ class LayerMerge:
     grid: tuple[int, ...] = (0, 2, 4, 8, 12, 16, 24, 32)
     features: tuple[str, ...] = ("similarity", "cls_attention", "size", "token")
     proportional: bool = True
+    share: bool = True
     between: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -141,7 +143,7 @@ class LayerMerge:
 
     def shared_dim(self, backbone: Backbone) -> int:
         """G: which decision it is, and the history."""
-        return len(self.blocks) + layer.HISTORY_DIM
+        return len(self.blocks) + layer.HISTORY_DIM if self.share else 0
 
     def state_dim(self, backbone: Backbone) -> int:
         """S."""
@@ -176,10 +178,12 @@ class LayerMerge:
             grid = torch.tensor(self.grid, device=score.device)
             legal = (grid <= possible.sum(1, keepdim=True))[:, None]
         steps = len(self.blocks)
-        shared = [layer.one_hot_step(moment, steps), layer.history(moment)]
+        shared = own.new_zeros(own.shape[0], 0)
+        if self.share:
+            shared = torch.cat([layer.one_hot_step(moment, steps), layer.history(moment)], 1)
         return Observation(
             agents=own * active[..., None],
-            shared=torch.cat(shared, 1),
+            shared=shared,
             active=active,
             step=moment.step,
             layout=self.layout(backbone),
