@@ -161,12 +161,13 @@ def test_class_attention_is_the_softmax_row() -> None:
     backbone = family_model("deit")
     with torch.inference_mode():
         tokens = backbone.embed(image_for(backbone))
-        _, context = backbone.attend(0, tokens, keys=True, cls_attention=True)
+        _, context = backbone.attend(0, tokens, keys=True, mean_keys=True, cls_attention=True)
         block = backbone.model.blocks[0]
         qkv = block.attn.qkv(block.norm1(tokens.x)).reshape(2, -1, 3, 4, 16).permute(2, 0, 3, 1, 4)
         full = (qkv[0] @ qkv[1].transpose(2, 3) * 16**-0.5).softmax(-1)
     assert_close(context.cls_attention, full[:, :, 0].mean(1), atol=1e-6, rtol=1e-5)
     assert_close(context.keys, qkv[1])
+    assert_close(context.mean_keys, qkv[1].mean(1))
 
 
 @pytest.mark.parametrize(

@@ -503,7 +503,7 @@ def test_what_is_seen_of_a_pair_by_hand(deit: Backbone) -> None:
     for row, place in seen.active.nonzero().tolist():
         pair = [int(match.token[row, place]), int(match.partner[row, place])]
         one, other = tokens.x[row, pair]
-        keys = episode._moment.context.keys.mean(1)[row, pair]
+        keys = episode._moment.context.mean_keys[row, pair]
         mean = attention[row, 1:].sum() / tokens.visual_alive[row].sum()
         cosine = torch.dot(one, other) / (one.norm() * other.norm())
         expected = {

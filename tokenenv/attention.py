@@ -68,20 +68,26 @@ def _has_varlen() -> bool:
     return find_spec("torch.nn.attention.varlen") is not None
 
 
-def class_row(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+def class_row(q: Tensor, k: Tensor, mask: Tensor | None, packing: Packing | None) -> Tensor:
     """Attention of the class token, mean over the heads.
 
     Dead keys leave the softmax of every head; masking after the mean would be another number.
 
     Args:
-        q: ``(B, heads, dim)`` the class token's queries.
-        k: ``(B, N, heads, dim)`` keys.
+        q: ``(B, N, heads, dim)`` queries, the class token's first; packed: ``(T, heads, dim)``.
+        k: keys, likewise.
         mask: as for :func:`padded`.
+        packing: how the tokens are packed; None while they are not.
 
     Returns:
         ``(B, N)`` float32.
     """
-    score = torch.einsum("bhd,bnhd->bhn", q, k)[:, :, None].float() * q.shape[-1] ** -0.5
+    if packing is None:
+        score = torch.einsum("bhd,bnhd->bhn", q[:, 0], k)
+    else:
+        own = q.index_select(0, packing.ends[:-1]).index_select(0, packing.image)
+        score = packing.unpack((k * own).sum(-1)).transpose(1, 2)
+    score = score[:, :, None].float() * q.shape[-1] ** -0.5
     if mask is not None and mask.dtype == torch.bool:
         score = score.masked_fill(~mask, -torch.inf)
     elif mask is not None:

@@ -21,11 +21,13 @@ class Context:
 
     Attributes:
         keys: ``(B, heads, N, head_dim)`` keys as attention used them, or None.
+        mean_keys: ``(B, N, head_dim)`` their mean over the heads, or None.
         cls_attention: ``(B, N)`` attention of the class token, mean over the heads, masked to
             the living tokens, or None.
     """
 
     keys: Tensor | None = None
+    mean_keys: Tensor | None = None
     cls_attention: Tensor | None = None
 
 
@@ -97,6 +99,7 @@ class Backbone(nn.Module):
         tokens: Tokens,
         *,
         keys: bool = False,
+        mean_keys: bool = False,
         cls_attention: bool = False,
         proportional: bool = False,
     ) -> tuple[Tokens, Context]:
@@ -106,6 +109,7 @@ class Backbone(nn.Module):
             block: 0-based index.
             tokens: tokens before the block.
             keys: whether the context shall hold the keys.
+            mean_keys: whether it shall hold their mean over the heads.
             cls_attention: whether it shall hold the class token's attention; only that one row
                 of the attention matrix is computed beside the fused kernel.
             proportional: whether a merged token weighs as many keys as the patches it stands for
@@ -134,13 +138,13 @@ class Backbone(nn.Module):
         else:
             out = attention.packed(q, k, v, tokens.packing, bias)
         x = parts.leave(b, tokens.x, h, out)
-        if not (keys or cls_attention):
-            return tokens.with_x(x), Context()
-        if tokens.packing is not None:
-            q, k = q[tokens.packing.ends[:-1], None], tokens.packing.unpack(k)
+        packing = tokens.packing
+        as_they_lie = packing.unpack if packing is not None else lambda values: values
+        row = attention.class_row(q, k, mask, packing) if cls_attention else None
         return tokens.with_x(x), Context(
-            keys=k.transpose(1, 2) if keys else None,
-            cls_attention=attention.class_row(q[:, 0], k, mask) if cls_attention else None,
+            keys=as_they_lie(k).transpose(1, 2) if keys else None,
+            mean_keys=as_they_lie(k.mean(-2)) if mean_keys else None,
+            cls_attention=row,
         )
 
     def feed(self, block: int, tokens: Tokens) -> Tokens:

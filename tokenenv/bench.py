@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tokenenv.backbone import Backbone
 from tokenenv.cost import Cost
+from tokenenv.episode import Execution
 from tokenenv.metrics import Decider, play
 
 DENSE = "dense"
@@ -67,6 +68,7 @@ def bench(
     *,
     rounds: int = 7,
     compiled: bool = False,
+    execution: Execution | None = None,
     progress: Callable[[int], object] = lambda n: None,
 ) -> list[Speed]:
     """Time the dense model, each policy and each sliced model in turns.
@@ -83,6 +85,8 @@ def bench(
         rounds: how often each is timed, after two untimed passes.
         compiled: whether ``torch.compile`` works on all of them: on the dense and the sliced models
             as a whole, on what a block does to each token where a policy plays.
+        execution: how the policies are played, see :class:`~tokenenv.episode.Episode`; None takes
+            what suits the device.
         progress: called with the number of timings done since.
 
     Returns:
@@ -100,7 +104,7 @@ def bench(
         macs = cost.backbone_macs(episode.attended, episode.fed)
         macs += cost.decision_macs(policy.rules, policy, episode.attended, episode.fed)
         gmacs[what] = macs.mean().item() / 1e9
-        runs[what] = _player(player, policy, images)
+        runs[what] = _player(player, policy, images, execution)
         counts = [_means(part) for part in (episode.attended, episode.fed)]
         runs[_slice_of(what)] = _slicer(compile_, backbone, images, counts)
     peak = {}
@@ -168,10 +172,12 @@ def _slice_of(what: str) -> str:
     return f"{what}, sliced"
 
 
-def _player(backbone: Backbone, policy: Decider, images: Tensor) -> Callable[[], Any]:
+def _player(
+    backbone: Backbone, policy: Decider, images: Tensor, execution: Execution | None
+) -> Callable[[], Any]:
     def ready() -> Callable[[], Any]:
         fresh = copy.deepcopy(policy)  # outside of the time
-        return lambda: play(backbone, fresh, images)
+        return lambda: play(backbone, fresh, images, execution)
 
     return ready
 

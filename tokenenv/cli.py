@@ -129,6 +129,7 @@ def _add_compress(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     compress.add_argument("what", metavar="WHAT", help=_WHAT)
     _add_model_options(compress, images=False)
+    _add_execution(compress)
     compress.add_argument("--out", metavar="DIR", required=True, help="a new folder")
     compress.add_argument(
         "--export", metavar="FILE", help="write ONNX there (pip install tokenenv[export])"
@@ -154,6 +155,7 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     bench.add_argument("--threads", type=_positive, metavar="N", help="default: torch's choice")
     bench.add_argument("--rounds", type=_positive, default=7, metavar="N", help="default: 7")
+    _add_execution(bench)
     bench.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
@@ -161,6 +163,14 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     bench.add_argument("--json", metavar="FILE", help="write the numbers there")
     bench.add_argument("--out", metavar="FILE", help="draw them into this PNG")
+
+
+def _add_execution(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--execution",
+        choices=("masked", "padded", "packed"),
+        help="how images of different lengths share a batch (default: what suits the device)",
+    )
 
 
 def _add_model_options(

@@ -185,14 +185,14 @@ def bipartite_match(tokens: Tokens, metric: Tensor) -> Match:
         place = torch.sort((~alive).to(torch.uint8), dim=1, stable=True).indices
         unit = take(unit, place)
         alive = alive.gather(1, place)
-    score = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)
-    if tokens.ragged:
-        pair = alive[:, ::2, None] & alive[:, None, 1::2]
-        score = score.masked_fill(~pair, -torch.inf)
-    token, other = place[:, ::2] + tokens.prefix, place[:, 1::2] + tokens.prefix
     # A lone token has nobody to propose to: one impossible partner more, so that there is any.
-    score, other = F.pad(score, (0, 1), value=-torch.inf), F.pad(other, (0, 1))
+    others = F.pad(unit[:, 1::2], (0, 0, 0, 1))
+    impossible = ~F.pad(alive[:, 1::2], (0, 1))
+    score = (unit[:, ::2] @ others.transpose(1, 2)).masked_fill_(impossible[:, None], -torch.inf)
     best, choice = score.max(dim=2)
+    if tokens.ragged:
+        best = best.masked_fill(~alive[:, ::2], -torch.inf)
+    token, other = place[:, ::2] + tokens.prefix, F.pad(place[:, 1::2] + tokens.prefix, (0, 1))
     return Match(token, other.gather(1, choice), best)
 
 

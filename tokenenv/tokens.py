@@ -27,6 +27,11 @@ class Packing:
         ends = list(accumulate(self.lengths, initial=0))
         return torch.tensor(ends, device=self.place.device)
 
+    @property
+    def image(self) -> Tensor:
+        """``(T,)`` whose token it is."""
+        return self.place // max(self.lengths)
+
     def unpack(self, values: Tensor) -> Tensor:
         """``(T, ...)`` -> ``(B, N, ...)``, N the longest image's length; zeros for the dead."""
         batch, longest = len(self.lengths), max(self.lengths)

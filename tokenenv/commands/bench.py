@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
                     some,
                     rounds=args.rounds,
                     compiled=compiled,
+                    execution=args.execution,
                     progress=bar.update,
                 )
             found += rows

@@ -18,7 +18,7 @@ def run(args: argparse.Namespace) -> int:
             known = trained_on(args.what)
             args.model, args.weights = known.get("model"), args.weights or known.get("weights")
         backbone, name = open_backbone(args, images=False)
-        fast = compress(backbone.model, parse_policy(args.what, backbone.depth))
+        fast = compress(backbone.model, parse_policy(args.what, backbone.depth), args.execution)
         fast.save(args.out)
         print(f"{name} with {args.what} is in {args.out}: tokenenv.load_compressed('{args.out}')")
         if args.export:

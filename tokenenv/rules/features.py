@@ -28,8 +28,8 @@ def log_relative(values: Tensor, active: Tensor) -> Tensor:
 
 def redundancy(tokens: Tokens, context: Context) -> Tensor:
     """``(B, A, 1)`` highest cosine with a living token of more attention; -1 for the first."""
-    assert context.keys is not None and context.cls_attention is not None
-    key = F.normalize(context.keys.mean(1)[:, tokens.prefix :].float(), dim=-1)
+    assert context.mean_keys is not None and context.cls_attention is not None
+    key = F.normalize(context.mean_keys[:, tokens.prefix :].float(), dim=-1)
     rank = context.cls_attention[:, tokens.prefix :] * tokens.visual_alive
     better = rank[:, None, :] > rank[:, :, None]
     cosine = (key @ key.transpose(1, 2)).masked_fill(~better, -1.0)

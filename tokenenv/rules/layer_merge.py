@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tokenenv import reduction
@@ -105,7 +104,7 @@ class LayerMerge:
         """What the attention of ``block`` has to do: arguments of ``Backbone.attend``."""
         due = block in self.blocks
         return {
-            "keys": due,
+            "mean_keys": due,
             "cls_attention": due and "cls_attention" in self._observed,
             "proportional": self.proportional,
         }
@@ -123,8 +122,8 @@ class LayerMerge:
 
     def match(self, tokens: Tokens, context: Context) -> Match:
         """ToMe's candidates, on the mean-head keys."""
-        assert context.keys is not None
-        return reduction.bipartite_match(tokens, context.keys.mean(1))
+        assert context.mean_keys is not None
+        return reduction.bipartite_match(tokens, context.mean_keys)
 
     def layout(self, backbone: Backbone) -> dict[str, slice]:
         """Where each feature lies in what an agent sees of its own."""
@@ -214,8 +213,8 @@ class LayerMerge:
             elif name == "token":
                 own.append(_likeness(tokens, match))
             else:
-                assert context.keys is not None
-                key = context.keys.mean(1).float()
+                assert context.mean_keys is not None
+                key = context.mean_keys.float()
                 own.append(reduction.take(key, pair.flatten(1)).reshape(*pair.shape[:2], -1))
         return torch.cat(own, 2)
 
@@ -251,8 +250,8 @@ def _curve(score: Tensor, grid: tuple[int, ...]) -> Tensor:
 
 def _likeness(tokens: Tokens, match: Match) -> Tensor:
     """``(B, A, 2)`` cosine of the embeddings of a pair, log ratio of their lengths."""
-    one = reduction.take(tokens.x, match.token).float()
-    other = reduction.take(tokens.x, match.partner).float()
-    lengths = torch.stack([one.norm(dim=2), other.norm(dim=2)]).clamp(min=1e-6).log()
-    cosine = scaled(F.cosine_similarity(one, other, dim=2))
-    return torch.stack([cosine, lengths[0] - lengths[1]], 2)
+    length = tokens.x.float().norm(dim=2).clamp(min=1e-6)
+    length, others = length.gather(1, match.token), length.gather(1, match.partner)
+    one, other = (reduction.take(tokens.x, index).float() for index in match[:2])
+    cosine = (one * other).sum(2) / (length * others)
+    return torch.stack([scaled(cosine), (length / others).log()], 2)

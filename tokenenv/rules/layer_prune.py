@@ -105,8 +105,9 @@ class LayerPrune:
     def wants(self, block: int) -> dict[str, bool]:
         """What the attention of ``block`` has to do: arguments of ``Backbone.attend``."""
         due = block in self.blocks
-        row = "cls_attention" in self._observed or "redundancy" in self._observed
-        return {"keys": due, "cls_attention": due and row}
+        redundancy = due and "redundancy" in self._observed
+        row = due and "cls_attention" in self._observed
+        return {"keys": due, "mean_keys": redundancy, "cls_attention": row or redundancy}
 
     def macs(self, backbone: Backbone, block: int, tokens: Tensor) -> Tensor:
         """Multiply-adds of observing ``tokens`` (float, prefix included)."""

@@ -88,7 +88,7 @@ class TokenPrune:
         before_decision = block + 1 in self.blocks
         redundancy = before_decision and "redundancy" in self.features
         row = before_decision and "cls_attention" in self.features
-        return {"keys": redundancy, "cls_attention": row or redundancy}
+        return {"mean_keys": redundancy, "cls_attention": row or redundancy}
 
     def macs(self, backbone: Backbone, block: int, tokens: Tensor) -> Tensor:
         """Multiply-adds of observing ``tokens`` (float, prefix included) before ``block``."""

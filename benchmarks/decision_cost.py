@@ -1,0 +1,103 @@
+"""How much of a forward pass goes into deciding: matching, observing, the policy, gathering.
+
+On a CPU, where a call returns when its work is done:
+
+    python benchmarks/decision_cost.py tome:r=13 random:keep=0.5..0.9,blocks=3/6/9 --batch 64
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from agents.spec import parse_policy
+from tokenenv import attention, episode, reduction
+from tokenenv.backbone import Backbone
+from tokenenv.metrics import play
+from tokenenv.models import load_model, untrained_model
+from tokenenv.tokens import Packing
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", nargs="+", help="a policy as 'tokenenv evaluate' takes it")
+    parser.add_argument("--model", default="deit_small_patch16_224")
+    parser.add_argument("--weights", help="default: random ones")
+    parser.add_argument("--data", help="folder of images; default: random ones")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+
+    model = load_model(args.model, args.weights) if args.weights else untrained_model(args.model)
+    backbone = Backbone(model)
+    if args.data:
+        from tokenenv.data import open_source
+
+        source = open_source(args.data, model, split="test", limit=args.batch)
+        images = source.batch(torch.arange(len(source))).images
+    else:
+        size = backbone.model.patch_embed.img_size
+        images = torch.randn(args.batch, 3, *size, generator=torch.Generator().manual_seed(0))
+    for what in args.what:
+        policy = parse_policy(what, backbone.depth)
+        with torch.inference_mode():
+            play(backbone, policy, images)
+            rounds = [_shares(backbone, policy, images) for _ in range(args.rounds)]
+        total = torch.tensor([sum(shares.values()) for shares in rounds])
+        print(f"{what}: {100 * total.median():.1f} % of the forward pass, batch {len(images)}")
+        for name in rounds[0]:
+            share = torch.tensor([shares[name] for shares in rounds]).median()
+            print(f"  {name:18}{100 * share:5.1f} %")
+
+
+def _shares(backbone: Backbone, policy: Any, images: torch.Tensor) -> dict[str, float]:
+    """Which part of one forward pass each step took; steps within steps are counted once."""
+    seconds = dict.fromkeys(
+        ("match", "class attention", "observe", "policy", "apply", "pack and unpack"), 0.0
+    )
+    inside = False
+
+    def timed(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal inside
+            if inside:
+                return run(*args, **kwargs)
+            inside = True
+            start = time.perf_counter()
+            try:
+                return run(*args, **kwargs)
+            finally:
+                seconds[name] += time.perf_counter() - start
+                inside = False
+
+        return call
+
+    steps: list[tuple[Any, str, str]] = [
+        (type(policy.rules), "match", "match"),
+        (type(policy.rules), "observe", "observe"),
+        (type(policy.rules), "apply", "apply"),
+        (type(policy), "act", "policy"),
+        (attention, "class_row", "class attention"),
+        (Packing, "unpack", "pack and unpack"),
+        (reduction, "pack", "pack and unpack"),
+        (episode.reduction, "compact", "pack and unpack"),
+    ]
+    whole = {(owner, attribute): getattr(owner, attribute) for owner, attribute, _ in steps}
+    for owner, attribute, name in steps:
+        setattr(owner, attribute, timed(name, whole[owner, attribute]))
+    try:
+        start = time.perf_counter()
+        play(backbone, policy, images)
+        took = time.perf_counter() - start
+    finally:
+        for (owner, attribute), run in whole.items():
+            setattr(owner, attribute, run)
+    return {name: spent / took for name, spent in seconds.items()}
+
+
+if __name__ == "__main__":
+    main()
