@@ -117,19 +117,18 @@ def picture(rows: list[Speed], model: str) -> bytes:
     axis = figure.subplots()
     names = list(dict.fromkeys(row.what for row in rows if row.what != DENSE))
     marks = dict(zip(names, itertools.cycle("os^Dv*XP")))
-    for number, batch in enumerate(sorted({row.batch for row in rows})):
-        colour = f"C{number}"
-        here = sorted((row for row in rows if row.batch == batch), key=_saved)
-        limit = [row.slice_speedup for row in here]
-        axis.plot(
-            [_saved(row) for row in here], limit, "--", color=colour, lw=1,
-            label=f"batch {batch}: limit (sliced)",
-        )  # fmt: skip
-        for row in here:
-            if row.what == DENSE:
-                continue
-            spread = [[row.speedup - row.speedup_q25], [row.speedup_q75 - row.speedup]]
-            axis.errorbar(_saved(row), row.speedup, spread, fmt=marks[row.what], color=colour, ms=6)
+    batches = sorted({row.batch for row in rows})
+    for row in rows:
+        if row.what == DENSE:
+            continue
+        colour, saved = f"C{batches.index(row.batch)}", _saved(row)
+        axis.plot([saved, saved], [row.speedup, row.slice_speedup], ":", color=colour, lw=1)
+        axis.plot(saved, row.slice_speedup, "_", color=colour, ms=14, mew=2)
+        spread = [[row.speedup - row.speedup_q25], [row.speedup_q75 - row.speedup]]
+        axis.errorbar(saved, row.speedup, spread, fmt=marks[row.what], color=colour, ms=6)
+    for number, batch in enumerate(batches):
+        axis.plot([], [], color=f"C{number}", lw=4, label=f"batch {batch}")
+    axis.plot([], [], "_", color="0.3", ms=14, mew=2, label="limit: the model sliced")
     for name in names:
         axis.plot([], [], marks[name], color="0.3", ms=6, label=name)
     axis.axhline(1, color="0.4", lw=1)
