@@ -29,16 +29,17 @@ def parse_policy(what: str, depth: int) -> Policy:
     """A policy by name.
 
     Args:
-        what: a heuristic of :data:`HEURISTICS`, a run folder, or the name of a shipped policy.
+        what: a heuristic of :data:`HEURISTICS`, a run folder, or the name of a shipped policy; the
+            last two may end in ``:threshold=0.6`` where the policy has a threshold.
         depth: number of blocks of the model, for the default decision blocks.
 
     Raises:
         UserError: unknown name, unknown or missing argument, value out of range.
     """
-    name, _, rest = what.partition(":")
+    name, rest = split_name(what)
     if name not in HEURISTICS:
-        if Path(what).is_dir() or what in shipped():
-            return load(what)
+        if Path(name).is_dir() or name in shipped():
+            return _at_threshold(what, load(name), _arguments(what, rest))
         known = ", ".join([*HEURISTICS, *shipped()])
         raise UserError(f"'{what}' is neither a run folder nor a policy: choose from {known}")
     arguments = _arguments(what, rest)
@@ -62,6 +63,33 @@ def parse_policy(what: str, depth: int) -> Policy:
     policy = builders[name]()
     if arguments:
         raise UserError(f"'{what}': unknown argument '{next(iter(arguments))}': {HEURISTICS[name]}")
+    return policy
+
+
+def split_name(what: str) -> tuple[str, str]:
+    """``"tome:r=8"`` -> ``("tome", "r=8")``; the name of a folder may hold a colon."""
+    if Path(what).is_dir():
+        return what, ""
+    name, _, rest = what.partition(":")
+    return name, rest
+
+
+def _at_threshold(what: str, policy: Policy, arguments: dict[str, str]) -> Policy:
+    text = arguments.pop("threshold", None)
+    if arguments:
+        raise UserError(
+            f"'{what}': unknown argument '{next(iter(arguments))}': what was learned takes none "
+            "but threshold=..."
+        )
+    if text is None:
+        return policy
+    # With more than two actions the likeliest is taken, and no threshold asked.
+    if not hasattr(policy, "threshold") or getattr(policy, "actions", 2) != 2:
+        raise UserError(f"'{what}': this policy decides without a threshold: leave it out")
+    threshold = _number(what, {"threshold": text}, "threshold")
+    if not 0 < threshold < 1:
+        raise UserError(f"'{what}': threshold={text} is no probability: give more than 0, below 1")
+    policy.threshold = threshold
     return policy
 
 

@@ -4,7 +4,8 @@
     python benchmarks/compare.py a.json b.json
 
 Prints both against their dense model and against each other: the difference in top-1, percentage
-points, with a 95 % bootstrap interval over the images (10,000 draws, fixed seed).
+points, with a 95 % bootstrap interval over the images (10,000 draws, fixed seed). Many policies
+against the dense model at once: tokenenv compare.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-DRAWS = 10_000
+from tokenenv.metrics import paired_difference
 
 
 def main() -> None:
@@ -45,11 +46,8 @@ def main() -> None:
 
 def interval(first: np.ndarray, second: np.ndarray) -> str:
     """Mean paired difference in percentage points and its 95 % bootstrap interval."""
-    difference = 100.0 * (first.astype(float) - second.astype(float))
-    rng = np.random.default_rng(0)
-    draws = rng.integers(0, len(difference), (DRAWS, len(difference)))
-    low, high = np.percentile(difference[draws].mean(1), [2.5, 97.5])
-    return f"{difference.mean():+.2f} pp [{low:+.2f}, {high:+.2f}]"
+    mean, low, high = paired_difference(first, second)
+    return f"{mean:+.2f} pp [{low:+.2f}, {high:+.2f}]"
 
 
 if __name__ == "__main__":

@@ -125,7 +125,9 @@ def mistake(command: str, capfd: pytest.CaptureFixture[str]) -> str:
 # What works
 
 
-@pytest.mark.parametrize("command", ["", "train", "evaluate", "bench", "compress", "envs"])
+@pytest.mark.parametrize(
+    "command", ["", "train", "evaluate", "bench", "compare", "compress", "envs"]
+)
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main([*command.split(), "--help"])
@@ -136,7 +138,8 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_imports_no_model_library() -> None:
     code = (
         "import sys\nfrom tokenenv.cli import main\n"
-        "for words in ([], *([name] for name in 'train evaluate bench compress envs'.split())):\n"
+        "names = 'train evaluate bench compare compress envs'.split()\n"
+        "for words in ([], *([name] for name in names)):\n"
         "    try: main([*words, '--help'])\n"
         "    except SystemExit as exit: assert exit.code == 0\n"
         "loaded = {'torch', 'timm', 'torchvision', 'matplotlib', 'sklearn'} & sys.modules.keys()\n"

@@ -66,6 +66,7 @@ def bench(
     policies: Mapping[str, Decider],
     images: Tensor,
     *,
+    backbones: Mapping[str, Backbone] | None = None,
     rounds: int = 7,
     compiled: bool = False,
     execution: Execution | None = None,
@@ -82,6 +83,8 @@ def bench(
         backbone: the model.
         policies: by name; those that fit the backbone (:func:`tokenenv.metrics.check_fit`).
         images: ``(B, C, H, W)``, normalised, on the backbone's device.
+        backbones: by name, of those policies that do not play on ``backbone``, such as a copy that
+            was fine-tuned with the policy.
         rounds: how often each is timed, after two untimed passes.
         compiled: whether ``torch.compile`` works on all of them: on the dense and the sliced models
             as a whole, on what a block does to each token where a policy plays.
@@ -92,21 +95,22 @@ def bench(
     Returns:
         The dense model, then each policy.
     """
-    device, cost = backbone.device, Cost(backbone)
+    device = backbone.device
     compile_: Any = torch.compile if compiled else lambda run: run
     dense = compile_(lambda: backbone(images))
-    player = copy.copy(backbone)
-    player.compiled = compiled
     runs: dict[str, Callable[[], Any]] = {DENSE: lambda: dense}
-    gmacs = {DENSE: cost.dense() / 1e9}
+    gmacs = {DENSE: Cost(backbone).dense() / 1e9}
     for what, policy in policies.items():
-        episode = play(backbone, copy.deepcopy(policy), images)
+        own = (backbones or {}).get(what, backbone)
+        player = copy.copy(own)
+        player.compiled = compiled
+        cost, episode = Cost(own), play(own, copy.deepcopy(policy), images)
         macs = cost.backbone_macs(episode.attended, episode.fed)
         macs += cost.decision_macs(policy.rules, policy, episode.attended, episode.fed)
         gmacs[what] = macs.mean().item() / 1e9
         runs[what] = _player(player, policy, images, execution)
         counts = [_means(part) for part in (episode.attended, episode.fed)]
-        runs[_slice_of(what)] = _slicer(compile_, backbone, images, counts)
+        runs[_slice_of(what)] = _slicer(compile_, own, images, counts)
     peak = {}
     for name, ready in runs.items():
         ready()()

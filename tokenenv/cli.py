@@ -33,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_compress(commands)
     _add_bench(commands)
+    _add_compare(commands)
     commands.add_parser(
         "envs",
         help="the registered environments, one line each",
@@ -82,9 +83,9 @@ def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 
 _WHAT = (
-    "a run folder, a shipped policy, keep-all, random:keep=0.7 (keep=0.5..0.9: a ratio per image), "
-    "cls-attention:keep=0.7,blocks=3/6/9, norm:keep=0.7, tome:r=8, random-merge:r=8 or "
-    "merge-above:similarity=0.9"
+    "a run folder or a shipped policy (both also with :threshold=0.6), keep-all, random:keep=0.7 "
+    "(keep=0.5..0.9: a ratio per image), cls-attention:keep=0.7,blocks=3/6/9, norm:keep=0.7, "
+    "tome:r=8, random-merge:r=8 or merge-above:similarity=0.9"
 )
 
 
@@ -165,6 +166,42 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
     bench.add_argument("--out", metavar="FILE", help="draw them into this PNG")
 
 
+def _add_compare(commands: argparse._SubParsersAction[_Parser]) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="many policies and runs on the same images: tables and a Pareto picture",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Evaluate policies and runs on one model and the same images, then time them "
+        "in turns.\nA bar separates the values of a sweep. Writes table.md, table.csv, table.json "
+        "and pareto.png.\n\nCtrl-C keeps the rows that are done; the same command goes on. Rows "
+        "that are there already\nare not evaluated again, also when others are asked for beside "
+        "them.",
+        epilog="examples:\n  tokenenv compare 'tome:r=2|4|6|8' 'norm:keep=0.9|0.7|0.5'\n"
+        "  tokenenv compare 'tome:r=4|8|12' 'cls-attention:keep=0.9|0.7,blocks=3/6/9|2/5/8' "
+        "dora-deit_tiny\n      'dora-strict-deit_tiny:threshold=0.4|0.6' --data imagenet/val "
+        "--limit 5000",
+    )
+    compare.add_argument(
+        "what",
+        metavar="WHAT",
+        nargs="+",
+        help=f"{_WHAT}; key=1|2|3 is a sweep",
+    )
+    _add_model_options(compare)
+    compare.add_argument("--limit", type=_positive, metavar="N", help="at most N images")
+    compare.add_argument(
+        "--batch",
+        type=_batches,
+        default="1,64",
+        metavar="N,N",
+        help="batch sizes to time; default: 1,64",
+    )
+    compare.add_argument("--rounds", type=_positive, default=5, metavar="N", help="default: 5")
+    compare.add_argument(
+        "--out", default="compare", metavar="DIR", help="folder to write; default: compare"
+    )
+
+
 def _add_execution(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--execution",
@@ -238,6 +275,10 @@ def _run(args: argparse.Namespace) -> int:
         from tokenenv.commands import bench
 
         return bench.run(args)
+    if args.command == "compare":
+        from tokenenv.commands import compare
+
+        return compare.run(args)
     if args.command == "compress":
         from tokenenv.commands import compress
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -131,6 +132,39 @@ class Evaluation:
             "images_per_s": round(n / self.seconds, 2),
             "images_per_s_dense": round(n / self.dense_seconds, 2) if self.dense_seconds else None,
         }
+
+
+class Difference(NamedTuple):
+    """A mean paired difference and its 95 % interval, percentage points."""
+
+    mean: float
+    low: float
+    high: float
+
+
+DRAWS = 10_000
+"""Of the bootstrap; its own error of an interval's end is about 1 % of the interval's width."""
+
+
+def paired_difference(first: np.ndarray, second: np.ndarray) -> Difference:
+    """How much more often ``first`` is right than ``second``, on the same images.
+
+    The interval is the percentile bootstrap over the images (Efron & Tibshirani 1993, section
+    13.3), always with the same draws. How often each value occurs in a draw of ``n`` images is
+    multinomial; drawing these counts instead of images gives the same distribution and takes
+    memory for the different values, three for hits, and not for the images. Where no image
+    differs the interval has no width: it does not know what it has not seen.
+
+    Args:
+        first: ``(n,)`` hits, bool or the share of several views of an image.
+        second: ``(n,)`` the same of the other.
+    """
+    difference = 100.0 * (first.astype(float) - second.astype(float))
+    values, counts = np.unique(difference, return_counts=True)
+    n = len(difference)
+    draws = np.random.default_rng(0).multinomial(n, counts / n, DRAWS) @ values / n
+    low, high = np.percentile(draws, [2.5, 97.5]).tolist()
+    return Difference(difference.mean().item(), low, high)
 
 
 @torch.inference_mode()

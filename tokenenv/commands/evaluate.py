@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from agents.policy import SHIPPED, Policy, shipped
-from agents.spec import parse_policy
+from agents.spec import HEURISTICS, parse_policy, split_name
 from agents.storage import read_tensors, write_json
 from tokenenv import metrics
 from tokenenv.backbone import Backbone
@@ -69,10 +69,10 @@ def writable_file(path: str | None, option: str = "--json") -> Any:
 
 def trained_on(what: str) -> dict[str, Any]:
     """Model and weights of a run folder or a shipped policy; empty for a heuristic."""
-    folder = SHIPPED / what if what in shipped() else Path(what)
-    config, policy = folder / "config.json", folder / "policy.safetensors"
-    if not policy.is_file():
+    folder = folder_of(what)
+    if folder is None:
         return {}
+    config, policy = folder / "config.json", folder / "policy.safetensors"
     if not config.is_file():
         return {"model": read_tensors(policy)[1].get("trained_on")}
     try:
@@ -83,6 +83,14 @@ def trained_on(what: str) -> dict[str, Any]:
             f"'{config}' doesn't say model and weights ({type(error).__name__}): "
             "restore it, or give --model and --weights"
         ) from None
+
+
+def folder_of(what: str) -> Path | None:
+    """Where a run or a shipped policy is kept; None for anything else."""
+    name = split_name(what)[0]
+    folder = SHIPPED / name if name in shipped() else Path(name)
+    kept = name not in HEURISTICS and (folder / "policy.safetensors").is_file()
+    return folder if kept else None
 
 
 def fit(policy: Policy, backbone: Backbone, name: str) -> None:

@@ -1,0 +1,276 @@
+"""``tokenenv compare``: many policies and runs on the same images, as tables and a picture."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from agents.policy import Policy
+from agents.spec import parse_policy, split_name
+from agents.storage import write_bytes, write_json
+from tokenenv import metrics
+from tokenenv.backbone import Backbone
+from tokenenv.bench import DENSE, Speed, bench, timings
+from tokenenv.commands.common import open_backbone, report_skipped, writable_folder
+from tokenenv.commands.compare_state import State, conditions
+from tokenenv.commands.evaluate import fit, folder_of, trained_on
+from tokenenv.comparison import (
+    TOLERATED,
+    Comparison,
+    Row,
+    best_row,
+    dense_row,
+    expand,
+    in_words,
+    make_row,
+)
+from tokenenv.cost import Cost
+from tokenenv.data import ImageSource, open_source
+from tokenenv.errors import UserError
+from tokenenv.models import load_backbone
+from tokenenv.pareto import picture
+
+_BATCH = 64  # as evaluate's; how images are batched decides only what random policies draw
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One row to be: a policy, and the backbone it plays on.
+
+    ``key`` changes with what a run folder holds, so that a run trained on is evaluated anew.
+    """
+
+    what: str
+    key: str
+    policy: Policy
+    backbone: Backbone
+    frozen: bool
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
+    whats = list(dict.fromkeys(one for what in args.what for one in expand(what)))
+    out, args.batch = Path(args.out), list(dict.fromkeys(args.batch))
+    with writable_folder(out):  # before minutes of work
+        if args.model is None:
+            known = next((found for found in map(trained_on, whats) if found), {})
+            args.model, args.weights = known.get("model"), args.weights or known.get("weights")
+        backbone, name = open_backbone(args)
+        entries = [_entry(what, backbone, name) for what in whats]
+        source = open_source(args.data, backbone.model, split="test", limit=args.limit)
+        state = State(out, conditions(name, backbone.model, source))
+        print(f"comparing {len(entries)} rows on {name}: {len(source)} images of {source.name}")
+        print(_HEADER)
+        timing = f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        timing += f", median of {args.rounds} rounds"
+        done: dict[str, metrics.Evaluation] = {}
+        times: dict[int, list[Speed]] = {}
+        try:
+            _evaluate(entries, backbone, source, state, done)
+            report_skipped(source)
+            readable = next(iter(done.values())).index
+            images = source.batch(readable[: max(args.batch)]).images
+            _time(args, entries, backbone, images, state, times)
+        except KeyboardInterrupt:
+            if done:
+                _write(out, entries, done, times, name, source, timing if times else "")
+            raise KeyboardInterrupt(
+                f"{len(done)} of {len(entries)} rows are evaluated; the same command goes on"
+            ) from None
+        comparison = _write(out, entries, done, times, name, source, timing)
+        print(f"hypervolume, MACs saved for 0 to {TOLERATED:g} points of top-1, averaged, %:")
+        for method, covered in comparison.covered().items():
+            print(f"  {method:46}{covered:8.2f}")
+        print(f"the tables are in {out}/table.md, .csv and .json, the picture in {out}/pareto.png")
+    return 0
+
+
+def _entry(what: str, backbone: Backbone, name: str) -> _Entry:
+    """Parse a WHAT, check that it fits, and load its own backbone where it was fine-tuned.
+
+    Raises:
+        UserError: it can't be parsed, doesn't fit, or its backbone is missing.
+    """
+    policy, folder = parse_policy(what, backbone.depth), folder_of(what)
+    plays_on, tuned, digest = backbone, False, hashlib.sha256()
+    if folder is not None:
+        digest.update((folder / "policy.safetensors").read_bytes())
+        tuned = _fine_tuned(folder)
+    if folder is not None and tuned:
+        own = folder / "model.safetensors"
+        if not own.is_file():
+            raise UserError(f"run '{folder}' was fine-tuned and '{own}' is missing: restore it")
+        digest.update(own.read_bytes())
+        plays_on = load_backbone(name, str(own), backbone.device)
+    fit(policy, plays_on, name)
+    return _Entry(what, f"{what} {digest.hexdigest()}", policy, plays_on, not tuned)
+
+
+def _fine_tuned(folder: Path) -> bool:
+    """Whether a run says that it trained its backbone too; runs that say nothing did not."""
+    for file in (folder / "config.json", folder / "report.json"):
+        try:
+            if json.loads(file.read_text()).get("frozen") is False:
+                return True
+        except (OSError, ValueError, AttributeError):  # not a run's
+            continue
+    return False
+
+
+def _evaluate(
+    entries: list[_Entry],
+    backbone: Backbone,
+    source: ImageSource,
+    state: State,
+    done: dict[str, metrics.Evaluation],
+) -> None:
+    """Fill ``done``, by WHAT, with what the state has and what it lacks.
+
+    Raises:
+        UserError: not the same images can be read as before.
+    """
+    for entry in entries:
+        if (kept := state.load(entry.key)) is not None:
+            done[entry.what] = kept
+            print(_line(_row(entry, kept)))
+    missing = [entry for entry in entries if entry.what not in done]
+    if not missing:
+        return
+    passes = len(missing) + (not done)
+    with tqdm(total=passes * len(source), unit="image", leave=False, disable=None) as bar:
+        dense = _dense(done, backbone, source, bar)
+        for number, entry in enumerate(missing, passes - len(missing)):
+            bar.update(number * len(source) - bar.n)  # the unreadable ones
+            bar.set_description(entry.what)
+            result = metrics.evaluate(
+                entry.backbone,
+                copy.deepcopy(entry.policy),  # one that draws starts afresh on the clock
+                source,
+                batch_size=_BATCH,
+                dense=dense,
+                progress=bar.update,
+            )
+            if not torch.equal(torch.where(dense >= 0)[0], result.index):
+                raise UserError(
+                    f"other images of '{source.name}' can be read than in the rows before: "
+                    "restore the files, or give a new --out"
+                )
+            done[entry.what] = replace(result, dense_macs=Cost(backbone).dense())
+            state.save(entry.key, done[entry.what])
+            tqdm.write(_line(_row(entry, done[entry.what])))
+            best = best_row([_row(e, done[e.what]) for e in entries if e.what in done])
+            if best:
+                bar.set_postfix_str(f"within a point: {best.what} saves {best.saved:.1f} %")
+
+
+@torch.inference_mode()
+def _dense(
+    done: dict[str, metrics.Evaluation], backbone: Backbone, source: ImageSource, bar: tqdm[Any]
+) -> Tensor:
+    """``(len(source),)`` the dense model's predictions, as some row has them; -1: unreadable."""
+    found = torch.full((len(source),), -1)
+    if done:
+        known = next(iter(done.values()))
+        return found.index_put((known.index,), known.dense)
+    bar.set_description(DENSE)
+    for index in torch.arange(len(source)).split(_BATCH):
+        batch = source.batch(index)
+        if len(batch.index):
+            images = batch.images.to(backbone.device, backbone.dtype)
+            found[batch.index] = backbone(images).argmax(1).cpu()
+            bar.update(len(batch.index))
+    return found
+
+
+def _time(
+    args: argparse.Namespace,
+    entries: list[_Entry],
+    backbone: Backbone,
+    images: Tensor,
+    state: State,
+    times: dict[int, list[Speed]],
+) -> None:
+    """Fill ``times``: all rows of a batch size in turns, in one go, unless the state has them."""
+    asked = {
+        "rows": sorted(entry.key for entry in entries),
+        "rounds": args.rounds,
+        "device": args.device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    images = images.to(backbone.device, backbone.dtype)
+    for batch in args.batch:
+        rows = state.load_speeds(batch, asked)
+        if rows is None:
+            total = timings(len(entries), args.rounds)
+            with tqdm(total=total, desc=f"batch {batch}", leave=False, disable=None) as bar:
+                rows = bench(
+                    backbone,
+                    {entry.what: entry.policy for entry in entries},
+                    images[torch.arange(batch, device=images.device) % len(images)],
+                    backbones={entry.what: entry.backbone for entry in entries},
+                    rounds=args.rounds,
+                    progress=bar.update,
+                )
+            state.save_speeds(batch, asked, rows)
+        times[batch] = rows
+        for row in rows:
+            speed = f"{row.images_per_s:9.1f} images/s{row.speedup:7.2f} x"
+            print(f"  batch {batch}: {row.what:44}{speed}")
+
+
+def _write(
+    out: Path,
+    entries: list[_Entry],
+    done: dict[str, metrics.Evaluation],
+    times: dict[int, list[Speed]],
+    model: str,
+    source: ImageSource,
+    timing: str,
+) -> Comparison:
+    """Write tables and picture of the rows that are done."""
+    speeds: dict[str, list[Speed]] = {}
+    for rows in times.values():
+        for speed in rows:
+            speeds.setdefault(speed.what, []).append(speed)
+    finished = [entry for entry in entries if entry.what in done]
+    comparison = Comparison(
+        [
+            dense_row(done[finished[0].what], speeds.get(DENSE, ())),
+            *(_row(entry, done[entry.what], speeds.get(entry.what, ())) for entry in finished),
+        ],
+        model,
+        source.name,
+        timing,
+    )
+    write_bytes(out / "table.md", comparison.as_markdown().encode())
+    write_bytes(out / "table.csv", comparison.as_csv().encode())
+    write_json(out / "table.json", comparison.as_json())
+    write_bytes(out / "pareto.png", picture(comparison))
+    return comparison
+
+
+def _row(entry: _Entry, result: metrics.Evaluation, speeds: Sequence[Speed] = ()) -> Row:
+    return make_row(entry.what, split_name(entry.what)[0], entry.frozen, result, speeds)
+
+
+_HEADER = f"  {'':46}{'top-1 %':>9}{'lost, pp [95 %]':>24}{'same %':>8}{'GMACs':>9}{'saved %':>9}"
+
+
+def _line(row: Row) -> str:
+    lost = f"{row.lost:.2f} [{row.lost_low:.2f}, {row.lost_high:.2f}]"
+    mark = "" if row.frozen else f"  {in_words(row.frozen)}"
+    return (
+        f"  {row.what:46}{row.top1:9.2f}{lost:>24}{row.agreement:8.1f}{row.gmacs:9.4f}"
+        f"{row.saved:9.1f}{mark}"
+    )
