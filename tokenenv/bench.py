@@ -17,7 +17,7 @@ from torch import Tensor
 from tokenenv.backbone import Backbone
 from tokenenv.cost import Cost
 from tokenenv.episode import Execution
-from tokenenv.metrics import Decider, play
+from tokenenv.metrics import Decider, macs_of, play
 
 DENSE = "dense"
 _SHORTEST = 0.25
@@ -101,9 +101,7 @@ def bench(
     gmacs = {DENSE: cost.dense() / 1e9}
     for what, policy in policies.items():
         episode = play(backbone, copy.deepcopy(policy), images)
-        macs = cost.backbone_macs(episode.attended, episode.fed)
-        macs += cost.decision_macs(policy.rules, policy, episode.attended, episode.fed)
-        gmacs[what] = macs.mean().item() / 1e9
+        gmacs[what] = macs_of(episode, policy, cost).mean().item() / 1e9
         runs[what] = _player(player, policy, images, execution)
         counts = [_means(part) for part in (episode.attended, episode.fed)]
         runs[_slice_of(what)] = _slicer(compile_, backbone, images, counts)
