@@ -11,6 +11,7 @@ from torch import Tensor
 
 from agents.storage import describe, make_rules, write_tensors
 from tokenenv.errors import UserError
+from tokenenv.reducers import Reducer
 from tokenenv.reduction import highest
 from tokenenv.rewards import check_keep
 from tokenenv.rules import LayerMerge, Observation, TokenPrune
@@ -20,7 +21,7 @@ from tokenenv.rules.layer_merge import scaled
 class _Free:
     """A decision without a network."""
 
-    rules: TokenPrune | LayerMerge
+    rules: TokenPrune | LayerMerge | Reducer
 
     def save(self, path: Path) -> None:
         """Write all that makes it into one safetensors file, as trained policies are kept."""
@@ -32,6 +33,17 @@ class _Free:
     def macs(self, agents: Tensor, removed: Tensor) -> Tensor:
         """Multiply-adds of one decision: none."""
         return torch.zeros_like(agents)
+
+
+@dataclass
+class Nobody(_Free):
+    """Who plays where there is nothing to decide: a published method goes its way."""
+
+    rules: Reducer
+
+    def act(self, observation: Observation) -> Tensor:
+        """``(B, 0)``."""
+        return observation.active.long()
 
 
 @dataclass
@@ -129,20 +141,41 @@ def keep_highest(score: Tensor, active: Tensor, keep: float | Tensor) -> Tensor:
 class MergeStrongest(_Free):
     """ToMe's schedule (Bolya et al. 2023): in every block the ``r`` most similar pairs merge.
 
-    With half of the tokens at most, as the matching has it.
+    With half of the tokens at most, as the matching has it. ``r`` is one number for all blocks, or
+    one for each.
     """
 
     rules: LayerMerge
-    r: int
+    r: int | tuple[int, ...]
 
     def __post_init__(self) -> None:
-        _check_pairs(self.r)
+        for r in self._schedule:
+            _check_pairs(r)
+        if len(self._schedule) != len(self.rules.blocks):
+            raise UserError(
+                f"r={'/'.join(map(str, self._schedule))} gives {len(self._schedule)} numbers for "
+                f"{len(self.rules.blocks)} blocks: give one for all, or one for each"
+            )
         self.rules = replace(self.rules, features=("similarity",), share=False)
+
+    @property
+    def _schedule(self) -> tuple[int, ...]:
+        return self.r if isinstance(self.r, tuple) else (self.r,) * len(self.rules.blocks)
 
     def act(self, observation: Observation) -> Tensor:
         """``(B, A)`` 1 for the pairs that merge."""
-        score = observation.feature("similarity")[..., 0]
-        return highest(score.masked_fill(~observation.active, -torch.inf), self.r).long()
+        score = observation.feature("similarity")[..., 0].masked_fill(
+            ~observation.active, -torch.inf
+        )
+        return highest(score, self._schedule[observation.step]).long()
+
+
+def decreasing(r: int, blocks: int) -> tuple[int, ...]:
+    """ToMe's decreasing schedule (section 4): from ``2 r`` pairs in the first block to none.
+
+    As many in all as ``r`` in every block, but for rounding.
+    """
+    return tuple(round(2 * r * (1 - i / max(blocks - 1, 1))) for i in range(blocks))
 
 
 @dataclass
@@ -192,13 +225,13 @@ def _check_pairs(r: int) -> None:
 
 def remake(
     config: dict[str, Any],
-) -> KeepAll | RandomPrune | TopK | MergeStrongest | MergeAbove | MergeRandom:
+) -> Nobody | KeepAll | RandomPrune | TopK | MergeStrongest | MergeAbove | MergeRandom:
     """A policy from the config that its ``save`` wrote.
 
     Raises:
         KeyError: of an unknown class. TypeError: with values that it does not have.
     """
-    classes = (KeepAll, RandomPrune, TopK, MergeStrongest, MergeAbove, MergeRandom)
+    classes = (Nobody, KeepAll, RandomPrune, TopK, MergeStrongest, MergeAbove, MergeRandom)
     kinds: dict[str, Any] = {cls.__name__: cls for cls in classes}
     kind, rules = kinds[config.pop("class")], make_rules(config.pop("rules"))
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}

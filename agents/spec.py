@@ -5,9 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agents.heuristics import KeepAll, MergeAbove, MergeRandom, MergeStrongest, RandomPrune, TopK
+from agents.heuristics import (
+    KeepAll,
+    MergeAbove,
+    MergeRandom,
+    MergeStrongest,
+    Nobody,
+    RandomPrune,
+    TopK,
+    decreasing,
+)
 from agents.policy import Policy, load, shipped
 from tokenenv.errors import UserError
+from tokenenv.reducers import ATS, DiffRate, EViT, PiToMe, Resize, ZeroTPrune
 from tokenenv.rules import LayerMerge, TokenPrune
 from tokenenv.rules.token_prune import spread_blocks
 
@@ -17,11 +27,22 @@ if TYPE_CHECKING:
 HEURISTICS: dict[str, str] = {
     "keep-all": "nobody leaves; the dense model played as a game",
     "random": "random:keep=0.7[,blocks=3/6/9][,seed=0]; keep=0.5..0.9 draws a ratio per image",
-    "cls-attention": "cls-attention:keep=0.7[,blocks=3/6/9]: top-k by class attention (EViT)",
+    "cls-attention": "cls-attention:keep=0.7[,blocks=3/6/9]: top-k by class attention",
     "norm": "norm:keep=0.7[,blocks=3/6/9]: top-k by length of the embedding",
-    "tome": "tome:r=8[,blocks=0/1/2]: in every block the 8 most similar pairs merge (ToMe)",
+    "tome": "tome:r=8[,blocks=0/1/2][,schedule=decreasing][,proportional=0]: in every block the 8 "
+    "most similar pairs merge (ToMe); r=8/6/4 block by block; decreasing from 16 to 0",
     "random-merge": "random-merge:r=8[,blocks=0/1/2][,seed=0]: 8 random pairs of ToMe's matching",
     "merge-above": "merge-above:similarity=0.9[,blocks=0/1/2]: all pairs at least so similar",
+    "evit": "evit:keep=0.7[,blocks=3/6/9][,fuse=0]: top-k by class attention, the others fuse into "
+    "one (EViT) or with fuse=0 are dropped",
+    "pitome": "pitome:keep=0.9[,blocks=0/1/2][,alpha=1]: tokens that are like many merge (PiToMe)",
+    "ats": "ats:tokens=100[,blocks=3/6/9]: at most 100 stay, sampled by significance (ATS); "
+    "tokens=100/80/60 block by block",
+    "zerotprune": "zerotprune:keep=0.7[,blocks=3/6/9][,alike=0.5][,rounds=5]: page rank of the "
+    "attention graph, then likeness (Zero-TPrune)",
+    "diffrate": "diffrate:prune=4,merge=4[,blocks=0/1/2]: the least heeded are dropped, the next "
+    "merge (DiffRate); prune=6/4/2 block by block",
+    "resize": "resize:size=192: the same model on smaller images",
 }
 
 
@@ -37,32 +58,12 @@ def parse_policy(what: str, depth: int) -> Policy:
         UserError: unknown name, unknown or missing argument, value out of range.
     """
     name, rest = split_name(what)
-    if name not in HEURISTICS:
-        if Path(name).is_dir() or name in shipped():
-            return _at_threshold(what, load(name), _arguments(what, rest))
+    if not (name in HEURISTICS or Path(name).is_dir() or name in shipped()):
         known = ", ".join([*HEURISTICS, *shipped()])
         raise UserError(f"'{what}' is neither a run folder nor a policy: choose from {known}")
-    arguments = _arguments(what, rest)
-    blocks = arguments.pop("blocks", None)
-    chosen = _blocks(what, blocks) if blocks is not None else None
-    tokens = TokenPrune(chosen or spread_blocks(depth), features=("position",), share=False)
-    pairs = LayerMerge(chosen or tuple(range(depth)))
-    builders: dict[str, Callable[[], Policy]] = {
-        "keep-all": lambda: KeepAll(tokens),
-        "random": lambda: RandomPrune(
-            tokens, _range(what, arguments, "keep"), _seed(what, arguments)
-        ),
-        "cls-attention": lambda: TopK(tokens, _number(what, arguments, "keep"), "cls_attention"),
-        "norm": lambda: TopK(tokens, _number(what, arguments, "keep"), "norm"),
-        "tome": lambda: MergeStrongest(pairs, _whole(what, arguments, "r")),
-        "random-merge": lambda: MergeRandom(
-            pairs, _whole(what, arguments, "r"), _seed(what, arguments)
-        ),
-        "merge-above": lambda: MergeAbove(pairs, _number(what, arguments, "similarity")),
-    }
-    policy = builders[name]()
-    if arguments:
-        raise UserError(f"'{what}': unknown argument '{next(iter(arguments))}': {HEURISTICS[name]}")
+    words = _Words(what, rest)
+    policy = _BUILDERS[name](words, depth) if name in _BUILDERS else _learned(words, load(name))
+    words.check_all_read()
     return policy
 
 
@@ -74,67 +75,182 @@ def split_name(what: str) -> tuple[str, str]:
     return name, rest
 
 
-def _at_threshold(what: str, policy: Policy, arguments: dict[str, str]) -> Policy:
-    text = arguments.pop("threshold", None)
-    if arguments:
-        raise UserError(
-            f"'{what}': unknown argument '{next(iter(arguments))}': what was learned takes none "
-            "but threshold=..."
+class _Words:
+    """The arguments of a spec; what is read leaves."""
+
+    def __init__(self, what: str, rest: str) -> None:
+        pairs = [part.partition("=") for part in rest.split(",") if part]
+        if any(not sep or not value for _, sep, value in pairs):
+            raise UserError(f"'{what}': arguments have the form key=value, separated by commas")
+        self.what, self._left = what, {key: value for key, _, value in pairs}
+
+    def check_all_read(self) -> None:
+        if self._left:
+            raise UserError(
+                f"'{self.what}': unknown argument '{next(iter(self._left))}': {self._usage}"
+            )
+
+    @property
+    def _usage(self) -> str:
+        return HEURISTICS.get(
+            self.what.partition(":")[0], "what was learned takes none but threshold=..."
         )
-    if text is None:
+
+    def _text(self, key: str, default: str | None = None) -> str:
+        text = self._left.pop(key, default)
+        if text is None:
+            raise UserError(f"'{self.what}' needs {key}=...: {self._usage}")
+        return text
+
+    def blocks(self, default: tuple[int, ...]) -> tuple[int, ...]:
+        text = self._left.pop("blocks", None)
+        if text is None:
+            return default
+        try:
+            return tuple(int(part) for part in text.split("/"))
+        except ValueError:
+            raise UserError(
+                f"'{self.what}': blocks={text} must be block indices such as 3/6/9"
+            ) from None
+
+    def seed(self) -> int:
+        text = self._text("seed", "0")
+        if not (text.isascii() and text.isdigit() and int(text) < 2**63):
+            raise UserError(f"'{self.what}': seed={text} must be a whole number from 0 to 2^63 - 1")
+        return int(text)
+
+    def has(self, key: str) -> bool:
+        return key in self._left
+
+    def number(self, key: str, default: str | None = None) -> float:
+        return self._float(key, self._text(key, default))
+
+    def _float(self, key: str, text: str) -> float:
+        try:
+            return float(text)
+        except ValueError:
+            raise UserError(f"'{self.what}': {key}={text} is not a number") from None
+
+    def range(self, key: str) -> float | tuple[float, float]:
+        """One number, or two with ``..`` between them."""
+        text = self._text(key)
+        low, two, high = text.partition("..")
+        return (self._float(key, low), self._float(key, high)) if two else self._float(key, text)
+
+    def wholes(self, key: str, default: str | None = None) -> tuple[int, ...]:
+        """Whole numbers with ``/`` between them."""
+        numbers = [self._float(key, text) for text in self._text(key, default).split("/")]
+        for value in numbers:
+            if not value.is_integer() or abs(value) >= 2**31:
+                raise UserError(f"'{self.what}': {key}={value:g} is not a whole number")
+        return tuple(map(int, numbers))
+
+    def whole(self, key: str, default: str | None = None) -> int:
+        numbers = self.wholes(key, default)
+        if len(numbers) > 1:
+            raise UserError(f"'{self.what}': {key} takes one number: {self._usage}")
+        return numbers[0]
+
+    def each(self, key: str, blocks: tuple[int, ...]) -> tuple[int, ...]:
+        """A whole number for each block; a single one is for all."""
+        numbers = self.wholes(key)
+        return numbers * len(blocks) if len(numbers) == 1 else numbers
+
+    def flag(self, key: str) -> bool:
+        """1 by default, or 0."""
+        text = self._text(key, "1")
+        if text not in ("0", "1"):
+            raise UserError(f"'{self.what}': {key}={text} must be 0 or 1")
+        return text == "1"
+
+    def choice(self, key: str, *known: str) -> str:
+        """One of ``known``, the first by default."""
+        text = self._text(key, known[0])
+        if text not in known:
+            raise UserError(f"'{self.what}': {key}={text}: choose from {', '.join(known)}")
+        return text
+
+
+def _learned(words: _Words, policy: Policy) -> Policy:
+    if not words.has("threshold"):
         return policy
+    threshold = words.number("threshold")
     # With more than two actions the likeliest is taken, and no threshold asked.
     if not hasattr(policy, "threshold") or getattr(policy, "actions", 2) != 2:
-        raise UserError(f"'{what}': this policy decides without a threshold: leave it out")
-    threshold = _number(what, {"threshold": text}, "threshold")
+        raise UserError(f"'{words.what}': this policy decides without a threshold: leave it out")
     if not 0 < threshold < 1:
-        raise UserError(f"'{what}': threshold={text} is no probability: give more than 0, below 1")
+        raise UserError(
+            f"'{words.what}': threshold={threshold:g} is no probability: give more than 0, below 1"
+        )
     policy.threshold = threshold
     return policy
 
 
-def _arguments(what: str, rest: str) -> dict[str, str]:
-    pairs = [part.partition("=") for part in rest.split(",") if part]
-    if any(not sep or not value for _, sep, value in pairs):
-        raise UserError(f"'{what}': arguments have the form key=value, separated by commas")
-    return {key: value for key, _, value in pairs}
+def _tokens(words: _Words, depth: int) -> TokenPrune:
+    return TokenPrune(words.blocks(spread_blocks(depth)), features=("position",), share=False)
 
 
-def _blocks(what: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split("/"))
-    except ValueError:
-        raise UserError(f"'{what}': blocks={text} must be block indices such as 3/6/9") from None
+def _pairs(words: _Words, depth: int, proportional: bool = True) -> LayerMerge:
+    return LayerMerge(words.blocks(tuple(range(depth))), proportional=proportional)
 
 
-def _seed(what: str, arguments: dict[str, str]) -> int:
-    text = arguments.pop("seed", "0")
-    if not (text.isascii() and text.isdigit() and int(text) < 2**63):
-        raise UserError(f"'{what}': seed={text} must be a whole number from 0 to 2^63 - 1")
-    return int(text)
+def _tome(words: _Words, depth: int) -> Policy:
+    pairs = _pairs(words, depth, words.flag("proportional"))
+    r: int | tuple[int, ...]
+    if words.choice("schedule", "constant", "decreasing") == "decreasing":
+        r = decreasing(words.whole("r"), len(pairs.blocks))
+    else:
+        several = words.wholes("r")
+        r = several if len(several) > 1 else several[0]
+    return MergeStrongest(pairs, r)
 
 
-def _whole(what: str, arguments: dict[str, str], key: str) -> int:
-    value = _number(what, arguments, key)
-    if not value.is_integer() or abs(value) >= 2**31:
-        raise UserError(f"'{what}': {key}={value:g} is not a whole number of tokens")
-    return int(value)
+def _evit(words: _Words, depth: int) -> Policy:
+    blocks = words.blocks(spread_blocks(depth))
+    return Nobody(EViT(blocks, words.number("keep"), words.flag("fuse")))
 
 
-def _range(what: str, arguments: dict[str, str], key: str) -> float | tuple[float, float]:
-    """One number, or two with ``..`` between them."""
-    low, two, high = arguments.get(key, "").partition("..")
-    if not two:
-        return _number(what, arguments, key)
-    del arguments[key]
-    return _number(what, {key: low}, key), _number(what, {key: high}, key)
+def _pitome(words: _Words, depth: int) -> Policy:
+    blocks = words.blocks(tuple(range(depth)))
+    return Nobody(PiToMe(blocks, words.number("keep"), depth, words.number("alpha", "1")))
 
 
-def _number(what: str, arguments: dict[str, str], key: str) -> float:
-    text = arguments.pop(key, None)
-    if text is None:
-        raise UserError(f"'{what}' needs {key}=...: {HEURISTICS[what.partition(':')[0]]}")
-    try:
-        return float(text)
-    except ValueError:
-        raise UserError(f"'{what}': {key}={text} is not a number") from None
+def _ats(words: _Words, depth: int) -> Policy:
+    blocks = words.blocks(spread_blocks(depth))
+    return Nobody(ATS(blocks, words.each("tokens", blocks)))
+
+
+def _zerotprune(words: _Words, depth: int) -> Policy:
+    blocks = words.blocks(spread_blocks(depth))
+    alike, rounds = words.number("alike", "0.5"), words.whole("rounds", "5")
+    return Nobody(ZeroTPrune(blocks, words.number("keep"), alike, rounds))
+
+
+def _diffrate(words: _Words, depth: int) -> Policy:
+    blocks = words.blocks(tuple(range(depth)))
+    return Nobody(DiffRate(blocks, words.each("prune", blocks), words.each("merge", blocks)))
+
+
+_BUILDERS: dict[str, Callable[[_Words, int], Policy]] = {
+    "keep-all": lambda words, depth: KeepAll(_tokens(words, depth)),
+    "random": lambda words, depth: RandomPrune(
+        _tokens(words, depth), words.range("keep"), words.seed()
+    ),
+    "cls-attention": lambda words, depth: TopK(
+        _tokens(words, depth), words.number("keep"), "cls_attention"
+    ),
+    "norm": lambda words, depth: TopK(_tokens(words, depth), words.number("keep"), "norm"),
+    "tome": _tome,
+    "random-merge": lambda words, depth: MergeRandom(
+        _pairs(words, depth), words.whole("r"), words.seed()
+    ),
+    "merge-above": lambda words, depth: MergeAbove(
+        _pairs(words, depth), words.number("similarity")
+    ),
+    "evit": _evit,
+    "pitome": _pitome,
+    "ats": _ats,
+    "zerotprune": _zerotprune,
+    "diffrate": _diffrate,
+    "resize": lambda words, depth: Nobody(Resize(size=words.whole("size"))),
+}

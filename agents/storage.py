@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tokenenv.errors import UserError
+from tokenenv.reducers import REDUCERS, Reducer
 from tokenenv.rules import LayerMerge, LayerPrune, Rules, TokenPrune
 
 
@@ -117,7 +118,7 @@ def describe(rules: Rules) -> dict[str, Any]:
     return {"class": type(rules).__name__, **asdict(rules)}
 
 
-def make_rules(described: dict[str, Any]) -> TokenPrune | LayerMerge | LayerPrune:
+def make_rules(described: dict[str, Any]) -> TokenPrune | LayerMerge | LayerPrune | Reducer:
     """Rules from what :func:`describe` gave.
 
     Raises:
@@ -126,6 +127,7 @@ def make_rules(described: dict[str, Any]) -> TokenPrune | LayerMerge | LayerPrun
     values: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in described.items()
     }
-    classes: dict[str, Any] = {cls.__name__: cls for cls in (TokenPrune, LayerMerge, LayerPrune)}
-    made: TokenPrune | LayerMerge | LayerPrune = classes[values.pop("class")](**values)
+    known: tuple[Any, ...] = (TokenPrune, LayerMerge, LayerPrune, *REDUCERS)
+    classes = {cls.__name__: cls for cls in known}
+    made: TokenPrune | LayerMerge | LayerPrune | Reducer = classes[values.pop("class")](**values)
     return made

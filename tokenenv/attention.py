@@ -87,9 +87,31 @@ def class_row(q: Tensor, k: Tensor, mask: Tensor | None, packing: Packing | None
     else:
         own = q.index_select(0, packing.ends[:-1]).index_select(0, packing.image)
         score = packing.unpack((k * own).sum(-1)).transpose(1, 2)
-    score = score[:, :, None].float() * q.shape[-1] ** -0.5
+    return _weights(score[:, :, None], q.shape[-1], mask).mean(1)[:, 0]
+
+
+def matrix(q: Tensor, k: Tensor, mask: Tensor | None, packing: Packing | None) -> Tensor:
+    """The whole attention of a block, as nobody but a graph method needs it.
+
+    Args:
+        q: as for :func:`class_row`.
+        k: keys, likewise.
+        mask: as for :func:`padded`.
+        packing: how the tokens are packed; None while they are not.
+
+    Returns:
+        ``(B, heads, N, N)`` float32, from query to key; 0 for dead keys, anything for dead queries.
+    """
+    if packing is not None:
+        q, k = packing.unpack(q), packing.unpack(k)
+    return _weights(torch.einsum("bnhd,bmhd->bhnm", q, k), q.shape[-1], mask)
+
+
+def _weights(score: Tensor, width: int, mask: Tensor | None) -> Tensor:
+    """Products ``(B, heads, queries, N)`` of queries and keys as float32 attention."""
+    score = score.float() * width**-0.5
     if mask is not None and mask.dtype == torch.bool:
         score = score.masked_fill(~mask, -torch.inf)
     elif mask is not None:
         score = score + mask
-    return score.softmax(-1).mean(1)[:, 0]
+    return score.softmax(-1)

@@ -24,11 +24,15 @@ class Context:
         mean_keys: ``(B, N, head_dim)`` their mean over the heads, or None.
         cls_attention: ``(B, N)`` attention of the class token, mean over the heads, masked to
             the living tokens, or None.
+        value_norms: ``(B, N)`` lengths of the values, all heads together, or None.
+        attention: ``(B, heads, N, N)`` from query to key, masked to the living keys, or None.
     """
 
     keys: Tensor | None = None
     mean_keys: Tensor | None = None
     cls_attention: Tensor | None = None
+    value_norms: Tensor | None = None
+    attention: Tensor | None = None
 
 
 class Backbone(nn.Module):
@@ -101,6 +105,8 @@ class Backbone(nn.Module):
         keys: bool = False,
         mean_keys: bool = False,
         cls_attention: bool = False,
+        value_norms: bool = False,
+        matrix: bool = False,
         proportional: bool = False,
     ) -> tuple[Tokens, Context]:
         """Attention and its residual of block ``block``.
@@ -112,6 +118,9 @@ class Backbone(nn.Module):
             mean_keys: whether it shall hold their mean over the heads.
             cls_attention: whether it shall hold the class token's attention; only that one row
                 of the attention matrix is computed beside the fused kernel.
+            value_norms: whether it shall hold the lengths of the values.
+            matrix: whether it shall hold the whole attention, which is computed once more beside
+                the fused kernel.
             proportional: whether a merged token weighs as many keys as the patches it stands for
                 (ToMe's proportional attention, section 3.3: softmax(q k + log size)).
 
@@ -145,6 +154,8 @@ class Backbone(nn.Module):
             keys=as_they_lie(k).transpose(1, 2) if keys else None,
             mean_keys=as_they_lie(k.mean(-2)) if mean_keys else None,
             cls_attention=row,
+            value_norms=as_they_lie(v.flatten(-2).float().norm(dim=-1)) if value_norms else None,
+            attention=attention.matrix(q, k, mask, packing) if matrix else None,
         )
 
     def feed(self, block: int, tokens: Tokens) -> Tokens:

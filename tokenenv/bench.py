@@ -17,7 +17,7 @@ from torch import Tensor
 from tokenenv.backbone import Backbone
 from tokenenv.cost import Cost
 from tokenenv.episode import Execution
-from tokenenv.metrics import Decider, play
+from tokenenv.metrics import Decider, macs_of, play
 
 DENSE = "dense"
 _SHORTEST = 0.25
@@ -104,10 +104,8 @@ def bench(
         own = (backbones or {}).get(what, backbone)
         player = copy.copy(own)
         player.compiled = compiled
-        cost, episode = Cost(own), play(own, copy.deepcopy(policy), images)
-        macs = cost.backbone_macs(episode.attended, episode.fed)
-        macs += cost.decision_macs(policy.rules, policy, episode.attended, episode.fed)
-        gmacs[what] = macs.mean().item() / 1e9
+        episode = play(own, copy.deepcopy(policy), images)
+        gmacs[what] = macs_of(episode, policy, Cost(own)).mean().item() / 1e9
         runs[what] = _player(player, policy, images, execution)
         counts = [_means(part) for part in (episode.attended, episode.fed)]
         runs[_slice_of(what)] = _slicer(compile_, own, images, counts)

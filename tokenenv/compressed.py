@@ -99,7 +99,7 @@ class CompressedViT(nn.Module):
 
         As timm lays them out, one per patch. A merged patch shows the token it went into, a pruned
         one the mean of those that the head pools: so :meth:`forward_head` gives :meth:`forward`'s
-        logits.
+        logits. Where the policy makes images smaller, P is the number of patches of those.
 
         Raises:
             UserError: the model pools by attention and patches were pruned; attention would read

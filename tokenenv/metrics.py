@@ -17,6 +17,7 @@ from tokenenv.cost import Cost
 from tokenenv.data import ImageSource
 from tokenenv.episode import Episode, Execution, default_execution
 from tokenenv.errors import UserError
+from tokenenv.reducers import Resize
 from tokenenv.rules import Observation, Rules
 
 
@@ -66,8 +67,11 @@ def play(
 ) -> Episode:
     """Run ``images (B, C, H, W)`` to their logits with ``policy`` deciding.
 
-    Decisions are taken in float32, also under autocast, and have no gradient.
+    Decisions are taken in float32, also under autocast, and have no gradient. Where the rules make
+    the images smaller, the episode's ``backbone`` is the model for smaller images.
     """
+    if isinstance(policy.rules, Resize):
+        backbone, images = policy.rules.shrink(backbone, images)
     execution = execution or default_execution(backbone.device)
     episode = Episode(backbone, policy.rules, images, execution=execution)
     while not episode.done:
@@ -75,6 +79,20 @@ def play(
             action = policy.act(episode.observe())
         episode.act(action)
     return episode
+
+
+def macs_of(episode: Episode, policy: Decider, cost: Cost) -> Tensor:
+    """``(B,)`` multiply-adds of each image of an episode that is done, policy included.
+
+    Args:
+        episode: what :func:`play` gave.
+        policy: who decided.
+        cost: of the model that was given to :func:`play`.
+    """
+    if episode.backbone is not cost.backbone:  # the one for smaller images
+        cost = Cost(episode.backbone)
+    total = cost.backbone_macs(episode.attended, episode.fed)
+    return total + cost.decision_macs(policy.rules, policy, episode.attended, episode.fed)
 
 
 @dataclass
@@ -229,9 +247,7 @@ def evaluate(
         rows["reduced"].append(episode.logits.masked_fill(~allowed, -torch.inf).argmax(1).cpu())
         loss = F.cross_entropy(episode.logits.float(), batch.labels.to(device), reduction="none")
         rows["losses"].append(loss.cpu())
-        macs = cost.backbone_macs(episode.attended, episode.fed)
-        macs += cost.decision_macs(policy.rules, policy, episode.attended, episode.fed)
-        rows["macs"].append(macs.cpu())
+        rows["macs"].append(macs_of(episode, policy, cost).cpu())
         rows["lengths"].append(torch.stack(episode.fed, 1).cpu() - backbone.prefix)
         rows["index"].append(batch.index)
         progress(len(batch.index))

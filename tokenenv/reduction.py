@@ -249,6 +249,25 @@ def merge(tokens: Tokens, match: Match, accept: Tensor, weight: Tensor | None = 
     )
 
 
+def fuse(tokens: Tokens, keep: Tensor, weight: Tensor) -> Tokens:
+    """Make one token of all visual tokens that are not kept, where the heaviest of them lies.
+
+    Args:
+        tokens: ``(B, N)`` tokens.
+        keep: ``(B, N - prefix)`` bool; False for a token that goes into the fused one.
+        weight: ``(B, N - prefix)`` non-negative weights of the mean.
+
+    Returns:
+        The tokens; all but one of those not kept are dead, and their patches are that one's.
+    """
+    fused = tokens.visual_alive & ~keep
+    heaviest = weight.masked_fill(~fused, -torch.inf).argmax(1, keepdim=True)
+    place = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
+    partner = heaviest.expand_as(place) + tokens.prefix
+    match = Match(place + tokens.prefix, partner, torch.zeros_like(weight))
+    return merge(tokens, match, fused & (place != heaviest), F.pad(weight, (tokens.prefix, 0)))
+
+
 def strongest(match: Match, count: int | Tensor) -> Tensor:
     """Accept the ``count`` most similar candidates: ``(B, A)`` bool. ToMe's rule.
 

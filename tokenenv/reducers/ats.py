@@ -1,0 +1,55 @@
+"""ATS: tokens sampled by their significance, as many as an image needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from tokenenv import reduction
+from tokenenv.backbone import Context
+from tokenenv.reducers.base import Reducer, check_numbers
+from tokenenv.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class ATS(Reducer):
+    """Adaptive token sampling (Fayyaz et al., ECCV 2022), without training.
+
+    A visual token's significance is the class token's attention to it times the length of its
+    value, over the sum of all (section 3.1, equation 3; attention is the mean over the heads and
+    a value has all heads side by side, as the published code has it). Their running sum, over the
+    tokens as they lie, is a distribution, of which K quantiles are taken, 1/2K, 3/2K ...
+    (2K - 1)/2K (section 3.2). A token that is drawn several times stays once: images whose
+    significance lies in few tokens keep few.
+
+    The paper computes the attention rows of the sampled tokens only; here those of the others are
+    computed, counted and thrown away.
+
+    Attributes:
+        blocks: indices of the blocks where tokens go.
+        tokens: K at each of them, the most visual tokens that an image keeps.
+    """
+
+    blocks: tuple[int, ...] = (3, 6, 9)
+    tokens: tuple[int, ...] = (108, 80, 60)
+    reads: ClassVar[tuple[str, ...]] = ("cls_attention", "value_norms")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers("tokens", self.tokens, self.blocks, least=1)
+
+    def reduce(self, tokens: Tokens, context: Context, step: int) -> Tokens:
+        """Keep the sampled."""
+        assert context.cls_attention is not None and context.value_norms is not None
+        significance = context.cls_attention * context.value_norms * tokens.alive
+        # Float64: in float32 the rounding of a sum of hundreds would show in the quantiles.
+        running = significance[:, tokens.prefix :].double().cumsum(1)
+        count, device = self.tokens[step], running.device
+        quantile = (torch.arange(count, device=device, dtype=torch.float64) + 0.5) / count
+        # The first token at which the sum reaches the quantile: never a dead one, which adds none.
+        drawn = torch.searchsorted(running, quantile * running[:, -1:])
+        drawn = drawn.clamp(max=running.shape[1] - 1)
+        stays = torch.zeros_like(tokens.visual_alive).scatter(1, drawn, True)
+        return reduction.prune(tokens, stays)

@@ -1,0 +1,77 @@
+"""DiffRate: the tokens least heeded are dropped, those a little more heeded merge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenenv import reduction
+from tokenenv.backbone import Backbone, Context
+from tokenenv.reducers.base import Reducer, check_numbers
+from tokenenv.reduction import Match
+from tokenenv.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class DiffRate(Reducer):
+    """DiffRate (Chen et al., ICCV 2023) with given rates; their search is not here.
+
+    The visual tokens of a block are sorted by class attention, mean over the heads. The last
+    ``prune`` of them are dropped; of the rest the last ``merge`` go to the most similar one of
+    those before them, by the cosine of their embeddings, as a mean by size (section 3.2, figure 3).
+    Attention is proportional, as ToMe's. One visual token is always left.
+
+    Attributes:
+        blocks: indices of the blocks where tokens go.
+        prune: how many are dropped at each of them.
+        merge: how many merge.
+    """
+
+    blocks: tuple[int, ...] = tuple(range(12))
+    prune: tuple[int, ...] = (4,) * 12
+    merge: tuple[int, ...] = (4,) * 12
+    reads: ClassVar[tuple[str, ...]] = ("cls_attention",)
+    proportional: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers("prune", self.prune, self.blocks, least=0)
+        check_numbers("merge", self.merge, self.blocks, least=0)
+
+    def work(self, backbone: Backbone, block: int, tokens: Tensor) -> Tensor:
+        """Multiply-adds of the cosines between who merges and who stays."""
+        step = self.blocks.index(block)
+        rest = (tokens - backbone.prefix - self.prune[step]).clamp(min=1)
+        merging = (rest - 1).clamp(max=self.merge[step])
+        return merging * (rest - merging) * backbone.dim
+
+    def reduce(self, tokens: Tokens, context: Context, step: int) -> Tokens:
+        """Drop, then merge."""
+        assert context.cls_attention is not None
+        alive = tokens.visual_alive
+        attention = context.cls_attention[:, tokens.prefix :].masked_fill(~alive, -torch.inf)
+        order = torch.sort(attention, dim=1, descending=True, stable=True).indices
+        rest = (alive.sum(1, keepdim=True) - self.prune[step]).clamp(min=1)
+        left = (rest - self.merge[step]).clamp(min=1)
+        if self.prune[step]:
+            tokens = reduction.prune(tokens, reduction.inverse(order) < rest)
+        # As many as merge, and as stay, where all tokens live; never fewer than in any image.
+        most = max(alive.shape[1] - self.prune[step], 1)
+        merging = min(self.merge[step], most - 1)
+        if not merging:
+            return tokens
+        device = order.device
+        place = left + torch.arange(merging, device=device)
+        givers = order.gather(1, place.clamp(max=order.shape[1] - 1))
+        takers = order[:, : most - merging]
+        visual = F.normalize(tokens.visual.float(), dim=-1)
+        one, other = reduction.take(visual, givers), reduction.take(visual, takers)
+        staying = torch.arange(takers.shape[1], device=device) < left
+        cosine = (one @ other.transpose(1, 2)).masked_fill(~staying[:, None], -torch.inf)
+        score, best = cosine.max(2)
+        match = Match(givers + tokens.prefix, takers.gather(1, best) + tokens.prefix, score)
+        return reduction.merge(tokens, match, place < rest)

@@ -1,0 +1,104 @@
+"""PiToMe: tokens that are like many others merge, those like few are protected."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenenv import reduction
+from tokenenv.backbone import Backbone, Context
+from tokenenv.errors import UserError
+from tokenenv.reducers.base import Reducer, share, share_of
+from tokenenv.reduction import Match
+from tokenenv.tokens import Tokens
+
+LEAST = 0.5
+"""Half of the tokens at most can merge into the other half."""
+
+
+@dataclass(frozen=True)
+class PiToMe(Reducer):
+    """PiToMe (Tran et al., NeurIPS 2024), off the shelf.
+
+    Of ``n`` visual tokens ``k = n - ceil(keep n)`` merge. Each has an energy, the mean over the
+    others of ``f(c)``, c the cosine of their mean-head keys: ``c`` where it is at least the margin
+    m, and ``alpha (exp(c - m) - 1)`` below (section 3.2, equation 4), with the paper's
+    ``m = 0.9 - 0.9 l / L`` in block l of L. The 2 k tokens of the highest energy may merge, the
+    others are protected. In the order of their energy every second of them goes to its most
+    similar one among the rest of the 2 k (section 3.2, algorithm 1), as a mean by size; attention
+    is proportional, as ToMe's.
+
+    Attributes:
+        blocks: indices of the blocks where tokens merge.
+        keep: share of an image's living visual tokens that is left at each of them.
+        depth: L.
+        alpha: the lower bound of f, towards which dissimilar tokens go.
+    """
+
+    blocks: tuple[int, ...] = tuple(range(12))
+    keep: float = 0.9
+    depth: int = 12
+    alpha: float = 1.0
+    reads: ClassVar[tuple[str, ...]] = ("mean_keys",)
+    proportional: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not LEAST <= self.keep <= 1.0:
+            raise UserError(
+                f"keep={self.keep:g}: half of the tokens merge at most, give {LEAST} to 1"
+            )
+        if not self.alpha > 0.0:
+            raise UserError(f"alpha={self.alpha:g} must be above 0")
+
+    def check(self, backbone: Backbone) -> None:
+        """Raise :class:`UserError` where this doesn't fit the backbone."""
+        super().check(backbone)
+        if self.depth != backbone.depth:
+            raise UserError(
+                f"depth={self.depth}, over which the margin falls, and the model has "
+                f"{backbone.depth} blocks: give depth={backbone.depth}"
+            )
+
+    def work(self, backbone: Backbone, block: int, tokens: Tensor) -> Tensor:
+        """Multiply-adds of the cosines of all visual tokens."""
+        return (tokens - backbone.prefix) ** 2 * backbone.head_dim(block)
+
+    def margin(self, step: int) -> float:
+        """Which cosine makes neighbours (section 4)."""
+        return 0.9 - 0.9 * self.blocks[step] / self.depth
+
+    def reduce(self, tokens: Tokens, context: Context, step: int) -> Tokens:
+        """Merge those of the highest energy."""
+        assert context.mean_keys is not None
+        alive = tokens.visual_alive
+        unit = F.normalize(context.mean_keys[:, tokens.prefix :].float(), dim=-1)
+        cosine = unit @ unit.transpose(1, 2)
+        energy = self._energy(cosine, alive, self.margin(step)).masked_fill(~alive, -torch.inf)
+        order = torch.sort(energy, dim=1, descending=True, stable=True).indices
+        count = alive.sum(1, keepdim=True)
+        merging = count - share_of(count, self.keep)
+        # No image has more pairs than one all of whose tokens live.
+        pairs = alive.shape[1] - share(alive.shape[1], self.keep)
+        if not pairs:
+            return tokens
+        givers, takers = order[:, : 2 * pairs : 2], order[:, 1 : 2 * pairs : 2]
+        between = cosine.gather(1, givers[..., None].expand(-1, -1, alive.shape[1]))
+        between = between.gather(2, takers[:, None].expand(-1, pairs, -1))
+        taking = torch.arange(pairs, device=order.device) < merging
+        score, best = between.masked_fill(~taking[:, None], -torch.inf).max(2)
+        match = Match(givers + tokens.prefix, takers.gather(1, best) + tokens.prefix, score)
+        return reduction.merge(tokens, match, taking)
+
+    def _energy(self, cosine: Tensor, alive: Tensor, margin: float) -> Tensor:
+        """``(B, n)`` of the cosines ``(B, n, n)``.
+
+        A token's own cosine is among them: 1 for all, it leaves their order alone.
+        """
+        far = self.alpha * torch.expm1(cosine - margin)
+        near = torch.where(cosine >= margin, cosine, far) * alive[:, None]
+        return near.sum(2) / alive.sum(1, keepdim=True).clamp(min=1)

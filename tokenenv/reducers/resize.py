@@ -1,0 +1,114 @@
+"""What a user would do without any method: smaller images."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from itertools import chain
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenenv.backbone import Backbone, Context
+from tokenenv.errors import UserError
+from tokenenv.reducers.base import Reducer
+from tokenenv.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Resize(Reducer):
+    """The same model on smaller images: fewer tokens from the start, and no decision.
+
+    Images are resized from those of the model's own size, bicubic and antialiased, and the
+    position embeddings are resampled, as timm resamples them. Resizing is not counted in
+    multiply-adds.
+
+    Attributes:
+        blocks: none.
+        size: side of the images, pixels; a multiple of the patch size.
+    """
+
+    blocks: tuple[int, ...] = ()
+    size: int = 192
+
+    def __post_init__(self) -> None:
+        if self.blocks:
+            raise UserError("resize takes no blocks: images are smaller from the start")
+        if self.size < 1:
+            raise UserError(f"size={self.size} must be a number of pixels above 0")
+
+    def check(self, backbone: Backbone) -> None:
+        """Raise :class:`UserError` where this doesn't fit the backbone."""
+        patches = backbone.model.patch_embed
+        height, width = patches.img_size
+        patch = patches.patch_size[0]
+        if height != width or patch != patches.patch_size[1]:
+            raise UserError(f"resize takes square images and patches, not {height}x{width} images")
+        if self.size % patch or self.size > height:
+            raise UserError(
+                f"size={self.size} must be a multiple of the patch size {patch}, {height} at most"
+            )
+
+    def reduce(self, tokens: Tokens, context: Context, step: int) -> Tokens:
+        """Nothing leaves on the way."""
+        return tokens
+
+    def shrink(self, backbone: Backbone, images: Tensor) -> tuple[Backbone, Tensor]:
+        """The model for smaller images, and the images ``(B, C, H, W)`` at their new size."""
+        if images.shape[-1] == self.size:
+            return backbone, images
+        size = (self.size, self.size)
+        small = F.interpolate(images.float(), size, mode="bicubic", antialias=True)
+        return smaller(backbone, self.size), small.to(images.dtype)
+
+
+_SMALLER: WeakKeyDictionary[Backbone, dict[int, Backbone]] = WeakKeyDictionary()
+
+
+def smaller(backbone: Backbone, size: int) -> Backbone:
+    """The same model for images of ``size`` pixels; it is kept for the next time.
+
+    All parameters are shared, but for the position embeddings: those are computed from the given
+    model's, anew where these have changed or need a gradient.
+    """
+    known = _SMALLER.setdefault(backbone, {})
+    made = known.get(size)
+    if made is None or made.blocks[0].attn.qkv.weight is not backbone.blocks[0].attn.qkv.weight:
+        made = known[size] = _make(backbone, size)
+    made.compiled = backbone.compiled
+    made.model.train(backbone.model.training)
+    _place_positions(made, backbone)
+    return made
+
+
+def _make(backbone: Backbone, size: int) -> Backbone:
+    model = backbone.model
+    shared = {id(t): t for t in chain(model.parameters(), model.buffers())}
+    model = copy.deepcopy(model, shared)
+    model.set_input_size(img_size=(size, size))
+    if model.pos_embed is not None:
+        del model.pos_embed  # no longer a parameter
+    return Backbone(model, freeze=False)
+
+
+def _place_positions(made: Backbone, backbone: Backbone) -> None:
+    """Give it the position embeddings of the larger model, resampled."""
+    from timm.layers import resample_abs_pos_embed
+
+    model, whole = made.model, backbone.model.pos_embed
+    if whole is None:
+        return
+    learning = torch.is_grad_enabled() and whole.requires_grad
+    version = None if whole.is_inference() else whole._version
+    state = (whole.data_ptr(), version, whole.dtype, learning)
+    if not learning and getattr(made, "positions_of", None) == state:
+        return
+    prefix = 0 if model.no_embed_class else made.prefix
+    # Not an inference tensor: the next pass may be one that learns.
+    with torch.inference_mode(False), torch.set_grad_enabled(learning):
+        model.pos_embed = resample_abs_pos_embed(
+            whole, new_size=list(made.grid), old_size=list(backbone.grid), num_prefix_tokens=prefix
+        )
+    made.__dict__["positions_of"] = state
