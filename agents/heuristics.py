@@ -53,7 +53,7 @@ class KeepAll(_Free):
     rules: TokenPrune
 
     def __post_init__(self) -> None:
-        self.rules = replace(self.rules, features=("position",), share=False)
+        self.rules = replace(self.rules, features=("progress",), share=False)
 
     def act(self, observation: Observation) -> Tensor:
         """``(B, A)`` ones."""
@@ -86,7 +86,7 @@ class RandomPrune(_Free):
                 raise UserError(f"keep={low:g}..{high:g} must not fall: give the lower ratio first")
         else:
             check_keep(self.keep)
-        self.rules = replace(self.rules, features=("position",), share=False)
+        self.rules = replace(self.rules, features=("progress",), share=False)
 
     def act(self, observation: Observation) -> Tensor:
         """``(B, A)`` 1 for those that stay."""

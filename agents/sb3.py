@@ -59,7 +59,13 @@ class SB3Policy:
                 f"the learner chooses from {acts} and the game takes Discrete({game.actions}): "
                 "give the game that it was trained on"
             )
+        if learner.get_vec_normalize_env() is not None:
+            raise UserError(
+                "the learner saw observations that VecNormalize scaled, which the game does not "
+                "show: train it without"
+            )
         self.rules, self._learner = rules, learner
+        self.trained_on = game.backbone.architecture
         network = getattr(learner.policy, "mlp_extractor", None)
         if network is None or list(learner.policy.features_extractor.parameters()):
             raise UserError(

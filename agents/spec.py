@@ -83,6 +83,8 @@ class _Words:
         if any(not sep or not value for _, sep, value in pairs):
             raise UserError(f"'{what}': arguments have the form key=value, separated by commas")
         self.what, self._left = what, {key: value for key, _, value in pairs}
+        if len(self._left) < len(pairs):
+            raise UserError(f"'{what}': an argument is given twice: give each once")
 
     def check_all_read(self) -> None:
         if self._left:
@@ -187,7 +189,7 @@ def _learned(words: _Words, policy: Policy) -> Policy:
 
 
 def _tokens(words: _Words, depth: int) -> TokenPrune:
-    return TokenPrune(words.blocks(spread_blocks(depth)), features=("position",), share=False)
+    return TokenPrune(words.blocks(spread_blocks(depth)), features=("progress",), share=False)
 
 
 def _pairs(words: _Words, depth: int, proportional: bool = True) -> LayerMerge:

@@ -173,10 +173,33 @@ def test_ctrl_c_leaves_no_file(
     assert not tree(Path.cwd())
 
 
+def test_ctrl_c_keeps_finished_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    def press(*args: Any) -> Any:
+        if len(args[2]) > 1:
+            signal.raise_signal(signal.SIGINT)
+        return play(*args)
+
+    monkeypatch.setattr(bench, "play", press)
+    command = "bench keep-all keep-all --batch 1,1,2 --rounds 1 --json b.json"
+    assert main(command.split()) == 130
+    rows = json.loads(Path("b.json").read_text())
+    assert [(row["what"], row["batch"]) for row in rows] == [("dense", 1), ("keep-all", 1)]
+
+
+def test_a_compressed_model_is_its_own(capfd: pytest.CaptureFixture[str]) -> None:
+    tiny = "--model vit_tiny_patch16_224 --weights random"
+    assert main(f"compress tome:r=20 {tiny} --out a".split()) == 0
+    assert main(["bench", "a", "--batch", "1", "--rounds", "1"]) == 0
+    assert "vit_tiny_patch16_224, random images" in capfd.readouterr().out
+    assert "'a' is compressed already" in mistake("compress a --out b", capfd)
+
+
 @pytest.mark.parametrize(
     ("command", "words"),
     [
         ("bench", "WHAT"),
+        ("bench tome:r=2,r=3", "'tome:r=2,r=3': an argument is given twice"),
+        ("bench keep-all --json a --out ./a", "--json and --out name the same file"),
         ("bench keep-all --batch 0", "'0' is no whole number"),
         ("bench keep-all --batch 1,x", "'x' is no whole number"),
         ("bench keep-all --rounds 0", "'0' is no whole number"),

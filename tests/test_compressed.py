@@ -25,6 +25,7 @@ from tokenenv.data import open_source
 from tokenenv.episode import EXECUTIONS
 from tokenenv.metrics import evaluate, play
 from tokenenv.models import load_model
+from tokenenv.rules import TokenPrune
 
 SPECS = ("norm:keep=0.6,blocks=1/2", "tome:r=5", "merge-above:similarity=0.8")
 
@@ -286,6 +287,11 @@ def test_what_cannot_be_compressed() -> None:
     policy = agents.load("rl4evit-deit_tiny")
     with pytest.raises(UserError, match="compressed already: compress the timm model"):
         tokenenv.compress(fast, fast.policy)
+    with pytest.raises(UserError, match=r"'tome:r=8' is no policy: give agents\.load"):
+        tokenenv.compress(digits(), "tome:r=8")  # type: ignore[arg-type]
+    quantised = torch.ao.quantization.quantize_dynamic(digits(), {nn.Linear})
+    with pytest.raises(UserError, match="the linear layers of block 0 are Linear"):
+        tokenenv.compress(quantised, fast.policy)
     with pytest.raises(UserError, match="trained on model 'deit_tiny_patch16_224', not on 'vit_"):
         tokenenv.compress(timm.create_model("vit_small_patch16_224"), policy)
     wide = timm.models.VisionTransformer(embed_dim=48, depth=12, num_heads=3)  # of no name
@@ -320,3 +326,54 @@ def test_predictions_on_real_images_are_the_games(real_data: Path, name: str) ->
         found = torch.cat([fast(source.batch(index).images).argmax(1) for index in batches])
     assert torch.equal(found, result.reduced)
     assert len(result.lengths[:, -1].unique()) > 3
+
+
+def test_other_modules_put_in_are_the_ones_that_run() -> None:
+    model, images = model_and_images()
+    fast = compressed("tome:r=5", model)
+    other = copy.deepcopy(fast.model)
+    torch.nn.init.zeros_(other.head.weight)
+    torch.nn.init.zeros_(other.head.bias)
+    fast.model = other
+    with torch.inference_mode():
+        assert not fast(images).any()
+    fast.model.reset_classifier(5)
+    assert fast.num_classes == 5 and fast(images).shape == (4, 5)
+
+
+def test_no_image_at_all() -> None:
+    model, images = model_and_images()
+    fast = compressed("tome:r=5", model)
+    assert fast(images[:0]).shape == (0, model.num_classes)
+    assert fast.forward_features(images[:0]).shape[0] == 0
+
+
+def test_images_of_another_size(tmp_path: Path) -> None:
+    model = deit(dynamic_img_size=True)
+    larger = torch.randn(1, 3, 256, 256)
+    fast = compressed("random:keep=0.7", model)
+    fast.save(tmp_path / "a")
+    with torch.inference_mode():
+        assert torch.equal(tokenenv.load_compressed(tmp_path / "a")(larger), fast(larger))
+    policy = compressed("keep-all", model).policy
+    policy.rules = TokenPrune((3,), features=("position",))
+    with pytest.raises(UserError, match="made for images of 196 patches and these have 256"):
+        tokenenv.compress(model, policy)(larger)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "nn"},
+        {"model": 5},
+        {"options": {"img_size": ["a", 3]}},
+        {"options": {"img_size": [8, 8], "global_pool": "foo"}},
+        {"options": {"img_size": [8, 8], "bogus": 1}},
+    ],
+)
+def test_a_config_that_someone_changed(options: dict[str, Any], tmp_path: Path) -> None:
+    compressed("tome:r=5", digits()).save(tmp_path / "a")
+    path = tmp_path / "a/compressed.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | options))
+    with pytest.raises(UserError):
+        tokenenv.load_compressed(tmp_path / "a")

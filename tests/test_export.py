@@ -90,12 +90,15 @@ def test_mistakes(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
         "compress nonsense --out x": "'nonsense' is neither a run folder nor a policy",
         "compress norm:keep=0.5 --out full": "'full' exists already",
         "compress norm:keep=0.5 --out full/file/x": "cannot write to 'full/file/x'",
+        "compress norm:keep=0.5 --out x --export x": "give them different names",
         "compress norm:keep=0.5 --out x --export full": "--export 'full' is a folder",
         "compress norm:keep=0.5 --out x --export full/file/x": "cannot write to 'full/file'",
         "compress norm:keep=0.5,blocks=99 --out x": "block 99 is out of range",
         "compress rl4evit-deit_tiny --model digits_vit --out x": "not on 'digits_vit'",
     }.items():
         assert words in mistake(command, capfd), command
+    with pytest.raises(UserError, match=r"cannot write 'gone/x\.onnx': give the name of a file"):
+        tokenenv.export_onnx(compressed("norm:keep=0.5"), "gone/x.onnx")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     before = tree(Path.cwd())
     with pytest.raises(UserError, match=r"pip install 'tokenenv\[export\]'"):

@@ -311,6 +311,9 @@ def test_learners_of_another_game_are_refused() -> None:
     learner = sb3.PPO("MlpPolicy", envs[MERGE], device="cpu")
     with pytest.raises(UserError, match="asks every token and not for a count"):
         SB3Policy(learner, envs[TOKENS].envs.game)
+    scaled = sb3.common.vec_env.VecNormalize(envs[MERGE])
+    with pytest.raises(UserError, match="observations that VecNormalize scaled"):
+        SB3Policy(sb3.PPO("MlpPolicy", scaled, device="cpu"), envs[MERGE].envs.game)
     with pytest.raises(UserError, match=r"learner observes Box.* the game that it was trained"):
         SB3Policy(learner, SB3VecEnv(MERGE, 2, **small(max_cycles=3)).envs.game)
     with pytest.raises(UserError, match=r"chooses from Discrete\(.*the game takes Discrete"):

@@ -70,6 +70,11 @@ class Backbone(nn.Module):
         self.classes: int = self.model.num_classes
 
     @property
+    def architecture(self) -> str:
+        """The name timm knows the model by; empty where it was not made by name."""
+        return getattr(self.model, "pretrained_cfg", {}).get("architecture") or ""
+
+    @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self._parameter.device
@@ -270,8 +275,10 @@ def check_supported(model: nn.Module) -> None:
             raise refuse(f"block {i} is a {type(block).__name__}, not a Block")
         if type(block.attn) is not Attention:
             raise refuse(f"block {i} attends with {type(block.attn).__name__}, not Attention")
+        if not isinstance(getattr(block.attn.qkv, "weight", None), nn.Parameter):
+            raise refuse(f"the linear layers of block {i} are {type(block.attn.qkv).__name__}")
     if not model.num_classes:
-        raise refuse("it has no classifier head (num_classes=0)")
+        raise refuse("it has no classifier head: make it with num_classes above 0")
     if model.attn_pool is not None:
         if type(model.attn_pool).__name__ != "AttentionPoolLatent":
             raise refuse(f"it pools with {type(model.attn_pool).__name__}")

@@ -144,7 +144,8 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Time the dense model and policies in turns, in one process. 'sliced' is the "
         "same model\nmerely cut to the policy's token counts: the limit. 'share' is the part of "
-        "that speed-up\nthat is real. Images are those of --data, else random.",
+        "that speed-up\nthat is real. Images are those of --data, else random. The embedded digits "
+        "model is too\nsmall to become faster: what a decision costs shows there.",
         epilog="examples:\n  tokenenv bench tome:r=3 random:keep=0.5..0.9\n"
         "  tokenenv bench tome:r=13 random:keep=0.5..0.9,blocks=3/6/9 --model "
         "deit_small_patch16_224 --weights random --batch 1,64 --json speed.json --out speed.png",

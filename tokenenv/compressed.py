@@ -40,6 +40,11 @@ def compress(
         UserError: a model that is compressed already or not supported, a policy for another model,
             an unknown execution.
     """
+    if not hasattr(policy, "rules"):
+        raise UserError(
+            f"{policy!r} is no policy: give agents.load(RUN), or agents.parse_policy('tome:r=8', "
+            "depth) for what the command line calls tome:r=8"
+        )
     if isinstance(model, CompressedViT):
         raise UserError("the model is compressed already: compress the timm model it was made of")
     if execution is not None and execution not in EXECUTIONS:
@@ -68,28 +73,41 @@ class CompressedViT(nn.Module):
         model: the copy of the timm model.
         policy: the copy of the policy.
         execution: as given.
-        num_classes, pretrained_cfg: as timm's, for its tools that prepare images.
+        pretrained_cfg: as timm's, for its tools that prepare images.
     """
 
     model: Any
-    backbone: Backbone
     policy: Any
 
     def __init__(self, model: nn.Module, policy: Decider, execution: Execution | None) -> None:
         super().__init__()
         self.model = copy.deepcopy(model)
         self.execution = execution
-        backbone, policy = Backbone(self.model, freeze=False), copy.deepcopy(policy)
-        check_fit(policy, backbone, _architecture(self.model))
-        # Past nn.Module's attributes: neither belongs into state_dict() or parameters().
-        self.__dict__.update(backbone=backbone, policy=policy)
-        self.num_classes = self.model.num_classes
+        # Past nn.Module's attributes: it does not belong into state_dict() or parameters().
+        self.__dict__["policy"] = copy.deepcopy(policy)
+        check_fit(self.policy, self.backbone, self.backbone.architecture)
         self.pretrained_cfg = getattr(self.model, "pretrained_cfg", {})
         self._place_policy()
         self.eval()
 
+    @property
+    def backbone(self) -> Backbone:
+        """The model in stages."""
+        known = self.__dict__.get("_stages")
+        # Who puts other modules in, as data parallelism does, has other stages.
+        if known is None or known.model is not self.model or known.blocks is not self.model.blocks:
+            known = self.__dict__["_stages"] = Backbone(self.model, freeze=False)
+        return known
+
+    @property
+    def num_classes(self) -> int:
+        """As timm's."""
+        return self.model.num_classes
+
     def forward(self, x: Tensor) -> Tensor:
         """Images ``(B, C, H, W)``, normalised -> logits ``(B, classes)``."""
+        if x.shape[0] == 0:
+            return self.model(x)
         logits = self._play(x).logits
         assert logits is not None
         return logits
@@ -105,6 +123,8 @@ class CompressedViT(nn.Module):
             UserError: the model pools by attention and patches were pruned; attention would read
                 them.
         """
+        if x.shape[0] == 0:
+            return self.model.forward_features(x)
         tokens = self._play(x).tokens
         known = tokens.patch_alive()
         if self.model.attn_pool is not None and (tokens.ragged or tokens.moved):
@@ -151,33 +171,34 @@ class CompressedViT(nn.Module):
             kind = type(self.policy).__name__
             raise UserError(f"a policy of class {kind} has no save(path): add one, or take another")
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as place:
+            folder.resolve().parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.resolve().parent, prefix=".") as place:
                 complete = Path(place, "complete")
                 complete.mkdir()
                 self._write(complete)
-                complete.replace(folder)
+                complete.replace(folder.resolve())
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"cannot write to '{folder}' ({reason}): choose another") from None
 
     def _write(self, folder: Path) -> None:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         model = self.model
         config = {
-            "model": _architecture(model),
+            "model": self.backbone.architecture,
             "options": {
                 "img_size": list(model.patch_embed.img_size),
                 "in_chans": model.patch_embed.proj.in_channels,
                 "global_pool": model.global_pool,
+                "dynamic_img_size": bool(model.dynamic_img_size),
             },
             "dtype": str(self.backbone.dtype).removeprefix("torch."),
             "execution": self.execution,
         }
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-        save_file(state, folder / WEIGHTS)
+        (folder / WEIGHTS).write_bytes(save(state))
         self.policy.save(folder / POLICY)
         self._check_twin(folder)
 
@@ -185,7 +206,7 @@ class CompressedViT(nn.Module):
     def _check_twin(self, folder: Path) -> None:
         """See that the model read back is the same one."""
         words = (
-            f"the model is not what timm makes of '{_architecture(self.model)}', its image size "
+            f"the model is not what timm makes of '{self.backbone.architecture}', its image size "
             "and pooling, and can't be read back: save its state_dict() and build it by your code"
         )
         try:
@@ -235,15 +256,12 @@ def load_compressed(folder: str | Path, device: str | torch.device = "cpu") -> C
         name, options = config["model"], dict(config["options"])
         options["img_size"] = tuple(options["img_size"])
         dtype, execution = getattr(torch, config["dtype"]), config["execution"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        model = load_model(name, str(folder / WEIGHTS), options).to(place, dtype)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise UserError(
             f"'{folder}' holds no compressed model ({CONFIG}: {type(error).__name__}): "
             "give a folder that 'tokenenv compress' or save() wrote"
         ) from None
-    model = load_model(name, str(folder / WEIGHTS), options)
-    return compress(model.to(place, dtype), agents.load(folder), execution)
-
-
-def _architecture(model: nn.Module) -> str:
-    """The name timm knows the model by; empty where it was not made by name."""
-    return getattr(model, "pretrained_cfg", {}).get("architecture") or ""
+    return compress(model, agents.load(folder), execution)

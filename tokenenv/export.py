@@ -30,7 +30,10 @@ def export_onnx(fast: CompressedViT, path: str | Path) -> None:
         UserError: a package is missing (``pip install tokenenv[export]``), the file can't be
             written, or torch has no ONNX for something the policy does.
     """
-    fast, path = copy.deepcopy(fast).cpu().eval(), Path(path)
+    path = Path(path)
+    if path.is_dir() or not path.parent.is_dir():  # before a minute of work
+        raise UserError(f"cannot write '{path}': give the name of a file in a folder that exists")
+    fast = copy.deepcopy(fast).cpu().eval()
     patches = fast.model.patch_embed
     shape = (1, patches.proj.in_channels, *patches.img_size)
     image = torch.zeros(shape, dtype=fast.backbone.dtype)

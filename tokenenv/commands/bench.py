@@ -25,6 +25,9 @@ from tokenenv.models import EMBEDDED
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
+    args.what, args.batch = list(dict.fromkeys(args.what)), list(dict.fromkeys(args.batch))
+    if args.json and args.out and Path(args.json).resolve() == Path(args.out).resolve():
+        raise UserError("--json and --out name the same file: give two")
     with contextlib.ExitStack() as places:  # before minutes of work
         places.enter_context(writable_file(args.json))
         places.enter_context(writable_file(args.out, "--out"))
@@ -46,29 +49,36 @@ def run(args: argparse.Namespace) -> int:
         )
         print(_HEADER)
         found: list[Speed] = []
-        for batch in args.batch:
-            some = images[torch.arange(batch, device=images.device) % len(images)]
-            total = timings(len(policies), args.rounds)
-            with tqdm(total=total, desc=f"batch {batch}", leave=False, disable=None) as bar:
-                rows = bench(
-                    backbone,
-                    policies,
-                    some,
-                    rounds=args.rounds,
-                    compiled=compiled,
-                    execution=args.execution,
-                    progress=bar.update,
-                )
-            found += rows
-            for row in rows:
-                print(_line(row))
-        if args.json:
-            write_json(Path(args.json), [row.as_json() for row in found])
-            print(f"the numbers are in {args.json}")
-        if args.out:
-            write_bytes(Path(args.out), picture(found, name))
-            print(f"the picture is in {args.out}")
+        try:
+            for batch in args.batch:
+                some = images[torch.arange(batch, device=images.device) % len(images)]
+                total = timings(len(policies), args.rounds)
+                with tqdm(total=total, desc=f"batch {batch}", leave=False, disable=None) as bar:
+                    rows = bench(
+                        backbone,
+                        policies,
+                        some,
+                        rounds=args.rounds,
+                        compiled=compiled,
+                        execution=args.execution,
+                        progress=bar.update,
+                    )
+                found += rows
+                for row in rows:
+                    print(_line(row))
+        finally:
+            if found:  # also what was done before Ctrl-C
+                _write(args, found, name)
     return 0
+
+
+def _write(args: argparse.Namespace, found: list[Speed], name: str) -> None:
+    if args.json:
+        write_json(Path(args.json), [row.as_json() for row in found])
+        print(f"the numbers are in {args.json}")
+    if args.out:
+        write_bytes(Path(args.out), picture(found, name))
+        print(f"the picture is in {args.out}")
 
 
 def _images(args: argparse.Namespace, backbone: Backbone, name: str) -> tuple[Tensor, str]:

@@ -23,6 +23,7 @@ from tokenenv.commands.common import (
     report_skipped,
     writable_folder,
 )
+from tokenenv.compressed import CONFIG, WEIGHTS
 from tokenenv.data import ImageSource, open_source
 from tokenenv.errors import UserError
 
@@ -73,6 +74,9 @@ def trained_on(what: str) -> dict[str, Any]:
     if folder is None:
         return {}
     config, policy = folder / "config.json", folder / "policy.safetensors"
+    if (folder / CONFIG).is_file():
+        compressed = json.loads((folder / CONFIG).read_text())
+        return {"model": compressed.get("model"), "weights": str(folder / WEIGHTS)}
     if not config.is_file():
         return {"model": read_tensors(policy)[1].get("trained_on")}
     try:

@@ -167,6 +167,13 @@ class TokenPrune:
         progress[:, step] = 1.0
         progress[:, -1] = active.sum(1) / tokens.source.shape[1]
 
+        if tokens.source.shape[1] != backbone.patches and {"position", "agent_id"} & set(
+            self.features
+        ):
+            raise UserError(
+                f"features 'position' and 'agent_id' are made for images of {backbone.patches} "
+                f"patches and these have {tokens.source.shape[1]}: leave them out"
+            )
         own: list[Tensor] = []
         for name in self.features:
             if name == "token":
