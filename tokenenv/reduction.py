@@ -185,10 +185,11 @@ def bipartite_match(tokens: Tokens, metric: Tensor) -> Match:
         place = torch.sort((~alive).to(torch.uint8), dim=1, stable=True).indices
         unit = take(unit, place)
         alive = alive.gather(1, place)
+    score = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)
+    if tokens.ragged:
+        score = score.masked_fill_(~alive[:, None, 1::2], -torch.inf)
     # A lone token has nobody to propose to: one impossible partner more, so that there is any.
-    others = F.pad(unit[:, 1::2], (0, 0, 0, 1))
-    impossible = ~F.pad(alive[:, 1::2], (0, 1))
-    score = (unit[:, ::2] @ others.transpose(1, 2)).masked_fill_(impossible[:, None], -torch.inf)
+    score = F.pad(score, (0, 1), value=-torch.inf)
     best, choice = score.max(dim=2)
     if tokens.ragged:
         best = best.masked_fill(~alive[:, ::2], -torch.inf)
