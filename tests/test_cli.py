@@ -286,6 +286,24 @@ def test_merging_heuristics(what: str, tokens: list[int]) -> None:
 HEAD = timm.create_model("digits_vit").blocks[0].attn.head_dim
 
 
+@pytest.mark.parametrize(
+    ("what", "tokens"),
+    [
+        ("evit:keep=0.5,blocks=3/6", [64] * 3 + [33] * 3 + [18] * 6),  # the half and what fused
+        ("evit:keep=0.5,blocks=3/6,fuse=0", [64] * 3 + [32] * 3 + [16] * 6),
+        ("zerotprune:keep=0.5,blocks=3/6", [64] * 3 + [32] * 3 + [16] * 6),
+        ("pitome:keep=0.9,blocks=0/11", [58] * 11 + [53]),
+        ("diffrate:prune=4/0/30,merge=5/20/9,blocks=0/1/2", [55, 35, *[1] * 10]),
+        ("tome:r=20,schedule=decreasing,blocks=0/1/2", [32, 16, *[16] * 10]),
+        ("resize:size=6", [36] * 12),
+    ],
+)
+def test_published_methods(what: str, tokens: list[int]) -> None:
+    report = evaluation(f"{what} --limit 20 --batch 8")
+    assert report["tokens"] == tokens
+    assert report["gmacs"] < report["gmacs_dense"] == pytest.approx(0.02646, rel=1e-3)
+
+
 def test_merging_above_a_similarity_follows_the_image() -> None:
     few, many = (evaluation(f"merge-above:similarity={s} --limit 40")["tokens"] for s in (0.9, 0.7))
     for tokens in (few, many):

@@ -109,7 +109,7 @@ def pitome(one: One, about: dict[str, Tensor], reducer: PiToMe) -> None:
     m = 0.9 - 0.9 * reducer.blocks[0] / reducer.depth
 
     def f(c: float) -> float:
-        return c if c >= m else reducer.alpha * (math.exp(c - m) - 1)
+        return c - m if c >= m else reducer.alpha * (math.exp(c - m) - 1)
 
     energy = {i: sum(f(cosine(key[i], key[j])) for j in one.x if j != i) / n for i in one.x}
     k = n - math.ceil(n * reducer.keep - 1e-9)

@@ -18,11 +18,11 @@ from tokenenv.tokens import Tokens
 class EViT(Reducer):
     """EViT (Liang et al., ICLR 2022), without its fine-tuning.
 
-    Between attention and MLP of blocks 4, 7 and 10 of 12, counted from 1, the ``ceil(keep n)``
-    visual tokens with the most class attention, mean over the heads, stay (section 3.1). The others
-    fuse into one token, their sum weighted by attention (section 3.2). That token is one like all
-    others at the next stage. The sum is divided by the sum of the weights here: a backbone that
-    was not trained with it doesn't expect a token that is a tenth as long as the others.
+    Between attention and MLP of blocks 3, 6 and 9 of 12 (the paper's layers 4, 7 and 10), the
+    ``ceil(keep n)`` visual tokens with the most class attention, mean over the heads, stay. The
+    others fuse into one token, their sum weighted by attention (both section 3). That token is one
+    like all others at the next stage. The sum is divided by the sum of the weights here: a backbone
+    that was not trained with it doesn't expect a token a tenth as long as the others.
 
     Attributes:
         blocks: indices of the blocks where tokens go.

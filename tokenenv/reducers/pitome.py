@@ -25,18 +25,18 @@ class PiToMe(Reducer):
     """PiToMe (Tran et al., NeurIPS 2024), off the shelf.
 
     Of ``n`` visual tokens ``k = n - ceil(keep n)`` merge. Each has an energy, the mean over the
-    others of ``f(c)``, c the cosine of their mean-head keys: ``c`` where it is at least the margin
-    m, and ``alpha (exp(c - m) - 1)`` below (section 3.2, equation 4), with the paper's
-    ``m = 0.9 - 0.9 l / L`` in block l of L. The 2 k tokens of the highest energy may merge, the
-    others are protected. In the order of their energy every second of them goes to its most
-    similar one among the rest of the 2 k (section 3.2, algorithm 1), as a mean by size; attention
-    is proportional, as ToMe's.
+    others of ``f(c - m)``, c the cosine of their mean-head keys, m the paper's margin
+    ``0.9 - 0.9 l / L`` in block l of L, and f an ELU: x from 0 on, ``alpha (exp(x) - 1)`` below
+    (section 3.2, equation 4; read with c itself above the margin, so that it jumps there, it loses
+    more on DeiT-Tiny). The 2 k tokens of the highest energy may merge, the others are protected. In
+    the order of their energy every second of them goes to its most similar one among the rest of
+    the 2 k (algorithm 1), as a mean by size; attention is proportional, as ToMe's.
 
     Attributes:
         blocks: indices of the blocks where tokens merge.
         keep: share of an image's living visual tokens that is left at each of them.
         depth: L.
-        alpha: the lower bound of f, towards which dissimilar tokens go.
+        alpha: -alpha is the lower bound of f, towards which dissimilar tokens go.
     """
 
     blocks: tuple[int, ...] = tuple(range(12))
@@ -69,7 +69,7 @@ class PiToMe(Reducer):
         return (tokens - backbone.prefix) ** 2 * backbone.head_dim(block)
 
     def margin(self, step: int) -> float:
-        """Which cosine makes neighbours (section 4)."""
+        """The margin m."""
         return 0.9 - 0.9 * self.blocks[step] / self.depth
 
     def reduce(self, tokens: Tokens, context: Context, step: int) -> Tokens:
@@ -97,8 +97,7 @@ class PiToMe(Reducer):
     def _energy(self, cosine: Tensor, alive: Tensor, margin: float) -> Tensor:
         """``(B, n)`` of the cosines ``(B, n, n)``.
 
-        A token's own cosine is among them: 1 for all, it leaves their order alone.
+        A token's own cosine is among them: 1 for all, it leaves their order as it is.
         """
-        far = self.alpha * torch.expm1(cosine - margin)
-        near = torch.where(cosine >= margin, cosine, far) * alive[:, None]
-        return near.sum(2) / alive.sum(1, keepdim=True).clamp(min=1)
+        each = F.elu(cosine - margin, self.alpha) * alive[:, None]
+        return each.sum(2) / alive.sum(1, keepdim=True).clamp(min=1)
