@@ -18,7 +18,7 @@ class ATS(Reducer):
     """Adaptive token sampling (Fayyaz et al., ECCV 2022), without training.
 
     A visual token's significance is the class token's attention to it times the length of its
-    value, over the sum of all (section 3.1, equation 3; attention is the mean over the heads and
+    value, over the sum of all (section 3.1; attention is the mean over the heads and
     a value has all heads side by side, as the published code has it). Their running sum, over the
     tokens as they lie, is a distribution, of which K quantiles are taken, 1/2K, 3/2K ...
     (2K - 1)/2K (section 3.2). A token that is drawn several times stays once: images whose

@@ -27,10 +27,10 @@ class PiToMe(Reducer):
     Of ``n`` visual tokens ``k = n - ceil(keep n)`` merge. Each has an energy, the mean over the
     others of ``f(c - m)``, c the cosine of their mean-head keys, m the paper's margin
     ``0.9 - 0.9 l / L`` in block l of L, and f an ELU: x from 0 on, ``alpha (exp(x) - 1)`` below
-    (section 3.2, equation 4; read with c itself above the margin, so that it jumps there, it loses
-    more on DeiT-Tiny). The 2 k tokens of the highest energy may merge, the others are protected. In
+    (section 3.2; with c itself from the margin on, so that it jumps there, more is lost on
+    DeiT-Tiny). The 2 k tokens of the highest energy may merge, the others are protected. In
     the order of their energy every second of them goes to its most similar one among the rest of
-    the 2 k (algorithm 1), as a mean by size; attention is proportional, as ToMe's.
+    the 2 k, as a mean by size; attention is proportional, as ToMe's.
 
     Attributes:
         blocks: indices of the blocks where tokens merge.
