@@ -14,7 +14,7 @@ from tokenenv.envs import ids
 from tokenenv.errors import UserError
 
 if TYPE_CHECKING:
-    from tokenenv import layer_merge_v0, layer_prune_v0, token_prune_v0
+    from tokenenv import layer_merge_v0, layer_prune_v0, ltm, token_prune_v0
     from tokenenv.backbone import Backbone
     from tokenenv.compressed import CompressedViT, compress, load_compressed
     from tokenenv.data import ImageSource, open_source
@@ -46,6 +46,7 @@ __all__ = [
     "layer_prune_v0",
     "load_backbone",
     "load_compressed",
+    "ltm",
     "open_source",
     "token_prune_v0",
 ]
@@ -70,7 +71,7 @@ _HOME = {
     "open_source": "data",
 }
 
-_MODULES = ("layer_merge_v0", "layer_prune_v0", "token_prune_v0")
+_MODULES = ("layer_merge_v0", "layer_prune_v0", "ltm", "token_prune_v0")
 
 
 def __getattr__(name: str) -> Any:

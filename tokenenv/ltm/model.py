@@ -1,0 +1,240 @@
+"""A timm model whose tokens merge inside its transformer stacks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from timm.layers import to_2tuple
+from torch import Tensor, nn
+
+from tokenenv.cost import measured_macs
+from tokenenv.errors import UserError
+from tokenenv.ltm import families
+from tokenenv.ltm.block import MaskKind, Stack
+from tokenenv.ltm.families import WindowStack
+from tokenenv.ltm.schedule import check_ratio
+
+Feature = Literal["blocks", "pooled"]
+
+RATIOS = {"ViT": 0.63, "Swin": 25 / 49, "MobileViT": 0.15, "EfficientViT": 0.5}
+"""Share of the tokens left at the end of a stack by default, per family."""
+
+
+def ltm(
+    model: nn.Module,
+    ratio: float | None = None,
+    mask: MaskKind = "attention",
+    *,
+    recursive: bool = False,
+    hard: bool = False,
+    image_size: int | tuple[int, int] | None = None,
+) -> LTM:
+    """A copy of a timm model with LTM blocks.
+
+    Args:
+        model: a ViT, Swin, MobileViT or (MIT's) EfficientViT of timm's, pretrained or not; it
+            stays as it is.
+        ratio: share of the tokens left after the last block of each transformer stack; 1 merges
+            nothing and gives timm's logits. None takes :data:`RATIOS`. Swin's windows allow
+            ``(k / 7) ** 2`` only.
+        mask: ``attention`` works at any resolution, ``linear`` at one.
+        recursive: whether a mask adds to that of the block before where both have the same shape
+            (in Swin's stages).
+        hard: whether each token goes into one merged token only.
+        image_size: of a MobileViT or an EfficientViT, which don't know theirs: where masks are
+            made depends on it. None takes that of its pretrained weights.
+
+    Raises:
+        UserError: another model, a ratio out of range or one that Swin's windows don't divide.
+    """
+    return LTM(model, ratio, mask, recursive=recursive, hard=hard, image_size=image_size)
+
+
+class LTM(nn.Module):
+    """A timm model with LTM blocks; it takes and gives what the timm model does.
+
+    Its parameters are the timm model's own and the masks', below ``model``.
+
+    Args:
+        model, ratio, mask, recursive, hard, image_size: as for :func:`ltm`.
+
+    Attributes:
+        model: the copy of the timm model.
+        family: ``ViT``, ``Swin``, ``MobileViT`` or ``EfficientViT``.
+        config: the arguments, as plain values.
+        num_classes, pretrained_cfg: as timm's.
+    """
+
+    model: Any
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ratio: float | None,
+        mask: MaskKind,
+        *,
+        recursive: bool,
+        hard: bool,
+        image_size: int | tuple[int, int] | None,
+    ) -> None:
+        super().__init__()
+        self.family, cut = _family(model)
+        ratio = check_ratio(RATIOS[self.family] if ratio is None else ratio)
+        self.model = copy.deepcopy(model)
+        size = _image_size(self.model, image_size)
+        options = {"kind": mask, "recursive": recursive, "hard": hard}
+        stacks = cut(self.model, ratio, options)
+        self.config = {
+            "ratio": ratio,
+            "mask": mask,
+            "recursive": recursive,
+            "hard": hard,
+            "image_size": list(size),
+        }
+        self.num_classes = self.model.num_classes
+        self.pretrained_cfg = getattr(self.model, "pretrained_cfg", {})
+        self._plan(stacks, size)
+
+    @torch.no_grad()
+    def _plan(self, stacks: families.Stacks, size: tuple[int, int]) -> None:
+        """Make the masks where tokens merge at this image size: one pass shows the grids."""
+        first = next(m for m in self.model.modules() if isinstance(m, nn.Conv2d))
+        weight = first.weight
+        image = torch.zeros(1, first.in_channels, *size, device=weight.device, dtype=weight.dtype)
+        with evaluating(self):
+            self(image)
+        for stack, dim in stacks:
+            stack.plan(dim)
+        self.to(weight.device, weight.dtype)
+
+    @property
+    def stacks(self) -> list[Stack | WindowStack]:
+        """The transformer stacks, in the order in which they run."""
+        return [m for m in self.modules() if isinstance(m, Stack | WindowStack)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images ``(B, C, H, W)``, normalised -> logits ``(B, classes)``."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images -> what timm's ``forward_features`` gives; of a ViT only the merged tokens."""
+        if self.family == "ViT":
+            patches = self.model.patch_embed
+            dynamic = getattr(self.model, "dynamic_img_size", False)
+            size = (x.shape[2], x.shape[3])
+            grid = patches.dynamic_feat_size(size) if dynamic else patches.grid_size
+            # A linear mask may leave any number of tokens: to it they are a sequence.
+            linear = self.config["mask"] == "linear"
+            self.model.blocks.grid = (1, grid[0] * grid[1]) if linear else tuple(grid)
+        return self.model.forward_features(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """What :meth:`forward_features` gave -> logits, or what the classifier reads."""
+        return self.model.forward_head(x, pre_logits=pre_logits)
+
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.model.get_classifier()
+
+    @contextmanager
+    def recording(self, feature: Feature = "blocks") -> Iterator[list[Tensor]]:
+        """Collect the features that the IB bound reads, while it is open.
+
+        Args:
+            feature: ``blocks``: the mean of the merged tokens of each LTM block, what the paper
+                describes; ``pooled``: what the classifier reads, what its published code takes.
+
+        Returns:
+            A list; every forward pass adds its ``(B, D)`` features, with gradient. Empty it
+            between two passes.
+
+        Raises:
+            UserError: an unknown feature.
+        """
+        found: list[Tensor] = []
+        if feature == "pooled":
+            hook = self.get_classifier().register_forward_pre_hook(
+                lambda module, inputs: found.append(inputs[0])
+            )
+            try:
+                yield found
+            finally:
+                hook.remove()
+        elif feature == "blocks":
+            for stack in self.stacks:
+                stack.record = found
+            try:
+                yield found
+            finally:
+                for stack in self.stacks:
+                    stack.record = None
+        else:
+            raise UserError(f"feature='{feature}': choose from blocks, pooled")
+
+
+def measure(model: nn.Module, images: Tensor) -> float:
+    """Multiply-adds of one image in ``model``, masks, merging and un-merging included.
+
+    1 MAC = 1 FLOP; matrix products (those of attention too) and convolutions. All images cost the
+    same: the schedule is fixed.
+
+    Args:
+        model: any module.
+        images: ``(B, C, H, W)``, normalised.
+    """
+    with evaluating(model):
+        return measured_macs(lambda: model(images)) / len(images)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode; afterwards each module has its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _family(model: nn.Module) -> tuple[str, Callable[..., families.Stacks]]:
+    from timm.models.byobnet import ByobNet
+    from timm.models.efficientvit_mit import EfficientVit, EfficientVitLarge
+    from timm.models.mobilevit import MobileVitBlock
+    from timm.models.swin_transformer import SwinTransformer
+    from timm.models.vision_transformer import VisionTransformer
+
+    if isinstance(model, LTM):
+        raise UserError("the model has LTM blocks already: give the timm model it was made of")
+    if isinstance(model, VisionTransformer):
+        return "ViT", families.vit
+    if isinstance(model, SwinTransformer):
+        return "Swin", families.swin
+    if isinstance(model, EfficientVit | EfficientVitLarge):
+        return "EfficientViT", families.efficientvit
+    if isinstance(model, ByobNet) and any(isinstance(m, MobileVitBlock) for m in model.modules()):
+        return "MobileViT", families.mobilevit
+    raise UserError(
+        f"LTM has no blocks for a {type(model).__name__}: use a timm VisionTransformer, "
+        "SwinTransformer, MobileViT (version 1) or MIT's EfficientViT (efficientvit_b*, _l*)"
+    )
+
+
+def _image_size(model: Any, given: int | tuple[int, int] | None) -> tuple[int, int]:
+    own = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if own is not None:
+        if given is not None and to_2tuple(given) != tuple(own):
+            raise UserError(
+                f"image_size={given}, and the model is made for {own[0]}x{own[1]}: create it with "
+                "img_size=... and leave image_size out"
+            )
+        return tuple(own)
+    size = to_2tuple(given or model.pretrained_cfg["input_size"][1:])
+    if min(size) < 32:
+        raise UserError(f"image_size={given}: give 32 pixels or more")
+    return size

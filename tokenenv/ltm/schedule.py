@@ -1,0 +1,103 @@
+"""How many tokens each LTM block leaves, and where the merged ones sit."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tokenenv.errors import UserError
+
+Grid = tuple[int, int]
+"""Rows and columns of tokens. A mere sequence of N tokens is the grid ``(1, N)``."""
+
+_NEAR = 0.02  # of a token: how far from a whole side a rounded ratio such as 0.51 may be
+
+
+def check_ratio(ratio: float) -> float:
+    """Refuse a ratio outside of (0, 1].
+
+    Raises:
+        UserError: it is.
+    """
+    if not 0 < ratio <= 1:
+        raise UserError(
+            f"ratio={ratio}: the share of the tokens left after the last block; give a number "
+            "above 0, and at most 1 (nothing merges)"
+        )
+    return float(ratio)
+
+
+def shares(ratio: float, depth: int) -> list[float]:
+    """Share of a stack's tokens after each of its ``depth`` blocks: ``ratio ** ((l + 1) / depth)``.
+
+    The paper gives no schedule; this one ends at ``ratio`` and takes the same share everywhere.
+    """
+    return [ratio ** ((block + 1) / depth) for block in range(depth)]
+
+
+def even(grid: Grid, share: float) -> Grid:
+    """The grid with about ``share`` of the tokens, reduced evenly in rows and columns."""
+    side = math.sqrt(share)
+    return max(1, round(grid[0] * side)), max(1, round(grid[1] * side))
+
+
+def flat(grid: Grid, share: float) -> Grid:
+    """The sequence of ``round(N * share)`` tokens."""
+    return 1, max(1, round(grid[0] * grid[1] * share))
+
+
+def check_window(window: Grid, ratio: float) -> None:
+    """Refuse a ratio that no even grid inside a window has.
+
+    Args:
+        window: rows and columns of the window.
+        ratio: the share of tokens the last block of each stage leaves.
+
+    Raises:
+        UserError: a side times the root of ``ratio`` is not a whole number (to 0.02); the message
+            lists the ratios there are.
+    """
+    sides = [side * math.sqrt(ratio) for side in window]
+    if all(round(side) >= 1 and abs(side - round(side)) <= _NEAR for side in sides):
+        return
+    rows, columns = window
+    step = math.gcd(rows, columns)
+    known = ", ".join(
+        f"{(k / step) ** 2:.3g} ({rows * k // step}x{columns * k // step})"
+        for k in range(step, 0, -1)
+    )
+    raise UserError(
+        f"ratio={ratio} does not divide the {rows}x{columns} windows evenly: choose from {known}"
+    )
+
+
+def centres(grid: Grid, smaller: Grid, device: torch.device) -> Tensor:
+    """``(P,)`` int64: the tokens of ``grid`` that lie nearest to those of an even ``smaller`` one.
+
+    Args:
+        grid: rows and columns, N tokens in row-major order.
+        smaller: rows and columns of the merged tokens; no side is longer.
+        device: where the result lies.
+    """
+    rows, columns = (
+        ((torch.arange(few, device=device) * 2 + 1) * many).div(2 * few, rounding_mode="floor")
+        for many, few in zip(grid, smaller, strict=True)
+    )
+    return (rows[:, None] * grid[1] + columns).flatten()
+
+
+def closeness(grid: Grid, smaller: Grid, device: torch.device) -> Tensor:
+    """``(N, P)`` float32: minus the squared distance of tokens and merged tokens.
+
+    Both lie evenly on the same square; a distance of 1 is a step of the smaller grid, along
+    rows and columns.
+    """
+    squared = []
+    for many, few in zip(grid, smaller, strict=True):
+        places = (torch.arange(many, device=device) + 0.5) * (few / many)
+        squared.append((places[:, None] - (torch.arange(few, device=device) + 0.5)).square())
+    rows, columns = squared
+    distance = rows[:, None, :, None] + columns[None, :, None, :]
+    return -distance.flatten(2).flatten(0, 1)

@@ -1,0 +1,116 @@
+"""Models with LTM blocks on disk: JSON and safetensors in a folder, never a pickle."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokenenv.errors import UserError
+from tokenenv.ltm.model import LTM, evaluating, ltm
+from tokenenv.models import check_device, import_timm, read_weights
+
+CONFIG, WEIGHTS = "ltm.json", "model.safetensors"
+"""What a folder of a saved model holds."""
+
+
+def save_ltm(model: LTM, folder: str | Path) -> None:
+    """Write a model's name, options and weights, all or nothing; :func:`load_ltm` reads them.
+
+    Args:
+        model: with LTM blocks, of a timm model made by name.
+        folder: a new or an empty folder.
+
+    Raises:
+        UserError: the folder holds something or can't be written, or the model is not what timm
+            makes of its name, classes, image size and pooling.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"'{folder}' exists already: choose another folder")
+    state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as place:
+            complete = Path(place, "complete")
+            complete.mkdir()
+            (complete / CONFIG).write_text(json.dumps(_describe(model), indent=2) + "\n")
+            save_file(state, complete / WEIGHTS)
+            _check_twin(model, complete)
+            complete.replace(folder)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write to '{folder}' ({reason}): choose another") from None
+
+
+def load_ltm(folder: str | Path, device: str | torch.device = "cpu") -> LTM:
+    """The model that :func:`save_ltm` wrote, in eval mode.
+
+    Raises:
+        UserError: no such folder, or it is not complete.
+    """
+    place, folder = check_device(device), Path(folder)
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        name, options, blocks = config["model"], dict(config["options"]), dict(config["ltm"])
+        dtype = getattr(torch, config["dtype"])
+        blocks["image_size"] = tuple(blocks["image_size"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"'{folder}' holds no LTM model ({CONFIG}: {type(error).__name__}): "
+            "give a folder that save_ltm wrote"
+        ) from None
+    import tokenenv.embedded  # noqa: F401  (registers digits_vit with timm)
+
+    try:
+        model = ltm(import_timm().create_model(name, **options), **blocks)
+        model.load_state_dict(read_weights(folder / WEIGHTS))
+    except (RuntimeError, TypeError) as error:
+        problem = str(error).splitlines()[0]
+        raise UserError(f"'{folder}' does not fit model '{name}': {problem}") from None
+    return model.to(place, dtype).eval()
+
+
+def _describe(model: LTM) -> dict[str, Any]:
+    timm_model = model.model
+    first = next(m for m in timm_model.modules() if isinstance(m, nn.Conv2d))
+    options = {"num_classes": timm_model.num_classes, "in_chans": first.in_channels}
+    patches = getattr(timm_model, "patch_embed", None)
+    if patches is not None:
+        options["img_size"] = list(patches.img_size)
+    if model.family == "ViT":
+        options["global_pool"] = timm_model.global_pool
+    return {
+        "model": model.pretrained_cfg.get("architecture") or "",
+        "options": options,
+        "ltm": model.config,
+        "dtype": str(first.weight.dtype).removeprefix("torch."),
+    }
+
+
+@torch.no_grad()
+def _check_twin(model: LTM, folder: Path) -> None:
+    """See that the model read back is the same one."""
+    config = _describe(model)
+    words = (
+        f"the model is not what timm makes of '{config['model']}', its classes, image size and "
+        "pooling, and can't be read back: save its state_dict() and build it by your code"
+    )
+    weight = next(model.parameters())
+    try:
+        twin = load_ltm(folder, weight.device)
+    except (UserError, RuntimeError) as error:
+        raise UserError(f"{words} ({error})") from None
+    shape = (1, config["options"]["in_chans"], *config["ltm"]["image_size"])
+    image = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    image = image.to(weight.device, weight.dtype)
+    with evaluating(model):
+        same = torch.allclose(model(image), twin(image), rtol=1e-3, atol=1e-4)
+    if not same:
+        raise UserError(words)
