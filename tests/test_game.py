@@ -121,3 +121,15 @@ def test_stepping_past_the_end_is_refused(backbone) -> None:
         game.step(torch.ones(2, 64))
     with pytest.raises(RuntimeError, match="call reset"):
         game.step(torch.ones(2, 64))
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_a_block_in_which_no_image_of_a_ragged_batch_loses_a_token(backbone, execution) -> None:
+    game = build_game(
+        model=backbone, rules="layer_prune", action="count", batch_size=3, execution=execution
+    )
+    game.reset()
+    ragged, nothing = torch.tensor([[0], [1], [2]]), torch.zeros(3, 1, dtype=torch.long)
+    game.step(ragged)
+    transition = game.step(nothing)
+    assert_close(transition.reward, torch.zeros(3, 1), atol=1e-4, rtol=0)

@@ -127,3 +127,11 @@ def test_weights_other_than_size() -> None:
     )
     assert merged.x[0, 1, 0] == 2.0
     assert merged.size.tolist() == [[0.0, 2.0]]
+
+
+def test_no_image_is_a_batch_too() -> None:
+    tokens, generator = make(3, 1, 6, seed=0)
+    tokens = reduction.prune(tokens, coin((3, 6), generator))
+    none = tokens.select(torch.zeros(0, dtype=torch.long))
+    for layout in (reduction.compact, reduction.pack):
+        assert reduction.unpack(layout(none)).x.shape == (0, 7, 4)

@@ -91,6 +91,14 @@ def test_cooperative_pays_the_dead_too() -> None:
     assert_close(other[0, 1] - other[0, 0], torch.tensor(0.1))
 
 
+def test_cooperative_with_a_shared_price_pays_all_alike() -> None:
+    own, shared = Cooperative(beta=0.1), Cooperative(beta=0.1, shared=True)
+    now = turn([[1, 0, 0, 1], [1, 1, 1, 1]])
+    assert_close(shared(now), torch.tensor([[-0.05], [-0.1]]).expand(2, 4))
+    end = turn([[1, 0, 0, 1], [1, 1, 1, 1]], end=outcome([True, False], fidelity_gap=0.5))
+    assert_close(shared(end), own(end).mean(1, keepdim=True).expand(2, 4))
+
+
 def test_fidelity_is_exp_of_minus_kl() -> None:
     generator = torch.Generator().manual_seed(0)
     logits, native = torch.randn(2, 5, 7, generator=generator)

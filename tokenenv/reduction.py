@@ -50,7 +50,7 @@ def compact(tokens: Tokens) -> Tokens:
     This is what frees memory and time. It reads one number back from the device. The order of
     the living tokens is kept; the result is not ragged if all images are equally long.
     """
-    if not tokens.ragged:
+    if not (tokens.ragged and len(tokens.x)):
         return tokens
     if len(tokens.x) == 1:
         return _compact_one(tokens)
@@ -68,7 +68,7 @@ def pack(tokens: Tokens) -> Tokens:
     Reads the lengths back from the device. :func:`unpack` gives what :func:`compact` gives, zeros
     for the dead.
     """
-    if not tokens.ragged:
+    if not (tokens.ragged and len(tokens.x)):
         return tokens
     if len(tokens.x) == 1:
         return _compact_one(tokens)

@@ -163,14 +163,20 @@ class Cooperative:
     Attributes:
         alpha: weight of the fidelity.
         beta: price of staying alive from one decision to the next.
+        shared: whether the price is shared too: each pays the mean over the image's P agents.
+            Then all get the same reward, as learners of one team expect. The same balance of
+            price and fidelity has P times the ``beta``: what an agent's stay costs each is a P-th.
     """
 
     alpha: float = 1.0
     beta: float = 0.002
+    shared: bool = False
 
     def __call__(self, turn: Turn) -> Tensor:
         """Rewards ``(B, A)``."""
         reward = -self.beta * turn.after.float()
+        if self.shared:
+            reward = reward.mean(1, keepdim=True).expand_as(reward)
         if turn.outcome is not None:
             reward = reward + self.alpha * turn.outcome.fidelity[:, None]
         return reward

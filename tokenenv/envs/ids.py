@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 import gymnasium
 import pettingzoo
+
+from tokenenv.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenenv.envs.vector import GameVectorEnv
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,20 @@ def listing() -> str:
     """Every id with its summary, one line each."""
     width = max(len(entry.id) for entry in IDS)
     return "\n".join(f"{entry.id:<{width}}  {entry.summary}" for entry in IDS)
+
+
+def vector_class(id: str) -> type[GameVectorEnv]:
+    """The batched environment of a registered id.
+
+    Raises:
+        UserError: unknown id.
+    """
+    known = {entry.id: entry.vector_env for entry in IDS}
+    if id not in known:
+        raise UserError(f"unknown id '{id}': choose from {', '.join(known)}")
+    module, name = known[id].split(":")
+    made: type[GameVectorEnv] = getattr(import_module(module), name)
+    return made
 
 
 def register() -> None:

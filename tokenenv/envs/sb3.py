@@ -12,6 +12,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenenv.envs import ids
 from tokenenv.envs.vector import GameVectorEnv
 from tokenenv.errors import UserError
 
@@ -51,7 +52,7 @@ class SB3VecEnv(VecEnv):
     def __init__(
         self, id: str, num_envs: int = 1, *, render_mode: str | None = None, **game: Any
     ) -> None:
-        self.envs = _make(id, num_envs, render_mode, game)
+        self.envs: GameVectorEnv = ids.vector_class(id)(num_envs, render_mode=render_mode, **game)
         self._actions: NDArray[Any] = np.zeros(0)
         super().__init__(
             num_envs, self.envs.single_observation_space, self.envs.single_action_space
@@ -129,19 +130,6 @@ class SB3VecEnv(VecEnv):
     def get_images(self) -> Sequence[NDArray[np.uint8] | None]:
         """A picture of each image, for ``render_mode="rgb_array"``."""
         return self.env_method("render")
-
-
-def _make(id: str, num_envs: int, render_mode: str | None, game: dict[str, Any]) -> GameVectorEnv:
-    from gymnasium.envs.registration import load_env_creator
-
-    from tokenenv.envs.ids import IDS
-
-    known = {entry.id: entry.vector_env for entry in IDS}
-    if id not in known:
-        raise UserError(f"unknown id '{id}': choose from {', '.join(known)}")
-    make: Any = load_env_creator(known[id])
-    envs: GameVectorEnv = make(num_envs, render_mode=render_mode, **game)
-    return envs
 
 
 def _rows(infos: dict[str, Any], count: int) -> list[dict[str, Any]]:

@@ -1,0 +1,135 @@
+"""BenchMARL's form of the games: tasks for its experiments, on :mod:`tokenenv.envs.torchrl`.
+
+Needs ``pip install 'tokenenv[benchmarl]'``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tokenenv.envs.torchrl import GROUP, TorchRLEnv
+from tokenenv.errors import UserError
+
+try:
+    from benchmarl.environments.common import Task, TaskClass
+    from tensordict import TensorDictBase
+    from torchrl.data import Composite
+    from torchrl.envs import EnvBase
+except ImportError as error:
+    raise UserError("BenchMARL is not installed: pip install 'tokenenv[benchmarl]'") from error
+
+
+class GameTaskClass(TaskClass):
+    """How BenchMARL makes and reads a :class:`~tokenenv.envs.torchrl.TorchRLEnv`.
+
+    Its methods are those of BenchMARL's ``TaskClass``, where they are described.
+    """
+
+    def get_env_fun(
+        self, num_envs: int, continuous_actions: bool, seed: int | None, device: Any
+    ) -> Callable[[], EnvBase]:
+        """Makes a batch of ``num_envs`` images; ``config`` is what the game takes."""
+
+        def make() -> EnvBase:
+            env = TorchRLEnv(_IDS[self.name], num_envs, **({"device": device} | self.config))
+            if seed is not None:
+                env.set_seed(seed)
+            return env
+
+        return make
+
+    def supports_continuous_actions(self) -> bool:
+        """No."""
+        return False
+
+    def supports_discrete_actions(self) -> bool:
+        """Yes."""
+        return True
+
+    def max_steps(self, env: EnvBase) -> int:
+        """Decisions per episode."""
+        steps: int = env.game.steps
+        return steps
+
+    def has_render(self, env: EnvBase) -> bool:
+        """No."""
+        return False
+
+    def group_map(self, env: EnvBase) -> dict[str, list[str]]:
+        """All agents in one group."""
+        return env.group_map
+
+    # BenchMARL wants its specs without the dimension of the batch.
+    def observation_spec(self, env: EnvBase) -> Composite:
+        """What agents see."""
+        return _group(env.full_observation_spec_unbatched, "observation")
+
+    def action_mask_spec(self, env: EnvBase) -> Composite:
+        """Which actions are legal."""
+        return _group(env.full_observation_spec_unbatched, "action_mask")
+
+    def action_spec(self, env: EnvBase) -> Composite:
+        """What agents may do."""
+        return env.full_action_spec_unbatched
+
+    def state_spec(self, env: EnvBase) -> Composite:
+        """The image's state, for a central critic."""
+        state = env.full_observation_spec_unbatched["state"]
+        return Composite({"state": state.clone()}, device=env.device)
+
+    def info_spec(self, env: EnvBase) -> None:
+        """None of an agent's own: :meth:`log_info` reads what is known of the images."""
+
+    @staticmethod
+    def log_info(batch: TensorDictBase) -> dict[str, float]:
+        """Tokens left and accuracy where episodes ended, illegal actions per episode."""
+        over, info = batch["next", "done"], batch["next", "info"]
+        if not over.any():
+            return {}
+        names = ("tokens_left", "correct", "illegal_actions")
+        return {f"game/{name}": info[name][over].float().mean().item() for name in names}
+
+    @staticmethod
+    def env_name() -> str:
+        """``tokenenv``."""
+        return "tokenenv"
+
+
+class GameTask(Task):
+    """The games as BenchMARL's tasks.
+
+    Example:
+        >>> from tokenenv.envs.benchmarl import GameTask
+        >>> task = GameTask.TOKEN_PRUNE.get_task(config={"reward": "cooperative"})
+        >>> make = task.get_env_fun(num_envs=4, continuous_actions=False, seed=0, device="cpu")
+        >>> make().batch_size
+        torch.Size([4])
+    """
+
+    TOKEN_PRUNE = None
+    LAYER_MERGE = None
+    LAYER_PRUNE = None
+
+    @staticmethod
+    def associated_class() -> type[GameTaskClass]:
+        """Of all three."""
+        return GameTaskClass
+
+    def get_task(self, config: dict[str, Any] | None = None) -> TaskClass:
+        """The task; ``config``: what :func:`~tokenenv.envs.build.build_game` takes."""
+        return GameTaskClass(name=self.name, config=config or {})
+
+
+_IDS = {
+    "TOKEN_PRUNE": "tokenenv/TokenPrune-v0",
+    "LAYER_MERGE": "tokenenv/LayerMerge-v0",
+    "LAYER_PRUNE": "tokenenv/LayerPrune-v0",
+}
+
+
+def _group(spec: Composite, name: str) -> Composite:
+    """The entry ``name`` of the agents' group alone."""
+    group = spec[GROUP]
+    kept = Composite({name: group[name].clone()}, shape=group.shape, device=group.device)
+    return Composite({GROUP: kept}, device=spec.device)
