@@ -11,6 +11,7 @@ from torch import Tensor
 
 from agents.storage import describe, make_rules, write_tensors
 from tokenenv.errors import UserError
+from tokenenv.reducers import Reducer
 from tokenenv.reduction import highest
 from tokenenv.rewards import check_keep
 from tokenenv.rules import LayerMerge, Observation, TokenPrune
@@ -20,7 +21,7 @@ from tokenenv.rules.layer_merge import scaled
 class _Free:
     """A decision without a network."""
 
-    rules: TokenPrune | LayerMerge
+    rules: TokenPrune | LayerMerge | Reducer
 
     def save(self, path: Path) -> None:
         """Write all that makes it into one safetensors file, as trained policies are kept."""
@@ -46,6 +47,17 @@ class KeepAll(_Free):
     def act(self, observation: Observation) -> Tensor:
         """``(B, A)`` ones."""
         return torch.ones_like(observation.active, dtype=torch.long)
+
+
+@dataclass
+class Nobody(_Free):
+    """Nobody decides: the policy that goes with a reducer."""
+
+    rules: Reducer
+
+    def act(self, observation: Observation) -> Tensor:
+        """``(B, 0)``."""
+        return torch.empty_like(observation.active, dtype=torch.long)
 
 
 @dataclass
@@ -192,13 +204,13 @@ def _check_pairs(r: int) -> None:
 
 def remake(
     config: dict[str, Any],
-) -> KeepAll | RandomPrune | TopK | MergeStrongest | MergeAbove | MergeRandom:
+) -> KeepAll | Nobody | RandomPrune | TopK | MergeStrongest | MergeAbove | MergeRandom:
     """A policy from the config that its ``save`` wrote.
 
     Raises:
         KeyError: of an unknown class. TypeError: with values that it does not have.
     """
-    classes = (KeepAll, RandomPrune, TopK, MergeStrongest, MergeAbove, MergeRandom)
+    classes = (KeepAll, Nobody, RandomPrune, TopK, MergeStrongest, MergeAbove, MergeRandom)
     kinds: dict[str, Any] = {cls.__name__: cls for cls in classes}
     kind, rules = kinds[config.pop("class")], make_rules(config.pop("rules"))
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}

@@ -5,9 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agents.heuristics import KeepAll, MergeAbove, MergeRandom, MergeStrongest, RandomPrune, TopK
+from agents.heuristics import (
+    KeepAll,
+    MergeAbove,
+    MergeRandom,
+    MergeStrongest,
+    Nobody,
+    RandomPrune,
+    TopK,
+)
 from agents.policy import Policy, load, shipped
 from tokenenv.errors import UserError
+from tokenenv.reducers import EViT
 from tokenenv.rules import LayerMerge, TokenPrune
 from tokenenv.rules.token_prune import spread_blocks
 
@@ -21,6 +30,7 @@ HEURISTICS: dict[str, str] = {
     "norm": "norm:keep=0.7[,blocks=3/6/9]: top-k by length of the embedding",
     "tome": "tome:r=8[,blocks=0/1/2]: in every block the 8 most similar pairs merge (ToMe)",
     "random-merge": "random-merge:r=8[,blocks=0/1/2][,seed=0]: 8 random pairs of ToMe's matching",
+    "evit": "evit:keep=0.7[,blocks=3/6/9][,fuse=1]: top-k by class attention, the rest fuse (EViT)",
     "merge-above": "merge-above:similarity=0.9[,blocks=0/1/2]: all pairs at least so similar",
 }
 
@@ -57,6 +67,9 @@ def parse_policy(what: str, depth: int) -> Policy:
         "random-merge": lambda: MergeRandom(
             pairs, _whole(what, arguments, "r"), _seed(what, arguments)
         ),
+        "evit": lambda: Nobody(
+            EViT(tokens.blocks, _number(what, arguments, "keep"), _switch(what, arguments, "fuse"))
+        ),
         "merge-above": lambda: MergeAbove(pairs, _number(what, arguments, "similarity")),
     }
     policy = builders[name]()
@@ -91,6 +104,13 @@ def _whole(what: str, arguments: dict[str, str], key: str) -> int:
     if not value.is_integer() or abs(value) >= 2**31:
         raise UserError(f"'{what}': {key}={value:g} is not a whole number of tokens")
     return int(value)
+
+
+def _switch(what: str, arguments: dict[str, str], key: str) -> bool:
+    text = arguments.pop(key, "1")
+    if text not in ("0", "1"):
+        raise UserError(f"'{what}': {key}={text} must be 0 or 1")
+    return text == "1"
 
 
 def _range(what: str, arguments: dict[str, str], key: str) -> float | tuple[float, float]:

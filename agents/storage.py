@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from tokenenv import reducers
 from tokenenv.errors import UserError
 from tokenenv.rules import LayerMerge, LayerPrune, Rules, TokenPrune
 
@@ -117,7 +118,7 @@ def describe(rules: Rules) -> dict[str, Any]:
     return {"class": type(rules).__name__, **asdict(rules)}
 
 
-def make_rules(described: dict[str, Any]) -> TokenPrune | LayerMerge | LayerPrune:
+def make_rules(described: dict[str, Any]) -> Any:
     """Rules from what :func:`describe` gave.
 
     Raises:
@@ -126,6 +127,6 @@ def make_rules(described: dict[str, Any]) -> TokenPrune | LayerMerge | LayerPrun
     values: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in described.items()
     }
-    classes: dict[str, Any] = {cls.__name__: cls for cls in (TokenPrune, LayerMerge, LayerPrune)}
-    made: TokenPrune | LayerMerge | LayerPrune = classes[values.pop("class")](**values)
-    return made
+    known: dict[str, Any] = {cls.__name__: cls for cls in (TokenPrune, LayerMerge, LayerPrune)}
+    known |= {name: getattr(reducers, name) for name in reducers.__all__ if name != "Reducer"}
+    return known[values.pop("class")](**values)
