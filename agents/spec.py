@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from agents.heuristics import (
     KeepAll,
@@ -16,7 +16,7 @@ from agents.heuristics import (
 )
 from agents.policy import Policy, load, shipped
 from tokenenv.errors import UserError
-from tokenenv.reducers import EViT
+from tokenenv.reducers import MSTM, EViT
 from tokenenv.rules import LayerMerge, TokenPrune
 from tokenenv.rules.token_prune import spread_blocks
 
@@ -31,6 +31,8 @@ HEURISTICS: dict[str, str] = {
     "tome": "tome:r=8[,blocks=0/1/2]: in every block the 8 most similar pairs merge (ToMe)",
     "random-merge": "random-merge:r=8[,blocks=0/1/2][,seed=0]: 8 random pairs of ToMe's matching",
     "evit": "evit:keep=0.7[,blocks=3/6/9][,fuse=1]: top-k by class attention, the rest fuse (EViT)",
+    "mstm": "mstm:keep=0.7[,blocks=3/6/9][,weight=importance|mean|size|soft]"
+    "[,similarity=keys|tokens][,least=-1]: the others merge into the most similar (MSTM)",
     "merge-above": "merge-above:similarity=0.9[,blocks=0/1/2]: all pairs at least so similar",
 }
 
@@ -69,6 +71,15 @@ def parse_policy(what: str, depth: int) -> Policy:
         ),
         "evit": lambda: Nobody(
             EViT(tokens.blocks, _number(what, arguments, "keep"), _switch(what, arguments, "fuse"))
+        ),
+        "mstm": lambda: Nobody(
+            MSTM(
+                tokens.blocks,
+                _number(what, arguments, "keep"),
+                _word(arguments, "weight", "importance"),
+                _word(arguments, "similarity", "keys"),
+                _number(what, arguments, "least", default="-1"),
+            )
         ),
         "merge-above": lambda: MergeAbove(pairs, _number(what, arguments, "similarity")),
     }
@@ -122,8 +133,13 @@ def _range(what: str, arguments: dict[str, str], key: str) -> float | tuple[floa
     return _number(what, {key: low}, key), _number(what, {key: high}, key)
 
 
-def _number(what: str, arguments: dict[str, str], key: str) -> float:
-    text = arguments.pop(key, None)
+def _word(arguments: dict[str, str], key: str, default: str) -> Any:
+    """Any word; who takes it says which ones there are."""
+    return arguments.pop(key, default)
+
+
+def _number(what: str, arguments: dict[str, str], key: str, default: str | None = None) -> float:
+    text = arguments.pop(key, default)
     if text is None:
         raise UserError(f"'{what}' needs {key}=...: {HEURISTICS[what.partition(':')[0]]}")
     try:

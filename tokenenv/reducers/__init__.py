@@ -2,5 +2,6 @@
 
 from tokenenv.reducers.base import Reducer
 from tokenenv.reducers.evit import EViT
+from tokenenv.reducers.mstm import MSTM
 
-__all__ = ["EViT", "Reducer"]
+__all__ = ["MSTM", "EViT", "Reducer"]
