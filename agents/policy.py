@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from agents import heuristics
+from agents.dynamicvit import DynamicViTPolicy
 from agents.gated import GatedPolicy
 from agents.networks import SharedMLP
 from agents.ppo import Head
@@ -206,11 +207,13 @@ def load_policy(path: Path) -> Policy:
 
 
 def _make(config: dict[str, Any]) -> Policy:
-    if config["class"] not in ("ActorPolicy", "GatedPolicy"):
+    if config["class"] not in ("ActorPolicy", "DynamicViTPolicy", "GatedPolicy"):
         return heuristics.remake(config)
     kind, rules = config.pop("class"), make_rules(config.pop("rules"))
     if kind == "GatedPolicy" and isinstance(rules, LayerPrune):
         return GatedPolicy(rules, config.pop("widths"), **config)
+    if kind == "DynamicViTPolicy":
+        return DynamicViTPolicy(rules, **config)
     if kind != "ActorPolicy":
         raise KeyError("class")
     return ActorPolicy(rules, Widths(**config.pop("widths")), **config)

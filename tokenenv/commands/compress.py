@@ -6,7 +6,7 @@ import argparse
 
 from agents.spec import parse_policy
 from tokenenv.commands.common import open_backbone
-from tokenenv.commands.evaluate import trained_on, writable_file
+from tokenenv.commands.evaluate import adopt, writable_file
 from tokenenv.compressed import compress
 from tokenenv.export import export_onnx
 
@@ -14,9 +14,7 @@ from tokenenv.export import export_onnx
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     with writable_file(args.export, "--export"):
-        if args.model is None:
-            known = trained_on(args.what)
-            args.model, args.weights = known.get("model"), args.weights or known.get("weights")
+        adopt(args, args.what)
         backbone, name = open_backbone(args, images=False)
         fast = compress(backbone.model, parse_policy(args.what, backbone.depth), args.execution)
         fast.save(args.out)
