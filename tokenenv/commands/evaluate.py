@@ -51,7 +51,9 @@ def evaluate(args: argparse.Namespace) -> int:
         frozen = "original" not in run
         print_result(source, result, frozen)
         if args.json:
-            report = {**evaluation_json(name, source, result), "frozen": frozen}
+            report = evaluation_json(name, source, result)
+            if not frozen:
+                report["frozen"] = False
             write_json(Path(args.json), {**report, "predictions": _predictions(source, result)})
             print(f"every prediction is in {args.json}")
     return 0

@@ -33,6 +33,7 @@ from tokenenv.commands.common import (
     print_result,
     report_skipped,
 )
+from tokenenv.commands.evaluate import fit as fit_policy
 from tokenenv.commands.run_folder import (
     INTERRUPTED,
     MODEL,
@@ -108,7 +109,7 @@ def _build(args: argparse.Namespace, config: FineTuneConfig, workers: Workers) -
     model = copy.deepcopy(teacher.model).requires_grad_(True)
     config.prepare(model)
     policy = config.decider(teacher, name)
-    metrics.check_fit(policy, teacher, name)
+    fit_policy(policy, teacher, name)
     student = Student(model, policy).to(teacher.device)
     share = fit.share(workers.rank, workers.count)
     augment = augmentation(
