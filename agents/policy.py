@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from agents import heuristics
+from agents.dynamicvit import DynamicViTPolicy
 from agents.gated import GatedPolicy
 from agents.networks import SharedMLP
 from agents.ppo import Head
 from agents.rollout import Columns
 from agents.storage import describe, make_rules, read_tensors, write_tensors
 from tokenenv.errors import UserError
-from tokenenv.rules import LayerMerge, LayerPrune, Observation, Rules
+from tokenenv.rules import LayerMerge, LayerPrune, Observation, Rules, TokenPrune
 
 
 class Policy(Protocol):
@@ -206,11 +207,13 @@ def load_policy(path: Path) -> Policy:
 
 
 def _make(config: dict[str, Any]) -> Policy:
-    if config["class"] not in ("ActorPolicy", "GatedPolicy"):
+    if config["class"] not in ("ActorPolicy", "DynamicViTPolicy", "GatedPolicy"):
         return heuristics.remake(config)
     kind, rules = config.pop("class"), make_rules(config.pop("rules"))
     if kind == "GatedPolicy" and isinstance(rules, LayerPrune):
         return GatedPolicy(rules, config.pop("widths"), **config)
+    if kind == "DynamicViTPolicy" and isinstance(rules, TokenPrune):
+        return DynamicViTPolicy(rules, **config)
     if kind != "ActorPolicy":
         raise KeyError("class")
     return ActorPolicy(rules, Widths(**config.pop("widths")), **config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from agents.heuristics import (
     KeepAll,
@@ -17,7 +17,8 @@ from agents.heuristics import (
 )
 from agents.policy import Policy, load, shipped
 from tokenenv.errors import UserError
-from tokenenv.reducers import ATS, DiffRate, EViT, PiToMe, Resize, ZeroTPrune
+from tokenenv.reducers import ATS, MSTM, DiffRate, EViT, PiToMe, Resize, ZeroTPrune
+from tokenenv.reducers.mstm import SIMILARITIES, WEIGHTS
 from tokenenv.rules import LayerMerge, TokenPrune
 from tokenenv.rules.token_prune import spread_blocks
 
@@ -35,6 +36,8 @@ HEURISTICS: dict[str, str] = {
     "merge-above": "merge-above:similarity=0.9[,blocks=0/1/2]: all pairs at least so similar",
     "evit": "evit:keep=0.7[,blocks=3/6/9][,fuse=0]: top-k by class attention, the others fuse into "
     "one (EViT) or with fuse=0 are dropped",
+    "mstm": "mstm:keep=0.7[,blocks=3/6/9][,weight=importance|mean|size|soft]"
+    "[,similarity=keys|tokens][,least=-1]: the others merge into the most similar (MSTM)",
     "pitome": "pitome:keep=0.9[,blocks=0/1/2][,alpha=1]: tokens that are like many merge (PiToMe)",
     "ats": "ats:tokens=100[,blocks=3/6/9]: at most 100 stay, sampled by significance (ATS); "
     "tokens=100/80/60 block by block",
@@ -212,6 +215,13 @@ def _evit(words: _Words, depth: int) -> Policy:
     return Nobody(EViT(blocks, words.number("keep"), words.flag("fuse")))
 
 
+def _mstm(words: _Words, depth: int) -> Policy:
+    blocks, keep = words.blocks(spread_blocks(depth)), words.number("keep")
+    weight: Any = words.choice("weight", *WEIGHTS)
+    similarity: Any = words.choice("similarity", *SIMILARITIES)
+    return Nobody(MSTM(blocks, keep, weight, similarity, words.number("least", "-1")))
+
+
 def _pitome(words: _Words, depth: int) -> Policy:
     blocks = words.blocks(tuple(range(depth)))
     return Nobody(PiToMe(blocks, words.number("keep"), depth, words.number("alpha", "1")))
@@ -250,6 +260,7 @@ _BUILDERS: dict[str, Callable[[_Words, int], Policy]] = {
         _pairs(words, depth), words.number("similarity")
     ),
     "evit": _evit,
+    "mstm": _mstm,
     "pitome": _pitome,
     "ats": _ats,
     "zerotprune": _zerotprune,

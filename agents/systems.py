@@ -67,15 +67,54 @@ def _dora_prune() -> Any:
     return DoraPruneConfig
 
 
+def _mstm() -> Any:
+    from agents.finetune.config import MSTMConfig
+
+    return MSTMConfig
+
+
+def _evit() -> Any:
+    from agents.finetune.config import EViTConfig
+
+    return EViTConfig
+
+
+def _rl4evit_finetune() -> Any:
+    from agents.finetune.config import RL4EViTFineTuneConfig
+
+    return RL4EViTFineTuneConfig
+
+
+def _dynamicvit() -> Any:
+    from agents.finetune.config import DynamicViTConfig
+
+    return DynamicViTConfig
+
+
+FINE_TUNED: dict[str, Callable[[], Any]] = {
+    "mstm": _mstm,
+    "evit": _evit,
+    "rl4evit-finetune": _rl4evit_finetune,
+    "dynamicvit": _dynamicvit,
+}
+"""Those that train the backbone: as :data:`SYSTEMS`, of :class:`agents.finetune.config`'s."""
+
 SYSTEMS: dict[str, Callable[[], Any]] = {
     "rl4evit": _rl4evit,
     "dora": _dora,
     "dora-prune": _dora_prune,
 }
-"""Each gives the class of its settings; nothing heavy is imported before."""
+"""Those that train a policy: each gives the class of its settings.
+
+Nothing heavy is imported before.
+"""
 
 SUMMARIES = {
     "rl4evit": "an agent per token, keep or prune before some blocks",
     "dora": "an agent per block, merges pairs of tokens",
     "dora-prune": "an agent per block: whether tokens leave, how many, and which",
+    "mstm": "fine-tunes: two scales, and what matters little merges into what it resembles",
+    "evit": "fine-tunes: what the class token overlooks fuses into one token",
+    "rl4evit-finetune": "fine-tunes the backbone under a policy that was trained before",
+    "dynamicvit": "fine-tunes: predictors trained by gradient say which tokens leave",
 }

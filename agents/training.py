@@ -12,11 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from agents.judgement import Judge, Judgement
-from agents.policy import Trained
 from agents.storage import flatten_state, read_tensors, unflatten_state, write_tensors
 from tokenenv.errors import UserError
 
@@ -29,10 +28,12 @@ Log = Callable[[int, dict[str, float]], object]
 class Learner(Protocol):
     """Improves a policy, one update at a time."""
 
-    policy: Trained
+    @property
+    def policy(self) -> nn.Module:
+        """What is judged and kept."""
 
     def update(self) -> dict[str, float]:
-        """One update; returns numbers to log, ``reward`` and ``keep`` among them."""
+        """One update; returns numbers to log, :class:`Trainer`'s ``shown`` and ``keep`` too."""
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the game's own state."""
@@ -65,6 +66,9 @@ class Trainer:
         target_saving, target_drop: decide which policy is best, see
             :meth:`~agents.judgement.Judgement.beats`.
         config: what the run is; resuming with another is an error.
+        shown: which of the learner's numbers the table of progress shows.
+        agree: asked after each update whether to stop, with what this process thinks; where
+            several train together it makes all of them stop after the same update.
 
     Attributes:
         done: updates so far.
@@ -86,11 +90,13 @@ class Trainer:
         target_saving: float,
         config: dict[str, Any],
         target_drop: float = 0.0,
+        shown: str = "reward",
+        agree: Callable[[bool], bool] = lambda stop: stop,
     ) -> None:
         self.learner, self.order, self.judge, self.out = learner, order, judge, out
         self.updates, self.evaluate_every = updates, evaluate_every
         self.target_saving, self.target_drop = target_saving, target_drop
-        self.config = config
+        self.config, self.shown, self.agree = config, shown, agree
         self.done = 0
         self.seconds = 0.0
         self.history: list[dict[str, float]] = []
@@ -102,12 +108,12 @@ class Trainer:
         """Train to the end, or to Ctrl-C: then the update in progress is finished and kept."""
         clock = _Clock(self.seconds, self.done)
         bar = tqdm(total=self.updates, initial=self.done, unit="update", disable=None, leave=False)
-        with _interruptible() as interrupted, bar:
+        with interruptible() as interrupted, bar:
             if self.done < self.updates:
-                tqdm.write(" update   reward kept  MACs saved  top-1 lost")
+                tqdm.write(f" update {self.shown:>8} kept  MACs saved  top-1 lost")
             if not self.history:
                 self._evaluate(log, clock)
-            while self.done < self.updates and not interrupted():
+            while self.done < self.updates and not self.agree(interrupted()):
                 numbers = self.learner.update()
                 self.done += 1
                 self.history.append({"update": self.done, **numbers})
@@ -115,7 +121,7 @@ class Trainer:
                 bar.update()
                 if self.done % self.evaluate_every == 0 or self.done == self.updates:
                     self._evaluate(log, clock)
-            if interrupted() and self.done < self.updates:
+            if self.done < self.updates:
                 self.stopped = True
                 self._save(clock)
 
@@ -129,7 +135,7 @@ class Trainer:
             self.best_state = {name: t.detach().clone() for name, t in state.items()}
         rollout = f"{'':14}"
         if self.done:
-            rollout = f"{self.history[-1]['reward']:8.3f}{100 * self.history[-1]['keep']:5.0f}%"
+            rollout = f"{self.history[-1][self.shown]:8.3f}{100 * self.history[-1]['keep']:5.0f}%"
         tqdm.write(
             f"{self.done:7d} {rollout}{found.saving:11.1f}%{found.drop:+10.2f} pp"
             f"{'  best' if better else '':6}  {clock.left(self.done, self.updates)}".rstrip()
@@ -168,26 +174,68 @@ class Trainer:
             UserError: no checkpoint, an unreadable one, or one of a run with another
                 configuration.
         """
-        path = self.out / CHECKPOINT
-        if not path.is_file():
-            raise UserError(
-                f"nothing to resume in '{self.out}', no {CHECKPOINT} there: leave --resume out to "
-                "start a run"
-            )
-        tensors, saved = read_tensors(path)
-        try:
+        with _checkpoint(self.out) as (saved, state):
             check_same(saved["config"], self.config, self.out)
-            state = unflatten_state(saved["state"], tensors)
             self.learner.load_state_dict(state["learner"])
             self.order.load_state_dict(state["order"])
             self.best_state = state["best_state"]
             self.done, self.seconds = saved["done"], saved["seconds"]
             self.history = saved["history"]
             self.best = Judgement(**saved["best"])
-        except (KeyError, TypeError) as error:
-            raise UserError(
-                f"'{path}' is not a checkpoint of this version ({error}): start with another --out"
-            ) from None
+
+
+class Follower:
+    """Trains in step with a :class:`Trainer` in another process, which judges and writes.
+
+    Args:
+        learner: as the trainer's; the two exchange what they learn.
+        order: of this process's images.
+        updates: how many updates in all.
+        agree: as the trainer's.
+    """
+
+    def __init__(
+        self, learner: Learner, order: Resumable, updates: int, agree: Callable[[bool], bool]
+    ) -> None:
+        self.learner, self.order, self.updates, self.agree = learner, order, updates, agree
+        self.done = 0
+
+    def resume(self, out: Path) -> None:
+        """Go on from the trainer's checkpoint in ``out``; raises as :meth:`Trainer.resume`."""
+        with _checkpoint(out) as (saved, state):
+            self.learner.load_state_dict(state["learner"])
+            self.order.load_state_dict(state["order"])
+            self.done = saved["done"]
+
+    def run(self) -> bool:
+        """Train as long as the trainer does; whether it stopped early."""
+        with interruptible() as interrupted:
+            while self.done < self.updates and not self.agree(interrupted()):
+                self.learner.update()
+                self.done += 1
+        return self.done < self.updates
+
+
+@contextmanager
+def _checkpoint(out: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """A run folder's checkpoint: what is in its header, and the state of all that trains.
+
+    Raises:
+        UserError: there is none, or what is done with it shows that it is of another version.
+    """
+    path = out / CHECKPOINT
+    if not path.is_file():
+        raise UserError(
+            f"nothing to resume in '{out}', no {CHECKPOINT} there: leave --resume out to "
+            "start a run"
+        )
+    tensors, saved = read_tensors(path)
+    try:
+        yield saved, unflatten_state(saved["state"], tensors)
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"'{path}' is not a checkpoint of this version ({error}): start with another --out"
+        ) from None
 
 
 def check_same(saved: dict[str, Any], now: dict[str, Any], out: Path) -> None:
@@ -220,7 +268,7 @@ class _Clock:
 
 
 @contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
+def interruptible() -> Iterator[Callable[[], bool]]:
     """Turn the first Ctrl-C into a flag; a second one interrupts at once."""
     flag = threading.Event()
     if threading.current_thread() is not threading.main_thread():

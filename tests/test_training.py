@@ -31,7 +31,7 @@ from agents.storage import (
 from agents.training import CHECKPOINT, Trainer
 from tokenenv import metrics
 from tokenenv.cli import main
-from tokenenv.commands.train import _events
+from tokenenv.commands import run_folder
 from tokenenv.envs.build import build_game
 from tokenenv.errors import UserError
 from tokenenv.rules import TokenPrune
@@ -357,7 +357,11 @@ def test_events_have_every_step_once_after_a_resume(
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     broken = trainer(tmp_path)
-    with monkeypatch.context() as patch, pytest.raises(Crash), _events(tmp_path, broken) as log:
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(Crash),
+        run_folder.events(tmp_path, broken) as log,
+    ):
         patch.setattr(MAPPO, "_descend", on_call(3 * CALLS + 1, crash, MAPPO._descend))
         broken.run(log)
     assert broken.done == 3  # logged, and later than the checkpoint
@@ -365,7 +369,7 @@ def test_events_have_every_step_once_after_a_resume(
     again.resume()
     # Files are read in the order of their names: a second, then a count without leading zeros.
     time.sleep(1.1)
-    with _events(tmp_path, again) as log:
+    with run_folder.events(tmp_path, again) as log:
         again.run(log)
 
     events = EventAccumulator(str(tmp_path)).Reload()

@@ -30,6 +30,30 @@ def padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float 
     return F.scaled_dot_product_attention(q, k, v, mask, dropout).transpose(1, 2)
 
 
+def gated(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    """Attention in which tokens leave by a factor that has a gradient.
+
+    DynamicViT, Rao et al., NeurIPS 2021, equations 10 and 11: weights exp(score) G over their sum,
+    with G_ij = keep_j, but 1 where i = j.
+
+    Args:
+        q: ``(B, N, heads, dim)`` queries; ``k``, ``v`` likewise.
+        k: keys.
+        v: values.
+        keep: ``(B, N)`` 1 for a token that is there, 0 for one that left.
+
+    Returns:
+        ``(B, N, heads, dim)``.
+    """
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    score = (q @ k.transpose(2, 3)).float() * q.shape[-1] ** -0.5
+    itself = torch.eye(keep.shape[1], dtype=torch.bool, device=keep.device)
+    gate = keep[:, None, None, :].masked_fill(itself, 1.0)
+    weight = (score - score.amax(-1, keepdim=True).detach()).exp() * gate
+    weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-12)
+    return (weight.to(v.dtype) @ v).transpose(1, 2)
+
+
 def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, bias: Tensor | None) -> Tensor:
     """Attention of images that lie end to end, each among its own tokens.
 

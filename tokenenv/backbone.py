@@ -163,6 +163,16 @@ class Backbone(nn.Module):
             attention=attention.matrix(q, k, mask, packing) if matrix else None,
         )
 
+    def attend_gated(self, block: int, tokens: Tokens, keep: Tensor) -> Tokens:
+        """:meth:`attend` where tokens leave by a factor that has a gradient, for training.
+
+        ``keep``: ``(B, N)`` 1 for a token that is there, 0 for one that left; in place of
+        ``alive``. See :func:`tokenenv.attention.gated`.
+        """
+        b = self.blocks[block]
+        h, q, k, v = _enter(b, tokens.x)
+        return tokens.with_x(_leave(b, tokens.x, h, attention.gated(q, k, v, keep)))
+
     def feed(self, block: int, tokens: Tokens) -> Tokens:
         """MLP and its residual of block ``block``."""
         parts = _compiled_parts() if self.compiled else _PARTS

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import NoReturn
 
-from agents.systems import SUMMARIES
+from agents.systems import FINE_TUNED, SUMMARIES, SYSTEMS
 from tokenenv._version import __version__
 from tokenenv.errors import UserError
 
@@ -49,14 +49,18 @@ def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="train a system's policy; without options on the embedded digits, offline",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train a policy and write a run folder: config.json, policy.safetensors, "
-        "report.json,\ncurve.png, tokens.png, checkpoint.safetensors and TensorBoard events.\n\n"
+        "report.json,\ncurve.png, tokens.png, checkpoint.safetensors and TensorBoard events; where "
+        "the backbone\nis fine-tuned, also model.safetensors. Those systems train on several GPUs "
+        "with\ntorchrun --nproc-per-node N -m tokenenv.cli train SYSTEM --device cuda ...\n\n"
         "Ctrl-C finishes the update in progress, keeps the best policy so far, writes the whole\n"
         "report and exits with status 130; a second Ctrl-C stops at once. Either way --resume "
         "goes on.",
         epilog="examples:\n  tokenenv train rl4evit\n"
         "  tokenenv train rl4evit --model deit_tiny_patch16_224 --data imagenet/train "
         "--images 3000\n  tokenenv train rl4evit --set reward=alpha_beta --set beta=0.1\n"
-        "  tokenenv train rl4evit --out runs/rl4evit-0 --resume",
+        "  tokenenv train rl4evit --out runs/rl4evit-0 --resume\n"
+        "  tokenenv train mstm --set keep=0.5\n"
+        "  tokenenv train rl4evit-finetune --set policy=runs/rl4evit-0",
     )
     train.add_argument(
         "system",
@@ -85,7 +89,9 @@ def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
 _WHAT = (
     "a run folder or a shipped policy (both also with :threshold=0.6), keep-all, random:keep=0.7 "
     "(keep=0.5..0.9: a ratio per image), cls-attention:keep=0.7,blocks=3/6/9, norm:keep=0.7, "
-    "tome:r=8, random-merge:r=8 or merge-above:similarity=0.9"
+    "tome:r=8, random-merge:r=8, merge-above:similarity=0.9, evit:keep=0.7, mstm:keep=0.7, "
+    "pitome:keep=0.95, ats:tokens=150, zerotprune:keep=0.7, diffrate:prune=4,merge=4 or "
+    "resize:size=192"
 )
 
 
@@ -286,10 +292,13 @@ def _run(args: argparse.Namespace) -> int:
         return compress.run(args)
     if args.list_settings:
         from agents.settings import settings_help
-        from agents.systems import SYSTEMS
 
-        print(settings_help(SYSTEMS[args.system]()))
+        print(settings_help({**SYSTEMS, **FINE_TUNED}[args.system]()))
         return 0
+    if args.system in FINE_TUNED:
+        from tokenenv.commands.finetune import finetune
+
+        return finetune(args)
     from tokenenv.commands.train import train
 
     return train(args)

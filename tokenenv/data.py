@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tokenenv.errors import UserError
 from tokenenv.labels import head_outputs, map_classes
-from tokenenv.pixels import DECODE_THREADS, AlteredPixels, PixelStore, Preprocess
+from tokenenv.pixels import DECODE_THREADS, AlteredPixels, AugmentedPixels, PixelStore, Preprocess
 
 Split = Literal["train", "test"]
 
@@ -43,8 +43,8 @@ class Batch(NamedTuple):
 class ImageSource:
     """A list of labelled images, read when asked for; :func:`open_source` makes it.
 
-    Sources made by :meth:`subset` and :meth:`split` share the decoded images, and the record of
-    unreadable ones, with the source they came from.
+    Sources made by :meth:`subset`, :meth:`split` and :meth:`share` have the decoded images, and the
+    record of unreadable ones, in common with the source they came from.
 
     Attributes:
         name: what reports call the data set, such as ``"digits:test"``.
@@ -64,6 +64,11 @@ class ImageSource:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)`` of an image."""
+        return self._store.preprocess.shape
 
     @property
     def skipped(self) -> list[str]:
@@ -135,7 +140,31 @@ class ImageSource:
                 in the whole data set, which :meth:`subset` and :meth:`split` leave as it is;
                 gives pixels of the same shape and type, the same ones each time.
         """
-        other = ImageSource(name, self.files, self.labels, AlteredPixels(self._store, alter))
+        return self._seen_as(name, AlteredPixels(self._store, alter))
+
+    def augmented(self, augment: Callable[[Tensor], Tensor]) -> ImageSource:
+        """The same images, each passed through ``augment`` anew whenever it is read.
+
+        ``augment`` gets ``(C, H, W)`` uint8 pixels, resized and cropped, and gives pixels of the
+        same shape and type.
+        """
+        return self._seen_as(self.name, AugmentedPixels(self._store, augment))
+
+    def share(self, rank: int, of: int) -> ImageSource:
+        """Every ``of``-th image from ``rank`` on; all shares are equally long and disjoint.
+
+        Raises:
+            UserError: there are fewer images than shares.
+        """
+        each = len(self) // of
+        if not each:
+            raise UserError(
+                f"{of} processes share the {len(self)} images of '{self.name}': start fewer"
+            )
+        return self if of == 1 else self._part(torch.arange(rank, each * of, of))
+
+    def _seen_as(self, name: str, store: PixelStore) -> ImageSource:
+        other = ImageSource(name, self.files, self.labels, store)
         other.classes = self.classes
         other._positions = self._positions
         return other

@@ -194,6 +194,7 @@ def evaluate(
     batch_size: int = 64,
     restrict: bool = False,
     dense: Tensor | None = None,
+    reference: Backbone | None = None,
     execution: Execution | None = None,
     progress: Callable[[int], object] = lambda n: None,
 ) -> Evaluation:
@@ -210,6 +211,8 @@ def evaluate(
             protocol).
         dense: ``(len(source),)`` the dense model's predictions where they are known already; it
             is then not run again.
+        reference: the dense model to compare with, where ``backbone`` is one that was fine-tuned;
+            None takes ``backbone`` itself.
         execution: ``masked``, ``padded`` or ``packed``; None takes what suits the device.
         progress: called with the number of images done after each batch.
 
@@ -218,6 +221,7 @@ def evaluate(
     """
     policy.rules.check(backbone)
     cost, device = Cost(backbone), backbone.device
+    untouched = backbone if reference is None else reference
     allowed = torch.ones(backbone.classes, dtype=torch.bool, device=device)
     if restrict:
         allowed[:] = False
@@ -237,7 +241,7 @@ def evaluate(
                 episode = play(backbone, policy, images, execution)
                 seconds += _now(device) - start
             elif dense is None:
-                native = backbone(images)
+                native = untouched(images)
                 dense_seconds += _now(device) - start
                 rows["dense"].append(native.masked_fill(~allowed, -torch.inf).argmax(1).cpu())
             else:
@@ -254,8 +258,9 @@ def evaluate(
     if not rows["labels"]:
         raise UserError(f"no image of '{source.name}' could be read: check the files")
     table = {name: torch.cat(parts) for name, parts in rows.items()}
+    dense_macs = cost.dense() if reference is None else Cost(reference).dense()
     return Evaluation(
-        **table, dense_macs=cost.dense(), seconds=seconds, dense_seconds=dense_seconds or None
+        **table, dense_macs=dense_macs, seconds=seconds, dense_seconds=dense_seconds or None
     )
 
 

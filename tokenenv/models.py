@@ -47,12 +47,16 @@ def load_model(
     """
     check_name(name)
     timm = import_timm()
+    from tokenenv.multiscale import STATE_PREFIX, add_scale
+
     if weights is None:
         return _pretrained(timm, name)
     state = read_weights(Path(weights))
     head = state.get("head.weight")
     classes = {"num_classes": len(head)} if head is not None else {}
     model = timm.create_model(name, pretrained=False, **classes, **(options or {}))
+    if any(key.startswith(STATE_PREFIX) for key in state):
+        add_scale(model)
     missing, unexpected = [], []
     try:
         result = model.load_state_dict(state, strict=False)

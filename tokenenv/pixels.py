@@ -138,6 +138,21 @@ class AlteredPixels(PixelStore):
         return [None if image is None else self._alter(image, p) for image, p in images]
 
 
+class AugmentedPixels(PixelStore):
+    """The images of another store after a random function of them, drawn anew at each reading."""
+
+    def __init__(self, clean: PixelStore, augment: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(clean._load, clean.preprocess)
+        self.unreadable = clean.unreadable
+        self._clean = clean
+        self._augment = augment
+
+    def read(self, positions: list[int]) -> list[Tensor | None]:
+        """``(C, H, W)`` uint8 for each position; None where the image is unreadable."""
+        images = self._clean.read(positions)
+        return [None if image is None else self._augment(image) for image in images]
+
+
 def one_line(error: Exception) -> str:
     """Name and message of an exception, whatever it was, fit for a ``UserError``."""
     return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".: ")

@@ -12,7 +12,6 @@ from tokenenv.episode import Episode
 from tokenenv.labels import class_names
 from tokenenv.metrics import Decider
 from tokenenv.render import TokenRow, save_token_pictures, to_pixels
-from tokenenv.rules import LayerMerge
 
 
 @torch.inference_mode()
@@ -42,5 +41,5 @@ def write_token_pictures(
         )
         for i, image in enumerate(batch.images)
     ]
-    merging = isinstance(policy.rules, LayerMerge)
+    merging = episode.tokens.merged
     save_token_pictures(path, rows, backbone.grid, policy.rules.blocks, merging=merging)

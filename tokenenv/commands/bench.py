@@ -17,7 +17,7 @@ from agents.storage import write_bytes, write_json
 from tokenenv.backbone import Backbone
 from tokenenv.bench import DENSE, Speed, bench, timings
 from tokenenv.commands.common import open_backbone
-from tokenenv.commands.evaluate import fit, trained_on, writable_file
+from tokenenv.commands.evaluate import adopt, fit, writable_file
 from tokenenv.data import open_source
 from tokenenv.errors import UserError
 from tokenenv.models import EMBEDDED
@@ -33,9 +33,7 @@ def run(args: argparse.Namespace) -> int:
         places.enter_context(writable_file(args.out, "--out"))
         if args.threads:
             torch.set_num_threads(args.threads)
-        if args.model is None:
-            known = next((found for found in map(trained_on, args.what) if found), {})
-            args.model, args.weights = known.get("model"), args.weights or known.get("weights")
+        adopt(args, *args.what)
         backbone, name = open_backbone(args, images=False)
         policies = {what: parse_policy(what, backbone.depth) for what in args.what}
         for policy in policies.values():

@@ -21,6 +21,7 @@ RANDOM = "random"
 """The word for ``--weights`` that asks for an untrained model."""
 
 MAC_NOTE = "1 MAC = 1 FLOP, policy included, frozen backbone"
+_TUNED_NOTE = "1 MAC = 1 FLOP, policy included, fine-tuned backbone"
 
 
 def open_backbone(args: argparse.Namespace, *, images: bool = True) -> tuple[Backbone, str]:
@@ -82,10 +83,10 @@ def evaluation_json(model: str, source: ImageSource, result: metrics.Evaluation)
     }
 
 
-def print_result(source: ImageSource, result: metrics.Evaluation) -> None:
-    """A table of the dense and the reduced model."""
+def print_result(source: ImageSource, result: metrics.Evaluation, frozen: bool = True) -> None:
+    """A table of the dense and the reduced model; ``frozen``: whether both have one backbone."""
     r = result.report()
-    print(f"{r['images']} images of {source.name} ({MAC_NOTE}):")
+    print(f"{r['images']} images of {source.name} ({MAC_NOTE if frozen else _TUNED_NOTE}):")
     print(f"  {'':8}{'top-1 %':>9}{'GMACs/image':>13}{'images/s':>10}")
     print(
         f"  {'dense':8}{r['top1_dense']:9.2f}{r['gmacs_dense']:13.4f}"

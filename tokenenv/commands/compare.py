@@ -64,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
     with writable_folder(out):  # before minutes of work
         if args.model is None:
             known = next((found for found in map(trained_on, whats) if found), {})
-            args.model, args.weights = known.get("model"), args.weights or known.get("weights")
+            # All are compared with the model that a fine-tuned run started from.
+            weights = known.get("original" if "original" in known else "weights")
+            args.model, args.weights = known.get("model"), args.weights or weights
         backbone, name = open_backbone(args)
         entries = [_entry(what, backbone, name) for what in whats]
         source = open_source(args.data, backbone.model, split="test", limit=args.limit)

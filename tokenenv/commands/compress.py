@@ -7,7 +7,7 @@ from pathlib import Path
 
 from agents.spec import parse_policy
 from tokenenv.commands.common import open_backbone
-from tokenenv.commands.evaluate import trained_on, writable_file
+from tokenenv.commands.evaluate import adopt, writable_file
 from tokenenv.compressed import CONFIG, compress
 from tokenenv.errors import UserError
 from tokenenv.export import export_onnx
@@ -18,13 +18,11 @@ def run(args: argparse.Namespace) -> int:
     if args.export and Path(args.export).resolve() == Path(args.out).resolve():
         raise UserError("--out is a folder and --export a file: give them different names")
     with writable_file(args.export, "--export"):
-        if args.model is None:
-            known = trained_on(args.what)
-            if Path(args.what, CONFIG).is_file():
-                raise UserError(
-                    f"'{args.what}' is compressed already: give the policy it was made with"
-                )
-            args.model, args.weights = known.get("model"), args.weights or known.get("weights")
+        if Path(args.what, CONFIG).is_file():
+            raise UserError(
+                f"'{args.what}' is compressed already: give the policy it was made with"
+            )
+        adopt(args, args.what)
         backbone, name = open_backbone(args, images=False)
         fast = compress(backbone.model, parse_policy(args.what, backbone.depth), args.execution)
         fast.save(args.out)

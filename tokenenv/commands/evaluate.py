@@ -23,30 +23,38 @@ from tokenenv.commands.common import (
     report_skipped,
     writable_folder,
 )
+from tokenenv.commands.run_folder import MODEL, POLICY
 from tokenenv.compressed import CONFIG, WEIGHTS
 from tokenenv.data import ImageSource, open_source
 from tokenenv.errors import UserError
+from tokenenv.models import load_backbone
 
 
 def evaluate(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     with writable_file(args.json):  # before minutes of work
-        if args.model is None:
-            trained = trained_on(args.what)
-            args.model = trained.get("model")
-            args.weights = args.weights or trained.get("weights")
+        run = adopt(args, args.what)
         backbone, name = open_backbone(args)
+        reference = _untouched(run, args)
         policy = parse_policy(args.what, backbone.depth)
         fit(policy, backbone, name)
         source = open_source(args.data, backbone.model, split="test", limit=args.limit)
         print(f"evaluating {args.what} on {name}: {len(source)} images of {source.name}")
         result = evaluate_with_bar(
-            backbone, policy, source, batch_size=args.batch, restrict=args.restrict
+            backbone,
+            policy,
+            source,
+            batch_size=args.batch,
+            restrict=args.restrict,
+            reference=reference,
         )
         report_skipped(source)
-        print_result(source, result)
+        frozen = "original" not in run
+        print_result(source, result, frozen)
         if args.json:
             report = evaluation_json(name, source, result)
+            if not frozen:
+                report["frozen"] = False
             write_json(Path(args.json), {**report, "predictions": _predictions(source, result)})
             print(f"every prediction is in {args.json}")
     return 0
@@ -68,12 +76,41 @@ def writable_file(path: str | None, option: str = "--json") -> Any:
         yield
 
 
+def adopt(args: argparse.Namespace, *whats: str) -> dict[str, Any]:
+    """Fill in ``--model`` and ``--weights`` where a run or a shipped policy knows them.
+
+    A run that fine-tuned its backbone goes before one that did not, and brings its weights even
+    where ``--model`` is given.
+
+    Returns:
+        What :func:`trained_on` says of the one that was followed; empty if none was.
+
+    Raises:
+        UserError: two runs fine-tuned a backbone, each its own.
+    """
+    runs = [found for found in map(trained_on, whats) if found]
+    tuned = {found["weights"]: found for found in runs if "original" in found}
+    if len(tuned) > 1:
+        raise UserError(
+            f"{' and '.join(whats)}: each fine-tuned a backbone of its own, take one at a time"
+        )
+    known = next(iter([*tuned.values(), *runs]), {})
+    if args.model is None or tuned:
+        args.model = args.model or known.get("model")
+        args.weights = args.weights or known.get("weights")
+    return known
+
+
 def trained_on(what: str) -> dict[str, Any]:
-    """Model and weights of a run folder or a shipped policy; empty for a heuristic."""
+    """Model and weights of a run folder or a shipped policy; empty for a heuristic.
+
+    ``weights`` are the run's own where it fine-tuned the backbone, and ``original``, which only
+    then is there, those that it started from.
+    """
     folder = folder_of(what)
     if folder is None:
         return {}
-    config, policy = folder / "config.json", folder / "policy.safetensors"
+    config, policy = folder / "config.json", folder / POLICY
     if (folder / CONFIG).is_file():
         compressed = json.loads((folder / CONFIG).read_text())
         return {"model": compressed.get("model"), "weights": str(folder / WEIGHTS)}
@@ -81,19 +118,34 @@ def trained_on(what: str) -> dict[str, Any]:
         return {"model": read_tensors(policy)[1].get("trained_on")}
     try:
         found = json.loads(config.read_text())
-        return {"model": found["model"], "weights": found["weights"]}
+        model, weights = found["model"], found["weights"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"'{config}' doesn't say model and weights ({type(error).__name__}): "
             "restore it, or give --model and --weights"
         ) from None
+    if (folder / MODEL).is_file():
+        return {"model": model, "weights": str(folder / MODEL), "original": weights}
+    return {"model": model, "weights": weights}
+
+
+def _untouched(run: dict[str, Any], args: argparse.Namespace) -> Backbone | None:
+    """The model that a run fine-tuned, as it was before; None for a run that did not."""
+    if "original" not in run:
+        return None
+    try:
+        return load_backbone(run["model"], run["original"], args.device)
+    except UserError as error:
+        print(f"the model before fine-tuning is out of reach ({error})")
+        print("so 'dense' is the fine-tuned model of which no token leaves")
+        return None
 
 
 def folder_of(what: str) -> Path | None:
     """Where a run or a shipped policy is kept; None for anything else."""
     name = split_name(what)[0]
     folder = SHIPPED / name if name in shipped() else Path(name)
-    kept = name not in HEURISTICS and (folder / "policy.safetensors").is_file()
+    kept = name not in HEURISTICS and (folder / POLICY).is_file()
     return folder if kept else None
 
 

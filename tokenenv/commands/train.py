@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import json
-import os
-import platform
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +27,22 @@ from tokenenv.commands.common import (
     open_backbone,
     print_result,
     report_skipped,
-    writable_folder,
 )
-from tokenenv.data import ImageSource, open_source
+from tokenenv.commands.run_folder import (
+    INTERRUPTED,
+    POLICY,
+    description,
+    events,
+    final_images,
+    open_images,
+    run_folder,
+    versions,
+)
+from tokenenv.data import ImageSource
 from tokenenv.errors import UserError
 from tokenenv.game import Game
 from tokenenv.models import EMBEDDED
 from tokenenv.run_report import write_token_pictures
-
-POLICY = "policy.safetensors"
-INTERRUPTED = 130
 
 
 def train(args: argparse.Namespace) -> int:
@@ -49,7 +50,7 @@ def train(args: argparse.Namespace) -> int:
     system = SYSTEMS[args.system]()
     preset = system() if args.model not in (None, EMBEDDED) else system.for_digits()
     config = with_settings(preset, args.settings)
-    with _run_folder(args) as out:
+    with run_folder(args) as out:
         try:
             stopped = _train(args, config, out)
         except KeyboardInterrupt:
@@ -62,7 +63,7 @@ def train(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace, config: Config, out: Path) -> bool:
     """Build everything, train, and report; whether Ctrl-C ended the training early."""
     backbone, name = open_backbone(args)
-    source = _open_images(args, backbone)
+    source = open_images(args, backbone)
     fit, held_back = source.split(config.held_back, seed=args.seed)
     if config.batch > config.repeats * len(fit):
         raise UserError(
@@ -84,7 +85,7 @@ def _train(args: argparse.Namespace, config: Config, out: Path) -> bool:
         evaluate_every=config.evaluate_every,
         target_saving=config.target_saving,
         target_drop=config.target_drop,
-        config=_description(args, config, name, source),
+        config=description(args, config, name, source),
     )
     if args.resume:
         trainer.resume()
@@ -96,11 +97,11 @@ def _train(args: argparse.Namespace, config: Config, out: Path) -> bool:
         f"{', '.join(map(str, game.rules.blocks))}; Ctrl-C stops early and keeps the best policy"
     )
     _run_dense_model(game, judge)
-    write_json(out / "config.json", {**trainer.config, "versions": _versions()})
-    with _events(out, trainer) as log:
+    write_json(out / "config.json", {**trainer.config, "versions": versions()})
+    with events(out, trainer) as log:
         trainer.run(log)
     report_skipped(source)
-    _finish(trainer, policy, config, judge, _final_images(args, judge), out)
+    _finish(trainer, policy, config, judge, final_images(args, backbone, held_back), out)
     return trainer.stopped
 
 
@@ -215,99 +216,3 @@ def _run_dense_model(game: Game, judge: _Judge) -> None:
                 bar.update(done)
     game.source.check_readable()
     judge.source.check_readable()
-
-
-def _open_images(args: argparse.Namespace, backbone: Backbone) -> ImageSource:
-    """The training images that ``--data`` and ``--images`` ask for."""
-    source = open_source(args.data, backbone.model, split="train")
-    if args.images is None:
-        return source
-    if args.images > len(source):
-        raise UserError(
-            f"--images {args.images} is more than the {len(source)} images of {source.name}: "
-            "ask for fewer, or leave it out to use them all"
-        )
-    return source.subset(args.images, args.seed)
-
-
-def _final_images(args: argparse.Namespace, judge: _Judge) -> ImageSource:
-    """The embedded digits have images that nobody trains on; of a folder, the held-back part."""
-    if args.data in (None, "digits"):
-        return open_source(args.data, judge.backbone.model, split="test")
-    return judge.source
-
-
-@contextlib.contextmanager
-def _run_folder(args: argparse.Namespace) -> Iterator[Path]:
-    """The folder to write to: new and writable, or the one to resume."""
-    if args.out is None:
-        if args.resume:
-            raise UserError("--resume needs --out DIR: which run shall go on?")
-        with _new_folder(Path("runs"), args.system) as out:
-            yield out
-        return
-    out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out '{out}' is a file: choose a folder")
-    if not args.resume and any((out / name).exists() for name in (CHECKPOINT, POLICY)):
-        raise UserError(f"--out '{out}' already holds a run: add --resume, or choose another")
-    with writable_folder(out):
-        yield out
-
-
-@contextlib.contextmanager
-def _new_folder(parent: Path, name: str) -> Iterator[Path]:
-    """The first free ``parent/name-NUMBER``; runs started at the same time get different ones."""
-    with writable_folder(parent):
-        number = 0
-        while True:
-            out = parent / f"{name}-{number}"
-            try:
-                out.mkdir()
-                break
-            except FileExistsError:
-                number += 1
-        try:
-            yield out
-        finally:
-            with contextlib.suppress(OSError):  # not empty
-                out.rmdir()
-
-
-def _description(
-    args: argparse.Namespace, config: Config, name: str, source: ImageSource
-) -> dict[str, Any]:
-    """What the run is, as JSON; a run is only resumed under the same description."""
-    return {
-        "system": args.system,
-        "model": name,
-        "weights": os.path.abspath(args.weights) if args.weights else None,
-        "data": source.name,
-        "images": len(source),
-        "seed": args.seed,
-        **json.loads(json.dumps(dataclasses.asdict(config))),
-    }
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("tokenenv", "torch", "timm", "gymnasium", "pettingzoo"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
-@contextlib.contextmanager
-def _events(out: Path, trainer: Trainer) -> Iterator[Any]:
-    """A function that writes numbers as TensorBoard events."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    # What was written after the checkpoint that this run goes on from will be written again.
-    writer = SummaryWriter(str(out), purge_step=trainer.done + 1 if trainer.history else 0)
-
-    def log(update: int, numbers: dict[str, float]) -> None:
-        for name, value in numbers.items():
-            writer.add_scalar(name, value, update)
-
-    with contextlib.closing(writer):
-        yield log

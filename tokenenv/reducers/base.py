@@ -79,7 +79,9 @@ class Reducer:
 
     def apply(self, moment: Moment, action: Tensor) -> Tokens:
         """:meth:`reduce`; there is no action."""
-        return self.reduce(moment.tokens, moment.context, moment.step)
+        # What is compared is compared in full precision, also where the model computes in half.
+        with torch.autocast(moment.tokens.x.device.type, enabled=False):
+            return self.reduce(moment.tokens, moment.context, moment.step)
 
     def observe(self, backbone: Backbone, moment: Moment, *, state: bool = False) -> Observation:
         """Nothing, for nobody."""

@@ -1,0 +1,43 @@
+"""What a model learns from that loses tokens on the way: labels, and the dense model."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from agents.finetune.student import Played
+
+
+def logit_loss(logits: Tensor, dense: Tensor) -> Tensor:
+    """Mean KL(dense || logits), nats, of ``(B, classes)`` each.
+
+    DynamicViT, Rao et al., NeurIPS 2021, equation 14; the direction is that of its published code.
+    """
+    logs, target = logits.float().log_softmax(-1), dense.float().log_softmax(-1)
+    return F.kl_div(logs, target, log_target=True, reduction="batchmean")
+
+
+def token_loss(played: Played, dense: Tensor) -> Tensor:
+    """Mean squared error of the tokens that are left against the dense model's (equation 13).
+
+    What stands for several patches is compared with the mean of theirs. The mean is taken over each
+    image's tokens, then over images: parts of a batch count by their images alone.
+
+    Args:
+        played: of the reduced model.
+        dense: ``(B, P, D)`` the dense model's visual tokens after the final norm.
+    """
+    features, owner = played.features.float(), played.owner
+    batch, count, width = features.shape
+    # Pruned patches go to one token more, that is cut off again.
+    owner = torch.where(owner >= 0, owner, count)
+    total = features.new_zeros(batch, count + 1, width)
+    total = total.scatter_add(1, owner[..., None].expand_as(dense), dense.float())
+    patches = features.new_zeros(batch, count + 1).scatter_add(
+        1, owner, torch.ones_like(owner, dtype=torch.float32)
+    )
+    target = (total / patches.clamp(min=1)[..., None])[:, :-1]
+    there = played.there.float()
+    error = (features - target).square().mean(-1) * there
+    return (error.sum(1) / there.sum(1).clamp(min=1)).mean()

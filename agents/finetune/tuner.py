@@ -1,0 +1,222 @@
+"""Fine-tuning: one update at a time, whatever the method."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from agents.finetune.config import FineTuneConfig
+from agents.finetune.losses import logit_loss, token_loss
+from agents.finetune.student import Played, Student
+from agents.finetune.workers import Workers
+from tokenenv.backbone import Backbone
+from tokenenv.data import Batch
+from tokenenv.errors import UserError
+
+
+class Batches(Protocol):
+    """Endless batches of labelled images, such as :class:`tokenenv.data.Stream`."""
+
+    def next(self) -> Batch:
+        """The next one."""
+
+
+class FineTuner:
+    """Trains a student to do what its dense teacher does, and what the labels say.
+
+    Loss: cross entropy + KL to the teacher's logits + squared error of the surviving tokens against
+    the teacher's (DynamicViT, Rao et al., NeurIPS 2021, equation 16), by the weights of ``config``.
+    Optimiser, schedule, mixup and moving average are timm's.
+
+    All that an update draws at random follows from the seed and the update's number: a run goes on
+    from :meth:`state_dict` exactly.
+
+    Args:
+        student: it is trained in place.
+        teacher: the dense model, frozen.
+        batches: of ``batch / (processes x accumulate)`` images each; their source may augment them.
+        config: the settings.
+        seed: of all that is drawn.
+        workers: who trains together.
+
+    Attributes:
+        policy: the student with the moving average of the weights: what is judged and kept.
+        done: updates so far.
+
+    Raises:
+        UserError: an optimiser that timm does not know, a precision that the device does not have.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        teacher: Backbone,
+        batches: Batches,
+        config: FineTuneConfig,
+        seed: int,
+        workers: Workers | None = None,
+    ) -> None:
+        self.workers = workers or Workers()
+        self.student, self.teacher, self.batches = student, teacher, batches
+        self.config, self.seed, self.done = config, seed, 0
+        self._device = student.backbone.device
+        self._half = half_precision(config.amp, self._device)
+        self._optimizer = _optimizer(student, config)
+        self._schedule = CosineLRScheduler(
+            self._optimizer,
+            config.updates,
+            lr_min=config.min_lr,
+            warmup_t=round(config.warmup * config.updates),
+            t_in_epochs=False,
+        )
+        self._scaler = torch.amp.GradScaler(self._device.type, enabled=self._half is torch.float16)
+        self._mixup = None
+        if config.mixup or config.cutmix:
+            self._mixup = Mixup(
+                config.mixup,
+                config.cutmix,
+                label_smoothing=config.smoothing,
+                num_classes=teacher.classes,
+            )
+        self._ema = ModelEmaV3(student, config.ema, use_warmup=True)
+        self._wrapped = self.workers.wrap(student)
+
+    @property
+    def policy(self) -> nn.Module:
+        """See the class."""
+        averaged: nn.Module = self._ema.module
+        return averaged
+
+    def update(self) -> dict[str, float]:
+        """One step of the optimiser; returns means over the images that this process saw."""
+        config, parts = self.config, self.config.accumulate
+        self.student.train()
+        self._schedule.step_update(self.done)
+        seen: list[dict[str, Tensor]] = []
+        with _drawing(self.seed, self.done, self.workers.rank, self._device):
+            for part in range(parts):
+                batch = self.batches.next()
+                with self.workers.alone(self._wrapped, part < parts - 1):
+                    loss, numbers = self._loss(batch)
+                    self._scaler.scale(loss / parts).backward()
+                seen.append(numbers)
+        self._scaler.unscale_(self._optimizer)
+        norm = nn.utils.clip_grad_norm_(self.student.parameters(), config.clip)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.done += 1
+        self._ema.update(self.student, self.done)
+        # All at once: every number read back makes an accelerator wait.
+        rows = torch.stack([torch.stack([*numbers.values(), norm]) for numbers in seen])
+        means = dict(zip([*seen[0], "gradient_norm"], rows.mean(0).tolist(), strict=True))
+        return {**means, "lr": self._optimizer.param_groups[0]["lr"]}
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        config, device = self.config, self._device
+        images = batch.images.to(device, self.student.backbone.dtype)
+        labels = batch.labels.to(device)
+        target, classify = labels, _hard_loss(config.smoothing)
+        if self._mixup is not None:
+            images, target = self._mixup(images, labels)
+            classify = SoftTargetCrossEntropy()
+        with self._precision():
+            with torch.no_grad():
+                dense = self.teacher.model.forward_features(images)
+                dense_logits = self.teacher.model.forward_head(dense)
+            played: Played = self._wrapped(images)
+        terms = {
+            "class_loss": config.class_loss * classify(played.logits.float(), target),
+            "logit_loss": config.logit_loss * logit_loss(played.logits, dense_logits),
+            "token_loss": config.token_loss * token_loss(played, dense[:, self.teacher.prefix :]),
+            "shortfall": played.shortfall,
+        }
+        loss = torch.stack(list(terms.values())).sum()
+        keep = played.there.float().sum(1).mean() / played.owner.shape[1]
+        numbers = {"loss": loss, "keep": keep, **terms}
+        return loss, {name: value.detach() for name, value in numbers.items()}
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        if self._half is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self._device.type, self._half)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, their moving average, optimiser, scaler, updates done."""
+        return {
+            "student": self.student.state_dict(),
+            "average": self.policy.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "done": self.done,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self.student.load_state_dict(state["student"])
+        self.policy.load_state_dict(state["average"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scaler.load_state_dict(state["scaler"])
+        self.done = state["done"]
+
+
+def _hard_loss(smoothing: float) -> Callable[[Tensor, Tensor], Tensor]:
+    return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
+
+
+def _optimizer(student: Student, config: FineTuneConfig) -> torch.optim.Optimizer:
+    from timm.optim import list_optimizers
+
+    if config.optimizer not in list_optimizers():
+        raise UserError(
+            f"optimizer={config.optimizer} is none of timm's: choose such as adamw, lamb or lion"
+        )
+    groups = student.groups(config.weight_decay, config.added_rate)
+    return create_optimizer_v2(groups, config.optimizer, lr=config.lr)
+
+
+def half_precision(amp: str, device: torch.device) -> torch.dtype | None:
+    """What autocast shall compute in; None for full precision.
+
+    Raises:
+        UserError: float16 on a CPU, where small gradients would vanish.
+    """
+    cuda = device.type == "cuda"
+    if amp == "auto":
+        if not cuda:
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if amp == "float16" and not cuda:
+        raise UserError("amp=float16 needs a GPU: take bfloat16, or off")
+    return {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[amp]
+
+
+@contextlib.contextmanager
+def _drawing(seed: int, update: int, rank: int, device: torch.device) -> Iterator[None]:
+    """All global generators as this update wants them; afterwards as they were.
+
+    timm's transforms and mixup draw from Python's and NumPy's.
+    """
+    (number,) = np.random.SeedSequence([seed, update, rank]).generate_state(1).tolist()
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            random.seed(number)
+            np.random.seed(number)
+            torch.manual_seed(number)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

@@ -1,0 +1,540 @@
+"""Fine-tuning: losses, the trainer, run folders."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from agents.dynamicvit import DynamicViTPolicy
+from agents.finetune.augment import augmentation
+from agents.finetune.config import DynamicViTConfig, EViTConfig, FineTuneConfig, MSTMConfig
+from agents.finetune.losses import logit_loss, token_loss
+from agents.finetune.student import Played, Student
+from agents.finetune.tuner import FineTuner, half_precision
+from agents.policy import load_policy
+from agents.storage import flatten_state, read_tensors, unflatten_state, write_tensors
+from tests.helpers import backbone, same, source
+from tokenenv import attention
+from tokenenv.cli import main
+from tokenenv.data import Batch, Stream
+from tokenenv.errors import UserError
+from tokenenv.metrics import play
+
+SMALL: dict[str, Any] = {"updates": 8, "batch": 8, "lr": 1e-3, "blocks": (1, 3), "keep": 0.5}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():  # type: ignore[no-untyped-def]
+    """Sums in the same order, whatever else the machine does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Fixed:
+    """Always the same images, or one process's part of them."""
+
+    def __init__(self, rows: slice = slice(None), parts: int = 1) -> None:
+        whole = source().batch(torch.arange(8) * 11)
+        self.batches = [
+            Batch(*(field[rows].chunk(parts)[i] for field in whole)) for i in range(parts)
+        ]
+        self.turn = 0
+
+    def next(self) -> Batch:
+        self.turn += 1
+        return self.batches[(self.turn - 1) % len(self.batches)]
+
+
+def tuner(config: FineTuneConfig, batches: Any = None, seed: int = 0) -> FineTuner:
+    torch.manual_seed(seed)
+    model = copy.deepcopy(backbone().model).requires_grad_(True)
+    config.prepare(model)
+    student = Student(model, config.decider(backbone(), "digits_vit"))
+    return FineTuner(student, backbone(), batches or Fixed(), config, seed)
+
+
+def mstm(**changes: Any) -> MSTMConfig:
+    return MSTMConfig(**{**SMALL, **changes})
+
+
+# Losses
+
+
+def test_token_loss_is_what_plain_loops_give() -> None:
+    rng = torch.Generator().manual_seed(0)
+    features = torch.randn(2, 3, 4, generator=rng)
+    dense = torch.randn(2, 5, 4, generator=rng)
+    owner = torch.tensor([[0, 0, 2, -1, 2], [1, -1, -1, -1, 1]])
+    there = torch.tensor([[True, False, True], [False, True, False]])
+    played = Played(torch.zeros(2, 2), features, owner, there, torch.zeros(()))
+    per_image = []
+    for b in range(2):
+        errors = []
+        for token in range(3):
+            if there[b, token]:
+                patches = [p for p in range(5) if owner[b, p] == token]
+                mean = torch.stack([dense[b, p] for p in patches]).mean(0)
+                errors.append(((features[b, token] - mean) ** 2).mean())
+        per_image.append(torch.stack(errors).mean())
+    assert token_loss(played, dense).item() == pytest.approx(torch.stack(per_image).mean().item())
+
+
+def test_logit_loss_is_a_divergence() -> None:
+    logits, dense = torch.tensor([[1.0, 2.0, 0.5]]), torch.tensor([[0.0, 1.0, 3.0]])
+    p, q = dense.softmax(1), logits.softmax(1)
+    assert logit_loss(logits, dense).item() == pytest.approx((p * (p / q).log()).sum().item())
+    assert logit_loss(dense + 2, dense).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_student_that_loses_nothing_is_its_teacher() -> None:
+    student = Student(copy.deepcopy(backbone().model), EViTConfig(keep=1.0).decider(backbone(), ""))
+    batch = source().batch(torch.arange(4)).images
+    played = student.eval()(batch)
+    dense = backbone().model.forward_features(batch)[:, 1:]
+    torch.testing.assert_close(played.logits, backbone()(batch), rtol=0, atol=1e-5)
+    assert token_loss(played, dense).item() < 1e-9
+    assert logit_loss(played.logits, backbone()(batch)).item() < 1e-6
+
+
+# The trainer
+
+
+def test_what_is_new_learns_faster_and_vectors_do_not_decay() -> None:
+    config = mstm()
+    student = tuner(config).student
+    groups = student.groups(0.05, 20.0)
+    members = [p for group in groups for p in group["params"]]
+    assert len(members) == len(set(map(id, members))) == len(list(student.parameters()))
+    assert len(student.state_dict()) == len(members)  # nothing twice: it would be averaged twice
+    new = {id(p) for p in student.added()}
+    assert len(new) == 6
+    for group in groups:
+        for p in group["params"]:
+            assert group["lr_scale"] == (20.0 if id(p) in new else 1.0)
+            assert p.ndim > 1 or group["weight_decay"] == 0
+    assert {"pos_embed", "cls_token"} <= student.model.no_weight_decay()
+    still = [g for g in groups if not g["weight_decay"]]
+    assert any(student.model.pos_embed is p for g in still for p in g["params"])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        mstm(lr=3e-3, updates=12),
+        EViTConfig(**{**SMALL, "lr": 3e-3, "updates": 12}),
+        DynamicViTConfig(**{**SMALL, "lr": 3e-3, "updates": 12}),
+    ],
+    ids=["mstm", "evit", "dynamicvit"],
+)
+def test_loss_falls(config: FineTuneConfig) -> None:
+    learner = tuner(config)
+    losses = [learner.update()["loss"] for _ in range(config.updates)]
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+
+
+def test_the_rate_warms_up_and_falls() -> None:
+    learner = tuner(mstm(updates=10, warmup=0.2, lr=1e-3, min_lr=1e-5, added_rate=1.0))
+    rates = [learner.update()["lr"] for _ in range(10)]
+    assert rates[0] == 0
+    assert max(rates) == rates[2] == pytest.approx(1e-3, rel=0.1)
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert rates[-1] < 1e-4
+
+
+def test_without_ema_the_last_weights_are_kept() -> None:
+    learner = tuner(mstm(ema=0.0))
+    for _ in range(3):
+        learner.update()
+    kept, last = learner.policy.state_dict(), learner.student.state_dict()
+    assert all(torch.equal(kept[name], last[name]) for name in last)
+    average = tuner(mstm(ema=0.9))
+    for _ in range(3):
+        average.update()
+    assert not same(dict(average.policy.state_dict()), dict(average.student.state_dict()))
+
+
+def weights(learner: FineTuner) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in learner.student.named_parameters()}
+
+
+def close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_parts_of_a_batch_teach_what_the_whole_does() -> None:
+    # SGD: Adam's first step is the gradient's sign, which rounding can turn.
+    config = mstm(optimizer="sgd", lr=0.1, warmup=0.0, clip=100.0)
+    whole = tuner(config, Fixed())
+    parts = tuner(dataclasses.replace(config, accumulate=4), Fixed(parts=4))
+    before = weights(whole)
+    for _ in range(2):
+        found = [learner.update() for learner in (whole, parts)]
+    assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-4)
+    close(weights(whole), weights(parts))
+    assert not same(before, weights(whole))
+
+
+def resumable(config: FineTuneConfig) -> tuple[FineTuner, Stream]:
+    augment = augmentation(backbone().model, (1, 8, 8), crop=0.5, hflip=0.5, auto_augment="")
+    assert augment is not None
+    order = Stream(source().augmented(augment), config.batch, seed=3)
+    return tuner(config, order), order
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        mstm(mixup=0.8, cutmix=1.0, smoothing=0.1, ema=0.9),
+        DynamicViTConfig(**SMALL),
+    ],
+    ids=["mstm", "dynamicvit"],
+)
+def test_a_run_goes_on_exactly(config: FineTuneConfig, tmp_path: Path) -> None:
+    whole, _ = resumable(config)
+    for _ in range(5):
+        last = whole.update()
+
+    broken, order = resumable(config)
+    for _ in range(3):
+        broken.update()
+    tensors: dict[str, Tensor] = {}
+    state = flatten_state("s", [broken.state_dict(), order.state_dict()], tensors)
+    write_tensors(tmp_path / "state", tensors, state)
+
+    torch.manual_seed(99)
+    again, order = resumable(config)
+    tensors, state = read_tensors(tmp_path / "state")
+    mine, where = unflatten_state(state, tensors)
+    again.load_state_dict(mine)
+    order.load_state_dict(where)
+    for _ in range(2):
+        found = again.update()
+    assert found == last
+    assert same(dict(again.student.state_dict()), dict(whole.student.state_dict()))
+    assert same(dict(again.policy.state_dict()), dict(whole.policy.state_dict()))
+
+
+def test_generators_are_left_as_they_were() -> None:
+    learner, _ = resumable(mstm(mixup=0.8))
+    torch.manual_seed(5)
+    np.random.seed(5)
+    learner.update()
+    drawn = torch.rand(1).item(), np.random.rand()
+    torch.manual_seed(5)
+    np.random.seed(5)
+    assert drawn == (torch.rand(1).item(), np.random.rand())
+
+
+def test_mixed_precision_learns_the_same_roughly() -> None:
+    full = tuner(mstm(amp="off"))
+    half = tuner(mstm(amp="bfloat16"))
+    losses = [[learner.update()["loss"] for _ in range(3)] for learner in (full, half)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert all(p.dtype == torch.float32 for p in half.student.parameters())
+    assert half_precision("auto", torch.device("cpu")) is None
+
+
+TWO = """
+import pickle, sys
+import torch
+from agents.finetune.workers import join
+from agents.finetune.student import Student
+from agents.finetune.tuner import FineTuner
+from tests.helpers import backbone
+from tests.test_finetune import Fixed, mstm, tuner, weights
+torch.set_num_threads(1)
+config = mstm(optimizer="sgd", lr=0.1, warmup=0.0, clip=100.0, accumulate=2)
+with join("cpu") as (workers, device):
+    alone = tuner(config)
+    half = slice(4 * workers.rank, 4 * workers.rank + 4)
+    learner = FineTuner(
+        alone.student, backbone(), Fixed(half, parts=2), config, 0, workers
+    )
+    for _ in range(2):
+        learner.update()
+    assert workers.agree(workers.rank == 1) and not workers.agree(False)
+    if workers.rank == 0:
+        torch.save(weights(learner), sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    root = Path(__file__).resolve().parents[1]
+    shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    running = []
+    for rank in range(2):
+        environment = os.environ | shared | {"RANK": str(rank), "PYTHONPATH": str(root)}
+        command = [sys.executable, "-c", TWO, str(tmp_path / "weights")]
+        running.append(
+            subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        )
+    for process in running:
+        _, words = process.communicate(timeout=240)
+        assert process.returncode == 0, words
+    whole = tuner(mstm(optimizer="sgd", lr=0.1, warmup=0.0, clip=100.0))
+    for _ in range(2):
+        whole.update()
+    close(weights(whole), torch.load(tmp_path / "weights", weights_only=True))
+
+
+@pytest.mark.slow
+def test_torchrun_writes_one_run_and_resumes_it(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[1]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--nproc-per-node", "2", "-m", "tokenenv.cli"]
+    for more in ([], ["--resume"]):
+        command = [*torchrun, *COMMAND.split(), str(tmp_path / "run"), *more]
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.count("fine-tuning digits_vit") == 1
+    assert "2 processes" in done.stdout
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["updates"] == 2
+
+
+# DynamicViT
+
+
+def test_gated_attention_is_masked_attention_where_decisions_are_hard() -> None:
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 7, 3, 4, generator=rng) for _ in range(3))
+    keep = (torch.rand(2, 7, generator=rng) < 0.6).float()
+    keep[:, 0] = 1.0
+    keep.requires_grad_(True)
+    found = attention.gated(q, k, v, keep)
+    expected = attention.padded(q, k, v, keep[:, None, None, :].bool())
+    there = keep.bool()
+    torch.testing.assert_close(found[there], expected[there], rtol=1e-5, atol=1e-5)
+    # Equations 10 and 11 for one head and one query, in plain numbers; a finite difference.
+    (slope,) = torch.autograd.grad(found[0, 0, 0, 0], keep)
+
+    def plain(gate: list[float]) -> float:
+        scores = [(q[0, 0, 0] @ k[0, j, 0]).item() / 2 for j in range(7)]
+        parts = [np.exp(s) * (1.0 if j == 0 else gate[j]) for j, s in enumerate(scores)]
+        return sum(p * v[0, j, 0, 0].item() for j, p in enumerate(parts)) / sum(parts)
+
+    for j in range(7):
+        gate = keep[0].tolist()
+        gate[j] += 1e-4
+        assert (plain(gate) - plain(keep[0].tolist())) / 1e-4 == pytest.approx(
+            slope[0, j].item(), abs=1e-3
+        )
+
+
+def test_soft_play_is_the_masked_game_of_the_same_decisions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy = DynamicViTConfig(**SMALL).decider(backbone(), "digits_vit")
+    batch = source().batch(torch.arange(5)).images
+    drawn: list[Tensor] = []
+    rng = torch.Generator().manual_seed(1)
+
+    def draw(chances: Tensor, hard: bool) -> Tensor:
+        drawn.append((torch.rand(chances.shape[:-1], generator=rng) < 0.7).long())
+        return torch.nn.functional.one_hot(drawn[-1], 2).float() + 0 * chances
+
+    monkeypatch.setattr("agents.dynamicvit.F.gumbel_softmax", draw)
+    tokens, keep, shortfall = policy.soft_play(backbone(), batch)
+    seen: list[Tensor] = []
+
+    class Replay:
+        rules = policy.rules
+
+        def act(self, observation: Any) -> Tensor:
+            chances = policy.predictors[observation.step](observation.agents, observation.active)
+            seen.append(chances)
+            return drawn[observation.step]
+
+    episode = play(backbone(), Replay(), batch, "masked")  # type: ignore[arg-type]
+    assert torch.equal(episode.tokens.visual_alive, keep.bool())
+    torch.testing.assert_close(backbone().classify(tokens), episode.logits, rtol=1e-4, atol=1e-4)
+    shares = [drawn[0].float().mean(1), keep.mean(1)]
+    missed = [((s - 0.5 ** (i + 1)) ** 2).mean() for i, s in enumerate(shares)]
+    assert shortfall.item() == pytest.approx(2 * torch.stack(missed).mean().item(), rel=1e-5)
+
+
+def test_predictors_get_gradients_through_the_decisions() -> None:
+    student = tuner(DynamicViTConfig(**SMALL)).student.train()
+    torch.manual_seed(0)
+    student(source().batch(torch.arange(4)).images).logits.square().sum().backward()
+    for predictor in student.policy.predictors:
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in predictor.parameters())
+
+
+def test_dynamicvit_keeps_the_best_and_is_saved(tmp_path: Path) -> None:
+    policy = DynamicViTConfig(**SMALL).decider(backbone(), "digits_vit")
+    batch = source().batch(torch.arange(6)).images
+    episodes = {how: play(backbone(), policy, batch, how) for how in ("masked", "packed")}
+    assert [c.tolist() for c in episodes["masked"].counts] == [[64] * 6, [32] * 6, [16] * 6]
+    torch.testing.assert_close(
+        episodes["masked"].logits, episodes["packed"].logits, rtol=1e-4, atol=1e-4
+    )
+    policy.save(tmp_path / "p.safetensors")
+    again = load_policy(tmp_path / "p.safetensors")
+    assert isinstance(again, DynamicViTPolicy)
+    assert torch.equal(
+        play(backbone(), again, batch).logits, play(backbone(), policy, batch).logits
+    )
+    with pytest.raises(UserError, match="width 48"):
+        again.check(192, 0, "deit_tiny_patch16_224")
+
+
+# The command line
+
+COMMAND = (
+    "train mstm --images 60 --set updates=2 --set evaluate_every=1 --set batch=8 "
+    "--set keep=0.5 --set held_back=0.3 --out"
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "mstm"
+    assert main([*COMMAND.split(), str(out)]) == 0
+    return out
+
+
+def test_a_run_folder_evaluates_to_its_report(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("config.json", "curve.png", "tokens.png", "checkpoint.safetensors"):
+        assert (run / name).stat().st_size
+    report = json.loads((run / "report.json").read_text())
+    assert report["frozen"] is False
+    assert json.loads((run / "config.json").read_text())["frozen"] is False
+    assert main(["evaluate", str(run), "--json", str(tmp_path / "r.json")]) == 0
+    assert "fine-tuned backbone" in capsys.readouterr().out
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["frozen"] is False
+    for key in ("top1", "top1_dense", "agreement", "gmacs", "gmacs_dense", "tokens"):
+        assert found[key] == report[key], key
+    # Compared with the model before, which had no second scale.
+    assert report["gmacs_dense"] == pytest.approx(0.026460768)
+    # --model alone does not make it another model.
+    assert main(["evaluate", str(run), "--model", "digits_vit", "--json", f"{tmp_path}/s"]) == 0
+    assert json.loads((tmp_path / "s").read_text())["predictions"] == found["predictions"]
+
+
+def test_a_run_is_compressed_with_its_own_weights(run: Path, tmp_path: Path) -> None:
+    assert main(["compress", str(run), "--out", str(tmp_path / "fast")]) == 0
+    files = [read_file(place / "model.safetensors") for place in (run, tmp_path / "fast")]
+    assert same(*files)
+    assert "patch_embed.gate.weight" in files[0]
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def test_resuming_a_finished_run_changes_nothing(run: Path) -> None:
+    before = (run / "model.safetensors").read_bytes()
+    assert main([*COMMAND.split(), str(run), "--resume"]) == 0
+    assert (run / "model.safetensors").read_bytes() == before
+
+
+def test_two_fine_tuned_backbones_are_not_one(run: Path, tmp_path: Path, capsys: Any) -> None:
+    import shutil
+
+    shutil.copytree(run, tmp_path / "other")
+    assert main(["bench", str(run), str(tmp_path / "other"), "--batch", "1"]) == 2
+    assert "one at a time" in capsys.readouterr().err
+
+
+def test_a_second_phase_keeps_the_policy(tmp_path: Path) -> None:
+    out = tmp_path / "tuned"
+    words = "train rl4evit-finetune --images 40 --set updates=1 --set batch=4 --set held_back=0.2"
+    assert main([*words.split(), "--set", "policy=norm:keep=0.5", "--out", str(out)]) == 0
+    assert load_policy(out / "policy.safetensors").keep == 0.5  # type: ignore[attr-defined]
+    before, after = backbone_state(), read_file(out / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert not same(before, after)
+
+
+def backbone_state() -> dict[str, Tensor]:
+    from tokenenv.models import load_backbone
+
+    return dict(load_backbone().model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("mstm --set optimizer=adamx", "optimizer=adamx"),
+        ("mstm --set amp=float16", "amp=float16"),
+        ("mstm --set amp=int8", "amp"),
+        ("mstm --set keep=0", "keep=0"),
+        ("mstm --set keep=1.5", "keep=1.5"),
+        ("mstm --set lr=nan", "lr=nan"),
+        ("mstm --set ema=1", "ema=1"),
+        ("mstm --set batch=8 --set accumulate=3", "accumulate=3"),
+        ("mstm --set batch=5000", "batch=5000"),
+        ("mstm --set batch=6 --set accumulate=2 --set mixup=0.8", "even"),
+        ("mstm --set auto_augment=fancy", "auto_augment=fancy"),
+        ("mstm --set blocks=3/20", "20 is out of range"),
+        ("rl4evit-finetune", "policy=RUN"),
+        ("rl4evit-finetune --set policy=nobody-knows", "nobody-knows"),
+        ("rl4evit-finetune --set policy=rl4evit-deit_tiny", "trained on model"),
+        ("dynamicvit --set polish=1", "unknown key"),
+    ],
+)
+def test_bad_settings_are_named(
+    words: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(["train", *words.split(), "--out", str(tmp_path / "run")])
+    error = capsys.readouterr().err
+    assert code == 2
+    assert named in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_labels_that_do_not_fit_are_named(tmp_path: Path, capsys: Any) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / "data" / name / "0.png")
+    command = ["train", "evit", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
+    assert main(command) == 2
+    assert "cat" in capsys.readouterr().err
+
+
+def test_shares_are_disjoint_and_equally_long() -> None:
+    parts = [source().share(rank, 3) for rank in range(3)]
+    assert [len(part) for part in parts] == [33, 33, 33]
+    files = [file for part in parts for file in part.files]
+    assert len(set(files)) == 99
+    with pytest.raises(UserError, match="200 processes"):
+        source().share(0, 200)
+
+
+def test_pruned_patches_have_no_owner() -> None:
+    student = Student(copy.deepcopy(backbone().model), EViTConfig(fuse=False, keep=0.5).decider(
+        backbone(), ""
+    ))  # fmt: skip
+    played = student.eval()(source().batch(torch.arange(2)).images)
+    assert (played.owner >= 0).sum(1).tolist() == played.there.sum(1).tolist() == [8, 8]

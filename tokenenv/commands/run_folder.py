@@ -1,0 +1,124 @@
+"""A training run's folder, and what all trainings put into it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from agents.training import CHECKPOINT, Trainer
+from tokenenv.backbone import Backbone
+from tokenenv.commands.common import writable_folder
+from tokenenv.data import ImageSource, open_source
+from tokenenv.errors import UserError
+
+POLICY = "policy.safetensors"
+MODEL = "model.safetensors"
+"""Only where the backbone was fine-tuned."""
+INTERRUPTED = 130
+
+
+def open_images(args: argparse.Namespace, backbone: Backbone) -> ImageSource:
+    """The training images that ``--data`` and ``--images`` ask for."""
+    source = open_source(args.data, backbone.model, split="train")
+    if args.images is None:
+        return source
+    if args.images > len(source):
+        raise UserError(
+            f"--images {args.images} is more than the {len(source)} images of {source.name}: "
+            "ask for fewer, or leave it out to use them all"
+        )
+    return source.subset(args.images, args.seed)
+
+
+def final_images(
+    args: argparse.Namespace, backbone: Backbone, held_back: ImageSource
+) -> ImageSource:
+    """The embedded digits have images that nobody trains on; of a folder, the held-back part."""
+    if args.data in (None, "digits"):
+        return open_source(args.data, backbone.model, split="test")
+    return held_back
+
+
+@contextlib.contextmanager
+def run_folder(args: argparse.Namespace) -> Iterator[Path]:
+    """The folder to write to: new and writable, or the one to resume."""
+    if args.out is None:
+        if args.resume:
+            raise UserError("--resume needs --out DIR: which run shall go on?")
+        with _new_folder(Path("runs"), args.system) as out:
+            yield out
+        return
+    out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out '{out}' is a file: choose a folder")
+    if not args.resume and any((out / name).exists() for name in (CHECKPOINT, POLICY)):
+        raise UserError(f"--out '{out}' already holds a run: add --resume, or choose another")
+    with writable_folder(out):
+        yield out
+
+
+@contextlib.contextmanager
+def _new_folder(parent: Path, name: str) -> Iterator[Path]:
+    """The first free ``parent/name-NUMBER``; runs started at the same time get different ones."""
+    with writable_folder(parent):
+        number = 0
+        while True:
+            out = parent / f"{name}-{number}"
+            try:
+                out.mkdir()
+                break
+            except FileExistsError:
+                number += 1
+        try:
+            yield out
+        finally:
+            with contextlib.suppress(OSError):  # not empty
+                out.rmdir()
+
+
+def description(
+    args: argparse.Namespace, config: Any, name: str, source: ImageSource
+) -> dict[str, Any]:
+    """What the run is, as JSON; a run is only resumed under the same description."""
+    return {
+        "system": args.system,
+        "model": name,
+        "weights": os.path.abspath(args.weights) if args.weights else None,
+        "data": source.name,
+        "images": len(source),
+        "seed": args.seed,
+        **json.loads(json.dumps(dataclasses.asdict(config))),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that a run depends on."""
+    found = {"python": platform.python_version()}
+    for name in ("tokenenv", "torch", "timm", "gymnasium", "pettingzoo"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+@contextlib.contextmanager
+def events(out: Path, trainer: Trainer) -> Iterator[Any]:
+    """A function that writes numbers as TensorBoard events."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    # What was written after the checkpoint that this run goes on from will be written again.
+    writer = SummaryWriter(str(out), purge_step=trainer.done + 1 if trainer.history else 0)
+
+    def log(update: int, numbers: dict[str, float]) -> None:
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, update)
+
+    with contextlib.closing(writer):
+        yield log

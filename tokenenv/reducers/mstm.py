@@ -1,0 +1,124 @@
+"""MSTM's mergence: what matters stays, everything else merges into what it resembles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenenv import reduction
+from tokenenv.backbone import Backbone, Context
+from tokenenv.errors import UserError
+from tokenenv.reducers.base import Reducer
+from tokenenv.rewards import check_keep
+from tokenenv.tokens import Tokens
+
+WEIGHTS = ("importance", "mean", "size", "soft")
+SIMILARITIES = ("keys", "tokens")
+_TEMPERATURE = 0.1
+
+
+@dataclass(frozen=True)
+class MSTM(Reducer):
+    """Bian et al., arXiv 2306.04897, "Multi-Scale And Token Mergence"; between attention and MLP.
+
+    The paper splits tokens by an importance score into crucial and non-crucial ones and merges the
+    latter into the former by similarity. Its formulas are not public; ours: the ``ceil(keep n)`` of
+    an image's ``n`` visual tokens with the highest attention of the class token (mean over heads)
+    are crucial; each other token ``j`` goes to the crucial one ``c`` of the highest cosine, and
+    ``x_c <- (w_c x_c + sum_j w_j x_j) / (w_c + sum_j w_j)``. If all went to one token, that would
+    be EViT's fused one. Keeping 70 % in three blocks fits the cost that the paper reports.
+
+    Attributes:
+        keep: share of the tokens that is crucial, in (0, 1].
+        weight: ``w``: ``importance``, the class token's attention; ``mean``, all alike; ``size``,
+            the patches that a token stands for; ``soft``, importance, and each token is shared out
+            among all crucial ones as softmax(cosine / 0.1) says (its patches follow the nearest).
+        similarity: whether the cosine is that of the ``keys`` (mean over heads) or of the
+            ``tokens``.
+        least: cosine from which on a token merges; less similar ones leave without a trace.
+    """
+
+    keep: float = 0.7
+    weight: Literal["importance", "mean", "size", "soft"] = "importance"
+    similarity: Literal["keys", "tokens"] = "keys"
+    least: float = -1.0
+    reads: ClassVar[tuple[str, ...]] = ("cls_attention", "mean_keys")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_keep(self.keep)
+        if self.weight not in WEIGHTS:
+            raise UserError(f"weight='{self.weight}': choose from {', '.join(WEIGHTS)}")
+        if self.similarity not in SIMILARITIES:
+            raise UserError(
+                f"similarity='{self.similarity}': choose from {', '.join(SIMILARITIES)}"
+            )
+        if not -1.0 <= self.least <= 1.0:
+            raise UserError(f"least={self.least:g} is no cosine: give -1 to 1")
+
+    def wants(self, block: int) -> dict[str, bool]:
+        """Importance and keys where tokens merge."""
+        wanted = super().wants(block)
+        return wanted | {"mean_keys": wanted["mean_keys"] and self.similarity == "keys"}
+
+    def work(self, backbone: Backbone, block: int, tokens: Tensor) -> Tensor:
+        """Multiply-adds of the similarities and the means."""
+        visual = tokens - backbone.prefix
+        pairs = visual * visual  # all of them: which columns are crucial differs by image
+        width = backbone.head_dim(block) if self.similarity == "keys" else backbone.dim
+        moves = pairs if self.weight == "soft" else visual - (visual * self.keep).ceil()
+        return pairs * width + moves * backbone.dim
+
+    def reduce(self, tokens: Tokens, context: Context, step: int) -> Tokens:
+        """Split, match, merge."""
+        assert context.cls_attention is not None
+        prefix, alive = tokens.prefix, tokens.visual_alive
+        importance = context.cls_attention[:, prefix:]
+        count = (alive.sum(1, keepdim=True) * self.keep).ceil()
+        crucial = reduction.highest(importance.masked_fill(~alive, -torch.inf), count) & alive
+        cosine = self._cosine(tokens, context).masked_fill(~crucial[:, None], -torch.inf)
+        best, nearest = cosine.max(dim=2)
+        goes = alive & ~crucial
+        if self.weight == "soft":
+            tokens = tokens.with_x(self._shared_out(tokens, importance, cosine, goes))
+        weight = {
+            "importance": context.cls_attention,
+            "mean": torch.ones_like(context.cls_attention),
+            "size": tokens.size,
+            # What a token gives has arrived already: only its patches move.
+            "soft": torch.zeros_like(context.cls_attention),
+        }[self.weight]
+        place = torch.arange(alive.shape[1], device=alive.device).expand_as(alive) + prefix
+        match = reduction.Match(place, nearest + prefix, best)
+        merged = reduction.merge(tokens, match, goes & self._enough(best), weight)
+        return merged if self.least == -1.0 else reduction.prune(merged, crucial)
+
+    def _cosine(self, tokens: Tokens, context: Context) -> Tensor:
+        """``(B, V, V)`` of the visual tokens."""
+        if self.similarity == "tokens":
+            unit = F.normalize(tokens.visual.float(), dim=-1)
+        else:
+            assert context.mean_keys is not None
+            unit = F.normalize(context.mean_keys[:, tokens.prefix :].float(), dim=-1)
+        return unit @ unit.transpose(1, 2)
+
+    def _enough(self, cosine: Tensor) -> Tensor:
+        """Whether a token may merge; a cosine of -1 may read a little less."""
+        return cosine.clamp(min=-1.0) >= self.least
+
+    def _shared_out(
+        self, tokens: Tokens, importance: Tensor, cosine: Tensor, goes: Tensor
+    ) -> Tensor:
+        """``(B, N, D)`` crucial tokens with their share of all that go; the others as they are."""
+        goes = goes & self._enough(cosine.amax(2))
+        share = (cosine / _TEMPERATURE).softmax(2) * (importance * goes)[..., None]
+        total = importance + share.sum(1)
+        visual = tokens.visual.float()
+        # w x + sum(s x') over w + sum(s), as a step from x: what receives nothing stays exact.
+        step = share.transpose(1, 2) @ visual - share.sum(1)[..., None] * visual
+        moved = visual + step / total.clamp(min=1e-12)[..., None]
+        return torch.cat([tokens.x[:, : tokens.prefix], moved.to(tokens.x.dtype)], dim=1)
