@@ -28,7 +28,8 @@ DEPTH = 6
 @cache
 def backbone() -> Backbone:
     """digits_vit with fewer blocks, untrained: what faces do doesn't depend on the weights."""
-    with torch.random.fork_rng():
+    # Whoever asks first may be in inference mode; others learn with these weights.
+    with torch.random.fork_rng(), torch.inference_mode(False):
         torch.manual_seed(0)
         return Backbone(timm.create_model("digits_vit", depth=DEPTH))
 

@@ -167,7 +167,7 @@ def test_compiled_once_for_all_blocks_and_lengths() -> None:
             assert_close(compiled(images), fast(images), atol=1e-4, rtol=0)
             graphs.append(counters["stats"]["unique_graphs"])
     # Padded, packed and a single image: what enters a block, leaves its attention, passes its MLP.
-    assert 3 <= graphs[0] <= graphs[2] <= 9
+    assert 3 <= graphs[0] <= graphs[2] <= 12
     assert graphs[2:] == [graphs[2]] * 3
     copy.deepcopy(fast), pickle.dumps(fast)
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import backbone, same, source
 from PIL import Image
 from torch import Tensor
 
@@ -27,7 +28,6 @@ from agents.finetune.student import Played, Student
 from agents.finetune.tuner import FineTuner, half_precision
 from agents.policy import load_policy
 from agents.storage import flatten_state, read_tensors, unflatten_state, write_tensors
-from tests.helpers import backbone, same, source
 from tokenenv import attention
 from tokenenv.cli import main
 from tokenenv.data import Batch, Stream
@@ -258,8 +258,8 @@ import torch
 from agents.finetune.workers import join
 from agents.finetune.student import Student
 from agents.finetune.tuner import FineTuner
-from tests.helpers import backbone
-from tests.test_finetune import Fixed, mstm, tuner, weights
+from helpers import backbone
+from test_finetune import Fixed, mstm, tuner, weights
 torch.set_num_threads(1)
 config = mstm(optimizer="sgd", lr=0.1, warmup=0.0, clip=100.0, accumulate=2)
 with join("cpu") as (workers, device):
@@ -285,7 +285,9 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
     shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     running = []
     for rank in range(2):
-        environment = os.environ | shared | {"RANK": str(rank), "PYTHONPATH": str(root)}
+        environment = (
+            os.environ | shared | {"RANK": str(rank), "PYTHONPATH": f"{root}:{root / 'tests'}"}
+        )
         command = [sys.executable, "-c", TWO, str(tmp_path / "weights")]
         running.append(
             subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from helpers import backbone, source
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -17,7 +18,6 @@ from torch import Tensor
 from agents.heuristics import Nobody
 from agents.policy import load_policy
 from agents.spec import parse_policy
-from tests.helpers import backbone, source
 from tokenenv import reduction
 from tokenenv.backbone import Backbone, Context
 from tokenenv.compressed import compress, load_compressed
@@ -179,8 +179,8 @@ def test_a_reducer_is_saved_and_remade(tmp_path: Path) -> None:
     ("what", "named"),
     [
         ("mstm:keep=0", "keep ratio 0"),
-        ("mstm:keep=0.5,weight=heavy", "weight='heavy'"),
-        ("mstm:keep=0.5,similarity=hue", "similarity='hue'"),
+        ("mstm:keep=0.5,weight=heavy", "weight=heavy: choose from importance"),
+        ("mstm:keep=0.5,similarity=hue", "similarity=hue: choose from keys"),
         ("mstm:keep=0.5,least=2", "least=2"),
         ("mstm:blocks=1", "needs keep"),
         ("mstm:keep=0.5,blocks=3/1", "blocks=3/1"),
