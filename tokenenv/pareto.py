@@ -43,7 +43,7 @@ def picture(comparison: Comparison) -> bytes:
         where="pre", color="0.8", lw=5, zorder=0, label="Pareto front",
     )  # fmt: skip
     looks = zip(
-        groups.items(), itertools.cycle(f"C{i}" for i in range(10)), itertools.cycle("os^DvPXp<>")
+        groups.items(), itertools.cycle(f"C{i}" for i in range(10)), itertools.cycle("os^DvPXp<>h")
     )
     for (name, group), colour, mark in looks:
         for axis, place in panels:
