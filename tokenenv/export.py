@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import logging
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +41,7 @@ def export_onnx(fast: CompressedViT, path: str | Path) -> None:
     shape = (1, patches.proj.in_channels, *patches.img_size)
     image = torch.zeros(shape, dtype=fast.backbone.dtype)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), _quiet("onnxscript"):
             warnings.simplefilter("ignore")  # of torch about torch
             graph = torch.export.export(fast, (image,), strict=False)
             program = torch.onnx.export(
@@ -68,6 +71,18 @@ def export_onnx(fast: CompressedViT, path: str | Path) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"cannot write '{path}' ({reason}): choose another place") from None
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Leave out a logger's warnings: of constants that could not be folded, as nobody asked."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _stable_sort() -> Any:
