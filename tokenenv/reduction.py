@@ -163,7 +163,7 @@ class Match(NamedTuple):
     score: Tensor
 
 
-def bipartite_match(tokens: Tokens, metric: Tensor) -> Match:
+def bipartite_match(tokens: Tokens, metric: Tensor, first: int = 0) -> Match:
     """Best partner of every second visual token among the other visual tokens.
 
     ToMe, Bolya et al. 2023, section 3.2: living visual tokens are split alternately into A and B;
@@ -172,9 +172,10 @@ def bipartite_match(tokens: Tokens, metric: Tensor) -> Match:
     Args:
         tokens: ``(B, N)`` tokens.
         metric: ``(B, N, M)`` what similarity is measured on, for instance the mean-head keys.
+        first: 0 or 1, which living visual token is the first of A.
 
     Returns:
-        One candidate per token of A, ``A = ceil((N - prefix) / 2)``.
+        One candidate per token of A, ``A = ceil((N - prefix - first) / 2)``.
     """
     unit = F.normalize(metric[:, tokens.prefix :].float(), dim=-1)
     alive = tokens.visual_alive
@@ -185,16 +186,30 @@ def bipartite_match(tokens: Tokens, metric: Tensor) -> Match:
         place = torch.sort((~alive).to(torch.uint8), dim=1, stable=True).indices
         unit = take(unit, place)
         alive = alive.gather(1, place)
-    score = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)
+    one, other = slice(first, None, 2), slice(1 - first, None, 2)
+    score = unit[:, one] @ unit[:, other].transpose(1, 2)
     if tokens.ragged:
-        score = score.masked_fill_(~alive[:, None, 1::2], -torch.inf)
+        score = score.masked_fill_(~alive[:, None, other], -torch.inf)
     # A lone token has nobody to propose to: one impossible partner more, so that there is any.
     score = F.pad(score, (0, 1), value=-torch.inf)
     best, choice = score.max(dim=2)
     if tokens.ragged:
-        best = best.masked_fill(~alive[:, ::2], -torch.inf)
-    token, other = place[:, ::2] + tokens.prefix, F.pad(place[:, 1::2] + tokens.prefix, (0, 1))
-    return Match(token, other.gather(1, choice), best)
+        best = best.masked_fill(~alive[:, one], -torch.inf)
+    partner = F.pad(place[:, other] + tokens.prefix, (0, 1))
+    return Match(place[:, one] + tokens.prefix, partner.gather(1, choice), best)
+
+
+def candidates_first(tokens: Tokens, match: Match) -> Tokens:
+    """Put the living candidates of a match before the other living visual tokens.
+
+    So ToMe's published code lays them out after a merge, which decides who meets whom in the next
+    block. Each of the two groups keeps its order; dead tokens come last.
+    """
+    candidate = torch.zeros_like(tokens.alive).scatter(1, match.token, True)
+    group = torch.where(tokens.alive, 2 - candidate.long(), 3)
+    group[:, : tokens.prefix] = 0
+    order = torch.sort(group, dim=1, stable=True).indices
+    return replace(_compacted(tokens, order, order.shape[1]), x=take(tokens.x, order))
 
 
 def merge(tokens: Tokens, match: Match, accept: Tensor, weight: Tensor | None = None) -> Tokens:

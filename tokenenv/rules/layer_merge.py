@@ -50,6 +50,10 @@ class LayerMerge:
         proportional: whether a merged token weighs as many keys as its patches in attention
             (ToMe's proportional attention).
         share: whether the agent also sees which decision it is, and the history.
+        shuffle: whether tokens are split and laid out as ToMe's published code does: A has every
+            second token counted from the first prefix token on, and what is left of A comes before
+            B in the next block, where neighbours then meet that were not. Else the split is from
+            the first visual token on, and tokens stay in the order of their patches.
     """
 
     blocks: tuple[int, ...] = tuple(range(12))
@@ -58,6 +62,7 @@ class LayerMerge:
     features: tuple[str, ...] = ("similarity", "cls_attention", "size", "token")
     proportional: bool = True
     share: bool = True
+    shuffle: bool = False
     between: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -94,7 +99,8 @@ class LayerMerge:
 
     def agents(self, backbone: Backbone) -> int:
         """One per candidate the untouched image has; or one per block."""
-        return -(-backbone.patches // 2) if self.action == "pairs" else 1
+        pairs = (backbone.patches + 1 - self._first(backbone.prefix)) // 2
+        return pairs if self.action == "pairs" else 1
 
     def deciders(self, visual: Tensor) -> Tensor:
         """One per candidate, or one."""
@@ -123,7 +129,11 @@ class LayerMerge:
     def match(self, tokens: Tokens, context: Context) -> Match:
         """ToMe's candidates, on the mean-head keys."""
         assert context.mean_keys is not None
-        return reduction.bipartite_match(tokens, context.mean_keys)
+        return reduction.bipartite_match(tokens, context.mean_keys, self._first(tokens.prefix))
+
+    def _first(self, prefix: int) -> int:
+        """Which visual token is the first candidate."""
+        return prefix % 2 if self.shuffle else 0
 
     def layout(self, backbone: Backbone) -> dict[str, slice]:
         """Where each feature lies in what an agent sees of its own."""
@@ -160,7 +170,7 @@ class LayerMerge:
         if self.action == "count":
             return values
         visual = tokens.x.shape[1] - tokens.prefix
-        return values[:, : -(-visual // 2)]
+        return values[:, : (visual + 1 - self._first(tokens.prefix)) // 2]
 
     def observe(self, backbone: Backbone, moment: Moment, *, state: bool = False) -> Observation:
         """What the agent sees: a row per candidate as they lie, or a single one (``count``)."""
@@ -226,7 +236,8 @@ class LayerMerge:
         else:
             grid = torch.tensor(self.grid, device=action.device)
             accept = reduction.strongest(moment.match, grid[action])
-        return reduction.merge(moment.tokens, moment.match, accept)
+        merged = reduction.merge(moment.tokens, moment.match, accept)
+        return reduction.candidates_first(merged, moment.match) if self.shuffle else merged
 
 
 _USUAL, _SPREAD = 0.9, 0.05
