@@ -141,8 +141,8 @@ def keep_highest(score: Tensor, active: Tensor, keep: float | Tensor) -> Tensor:
 class MergeStrongest(_Free):
     """ToMe's schedule (Bolya et al. 2023): in every block the ``r`` most similar pairs merge.
 
-    Tokens are split and laid out as in the published code, whose predictions these are. With half
-    of the tokens at most, as the matching has it. ``r`` is one number for all blocks, or
+    Under rules with ``shuffle`` its predictions are those of the published code. With half of the
+    tokens at most, as the matching has it. ``r`` is one number for all blocks, or
     one for each.
     """
 
@@ -157,7 +157,7 @@ class MergeStrongest(_Free):
                 f"r={'/'.join(map(str, self._schedule))} gives {len(self._schedule)} numbers for "
                 f"{len(self.rules.blocks)} blocks: give one for all, or one for each"
             )
-        self.rules = replace(self.rules, features=("similarity",), share=False, shuffle=True)
+        self.rules = replace(self.rules, features=("similarity",), share=False)
 
     @property
     def _schedule(self) -> tuple[int, ...]:

@@ -30,8 +30,9 @@ HEURISTICS: dict[str, str] = {
     "random": "random:keep=0.7[,blocks=3/6/9][,seed=0]; keep=0.5..0.9 draws a ratio per image",
     "cls-attention": "cls-attention:keep=0.7[,blocks=3/6/9]: top-k by class attention",
     "norm": "norm:keep=0.7[,blocks=3/6/9]: top-k by length of the embedding",
-    "tome": "tome:r=8[,blocks=0/1/2][,schedule=decreasing][,proportional=0]: in every block the 8 "
-    "most similar pairs merge (ToMe); r=8/6/4 block by block; decreasing from 16 to 0",
+    "tome": "tome:r=8[,blocks=0/1/2][,schedule=decreasing][,proportional=0][,shuffle=0]: in every "
+    "block the 8 most similar pairs merge (ToMe); r=8/6/4 block by block; decreasing from 16 to 0; "
+    "shuffle=0 keeps the order of the patches",
     "random-merge": "random-merge:r=8[,blocks=0/1/2][,seed=0]: 8 random pairs of ToMe's matching",
     "merge-above": "merge-above:similarity=0.9[,blocks=0/1/2]: all pairs at least so similar",
     "evit": "evit:keep=0.7[,blocks=3/6/9][,fuse=0]: top-k by class attention, the others fuse into "
@@ -195,12 +196,14 @@ def _tokens(words: _Words, depth: int) -> TokenPrune:
     return TokenPrune(words.blocks(spread_blocks(depth)), features=("progress",), share=False)
 
 
-def _pairs(words: _Words, depth: int, proportional: bool = True) -> LayerMerge:
-    return LayerMerge(words.blocks(tuple(range(depth))), proportional=proportional)
+def _pairs(words: _Words, depth: int, **options: bool) -> LayerMerge:
+    return LayerMerge(words.blocks(tuple(range(depth))), **options)  # type: ignore[arg-type]
 
 
 def _tome(words: _Words, depth: int) -> Policy:
-    pairs = _pairs(words, depth, words.flag("proportional"))
+    pairs = _pairs(
+        words, depth, proportional=words.flag("proportional"), shuffle=words.flag("shuffle")
+    )
     r: int | tuple[int, ...]
     if words.choice("schedule", "constant", "decreasing") == "decreasing":
         r = decreasing(words.whole("r"), len(pairs.blocks))
