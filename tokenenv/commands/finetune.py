@@ -23,7 +23,7 @@ from agents.plots import plot_history
 from agents.settings import with_settings
 from agents.storage import write_bytes, write_json
 from agents.systems import FINE_TUNED
-from agents.training import CHECKPOINT, Follower, Trainer
+from agents.training import Follower, Trainer
 from tokenenv import metrics
 from tokenenv.backbone import Backbone
 from tokenenv.commands.common import (
@@ -42,6 +42,7 @@ from tokenenv.commands.run_folder import (
     events,
     final_images,
     open_images,
+    resumable,
     run_folder,
     versions,
 )
@@ -60,14 +61,8 @@ def finetune(args: argparse.Namespace) -> int:
         if workers.rank:
             with contextlib.redirect_stdout(io.StringIO()):  # the first process says it all
                 return INTERRUPTED if _follow(args, config, workers) else 0
-        with run_folder(args) as out:
-            try:
-                stopped = _lead(args, config, workers, out)
-            except KeyboardInterrupt:
-                if not (out / CHECKPOINT).exists():
-                    raise
-                words = f"the same command with --out {out} --resume goes on"
-                raise KeyboardInterrupt(words) from None
+        with run_folder(args) as out, resumable(out):
+            stopped = _lead(args, config, workers, out)
     return INTERRUPTED if stopped else 0
 
 

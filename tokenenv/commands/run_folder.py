@@ -66,6 +66,17 @@ def run_folder(args: argparse.Namespace) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def resumable(out: Path) -> Iterator[None]:
+    """Where Ctrl-C ends what is done here, say how it goes on, if it can."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not (out / CHECKPOINT).exists():
+            raise
+        raise KeyboardInterrupt(f"the same command with --out {out} --resume goes on") from None
+
+
+@contextlib.contextmanager
 def _new_folder(parent: Path, name: str) -> Iterator[Path]:
     """The first free ``parent/name-NUMBER``; runs started at the same time get different ones."""
     with writable_folder(parent):

@@ -17,7 +17,7 @@ from agents.policy import Trained
 from agents.settings import with_settings
 from agents.storage import write_json
 from agents.systems import SYSTEMS, Config
-from agents.training import CHECKPOINT, Trainer
+from agents.training import Trainer
 from tokenenv import metrics
 from tokenenv.backbone import Backbone
 from tokenenv.commands.common import (
@@ -35,6 +35,7 @@ from tokenenv.commands.run_folder import (
     events,
     final_images,
     open_images,
+    resumable,
     run_folder,
     versions,
 )
@@ -50,13 +51,8 @@ def train(args: argparse.Namespace) -> int:
     system = SYSTEMS[args.system]()
     preset = system() if args.model not in (None, EMBEDDED) else system.for_digits()
     config = with_settings(preset, args.settings)
-    with run_folder(args) as out:
-        try:
-            stopped = _train(args, config, out)
-        except KeyboardInterrupt:
-            if not (out / CHECKPOINT).exists():
-                raise
-            raise KeyboardInterrupt(f"the same command with --out {out} --resume goes on") from None
+    with run_folder(args) as out, resumable(out):
+        stopped = _train(args, config, out)
     return INTERRUPTED if stopped else 0
 
 
