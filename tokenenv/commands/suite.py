@@ -157,7 +157,7 @@ def _run_one(
             points = sweep(opened, only, dense, bar.update)
         else:
             points = read_points(opened, policies, dense, bar.update)
-    return Result(
+    result = Result(
         task.name,
         learner.name,
         seed,
@@ -168,6 +168,8 @@ def _run_one(
         dense_hits(opened, dense),
         tuple(points),
     )
+    _ = result.area  # refuses numbers that are none, before they are kept
+    return result
 
 
 def _seeds(asked: list[int] | None, task: Task, learner: Learner) -> list[int]:
