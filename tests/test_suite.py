@@ -98,7 +98,7 @@ def test_run_score_plot_and_marl_eval(
     assert "[one seed]" in scores["`heuristic`"]
     assert "no interval with fewer than 2 seeds: heuristic" in text
     layout = json.loads(Path("scores.json").read_text())
-    assert set(layout["tokenenv"]["tiny-prune-v0"]) == {"random", "untrained"}
+    assert set(layout["tokenenv/TokenPrune-v0"]["tiny-prune-v0"]) == {"random", "untrained"}
     assert "left out, as not all seeds and tasks were run: heuristic" in text
     check_marl_eval(layout)
 
@@ -110,7 +110,7 @@ def test_run_score_plot_and_marl_eval(
 
 def check_marl_eval(layout: dict[str, Any]) -> None:
     """The structure of marl-eval's README; by its own check where it is installed."""
-    for algorithms in layout["tokenenv"].values():
+    for algorithms in (one for game in layout.values() for one in game.values()):
         assert len({len(seeds) for seeds in algorithms.values()}) == 1
         for name, seeds in algorithms.items():
             assert "," not in name
@@ -120,7 +120,8 @@ def check_marl_eval(layout: dict[str, Any]) -> None:
                 for metric in (steps["step_1"]["return"], steps["absolute_metrics"]["return"]):
                     assert len(metric) == 1 and math.isfinite(metric[0])
     diagnose = pytest.importorskip("marl_eval.utils.diagnose_data_errors", exc_type=ImportError)
-    assert all(diagnose.DiagnoseData(layout).check_data()["tokenenv"].values())
+    for checks in diagnose.DiagnoseData(layout).check_data().values():
+        assert all(checks.values())
 
 
 def test_ctrl_c_keeps_what_is_done(
@@ -140,6 +141,24 @@ def test_ctrl_c_keeps_what_is_done(
     assert list(first) == ["tiny-prune-v0-random-0"]
     assert run("run tiny-prune-v0 --learner random") == 0
     assert len(kept()) == 2 and kept()["tiny-prune-v0-random-0"] == first["tiny-prune-v0-random-0"]
+
+
+def test_ctrl_c_in_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Any] = []
+
+    def stopped(args: Any) -> int:
+        asked.append(args)
+        Path(args.out, "checkpoint.safetensors").touch()
+        return 130
+
+    monkeypatch.setattr("tokenenv.commands.train.train", stopped)
+    for _ in range(2):
+        assert run("run tiny-prune-v0 --learner ippo --seeds 0") == 130
+        assert "the same command goes on" in capsys.readouterr().err
+    assert [args.resume for args in asked] == [False, True]
+    assert "centralised=False" in asked[0].settings and not kept()
 
 
 def test_a_trained_learner_keeps_the_budget_and_resumes(
@@ -299,7 +318,7 @@ def test_scores_of_made_up_results() -> None:
     with pytest.raises(UserError, match="compare results of the same model and images"):
         report.make_report([*own, made("other", 0, oracle, weights="v")])
     several = report.make_report([*own, made("other", 0, oracle, tokenenv="1")])
-    assert any("several versions, 0, 1" in note for note in several.notes)
+    assert any("results of tokenenv 0, 1; this is" in note for note in several.notes)
     assert found.as_markdown().count("\n| `") == 3
 
 
@@ -388,6 +407,9 @@ def test_photographs(real_data: Path) -> None:
 def test_the_references_are_scored(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("score") == 0
     text = capsys.readouterr().out
+    layout, _ = report.make_report([]).marl_eval()
+    assert len(layout) == len({task.environment for task in SHIPPED})
+    check_marl_eval(layout)
     for task in SHIPPED:
         assert f"**{task.name}**" in text
         for result in references(task.name):

@@ -12,7 +12,6 @@ import torch
 from tqdm import tqdm
 
 from agents.storage import write_bytes, write_json
-from tokenenv._version import __version__
 from tokenenv.commands.common import report_skipped, writable_folder
 from tokenenv.commands.compare_state import conditions
 from tokenenv.commands.evaluate import writable_file
@@ -84,7 +83,7 @@ def _run(args: argparse.Namespace) -> None:
     for task in tasks:
         for learner in learners:
             learner.check(task)
-    out, done = Path(args.out), 0
+    out = Path(args.out)
     with writable_folder(out):
         try:
             for task in tasks:
@@ -95,7 +94,7 @@ def _run(args: argparse.Namespace) -> None:
                     test_data=args.test_data,
                     device=args.device,
                 )
-                done += _run_task(opened, learners, out, args)
+                _run_task(opened, learners, out, args)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("results so far are kept; the same command goes on") from None
     print(f"tokenenv suite score {out} and tokenenv suite plot {out} show the results")
@@ -103,8 +102,8 @@ def _run(args: argparse.Namespace) -> None:
 
 def _run_task(
     opened: OpenTask, learners: list[Learner], out: Path, args: argparse.Namespace
-) -> int:
-    """The number of results that are there at the end."""
+) -> None:
+    """Write the results that are missing."""
     task, test = opened.spec, opened.test
     common = {
         **conditions(task.model, opened.backbone.model, test),
@@ -127,7 +126,6 @@ def _run_task(
         write_json(path, result.as_json())
         _print_result(result, f"{number}/{len(missing)}, {result.seconds:.0f} s")
     report_skipped(test)
-    return len(missing)
 
 
 def _run_one(
@@ -226,6 +224,6 @@ def _results(args: argparse.Namespace) -> list[Path]:
 def _write_marl_eval(report: Report, path: Path) -> None:
     layout, left_out = report.marl_eval()
     write_json(path, layout)
-    print(f"\nscores for marl-eval are in {path} (made by tokenenv {__version__})")
+    print(f"\nscores for marl-eval are in {path}")
     if left_out:
         print(f"left out, as not all seeds and tasks were run: {', '.join(left_out)}")

@@ -117,6 +117,9 @@ def _draw_overall(panels: Sequence[Any], report: Report, colours: dict[str, str]
     some = [item for item in ranked if len(item[1][0]) < len(report.tasks)]
     titles = (f"over all {len(report.tasks)} tasks", "over some of the tasks, each over its own")
     for axis, title, group in zip(panels, titles, (every, some), strict=True):
+        if not group:
+            axis.set_axis_off()
+            continue
         _draw_intervals(
             axis,
             [

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tokenenv._version import __version__
 from tokenenv.errors import UserError
 from tokenenv.suite.results import HEURISTIC, RANDOM, Result, references, unpack_hits
 from tokenenv.suite.score import Front, Interval, aggregate, normalised, oracle_front
@@ -133,25 +134,30 @@ class Report:
     def marl_eval(self) -> tuple[dict[str, Any], list[str]]:
         """The scores in the layout that marl-eval's tools read, and the learners left out.
 
-        Environment, task, algorithm, seed, then ``step_1`` with ``step_count`` (the budget in
-        agent-steps) and ``absolute_metrics``, each with the score as ``return``. marl-eval wants
-        the same algorithms on every task and the same number of seeds of all; others are left out.
+        Environment (the game's id), task, algorithm, seed, then ``step_1`` with ``step_count``
+        (the budget in agent-steps) and ``absolute_metrics``, each with the score as ``return``.
+        marl-eval wants the same algorithms on every task of an environment, and the same number of
+        seeds of all; others are left out.
         """
         complete = [row for row in self.rows if len(row.results) == row.task.seeds]
-        played = [{row.label for row in complete if row.task is task} for task in self.tasks]
-        shared = set.intersection(*played) if played else set()
-        layout: dict[str, Any] = {task.name: {} for task in self.tasks}
-        for row in complete:
-            if row.label in shared:
-                layout[row.task.name][row.label.replace(",", ";")] = {
+        layout: dict[str, Any] = {}
+        for task in self.tasks:
+            alike = [other for other in self.tasks if other.environment == task.environment]
+            played = [{row.label for row in complete if row.task is other} for other in alike]
+            shared = set.intersection(*played)
+            layout.setdefault(task.environment, {})[task.name] = {
+                row.label.replace(",", ";"): {
                     f"seed_{result.seed}": {
-                        "step_1": {"step_count": row.task.agent_steps, "return": [score]},
+                        "step_1": {"step_count": task.agent_steps, "return": [score]},
                         "absolute_metrics": {"return": [score]},
                     }
                     for result, score in zip(row.results, row.scores, strict=True)
                 }
-        left_out = sorted({row.label for row in self.rows} - shared)
-        return {"tokenenv": layout}, left_out
+                for row in complete
+                if row.task is task and row.label in shared
+            }
+        written = {label for tasks in layout.values() for task in tasks.values() for label in task}
+        return layout, sorted({row.label.replace(",", ";") for row in self.rows} - written)
 
 
 def make_report(results: Iterable[Result]) -> Report:
@@ -180,8 +186,9 @@ def make_report(results: Iterable[Result]) -> Report:
         yard = yardsticks[task.name] = make_yardstick(task, shipped or mine)
         rows += sorted(_rows(task, [*shipped, *mine], yard), key=lambda row: row.interval.iqm)
         versions = sorted({result.version for result in mine})
-        if len(versions) > 1:
-            notes.append(f"{task.name}: results of several versions, {', '.join(versions)}")
+        if set(versions) - {__version__}:
+            made = ", ".join(versions)
+            notes.append(f"{task.name}: results of tokenenv {made}; this is {__version__}")
     few = sorted({row.label for row in rows if len(row.results) < 2})
     if few:
         notes.append(f"no interval with fewer than 2 seeds: {', '.join(few)}")
