@@ -108,7 +108,7 @@ TASKS = (
     ),
     Task(
         name="digits-merge-v0", level="easy", **_MERGE, **_DIGITS, budget=6144,
-        low=0.17, high=0.4, grid=(6, 7, 8, 10, 12, 14, 16, 20, 24, 32),
+        low=0.2, high=0.37, grid=(6, 7, 8, 10, 12, 14, 16, 20, 24, 32),
         description="an agent per block of a small ViT on digits says what merges",
     ),
     Task(
@@ -118,17 +118,17 @@ TASKS = (
     ),
     Task(
         name="deit-tiny-merge-v0", level="medium", **_MERGE, **_DEIT, budget=15360,
-        low=0.45, high=0.9, grid=(3, 5, 7, 9, 11, 12, 13, 14, 15, 16),
+        low=0.52, high=0.9, grid=(3, 5, 7, 9, 11, 12, 13, 14, 15, 16),
         description="an agent per block of DeiT-Tiny says which patches merge",
     ),
     Task(
         name="digits-large-prune-v0", level="hard", data="digits", model="digits_vit_16",
-        test_images=600, budget=8192, agents=256, low=0.08, high=0.4, blocks=(1, 3, 5),
+        test_images=600, budget=8192, agents=256, low=0.11, high=0.3, blocks=(1, 3, 5),
         **_PRUNE | {
             "random": "random:keep={},blocks=1/3/5",
             "heuristic": "cls-attention:keep={},blocks=1/3/5",
         },
-        grid=(0.5, 0.42, 0.35, 0.28, 0.22, 0.17, 0.12, 0.08, 0.04, 0.02),
+        grid=(0.6, 0.5, 0.42, 0.35, 0.28, 0.22, 0.17, 0.12, 0.08, 0.04),
         description="256 agents that decide early, on digits of 16x16 pixels",
     ),
 )  # fmt: skip
