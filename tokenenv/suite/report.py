@@ -192,6 +192,9 @@ def make_report(results: Iterable[Result]) -> Report:
     few = sorted({row.label for row in rows if len(row.results) < 2})
     if few:
         notes.append(f"no interval with fewer than 2 seeds: {', '.join(few)}")
+    part = sorted({r.label for r in rows if 2 <= len(r.results) < r.task.seeds})
+    if part:
+        notes.append(f"not all of their task's seeds, a rough interval: {', '.join(part)}")
     return Report(tuple(rows), yardsticks, tuple(notes))
 
 
