@@ -34,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_compress(commands)
     _add_bench(commands)
     _add_compare(commands)
+    _add_suite(commands)
     commands.add_parser(
         "envs",
         help="the registered environments, one line each",
@@ -209,6 +210,56 @@ def _add_compare(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
 
 
+def _add_suite(commands: argparse._SubParsersAction[_Parser]) -> None:
+    suite = commands.add_parser(
+        "suite",
+        help="the benchmark: run learners on fixed tasks, score and draw them",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Fixed, versioned tasks with budgets, seeds and reference results. The score "
+        "is the area under\na learner's front of top-1 over multiply-adds: random's is 0, a "
+        "hindsight oracle's is 1.",
+        epilog="examples:\n  tokenenv suite list\n"
+        "  tokenenv suite run digits-prune-v0 --learner mappo\n"
+        "  tokenenv suite run digits-prune-v0 --learner my_module:learn --seeds 0,1,2\n"
+        "  tokenenv suite run deit-tiny-merge-v0 --learner dora-deit_tiny --data imagenet/train "
+        "--test-data imagenet/val\n"
+        "  tokenenv suite score suite --marl-eval scores.json",
+    )
+    actions = suite.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("list", help="tasks and learners, one line each")
+    run = actions.add_parser(
+        "run",
+        help="let learners learn, and measure them on images that nobody learns from",
+        description="One result for each task, learner and seed. Those that are there already are "
+        "kept; after Ctrl-C the same command goes on.",
+    )
+    run.add_argument("tasks", metavar="TASK", nargs="+", help="see 'tokenenv suite list'")
+    run.add_argument(
+        "--learner",
+        action="append",
+        required=True,
+        metavar="NAME",
+        help="see 'tokenenv suite list'; a shipped policy; a run folder; or module:function, your "
+        "own function(task, seed) that gives a policy or a list of them; repeatable",
+    )
+    run.add_argument("--seeds", type=_seeds, metavar="S,S", help="default: those of the task")
+    run.add_argument("--out", default="suite", metavar="DIR", help="default: suite")
+    run.add_argument("--weights", metavar="FILE", help="of DeiT-Tiny, for tasks on photographs")
+    run.add_argument("--data", metavar="DIR", help="photographs to learn from, for those tasks")
+    run.add_argument("--test-data", metavar="DIR", help="other photographs to test on, for those")
+    run.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda ...; default: cpu")
+    score = actions.add_parser("score", help="tables of scores, beside the reference results")
+    plot = actions.add_parser("plot", help="fronts and intervals of the scores as a picture")
+    for reader in (score, plot):
+        reader.add_argument(
+            "out", metavar="DIR", nargs="?", help="of 'run'; left out: the references alone"
+        )
+    score.add_argument(
+        "--marl-eval", metavar="FILE", help="write the scores there as marl-eval reads them"
+    )
+    plot.add_argument("--file", default="suite.png", metavar="PNG", help="default: suite.png")
+
+
 def _add_execution(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--execution",
@@ -239,6 +290,10 @@ def _positive(text: str) -> int:
 
 def _batches(text: str) -> list[int]:
     return [_positive(part) for part in text.split(",")]
+
+
+def _seeds(text: str) -> list[int]:
+    return list(dict.fromkeys(_seed(part) for part in text.split(",")))
 
 
 def _seed(text: str) -> int:
@@ -286,6 +341,10 @@ def _run(args: argparse.Namespace) -> int:
         from tokenenv.commands import compare
 
         return compare.run(args)
+    if args.command == "suite":
+        from tokenenv.commands import suite
+
+        return suite.run(args)
     if args.command == "compress":
         from tokenenv.commands import compress
 

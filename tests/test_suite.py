@@ -1,0 +1,421 @@
+"""``tokenenv suite``: results, going on after Ctrl-C, tables, the picture, mistakes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from test_cli import mistake
+
+from agents.settings import with_settings
+from agents.spec import parse_policy
+from agents.systems import SYSTEMS
+from tokenenv import metrics, open_source
+from tokenenv.cli import main
+from tokenenv.commands import suite, suite_learners
+from tokenenv.errors import UserError
+from tokenenv.models import load_backbone
+from tokenenv.suite import report, results, tasks
+from tokenenv.suite.opened import OpenTask, open_task, spread
+from tokenenv.suite.results import Point, Result, hits, references, unpack_hits
+from tokenenv.suite.tasks import POINTS, TASKS, Task, find_task
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHIPPED = [task for task in TASKS if references(task.name)]
+
+TINY = dataclasses.replace(
+    find_task("digits-prune-v0"),
+    name="tiny-prune-v0", test_images=40, budget=256, seeds=2, grid=(0.5, 0.2), low=0.26,
+)  # fmt: skip
+TINY_MERGE = dataclasses.replace(
+    find_task("digits-merge-v0"), name="tiny-merge-v0", test_images=40, budget=192, seeds=2,
+    grid=(8, 16),
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of its own, and two small tasks more."""
+    monkeypatch.chdir(tmp_path)
+    for module in (tasks, report, suite):
+        monkeypatch.setattr(module, "TASKS", (*TASKS, TINY, TINY_MERGE))
+
+
+def run(command: str) -> int:
+    return main(shlex.split(f"suite {command}"))
+
+
+def kept(task: Task = TINY) -> dict[str, dict[str, Any]]:
+    folder = Path("suite/results", task.name)
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def test_run_score_plot_and_marl_eval(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learners = "--learner random --learner heuristic --learner untrained"
+    assert run(f"run tiny-prune-v0 {learners}") == 0
+    found = kept()
+    assert len(found) == 2 + 1 + 2  # the heuristic knows no seed
+    first = found["tiny-prune-v0-random-0"]
+    assert [point["knob"] for point in first["points"]] == ["random:keep=0.5", "random:keep=0.2"]
+    backbone = load_backbone()
+    source = open_source("digits", backbone.model, split="test", limit=40)
+    for point in first["points"]:
+        policy = parse_policy(f"{point['knob']},seed=0", 12)
+        again = metrics.evaluate(backbone, policy, source)
+        right = (again.reduced == again.labels).numpy()
+        assert point["top1"] == pytest.approx(right.mean())
+        assert point["macs"] == pytest.approx(1 - again.saving / 100)
+        assert (unpack_hits(point["right"], 40) == right).all()
+    assert "right" not in found["tiny-prune-v0-untrained-0"]["points"][0]
+    swept = found["tiny-prune-v0-untrained-0"]["points"]
+    assert 1 < len(swept) <= POINTS
+    assert sum(not TINY.low <= point["macs"] <= TINY.high + 0.05 for point in swept) <= 2
+
+    # Nothing runs again, and nothing changes.
+    monkeypatch.setattr(suite, "_run_one", None)
+    capsys.readouterr()
+    assert run(f"run tiny-prune-v0 {learners}") == 0
+    assert capsys.readouterr().out.count("(kept)") == 5 and kept() == found
+
+    assert run("score suite --marl-eval scores.json") == 0
+    text = capsys.readouterr().out
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| `")]
+    scores = {row[1].strip(): row[5].strip() for row in rows}
+    assert set(scores) == {"`random`", "`heuristic`", "`untrained`"}
+    assert float(scores["`random`"].split()[0]) == pytest.approx(0, abs=5e-4)
+    assert "[one seed]" in scores["`heuristic`"]
+    assert "no interval with fewer than 2 seeds: heuristic" in text
+    layout = json.loads(Path("scores.json").read_text())
+    assert set(layout["tokenenv/TokenPrune-v0"]["tiny-prune-v0"]) == {"random", "untrained"}
+    assert "left out, as not all seeds and tasks were run: heuristic" in text
+    check_marl_eval(layout)
+
+    assert run("plot suite --file picture.png") == 0
+    with Image.open("picture.png") as image:
+        assert min(image.size) > 400
+        assert len(image.getcolors(2**20) or range(99)) > 20
+
+
+def check_marl_eval(layout: dict[str, Any]) -> None:
+    """The structure of marl-eval's README; by its own check where it is installed."""
+    for algorithms in (one for game in layout.values() for one in game.values()):
+        assert len({len(seeds) for seeds in algorithms.values()}) == 1
+        for name, seeds in algorithms.items():
+            assert "," not in name
+            for steps in seeds.values():
+                assert set(steps) == {"step_1", "absolute_metrics"}
+                assert isinstance(steps["step_1"]["step_count"], int)
+                for metric in (steps["step_1"]["return"], steps["absolute_metrics"]["return"]):
+                    assert len(metric) == 1 and math.isfinite(metric[0])
+    diagnose = pytest.importorskip("marl_eval.utils.diagnose_data_errors", exc_type=ImportError)
+    for checks in diagnose.DiagnoseData(layout).check_data().values():
+        assert all(checks.values())
+
+
+def test_ctrl_c_keeps_what_is_done(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, turns = suite._run_one, iter(range(9))
+
+    def pressed(*args: Any) -> Result:
+        if next(turns) == 1:
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    monkeypatch.setattr(suite, "_run_one", pressed)
+    assert run("run tiny-prune-v0 --learner random") == 130
+    assert "results so far are kept; the same command goes on" in capsys.readouterr().err
+    first = kept()
+    assert list(first) == ["tiny-prune-v0-random-0"]
+    assert run("run tiny-prune-v0 --learner random") == 0
+    assert len(kept()) == 2 and kept()["tiny-prune-v0-random-0"] == first["tiny-prune-v0-random-0"]
+
+
+def test_ctrl_c_in_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Any] = []
+
+    def stopped(args: Any) -> int:
+        asked.append(args)
+        Path(args.out, "checkpoint.safetensors").touch()
+        return 130
+
+    monkeypatch.setattr("tokenenv.commands.train.train", stopped)
+    for _ in range(2):
+        assert run("run tiny-prune-v0 --learner ippo --seeds 0") == 130
+        assert "the same command goes on" in capsys.readouterr().err
+    assert [args.resume for args in asked] == [False, True]
+    assert "centralised=False" in asked[0].settings and not kept()
+
+
+def test_a_trained_learner_keeps_the_budget_and_resumes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("run tiny-prune-v0 --learner mappo --seeds 3") == 0
+    folder = Path("suite/runs/tiny-prune-v0-mappo-3")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["updates"] * config["batch"] == TINY.budget
+    assert config["seed"] == 3 and config["target_saving"] == pytest.approx(57)
+    before = kept()["tiny-prune-v0-mappo-3"]
+    # Stopped after training, while points were read: the run in its folder goes on.
+    Path("suite/results/tiny-prune-v0/tiny-prune-v0-mappo-3.json").unlink()
+    assert run("run tiny-prune-v0 --learner mappo --seeds 3") == 0
+    assert kept()["tiny-prune-v0-mappo-3"]["points"] == before["points"]
+
+
+def test_a_learner_of_your_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(REPOSITORY))
+    learner = "examples.suite_own_learner:learn"
+    assert run(f"run tiny-prune-v0 --learner {learner} --seeds 0") == 0
+    (found,) = kept().values()
+    assert found["learner"] == learner and len(found["points"]) > 2
+
+
+OWN = """
+import agents
+def none(task, seed): return None
+def nan(task, seed): return [float("nan")]
+def many(task, seed): return [agents.parse_policy("random:keep=0.5", 12)] * 11
+def empty(task, seed): return []
+def merges(task, seed): return agents.parse_policy("tome:r=3", 12)
+def elsewhere(task, seed): return agents.parse_policy("random:keep=0.5,blocks=1", 12)
+def greedy(task, seed):
+    game = task.game(batch_size=200)
+    for _ in range(2):
+        game.reset()
+class Broken:
+    rules = agents.parse_policy("norm:keep=0.5", 12).rules
+    def act(self, observation): return observation.active.long()
+    def macs(self, agents, removed): return agents * float("nan")
+def broken(task, seed): return Broken()
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("none", "returned None: return a policy"),
+        ("nan", "returned nan: return a policy"),
+        ("many", "returned 11 policies: return 1 to 10"),
+        ("empty", "returned 0 policies: return 1 to 10"),
+        ("merges", "under LayerMerge"),
+        ("elsewhere", "at blocks 1 does not play"),
+        ("greedy", "plays 400 episodes of 'tiny-prune-v0', whose budget is 256"),
+        ("broken", "not finite or negative"),
+        ("missing", "can't be imported"),
+    ],
+)
+def test_mistakes_of_a_learner_of_your_own(
+    function: str,
+    words: str,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    monkeypatch.delitem(__import__("sys").modules, "own_learners", raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("own_learners.py").write_text(OWN)
+    command = f"suite run tiny-prune-v0 --learner own_learners:{function} --seeds 0"
+    assert words in mistake(command, capfd)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("run digits --learner random", "unknown task 'digits': choose from digits-prune-v0"),
+        ("run digits-prune-v9 --learner random", "this one has 'digits-prune-v0'"),
+        ("run tiny-prune-v0 --learner x", "unknown learner 'x': choose from random, heuristic"),
+        ("run tiny-prune-v0 --learner no.such:f", "can't be imported"),
+        ("run tiny-prune-v0 --learner dora", "choose from random, heuristic, untrained, ippo"),
+        ("run tiny-merge-v0 --learner mappo", "choose from random, heuristic, untrained, dora"),
+        ("run tiny-prune-v0 --learner dora-deit_tiny", "under LayerMerge"),
+        (
+            "run deit-tiny-prune-v0 --learner random",
+            "give --data DIR to learn from and --test-data",
+        ),
+        ("run tiny-prune-v0 --learner random --data x", "leave --weights, --data and --test-data"),
+        ("run tiny-prune-v0", "--learner"),
+        ("run tiny-prune-v0 --learner random --seeds a", "no whole number"),
+        ("score nowhere", "'nowhere' holds no results"),
+        ("plot nowhere", "'nowhere' holds no results"),
+        ("draw", "invalid choice"),
+    ],
+)
+def test_mistakes(command: str, words: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert words in mistake(f"suite {command}", capfd)
+
+
+def test_results_under_other_conditions_are_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("run tiny-prune-v0 --learner heuristic") == 0
+    path = Path("suite/results/tiny-prune-v0/tiny-prune-v0-heuristic-0.json")
+    good = json.loads(path.read_text())
+    again = "suite run tiny-prune-v0 --learner heuristic"
+    for key, value in (("tokenenv", "0.0.1"), ("weights", "other"), ("task", {})):
+        path.write_text(json.dumps({**good, "conditions": {**good["conditions"], key: value}}))
+        assert f"was made with {key}=" in mistake(again, capfd)
+    path.write_text(json.dumps({**good, "conditions": {**good["conditions"], "task": {}}}))
+    assert "other settings of the task" in mistake("suite score suite", capfd)
+    path.write_text(json.dumps({**good, "learner": "other"}))
+    assert "holds learner 'other', not 'heuristic'" in mistake(again, capfd)
+    path.write_text(json.dumps({**good, "task": "digits-prune-v9"}))
+    assert "this one has 'digits-prune-v0'" in mistake("suite score suite", capfd)
+    for broken in ("{", "[]", json.dumps({**good, "points": []}), json.dumps({"task": TINY.name})):
+        path.write_text(broken)
+        assert "heuristic-0.json'" in mistake(again, capfd)
+    path.write_text(json.dumps(good))
+    assert "need the learners random (seeds 0 to 1)" in mistake("suite score suite", capfd)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=40))
+def test_hits_survive(right: list[bool]) -> None:
+    assert unpack_hits(hits(np.array(right)), len(right)).tolist() == right
+
+
+def made(learner: str, seed: int, points: list[Point], **changed: Any) -> Result:
+    conditions = {"task": TINY.settings(), "weights": "w", "images": 8, "files": "f"}
+    conditions |= {"tokenenv": "0"} | changed
+    dense = hits(np.array([True] * 7 + [False]))
+    return Result(TINY.name, learner, seed, conditions, 1.0, 10, 8, dense, tuple(points))
+
+
+def plans() -> list[Result]:
+    rng = np.random.default_rng(0)
+
+    def point(macs: float) -> Point:
+        right = rng.random(8) < macs + 0.2
+        return Point(f"macs={macs}", macs, right.mean().item(), hits(right))
+
+    random = [made("random", seed, [point(0.3), point(0.5)]) for seed in (0, 1)]
+    return [*random, made("heuristic", 0, [point(0.27), point(0.4)])]
+
+
+def test_scores_of_made_up_results() -> None:
+    own = plans()
+    yard = report.make_yardstick(TINY, own)
+    oracle = [
+        Point("o", cost, top1)
+        for cost, top1 in zip(yard.oracle.cost.tolist(), yard.oracle.top1.tolist(), strict=True)
+    ]
+    found = report.make_report([*own, *(made("oracle", seed, oracle) for seed in (0, 1))])
+    scores = {row.learner: row.scores for row in found.rows}
+    assert np.mean(scores["random"]) == pytest.approx(0)
+    assert scores["oracle"] == pytest.approx((1, 1))
+    assert found.rows[-1].learner == "oracle"
+    with pytest.raises(UserError, match="compare results of the same model and images"):
+        report.make_report([*own, made("other", 0, oracle, weights="v")])
+    several = report.make_report([*own, made("other", 0, oracle, tokenenv="1")])
+    assert any("results of tokenenv 0, 1; this is" in note for note in several.notes)
+    assert found.as_markdown().count("\n| `") == 3
+
+
+def test_saved_within_a_point() -> None:
+    result = made("x", 0, [Point("a", 0.4, 0.75), Point("b", 0.6, 0.875)])
+    assert result.saved() == pytest.approx(0.4)
+    assert result.saved(lost=0.125) == pytest.approx(0.6)
+    assert made("x", 0, [Point("a", 0.4, 0.5)]).saved() == 0
+
+
+@pytest.mark.parametrize("steep", [0.5, 20.0, 3000.0])
+def test_thresholds_are_spread_over_the_range(steep: float) -> None:
+    looks = 0
+
+    def look(odds: float) -> tuple[float, float]:
+        nonlocal looks
+        looks += 1
+        cost = 0.2 + 0.9 / (1 + math.exp(min(steep * (odds - 1), 700)))
+        return cost, cost**0.5
+
+    found = spread(look, 0.3, 0.7)
+    costs = [look(odds)[0] for odds in found]
+    assert 1 <= len(found) <= POINTS and found == sorted(found)
+    assert sum(cost < 0.3 for cost in costs) <= 1 and max(costs) <= 0.7
+    assert looks <= 3 * POINTS + len(found)
+    if steep < 100:  # else there is a jump, and nothing between
+        assert len(found) == POINTS
+        assert np.diff([0.7, *costs, 0.3]).min() > -0.15
+
+
+def test_a_learner_that_only_jumps_shows_one_point() -> None:
+    assert len(spread(lambda odds: (1.0 if odds < 0 else 0.2, 0.5), 0.3, 0.7)) == 1
+    assert len(spread(lambda odds: (0.9, 0.5), 0.3, 0.7)) == 1
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_every_task_says_what_it_is(task: Task) -> None:
+    assert 0 < task.low < task.high <= 1 and task.seeds >= 2
+    assert 2 <= len(task.grid) <= POINTS
+    for pattern in (task.random, task.heuristic):
+        policies = [parse_policy(pattern.format(value), 12) for value in task.grid]
+        assert all(not task.blocks or p.rules.blocks == task.blocks for p in policies)
+    system = "dora" if task.rules == "layer_merge" else "rl4evit"
+    config = suite_learners.settings(task, system)
+    assert config.updates * config.batch <= task.budget < (config.updates + 1) * config.batch
+    # As words of the command line and back.
+    words = [f"{key}={suite_learners._word(value)}" for key, value in vars(config).items()]
+    assert with_settings(SYSTEMS[system]()(), words) == config
+    if task.embedded:
+        opened = open_task(task)
+        game = opened.game(batch_size=1)
+        assert (game.agents, game.steps) == (task.agents if task.agents > 1 else 32, task.decisions)
+        assert task.random == task.random.strip() and len(opened.test) == task.test_images
+
+
+def test_the_large_digits_keep_their_accuracy() -> None:
+    backbone = load_backbone("digits_vit_16")
+    source = open_source("digits", backbone.model, split="test", limit=200)
+    assert backbone.patches == 256 and source.shape == (1, 16, 16)
+    with torch.inference_mode():
+        batch = source.batch(torch.arange(200))
+        right = backbone(batch.images).argmax(1) == batch.labels
+    assert right.float().mean() >= 0.98
+
+
+def test_stable_baselines3_plays_the_merging_task() -> None:
+    pytest.importorskip("stable_baselines3")
+    assert run("run tiny-merge-v0 --learner sb3-ppo --seeds 0") == 0
+    (found,) = kept(TINY_MERGE).values()
+    assert [point["knob"] for point in found["points"]] == [
+        f"penalty={p:g}" for p in suite_learners.SB3_PENALTIES
+    ]
+
+
+def test_photographs(real_data: Path) -> None:
+    task = dataclasses.replace(find_task("deit-tiny-merge-v0"), test_images=4)
+    weights = str(real_data / "weights" / "deit_tiny_patch16_224.safetensors")
+    data, test_data = str(real_data / "imagenet_sample"), str(real_data / "imagenet_val_300")
+    opened: OpenTask = open_task(task, weights=weights, data=data, test_data=test_data)
+    assert len(opened.test) == 4 and opened.backbone.patches == 196
+    with pytest.raises(UserError, match="are among the training images"):
+        open_task(task, weights=weights, data=data, test_data=data)
+
+
+@pytest.mark.skipif(not SHIPPED, reason="no references")
+def test_the_references_are_scored(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("score") == 0
+    text = capsys.readouterr().out
+    layout, _ = report.make_report([]).marl_eval()
+    assert len(layout) == len({task.environment for task in SHIPPED})
+    check_marl_eval(layout)
+    for task in SHIPPED:
+        assert f"**{task.name}**" in text
+        for result in references(task.name):
+            assert result.conditions["task"] == task.settings()
+            if result.learner in ("random", "heuristic"):  # else a gap would be measured
+                assert min(point.macs for point in result.points) <= task.low
+            assert f"{result.learner} (reference {result.version})" in text
+        assert results.REFERENCE.joinpath(f"{task.name}.json").stat().st_size < 100_000
+    assert run("plot --file all.png") == 0

@@ -1,0 +1,254 @@
+"""The learners of ``tokenenv suite run``: built in, shipped or in a run folder, or a user's own."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from agents.policy import load
+from agents.spec import parse_policy
+from agents.systems import SYSTEMS
+from agents.training import CHECKPOINT
+from tokenenv.commands.evaluate import folder_of
+from tokenenv.commands.run_folder import INTERRUPTED
+from tokenenv.errors import UserError
+from tokenenv.suite.opened import OpenTask
+from tokenenv.suite.results import HEURISTIC, RANDOM
+from tokenenv.suite.tasks import POINTS, Task
+
+Policies = dict[str, Any]
+"""By what is written down as their setting; a single one with a threshold is swept over it."""
+
+Learn = Callable[[OpenTask, int, Path, argparse.Namespace], Policies]
+"""Gets the task, the seed, a folder for a run of its own, and the command's options."""
+
+SB3_PENALTIES = (10.0, 40.0, 160.0)
+"""Of damage: stable-baselines3 learns a policy for each, with a third of the budget."""
+
+
+@dataclass(frozen=True)
+class Learner:
+    """One that ``--learner`` names.
+
+    Attributes:
+        name: as typed.
+        learn: makes its policies.
+        summary: one line.
+        rules: the games it plays; empty: all.
+        deterministic: one seed says it all.
+        code: fingerprint of a user's own; results of another are not taken for this one's.
+    """
+
+    name: str
+    learn: Learn
+    summary: str = ""
+    rules: tuple[str, ...] = ()
+    deterministic: bool = False
+    code: str = ""
+
+    def check(self, task: Task) -> None:
+        """Raise :class:`UserError` where it does not play the task's game."""
+        if self.rules and task.rules not in self.rules:
+            fits = ", ".join(
+                one.name for one in BUILT_IN if task.rules in (one.rules or (task.rules,))
+            )
+            raise UserError(
+                f"learner '{self.name}' does not play '{task.name}' ({task.environment}): "
+                f"choose from {fits}"
+            )
+
+
+def find_learner(name: str) -> Learner:
+    """A learner by name.
+
+    Raises:
+        UserError: there is none, or a user's module or function can't be imported.
+    """
+    for learner in BUILT_IN:
+        if learner.name == name:
+            return learner
+    folder = folder_of(name)
+    if folder is not None:
+        digest = hashlib.sha256((folder / "policy.safetensors").read_bytes()).hexdigest()[:16]
+        return Learner(name, lambda *_: {"policy": load(name)}, deterministic=True, code=digest)
+    if ":" in name:
+        return _own(name)
+    known = ", ".join(learner.name for learner in BUILT_IN)
+    raise UserError(
+        f"unknown learner '{name}': choose from {known}, a shipped policy, a run folder or "
+        "module:function"
+    )
+
+
+def _own(name: str) -> Learner:
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"learner '{name}' can't be imported ({error}): it names a module, found from "
+            "here or installed, and a function in it"
+        ) from None
+
+    def learn(opened: OpenTask, seed: int, *_: Any) -> Policies:
+        return checked(name, function(opened, seed))
+
+    source = inspect.getsourcefile(function) if callable(function) else None
+    code = hashlib.sha256(Path(source).read_bytes()).hexdigest()[:16] if source else ""
+    return Learner(name, learn, code=code)
+
+
+def checked(name: str, returned: Any) -> Policies:
+    """What a user's function returned, as policies with names.
+
+    Raises:
+        UserError: it is neither a policy nor a list of one to :data:`POINTS` policies.
+    """
+    several = list(returned) if isinstance(returned, list | tuple) else [returned]
+    for policy in several:
+        if not all(hasattr(policy, part) for part in ("rules", "act", "macs")):
+            raise UserError(
+                f"learner '{name}' returned {policy!r:.60}: return a policy, with rules, act and "
+                "macs, or a list of policies"
+            )
+    if not 1 <= len(several) <= POINTS:
+        raise UserError(f"learner '{name}' returned {len(several)} policies: return 1 to {POINTS}")
+    return {f"policy {number}": policy for number, policy in enumerate(several)}
+
+
+def _sweep_of(pattern: Callable[[Task], str], seeded: bool) -> Learn:
+    """A reference policy at each value of the task's grid."""
+
+    def learn(opened: OpenTask, seed: int, *_: Any) -> Policies:
+        task = opened.spec
+        whats = [pattern(task).format(value) for value in task.grid]
+        depth = opened.backbone.depth
+        return {
+            what: parse_policy(f"{what},seed={seed}" if seeded else what, depth) for what in whats
+        }
+
+    return learn
+
+
+def settings(task: Task, system: str, **changed: Any) -> Any:
+    """The preset of a system for a task: its budget, its blocks, the middle of its range."""
+    cls = SYSTEMS[system]()
+    preset = cls.for_digits() if task.embedded else cls()
+    updates = task.budget // preset.batch
+    return dataclasses.replace(
+        preset,
+        updates=updates,
+        evaluate_every=min(preset.evaluate_every, updates),
+        blocks=task.blocks,
+        target_saving=task.target_saving,
+        calibrate=0,  # the suite reads many thresholds
+        **changed,
+    )
+
+
+def _trained(system: str, **changed: Any) -> Learn:
+    """A system of ``tokenenv train``, in a run folder of its own, which is resumed."""
+
+    def learn(opened: OpenTask, seed: int, folder: Path, args: argparse.Namespace) -> Policies:
+        from tokenenv.commands.train import train
+
+        task = opened.spec
+        folder.mkdir(parents=True, exist_ok=True)
+        run = argparse.Namespace(
+            system=system,
+            model=task.model,
+            weights=args.weights,
+            data=args.data or task.data,
+            device=args.device,
+            out=str(folder),
+            images=None,
+            seed=seed,
+            resume=(folder / CHECKPOINT).is_file(),
+            settings=[
+                f"{k}={_word(v)}" for k, v in vars(settings(task, system, **changed)).items()
+            ],
+        )
+        with open(folder / "train.log", "a") as log, contextlib.redirect_stdout(log):
+            status = train(run)
+        if status == INTERRUPTED:
+            raise KeyboardInterrupt
+        return {"policy": load(folder)}
+
+    return learn
+
+
+def _word(value: Any) -> str:
+    return "/".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _untrained(opened: OpenTask, seed: int, *_: Any) -> Policies:
+    """Where training starts from, with no update."""
+    task = opened.spec
+    config = settings(task, "dora" if task.rules == "layer_merge" else "rl4evit")
+    torch.manual_seed(seed)
+    game = config.game(opened.backbone, opened.train)
+    return {"policy": config.policy(game, task.model).eval()}
+
+
+def _sb3(opened: OpenTask, seed: int, *_: Any) -> Policies:
+    """stable-baselines3's PPO on the game of one agent per block, once for each penalty."""
+    from tokenenv.envs.sb3 import SB3VecEnv  # says what to install
+
+    from agents.sb3 import SB3Policy  # isort: skip
+    from stable_baselines3 import PPO
+
+    task, images = opened.spec, 64
+    episodes = task.budget // len(SB3_PENALTIES) // images * images
+    options = {k: v for k, v in opened.options.items() if k != "rules"}
+    policies: Policies = {}
+    for penalty in SB3_PENALTIES:
+        envs = SB3VecEnv(task.environment, images, reward_kwargs={"penalty": penalty}, **options)
+        game = envs.envs.game
+        learner = PPO(
+            "MlpPolicy", envs, n_steps=game.steps, batch_size=game.steps * images // 4,
+            learning_rate=1e-3, gamma=1.0, seed=seed, device="cpu",
+        )  # fmt: skip
+        learner.learn(episodes * game.steps)
+        policies[f"penalty={penalty:g}"] = SB3Policy(learner, game)
+    return policies
+
+
+BUILT_IN = (
+    Learner(RANDOM, _sweep_of(lambda task: task.random, True), "at random; score 0"),
+    Learner(
+        HEURISTIC,
+        _sweep_of(lambda task: task.heuristic, False),
+        "class attention where tokens are pruned, ToMe where they merge",
+        deterministic=True,
+    ),
+    Learner("untrained", _untrained, "where mappo and dora start from, with no update"),
+    Learner(
+        "ippo",
+        _trained("rl4evit", centralised=False),
+        "RL4EViT's preset without the centralised critic",
+        ("token_prune",),
+    ),
+    Learner("mappo", _trained("rl4evit"), "RL4EViT's preset", ("token_prune",)),
+    Learner("dora", _trained("dora"), "DORA's preset, PPO", ("layer_merge",)),
+    Learner(
+        "sb3-ppo",
+        _sb3,
+        "stable-baselines3's PPO on counts (extra sb3)",
+        ("layer_merge", "layer_prune"),
+    ),
+)
+"""By name; every one keeps the task's budget."""

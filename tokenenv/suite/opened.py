@@ -1,0 +1,277 @@
+"""A task with its backbone and its images: what a learner plays, and how its points are read."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenenv import metrics
+from tokenenv.backbone import Backbone
+from tokenenv.data import ImageSource, open_source
+from tokenenv.envs.build import build_game, build_rules
+from tokenenv.errors import UserError
+from tokenenv.game import Game
+from tokenenv.metrics import Decider
+from tokenenv.models import load_backbone
+from tokenenv.suite.results import Point, hits
+from tokenenv.suite.tasks import POINTS, Task
+
+_SAMPLE = 128  # training images that tell what a threshold costs
+_WIDEST, _CLOSEST = 16.0, 1e-3  # log-odds of thresholds: from -16 to 16, no closer than this
+_TRIES = 3 * POINTS
+_BATCH = 64
+
+
+@dataclass
+class OpenTask:
+    """What a learner gets.
+
+    Attributes:
+        spec: the task: budget, name, settings.
+        backbone: the frozen model.
+        train: images to learn from, as often as it likes.
+        test: images that points are read on; nobody learns from them.
+        played: episodes that :meth:`game`'s games have started.
+    """
+
+    spec: Task
+    backbone: Backbone
+    train: ImageSource
+    test: ImageSource
+    played: int = 0
+
+    def game(self, **options: Any) -> Game:
+        """The task's game on the training images; every episode counts against the budget.
+
+        Args:
+            **options: what :func:`~tokenenv.envs.build.build_game` takes beside model, images,
+                rules and blocks: ``batch_size``, ``reward``, ``reward_kwargs``, ``features`` ...
+
+        Raises:
+            UserError: unknown options; later, from ``reset``, when the budget is spent.
+        """
+        game = build_game(**self.options, **options)
+        start = game.reset
+
+        def reset() -> Any:
+            self.played += game.batch_size
+            self.check_budget()
+            return start()
+
+        game.reset = reset  # type: ignore[method-assign]
+        return game
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What :meth:`game` builds with: arguments of every face but ``rules``, which ids imply.
+
+        Environments made of it count no episodes: whoever uses one minds the budget.
+        """
+        return {
+            "rules": self.spec.rules,
+            "model": self.backbone,
+            "data": self.train,
+            "blocks": self.spec.blocks or None,
+        }
+
+    def check_budget(self) -> None:
+        """Raise :class:`UserError` where more episodes were played than the task allows."""
+        if self.played > self.spec.budget:
+            raise UserError(
+                f"the learner plays {self.played} episodes of '{self.spec.name}', whose budget is "
+                f"{self.spec.budget}: stop earlier"
+            )
+
+    def check_policy(self, policy: Decider) -> None:
+        """Raise :class:`UserError` unless the policy plays this task's game on its model."""
+        own = build_rules(self.spec.rules, self.backbone.depth, self.spec.blocks or None, None, {})
+        rules = policy.rules
+        if type(rules) is not type(own) or not set(rules.blocks) <= set(own.blocks):
+            blocks = ", ".join(map(str, own.blocks))
+            raise UserError(
+                f"a policy under {type(rules).__name__} at blocks "
+                f"{', '.join(map(str, rules.blocks))} does not play '{self.spec.name}': "
+                f"it asks for {type(own).__name__} at blocks {blocks}"
+            )
+        metrics.check_fit(policy, self.backbone, self.spec.model)
+
+
+def open_task(
+    task: Task,
+    *,
+    weights: str | None = None,
+    data: str | None = None,
+    test_data: str | None = None,
+    device: str = "cpu",
+) -> OpenTask:
+    """Load a task's model and images.
+
+    Args:
+        task: one of :data:`~tokenenv.suite.tasks.TASKS`.
+        weights: a file; None: those of the package, or timm's.
+        data: a folder of training photographs, for tasks that do not bring their own.
+        test_data: a folder of others to test on.
+        device: where to put the model.
+
+    Raises:
+        UserError: photographs are missing, or given where the task has its own; the test images are
+            among the training images; model or images can't be loaded.
+    """
+    if task.embedded and (weights or data or test_data):
+        raise UserError(
+            f"task '{task.name}' brings model and images along: "
+            "leave --weights, --data and --test-data out"
+        )
+    if not task.embedded and not (data and test_data):
+        raise UserError(
+            f"task '{task.name}' needs photographs: give --data DIR to learn from and "
+            "--test-data DIR to test on, both laid out as class/image, and with --weights FILE "
+            f"the weights of {task.model} where timm can't download them"
+        )
+    backbone = load_backbone(task.model, weights, device)
+    train = open_source(data or task.data, backbone.model, split="train")
+    test = open_source(test_data or task.data, backbone.model, split="test", limit=task.test_images)
+    if set(test.files) <= set(train.files):
+        raise UserError(
+            f"the test images of '{test.name}' are among the training images: give other --data "
+            "or --test-data"
+        )
+    return OpenTask(task, backbone, train, test)
+
+
+def has_threshold(policy: Decider) -> bool:
+    """Whether a policy decides by a threshold that can be moved."""
+    return hasattr(policy, "threshold") and getattr(policy, "actions", 2) == 2
+
+
+@torch.inference_mode()
+def dense_predictions(opened: OpenTask) -> Tensor:
+    """``(len(test),)`` what the dense model says of the test images; -1: unreadable."""
+    found = torch.full((len(opened.test),), -1)
+    backbone = opened.backbone
+    for index in torch.arange(len(opened.test)).split(_BATCH):
+        batch = opened.test.batch(index)
+        if len(batch.index):
+            images = batch.images.to(backbone.device, backbone.dtype)
+            found[batch.index] = backbone(images).argmax(1).cpu()
+    opened.test.check_readable()
+    return found
+
+
+def dense_hits(opened: OpenTask, dense: Tensor) -> str:
+    """Which readable test images the dense model gets right, see :func:`hits`."""
+    return hits((dense == opened.test.labels)[dense >= 0].numpy())
+
+
+def read_points(
+    opened: OpenTask,
+    policies: dict[str, Decider],
+    dense: Tensor,
+    progress: Callable[[int], object],
+) -> list[Point]:
+    """Measure policies on the test images.
+
+    Args:
+        opened: the task.
+        policies: by what is written down as their setting.
+        dense: from :func:`dense_predictions`.
+        progress: called with the number of images done after each batch.
+    """
+    return [_read(opened, knob, policy, dense, progress) for knob, policy in policies.items()]
+
+
+def sweep(
+    opened: OpenTask, policy: Any, dense: Tensor, progress: Callable[[int], object]
+) -> list[Point]:
+    """Measure one policy at thresholds that :func:`spread` chooses, on training images.
+
+    The test images choose nothing.
+
+    Args:
+        opened: the task.
+        policy: :func:`has_threshold`.
+        dense: from :func:`dense_predictions`.
+        progress: as for :func:`read_points`.
+    """
+    sample = opened.train.subset(_SAMPLE, seed=0)
+    unknown = torch.zeros(len(sample), dtype=torch.long)  # what the dense model says of them
+
+    def look(odds: float) -> tuple[float, float]:
+        policy.threshold = _threshold(odds)
+        found = metrics.evaluate(opened.backbone, policy, sample, batch_size=_BATCH, dense=unknown)
+        right = (found.reduced == found.labels).float().mean().item()
+        return found.macs.mean().item() / found.dense_macs, right
+
+    points = []
+    for odds in spread(look, opened.spec.low, opened.spec.high):
+        policy.threshold = _threshold(odds)
+        knob = f"threshold={policy.threshold:.6g}"
+        points.append(_read(opened, knob, policy, dense, progress))
+    return points
+
+
+def spread(look: Callable[[float], tuple[float, float]], low: float, high: float) -> list[float]:
+    """Log-odds of at most :data:`POINTS` thresholds that give a good front over ``[low, high]``.
+
+    Between two neighbours a front, being a step function, may miss the rectangle of their
+    differences in cost and in top-1. The largest rectangle is split by a threshold halfway, and so
+    on. One threshold that costs less than ``low`` is kept too: the front starts there.
+
+    Args:
+        look: cost and top-1 of a threshold's log-odds; the cost monotone or nearly so.
+        low: lower end of the range.
+        high: its upper end.
+    """
+    known = {odds: look(odds) for odds in (-_WIDEST, _WIDEST)}
+
+    def kept() -> list[float]:
+        below = [odds for odds, (cost, _) in known.items() if cost < low]
+        inside = [odds for odds, (cost, _) in known.items() if low <= cost <= high]
+        return sorted(inside + sorted(below, key=known.__getitem__)[-1:])
+
+    while len(kept()) < POINTS and len(known) < _TRIES:
+        missed, left, right = max(_rectangles(known, low, high), default=(0.0, 0.0, 0.0))
+        if missed <= 0:
+            break
+        middle = (left + right) / 2
+        known[middle] = look(middle)
+    return kept() or [min(known, key=known.__getitem__)]
+
+
+def _rectangles(
+    known: dict[float, tuple[float, float]], low: float, high: float
+) -> Iterable[tuple[float, float, float]]:
+    """What a front may miss within the range between neighbours that are not yet too close.
+
+    Also their log-odds. Half a point of top-1 is added: plateaus are split too.
+    """
+    for (left, one), (right, other) in itertools.pairwise(sorted(known.items())):
+        if right - left > _CLOSEST:
+            width = abs(min(max(one[0], low), high) - min(max(other[0], low), high))
+            yield width * (abs(one[1] - other[1]) + 0.005), left, right
+
+
+def _threshold(odds: float) -> float:
+    return 1 / (1 + math.exp(-odds))
+
+
+def _read(
+    opened: OpenTask,
+    knob: str,
+    policy: Decider,
+    dense: Tensor,
+    progress: Callable[[int], object],
+) -> Point:
+    found = metrics.evaluate(
+        opened.backbone, policy, opened.test, batch_size=_BATCH, dense=dense, progress=progress
+    )
+    right = (found.reduced == found.labels).numpy()
+    return Point(
+        knob, found.macs.mean().item() / found.dense_macs, right.mean().item(), hits(right)
+    )

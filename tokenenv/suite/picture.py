@@ -1,0 +1,130 @@
+"""The picture of scored results: fronts of accuracy over cost, and intervals of the scores."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tokenenv.suite.report import Report, Row
+from tokenenv.suite.results import RANDOM
+from tokenenv.suite.score import Front, Interval
+from tokenenv.suite.tasks import Task
+
+_STEPS = 400
+
+
+def picture(report: Report) -> bytes:
+    """PNG with a row for each task, and one for all where there are several.
+
+    Left the fronts: of each learner the mean over its seeds, between the lowest and the highest.
+    Right the interquartile means of the scores with their 95 % intervals; 0 is random, 1 the
+    oracle, a hollow mark stands for a single seed. References are dashed and squares.
+    """
+    # Not pyplot: it keeps figures, and looks for a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    tasks = report.tasks
+    height = len(tasks) + (len(tasks) > 1)
+    figure = Figure(figsize=(12, 4.4 * height), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(height, 2, squeeze=False, width_ratios=(3, 2))
+    learners = list(dict.fromkeys(row.learner for row in report.rows))
+    colours = {learner: f"C{i % 10}" for i, learner in enumerate(learners)}
+    colours[RANDOM] = "0.45"
+    for task, (left, right) in zip(tasks, panels, strict=False):
+        _draw_fronts(left, report, task, colours)
+        rows = report.of(task)
+        _draw_intervals(
+            right,
+            [(row.label, row.interval, colours[row.learner], row.reference) for row in rows],
+        )
+        right.set_title(f"{task.name}: score", fontsize=10)
+    if len(tasks) > 1:
+        _draw_overall(panels[-1], report, colours)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110, format="png")
+    return buffer.getvalue()
+
+
+def _draw_fronts(axis: Any, report: Report, task: Task, colours: dict[str, str]) -> None:
+    cost = np.linspace(task.low, task.high, _STEPS)
+    rows = report.of(task)
+    lowest = 1.0
+    for row in rows:
+        fronts = 100 * np.stack([result.front.at(cost) for result in row.results])
+        style = "--" if row.reference else "-"
+        axis.step(
+            100 * cost, fronts.mean(0), style, where="post", color=colours[row.learner], lw=1.6,
+            label=row.label,
+        )  # fmt: skip
+        if len(fronts) > 1:
+            axis.fill_between(
+                100 * cost, fronts.min(0), fronts.max(0), step="post", lw=0, alpha=0.15,
+                color=colours[row.learner],
+            )  # fmt: skip
+        lowest = min(lowest, *(_cheapest(row)))
+    oracle: Front = report.yardsticks[task.name].oracle
+    axis.step(100 * cost, 100 * oracle.at(cost), "k-", where="post", lw=1.2, label="oracle")
+    dense = 100 * rows[0].results[0].dense_top1
+    axis.axhline(dense, color="0.4", ls=":", lw=1, label="dense")
+    top = max(dense, 100 * float(oracle.top1[-1]))
+    axis.set_ylim(100 * lowest - 0.05 * (top - 100 * lowest), top + 0.05 * (top - 100 * lowest))
+    axis.set_xlim(100 * task.low, 100 * task.high)
+    axis.set_title(f"{task.name}: mean over seeds, lowest to highest shaded", fontsize=10)
+    axis.set_xlabel("multiply-adds, % of the dense model's, policy included")
+    axis.set_ylabel("top-1 to be had, %")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="lower right")
+
+
+def _cheapest(row: Row) -> list[float]:
+    """Top-1 of each seed where its front starts within the range, for the axis' lower end."""
+    found = []
+    for result in row.results:
+        start = max(result.front.cost[1], row.task.low)
+        found.append(float(result.front.at(np.array([start]))[0]))
+    return found
+
+
+def _draw_intervals(axis: Any, rows: Sequence[tuple[str, Interval, str, bool]]) -> None:
+    for place, (_, interval, colour, reference) in enumerate(rows):
+        single = np.isnan(interval.low)
+        if not single:
+            axis.plot(
+                [interval.low, interval.high], [place] * 2, color=colour, lw=8, alpha=0.35,
+                solid_capstyle="butt",
+            )  # fmt: skip
+        axis.plot(
+            interval.iqm, place, "s" if reference else "o", color=colour, ms=7,
+            mfc="w" if single else colour,
+        )  # fmt: skip
+    axis.set_yticks(range(len(rows)), [label for label, *_ in rows], fontsize=8)
+    axis.set_ylim(-0.6, len(rows) - 0.4)
+    axis.axvline(0, color="0.6", lw=1, zorder=0)
+    axis.set_xlabel("score, IQM and 95 % interval; random 0, oracle 1")
+    axis.grid(alpha=0.3, axis="x")
+
+
+def _draw_overall(panels: Sequence[Any], report: Report, colours: dict[str, str]) -> None:
+    """Who played all tasks on the left, the others, each over its own tasks, on the right."""
+    named = {row.label: (colours[row.learner], row.reference) for row in report.rows}
+    ranked = sorted(report.overall().items(), key=lambda item: item[1][1].iqm)
+    every = [item for item in ranked if len(item[1][0]) == len(report.tasks)]
+    some = [item for item in ranked if len(item[1][0]) < len(report.tasks)]
+    titles = (f"over all {len(report.tasks)} tasks", "over some of the tasks, each over its own")
+    for axis, title, group in zip(panels, titles, (every, some), strict=True):
+        if not group:
+            axis.set_axis_off()
+            continue
+        _draw_intervals(
+            axis,
+            [
+                (f"{label} ({len(tasks)})", interval, *named[label])
+                for label, (tasks, interval) in group
+            ],
+        )
+        axis.set_title(f"score {title}", fontsize=10)

@@ -1,0 +1,258 @@
+"""From results to scores, a Markdown table, and the layout that marl-eval reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tokenenv._version import __version__
+from tokenenv.errors import UserError
+from tokenenv.suite.results import HEURISTIC, RANDOM, Result, references, unpack_hits
+from tokenenv.suite.score import Front, Interval, aggregate, normalised, oracle_front
+from tokenenv.suite.tasks import TASKS, Task, find_task
+
+_SAME = ("weights", "images", "files")
+"""What results of one task must have in common beside its settings."""
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What scores on one task are measured against: random's area, and the oracle's front."""
+
+    random: float
+    oracle: Front
+    oracle_area: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One learner on one task.
+
+    Attributes:
+        task, learner: which.
+        results: one for each seed.
+        scores: of each.
+        interval: of the scores.
+        reference: whether they came with the package.
+    """
+
+    task: Task
+    learner: str
+    results: tuple[Result, ...]
+    scores: tuple[float, ...]
+    interval: Interval
+    reference: bool
+
+    @property
+    def label(self) -> str:
+        """With the package version that made it, where that is a reference."""
+        if not self.reference:
+            return self.learner
+        return f"{self.learner} (reference {self.results[0].version})"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Results, scored.
+
+    Attributes:
+        rows: task by task, in the suite's order; of each the best last.
+        yardsticks: by the task's name.
+        notes: what a reader should know, one line each.
+    """
+
+    rows: tuple[Row, ...]
+    yardsticks: dict[str, Yardstick]
+    notes: tuple[str, ...]
+
+    @property
+    def tasks(self) -> list[Task]:
+        """Those with rows."""
+        return list(dict.fromkeys(row.task for row in self.rows))
+
+    def of(self, task: Task) -> list[Row]:
+        """The rows of a task."""
+        return [row for row in self.rows if row.task is task]
+
+    def overall(self) -> dict[str, tuple[list[str], Interval]]:
+        """By learner: the tasks it played, and the aggregate over them."""
+        found: dict[str, list[Row]] = {}
+        for row in self.rows:
+            found.setdefault(row.label, []).append(row)
+        return {
+            label: ([row.task.name for row in rows], aggregate([row.scores for row in rows]))
+            for label, rows in found.items()
+        }
+
+    def as_markdown(self) -> str:
+        """A table for each task, one of all, and the notes."""
+        parts = [self._table(task) for task in self.tasks]
+        if len(self.tasks) > 1:
+            parts.append(self._overall_table())
+        parts += ["\n".join(f"- {note}" for note in self.notes)] if self.notes else []
+        return "\n\n".join(parts) + "\n"
+
+    def _table(self, task: Task) -> str:
+        yard, first = self.yardsticks[task.name], self.of(task)[0].results[0]
+        lines = [
+            f"**{task.name}** ({task.level}): {first.images} images, dense "
+            f"{100 * first.dense_top1:.2f} %; mean top-1 over {100 * task.low:g} to "
+            f"{100 * task.high:g} % of the multiply-adds: random {100 * yard.random:.2f}, oracle "
+            f"{100 * yard.oracle_area:.2f}",
+            "",
+            "| learner | seeds | mean top-1, % | MACs saved within a point, % | "
+            "score, IQM [95 % interval] |",
+            "|---|---|---|---|---|",
+        ]
+        for row in self.of(task):
+            top1 = 100 * np.mean([result.area for result in row.results])
+            saved = 100 * np.mean([result.saved() for result in row.results])
+            lines.append(
+                f"| `{row.label}` | {len(row.results)} | {top1:.2f} | {saved:.1f} | "
+                f"{_words(row.interval)} |"
+            )
+        return "\n".join(lines)
+
+    def _overall_table(self) -> str:
+        lines = [
+            "**all tasks**",
+            "",
+            "| learner | tasks | score, IQM [95 % interval] |",
+            "|---|---|---|",
+        ]
+        ranked = sorted(self.overall().items(), key=lambda item: (item[1][0], item[1][1].iqm))
+        lines += [
+            f"| `{label}` | {', '.join(tasks)} | {_words(interval)} |"
+            for label, (tasks, interval) in ranked
+        ]
+        return "\n".join(lines)
+
+    def marl_eval(self) -> tuple[dict[str, Any], list[str]]:
+        """The scores in the layout that marl-eval's tools read, and the learners left out.
+
+        Environment (the game's id), task, algorithm, seed, then ``step_1`` with ``step_count``
+        (the budget in agent-steps) and ``absolute_metrics``, each with the score as ``return``.
+        marl-eval wants the same algorithms on every task of an environment, and the same number of
+        seeds of all; others are left out.
+        """
+        complete = [row for row in self.rows if len(row.results) == row.task.seeds]
+        layout: dict[str, Any] = {}
+        for task in self.tasks:
+            alike = [other for other in self.tasks if other.environment == task.environment]
+            played = [{row.label for row in complete if row.task is other} for other in alike]
+            shared = set.intersection(*played)
+            layout.setdefault(task.environment, {})[task.name] = {
+                row.label.replace(",", ";"): {
+                    f"seed_{result.seed}": {
+                        "step_1": {"step_count": task.agent_steps, "return": [score]},
+                        "absolute_metrics": {"return": [score]},
+                    }
+                    for result, score in zip(row.results, row.scores, strict=True)
+                }
+                for row in complete
+                if row.task is task and row.label in shared
+            }
+        written = {label for tasks in layout.values() for task in tasks.values() for label in task}
+        return layout, sorted({row.label.replace(",", ";") for row in self.rows} - written)
+
+
+def make_report(results: Iterable[Result]) -> Report:
+    """Score results, with the package's references for the tasks that they belong to.
+
+    Without results, the references of all tasks.
+
+    Raises:
+        UserError: results of one task that can't be compared, or nothing to measure them against.
+    """
+    own = list(results)
+    rows: list[Row] = []
+    yardsticks: dict[str, Yardstick] = {}
+    notes: list[str] = []
+    for task in TASKS:
+        mine = [result for result in own if result.task == task.name]
+        shipped = references(task.name) if mine or not own else []
+        if not (mine or shipped):
+            continue
+        _check_alike(task, mine)
+        if mine and shipped and _conditions(mine[0]) != _conditions(shipped[0]):
+            notes.append(
+                f"{task.name}: other weights or images than the reference's, which is left out"
+            )
+            shipped = []
+        yard = yardsticks[task.name] = make_yardstick(task, shipped or mine)
+        rows += sorted(_rows(task, [*shipped, *mine], yard), key=lambda row: row.interval.iqm)
+        versions = sorted({result.version for result in mine})
+        if set(versions) - {__version__}:
+            made = ", ".join(versions)
+            notes.append(f"{task.name}: results of tokenenv {made}; this is {__version__}")
+    few = sorted({row.label for row in rows if len(row.results) < 2})
+    if few:
+        notes.append(f"no interval with fewer than 2 seeds: {', '.join(few)}")
+    part = sorted({r.label for r in rows if 2 <= len(r.results) < r.task.seeds})
+    if part:
+        notes.append(f"not all of their task's seeds, a rough interval: {', '.join(part)}")
+    return Report(tuple(rows), yardsticks, tuple(notes))
+
+
+def make_yardstick(task: Task, results: Sequence[Result]) -> Yardstick:
+    """Random's mean area and the oracle, from the results of ``random`` and ``heuristic``.
+
+    Raises:
+        UserError: they are missing.
+    """
+    random = {result.seed: result for result in results if result.learner == RANDOM}
+    heuristic = next((r for r in results if r.learner == HEURISTIC and r.seed == 0), None)
+    if heuristic is None or not set(range(task.seeds)) <= random.keys():
+        raise UserError(
+            f"scores on '{task.name}' need the learners random (seeds 0 to {task.seeds - 1}) and "
+            f"heuristic: tokenenv suite run {task.name} --learner random --learner heuristic"
+        )
+    plans = [*heuristic.points, *random[0].points]
+    right = [unpack_hits(packed, heuristic.images) for packed in (p.right for p in plans)]
+    right.append(unpack_hits(heuristic.dense, heuristic.images))
+    # These plans cost the same for every image.
+    cost = np.array([*(plan.macs for plan in plans), 1.0])
+    oracle = oracle_front(np.stack(right, 1), cost, 1 / heuristic.classes)
+    area = math.fsum(random[seed].area for seed in range(task.seeds)) / task.seeds
+    return Yardstick(area, oracle, oracle.area(task.low, task.high))
+
+
+def _rows(task: Task, results: Sequence[Result], yard: Yardstick) -> Iterable[Row]:
+    groups: dict[tuple[bool, str], list[Result]] = {}
+    for result in sorted(results, key=lambda result: result.seed):
+        groups.setdefault((result.reference, result.learner), []).append(result)
+    for (reference, learner), group in groups.items():
+        scores = tuple(normalised(r.area, yard.random, yard.oracle_area) for r in group)
+        yield Row(task, learner, tuple(group), scores, aggregate([scores]), reference)
+
+
+def _conditions(result: Result) -> dict[str, Any]:
+    return {key: result.conditions.get(key) for key in ("task", *_SAME)}
+
+
+def _check_alike(task: Task, results: Sequence[Result]) -> None:
+    """Raise :class:`UserError` where results are of other settings, weights or images."""
+    for result in results:
+        what = f"'{result.learner}' seed {result.seed} on '{task.name}'"
+        if result.conditions.get("task") != find_task(task.name).settings():
+            raise UserError(
+                f"{what} was made under other settings of the task: remove it and run it again"
+            )
+        for key in _SAME:
+            first = results[0]
+            if result.conditions.get(key) != first.conditions.get(key):
+                raise UserError(
+                    f"{what} was made with {key}={result.conditions.get(key)} and "
+                    f"'{first.learner}' seed {first.seed} with {first.conditions.get(key)}: "
+                    "compare results of the same model and images"
+                )
+
+
+def _words(interval: Interval) -> str:
+    if math.isnan(interval.low):
+        return f"{interval.iqm:.3f} [one seed]"
+    return f"{interval.iqm:.3f} [{interval.low:.3f}, {interval.high:.3f}]"

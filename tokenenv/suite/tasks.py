@@ -1,0 +1,151 @@
+"""The suite's tasks: what is played, on which images, for how long, and what is measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from tokenenv.errors import UserError
+
+POINTS = 10
+"""How many points a learner may show on one task and seed: whoever shows more finds a lucky one."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of the suite. Whatever changes results raises the version in its name.
+
+    A learner plays ``budget`` episodes of one image each with the training images, then shows at
+    most :data:`POINTS` deterministic policies, or one with a threshold. They are measured on the
+    test images, which nobody trains on; see :mod:`tokenenv.suite.score` for what is made of that.
+
+    Attributes:
+        name: with its version.
+        level: ``easy``, ``medium`` or ``hard``.
+        environment: the registered id of the game.
+        rules: what :func:`~tokenenv.envs.build.build_game` calls it.
+        blocks: the decision blocks; empty: the game's default.
+        model: timm's name of the backbone, which stays frozen.
+        data: ``digits``, or empty: photographs that whoever runs the task has to give.
+        test_images: at most so many, the same number of each class as far as possible.
+        budget: training episodes, one image each; evaluations are not counted.
+        agents: how many decide at once, at the start of an episode.
+        decisions: of an episode.
+        seeds: runs of a learner, seeded 0, 1, ...
+        low, high: multiply-adds as a share of the dense model's, policy included: the range over
+            which top-1 is averaged.
+        random, heuristic: reference policies as :func:`agents.parse_policy` reads them; a value
+            of ``grid`` takes the place of ``{}``.
+        grid: at most :data:`POINTS` values.
+        description: one line.
+    """
+
+    name: str
+    level: Literal["easy", "medium", "hard"]
+    environment: str
+    rules: Literal["token_prune", "layer_merge", "layer_prune"]
+    model: str
+    data: str
+    test_images: int
+    budget: int
+    agents: int
+    decisions: int
+    low: float
+    high: float
+    random: str
+    heuristic: str
+    grid: tuple[float, ...]
+    description: str
+    blocks: tuple[int, ...] = ()
+    seeds: int = 5
+
+    @property
+    def agent_steps(self) -> int:
+        """The budget in decisions of single agents, if none ever leaves."""
+        return self.budget * self.decisions * self.agents
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the package brings model and images along."""
+        return self.data == "digits"
+
+    @property
+    def target_saving(self) -> float:
+        """Percent of the multiply-adds, in the middle of the range: for learners with a goal."""
+        return round(100 * (1 - (self.low + self.high) / 2), 3)
+
+    def settings(self) -> dict[str, Any]:
+        """All that makes the task, as JSON; results are compared under the same settings only."""
+        described = {k: v for k, v in asdict(self).items() if k not in ("description", "level")}
+        settings: dict[str, Any] = json.loads(json.dumps(described))
+        return settings
+
+
+_PRUNE: dict[str, Any] = {
+    "environment": "tokenenv/TokenPrune-v0",
+    "rules": "token_prune",
+    "decisions": 3,
+    "random": "random:keep={}",
+    "heuristic": "cls-attention:keep={}",
+}
+_MERGE: dict[str, Any] = {
+    "environment": "tokenenv/LayerMerge-v0",
+    "rules": "layer_merge",
+    "decisions": 12,
+    "agents": 1,
+    "random": "random-merge:r={:g}",
+    "heuristic": "tome:r={:g}",
+}
+_DIGITS: dict[str, Any] = {"model": "digits_vit", "data": "digits", "test_images": 600}
+_DEIT: dict[str, Any] = {"model": "deit_tiny_patch16_224", "data": "", "test_images": 300}
+
+TASKS = (
+    Task(
+        name="digits-prune-v0", level="easy", **_PRUNE, **_DIGITS, agents=64, budget=8192,
+        low=0.28, high=0.6, grid=(0.7, 0.6, 0.5, 0.4, 0.33, 0.26, 0.2, 0.14, 0.08, 0.03),
+        description="an agent per pixel of a digit; random pruning is hard to beat above 0.5",
+    ),
+    Task(
+        name="digits-merge-v0", level="easy", **_MERGE, **_DIGITS, budget=6144,
+        low=0.2, high=0.37, grid=(6, 7, 8, 10, 12, 14, 16, 20, 24, 32),
+        description="an agent per block of a small ViT on digits says what merges",
+    ),
+    Task(
+        name="deit-tiny-prune-v0", level="medium", **_PRUNE, **_DEIT, agents=196, budget=20480,
+        low=0.5, high=0.95, grid=(0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5),
+        description="an agent per patch of a photograph; DeiT-Tiny with its ImageNet weights",
+    ),
+    Task(
+        name="deit-tiny-merge-v0", level="medium", **_MERGE, **_DEIT, budget=15360,
+        low=0.52, high=0.9, grid=(3, 5, 7, 9, 11, 12, 13, 14, 15, 16),
+        description="an agent per block of DeiT-Tiny says which patches merge",
+    ),
+    Task(
+        name="digits-large-prune-v0", level="hard", data="digits", model="digits_vit_16",
+        test_images=600, budget=8192, agents=256, low=0.11, high=0.3, blocks=(1, 3, 5),
+        **_PRUNE | {
+            "random": "random:keep={},blocks=1/3/5",
+            "heuristic": "cls-attention:keep={},blocks=1/3/5",
+        },
+        grid=(0.6, 0.5, 0.42, 0.35, 0.28, 0.22, 0.17, 0.12, 0.08, 0.04),
+        description="256 agents that decide early, on digits of 16x16 pixels",
+    ),
+)  # fmt: skip
+"""Every task, the easy ones first."""
+
+
+def find_task(name: str) -> Task:
+    """A task by name.
+
+    Raises:
+        UserError: there is none, or only another version of it.
+    """
+    for task in TASKS:
+        if task.name == name:
+            return task
+    stem, known = name.rpartition("-v")[0], ", ".join(task.name for task in TASKS)
+    other = next((task.name for task in TASKS if stem and task.name.startswith(f"{stem}-v")), None)
+    if other:
+        raise UserError(f"task '{name}' is another version's: this one has '{other}'")
+    raise UserError(f"unknown task '{name}': choose from {known}")
