@@ -255,7 +255,7 @@ def test_mixed_precision_learns_the_same_roughly() -> None:
 TWO = """
 import pickle, sys
 import torch
-from agents.finetune.workers import join
+from agents.workers import join
 from agents.finetune.student import Student
 from agents.finetune.tuner import FineTuner
 from helpers import backbone

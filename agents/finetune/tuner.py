@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from agents.finetune.config import FineTuneConfig
 from agents.finetune.losses import logit_loss, token_loss
 from agents.finetune.student import Played, Student
-from agents.finetune.workers import Workers
+from agents.workers import ALONE, Workers
 from tokenenv.backbone import Backbone
 from tokenenv.data import Batch
 from tokenenv.errors import UserError
@@ -65,9 +65,9 @@ class FineTuner:
         batches: Batches,
         config: FineTuneConfig,
         seed: int,
-        workers: Workers | None = None,
+        workers: Workers = ALONE,
     ) -> None:
-        self.workers = workers or Workers()
+        self.workers = workers
         self.student, self.teacher, self.batches = student, teacher, batches
         self.config, self.seed, self.done = config, seed, 0
         self._device = student.backbone.device
