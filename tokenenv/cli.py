@@ -56,7 +56,7 @@ def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
         "among\nN processes, with --device cuda each on a GPU of its own.\n\n"
         "Ctrl-C (or SIGTERM) finishes the update in progress, keeps the best policy so far, "
         "writes the\nwhole report and exits with status 130; a second one stops at once. Either "
-        "way --resume goes\non, with as many processes as you like where the backbone stays as it is.",
+        "way --resume goes\non, of policies also with another number of processes.",
         epilog="examples:\n  tokenenv train rl4evit\n"
         "  tokenenv train rl4evit --model deit_tiny_patch16_224 --data imagenet/train "
         "--images 3000\n  tokenenv train rl4evit --set reward=alpha_beta --set beta=0.1\n"
