@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -156,7 +157,7 @@ class PPO:
                 f"{getattr(arena, 'repeats', 1)}: give both the same"
             )
         self.policy, self.critic, self.arena, self.config = policy, critic, arena, config
-        self.workers, self.rows = workers, Rows.of(workers, arena.batch_size)
+        self.workers = workers
         device = next(iter(policy.parameters())).device
         self.value_norm = ValueNorm().to(device)
         self.actor_optimiser = torch.optim.Adam(
@@ -167,6 +168,13 @@ class PPO:
         self.generator = torch.Generator(device).manual_seed(seed)
         self.order = torch.Generator().manual_seed(seed)
         self.observation: Observation | None = None
+
+    # Not before the first update: who builds a learner may yet find a mistake that others don't,
+    # and must not leave them waiting for an exchange.
+    @cached_property
+    def rows(self) -> Rows:
+        """Where the copies of this process lie among all."""
+        return Rows.of(self.workers, self.arena.batch_size)
 
     @torch.no_grad()
     def collect(self) -> tuple[Rollout, Tensor, Tensor]:

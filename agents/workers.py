@@ -115,6 +115,8 @@ class Workers:
     def together(self) -> Iterator[None]:
         """A mistake that one process meets here ends all of them, and is said once.
 
+        Nothing may be exchanged inside: who has met a mistake would take no part.
+
         Raises:
             UserError: in the first process. SystemExit: with status 2, in the others.
         """
@@ -223,6 +225,10 @@ def join(device: str) -> Iterator[tuple[Workers, str]]:
         ) from None
     try:
         yield Workers(rank, count), device
+    except KeyboardInterrupt:
+        if rank:
+            raise SystemExit(130) from None  # the first process says how it goes on
+        raise
     except RuntimeError as error:
         # gloo's are plain ones; of anything else the traceback tells more.
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):

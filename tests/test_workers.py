@@ -130,7 +130,7 @@ class End(NamedTuple):
 
 
 def finish(processes: list[subprocess.Popen[str]]) -> list[End]:
-    said = [process.communicate(timeout=120) for process in processes]
+    said = [process.communicate(timeout=300) for process in processes]
     return [End(p.returncode, *words) for p, words in zip(processes, said, strict=True)]
 
 
@@ -338,6 +338,13 @@ def test_who_loses_another_says_so_and_the_checkpoint_is_whole(rank: int, tmp_pa
     ), survivor.errors
     saved, _ = ending(str(tmp_path / "run"))
     assert saved["done"] == 2
+
+    ends = run(*command, cwd=tmp_path)  # only the first process looks into the folder
+    assert [end.code for end in ends] == [2, 2], ends
+    assert re.fullmatch(
+        "tokenenv: --out 'run' already holds a run: add --resume.*\n", ends[0].errors
+    )
+    assert ends[1][1:] == ("", "")
 
 
 # Mistakes ----------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -90,7 +91,12 @@ class FineTuner:
                 num_classes=teacher.classes,
             )
         self._ema = ModelEmaV3(student, config.ema, use_warmup=True)
-        self._wrapped = self.workers.wrap(student)
+
+    # Not before the first update: who builds this may yet find a mistake that others don't, and
+    # must not leave them waiting for an exchange.
+    @cached_property
+    def _wrapped(self) -> nn.Module:
+        return self.workers.wrap(self.student)
 
     @property
     def policy(self) -> nn.Module:
