@@ -96,7 +96,8 @@ class ImageSource:
     def readable(self, index: Tensor) -> Tensor:
         """``(B,)`` bool: not known to be unreadable."""
         bad = self._store.unreadable
-        return torch.tensor([self._positions[i] not in bad for i in index.tolist()])
+        known = [self._positions[i] not in bad for i in index.tolist()]
+        return torch.tensor(known, dtype=torch.bool)
 
     def check_readable(self) -> None:
         """Do nothing, unless all images of this source have turned out unreadable.

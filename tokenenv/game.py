@@ -90,14 +90,14 @@ class Game:
                 f"batch_size={batch_size} must be a multiple of repeats={repeats}, at least 1"
             )
         self.repeats = repeats
-        self._images, self._part = batch_size // repeats, (0, 1)
+        self._per_batch, self._part = batch_size // repeats, (0, 1)
         self.seed(seed)
         self._native: dict[int, tuple[Tensor, Tensor]] = {}
         self.episode: Episode | None = None
 
     def seed(self, seed: int) -> None:
         """Start the order of the images anew."""
-        self.stream = Stream(self.source, self._images, seed, *self._part)
+        self.stream = Stream(self.source, self._per_batch, seed, *self._part)
         self.batch_size = self.stream.part_size * self.repeats
 
     def share(self, rank: int, of: int, seed: int) -> None:
