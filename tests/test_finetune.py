@@ -286,7 +286,7 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("system", ["mstm", "dora-prune"])
+@pytest.mark.parametrize("system", ["mstm", "rl4evit"])
 def test_torchrun_writes_one_run_and_resumes_it(system: str, tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[1]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}

@@ -395,7 +395,7 @@ def test_a_mistake_of_all_is_said_by_the_first(
 def test_a_batch_must_have_an_image_for_everyone(tmp_path: Path) -> None:
     args = build_parser().parse_args(["train", "dora", "--images", "40"])
     config = DoraConfig(batch=12, repeats=4)
-    with pytest.raises(UserError, match=r"batch=12 takes 3 images.*5 processes.*batch=20 or more"):
+    with pytest.raises(UserError, match=r"batch=12 with.* for 5 processes.* batch=20 or more"):
         train._build(args, config, Workers(0, 5), tmp_path)
     config = DoraPruneConfig(batch=12, repeats=4, selector="random")
     game = config.game(backbone(), source())

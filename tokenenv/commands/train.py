@@ -92,9 +92,9 @@ def _build(args: argparse.Namespace, config: Config, workers: Workers, out: Path
     fit, held_back = source.split(config.held_back, seed=args.seed)
     if config.batch < config.repeats * workers.count:
         raise UserError(
-            f"batch={config.batch} takes {config.batch // config.repeats} images, "
-            f"repeats={config.repeats} times each, and {workers.count} processes share them: use "
-            f"--set batch={config.repeats * workers.count} or more, or fewer processes"
+            f"batch={config.batch} with repeats={config.repeats} has too few images for "
+            f"{workers.count} processes to share: use --set "
+            f"batch={config.repeats * workers.count} or more, or fewer processes"
         )
     if config.batch > config.repeats * len(fit):
         raise UserError(
