@@ -76,7 +76,8 @@ class PrivilegedCritic(nn.Module):
         value = self.value_token + self.place(about)[:, None]
         x = torch.cat([value, x], 1)
         mask = torch.cat([torch.zeros_like(dead[:, :1]), dead], 1)
-        for layer in self.layers:
+        # A process may have nothing of a minibatch, and torch's attention can't do nothing.
+        for layer in self.layers if len(x) else ():
             x = layer(x, src_key_padding_mask=mask)
         return self.norm(x[:, 0])
 

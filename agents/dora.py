@@ -12,6 +12,7 @@ from agents.judgement import Judgement
 from agents.policy import ActorPolicy, Widths
 from agents.ppo import PPO, PPOConfig
 from agents.settings import check_settings
+from agents.workers import ALONE, Workers
 from tokenenv.backbone import Backbone
 from tokenenv.data import ImageSource
 from tokenenv.envs.build import build_game
@@ -108,7 +109,13 @@ class _Common:
         assert isinstance(game.reward, Dora)
         game.reward = dataclasses.replace(game.reward, penalty=price)
 
-    def learner(self, policy: ActorPolicy | GatedPolicy, game: Game, seed: int) -> PPO:
+    def learner(
+        self,
+        policy: ActorPolicy | GatedPolicy,
+        game: Game,
+        seed: int,
+        workers: Workers = ALONE,
+    ) -> PPO:
         """PPO with DORA's critic."""
         critic = (
             PrivilegedCritic(game, policy.heads, self.critic_width, self.critic_depth)
@@ -128,7 +135,8 @@ class _Common:
             repeats=self.repeats,
             max_grad_norm=0.5,
         )
-        return PPO(policy, critic.to(game.backbone.device), game, config, seed=seed)
+        critic = critic.to(game.backbone.device)
+        return PPO(policy, critic, game, config, seed=seed, workers=workers)
 
 
 @dataclass(frozen=True)
@@ -231,6 +239,18 @@ class DoraPruneConfig(_Common):
     initial_budget: float = 12.0
     lean: tuple[float, float] = (2.0, 20.0)
     selector: Literal["learned", "random", "redundancy"] = "learned"
+
+    def learner(
+        self,
+        policy: ActorPolicy | GatedPolicy,
+        game: Game,
+        seed: int,
+        workers: Workers = ALONE,
+    ) -> PPO:
+        """PPO with DORA's critic; a random selector's dice are not shared by several processes."""
+        if self.selector == "random" and workers.count > 1:
+            raise UserError("selector=random draws for one process: train it without torchrun")
+        return super().learner(policy, game, seed, workers)
 
     @classmethod
     def for_digits(cls) -> DoraPruneConfig:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from agents.ppo import Head
 from agents.rollout import Columns, columns
 from agents.storage import describe, write_tensors
+from agents.workers import WHOLE, Rows
 from tokenenv.errors import UserError
 from tokenenv.rules import LayerPrune, Observation
 from tokenenv.rules.layer_prune import LEAST
@@ -105,8 +106,10 @@ class GatedPolicy(nn.Module):
         """-1: a higher threshold removes fewer tokens."""
         return -1
 
-    def draw(self, seen: Columns, generator: torch.Generator) -> tuple[Tensor, Columns]:
-        """Random actions ``(B, A)``, 0 for who leaves.
+    def draw(
+        self, seen: Columns, generator: torch.Generator, rows: Rows = WHOLE
+    ) -> tuple[Tensor, Columns]:
+        """Random actions ``(B, A)``, ``rows`` of a batch; 0 for who leaves.
 
         Returns:
             They, and the choice: ``gate (B, 1)`` bool, ``budget (B, 1)`` index, ``order (B, A)``
@@ -114,16 +117,18 @@ class GatedPolicy(nn.Module):
         """
         gate_logit, feasible = self._gate(seen)
 
+        uniform = rows.rand(gate_logit.shape, generator)
+        gate = (uniform < gate_logit.sigmoid()) & feasible.any(1, keepdim=True)
+        opened = gate[:, 0].nonzero()[:, 0]
+        open_rows = Rows.of(rows.workers, len(opened))
+
         def noise(like: Tensor) -> Tensor:
-            uniform = torch.rand(like.shape, generator=generator, device=like.device)
+            uniform = open_rows.rand(like.shape, generator)
             return -(-uniform.clamp(min=1e-20).log()).log()
 
-        uniform = torch.rand(gate_logit.shape, generator=generator, device=gate_logit.device)
-        gate = (uniform < gate_logit.sigmoid()) & feasible.any(1, keepdim=True)
-        rows = gate[:, 0].nonzero()[:, 0]
-        open_ = {name: tensor[rows] for name, tensor in seen.items()}
+        open_ = {name: tensor[opened] for name, tensor in seen.items()}
         z = self._encode(open_)
-        logits = self._budget_logits(z, open_, feasible[rows])
+        logits = self._budget_logits(z, open_, feasible[opened])
         budget = (logits + noise(logits)).argmax(1, keepdim=True)
         count = self.budgets[budget]
         score = self._scores(z, open_, count)
@@ -134,7 +139,7 @@ class GatedPolicy(nn.Module):
         living = open_["active"].sum(1, keepdim=True)
 
         def everywhere(values: Tensor) -> Tensor:
-            return values.new_zeros(len(gate), *values.shape[1:]).index_copy(0, rows, values)
+            return values.new_zeros(len(gate), *values.shape[1:]).index_copy(0, opened, values)
 
         choice = {
             "gate": gate,
@@ -143,7 +148,7 @@ class GatedPolicy(nn.Module):
             "share": everywhere(count / living),
         }
         action = torch.ones_like(seen["active"], dtype=torch.long)
-        return action.index_copy(0, rows, self._action(order, count)), choice
+        return action.index_copy(0, opened, self._action(order, count)), choice
 
     def score(self, seen: Columns, choice: Columns) -> dict[str, Head]:
         """Gate and budget ``(B, 1)``; selector ``(B, A)``, one number per pick."""

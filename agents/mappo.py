@@ -11,6 +11,7 @@ from agents.networks import SharedMLP
 from agents.policy import ActorPolicy
 from agents.ppo import PPO, PPOConfig
 from agents.rollout import Columns
+from agents.workers import ALONE, Workers
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,20 @@ class MAPPO(PPO):
         arena: the game.
         config: settings.
         seed: of action sampling and minibatch order.
+        workers: who trains together, see :class:`~agents.ppo.PPO`.
     """
 
     def __init__(
-        self, policy: ActorPolicy, arena: Arena, config: MAPPOConfig, *, seed: int = 0
+        self,
+        policy: ActorPolicy,
+        arena: Arena,
+        config: MAPPOConfig,
+        *,
+        seed: int = 0,
+        workers: Workers = ALONE,
     ) -> None:
-        device = next(policy.parameters()).device
-        super().__init__(policy, AgentCritic(policy, config).to(device), arena, config, seed=seed)
+        critic = AgentCritic(policy, config).to(next(policy.parameters()).device)
+        super().__init__(policy, critic, arena, config, seed=seed, workers=workers)
 
 
 class AgentCritic(nn.Module):

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from agents.workers import ALONE, Workers
+
 
 class SharedMLP(nn.Module):
     """One perceptron for every agent, fed with the agent's own view and one shared by all.
@@ -83,13 +85,16 @@ class ValueNorm(nn.Module):
             self.register_buffer(name, torch.zeros((), dtype=torch.float64))
 
     @torch.no_grad()
-    def update(self, values: Tensor, active: Tensor) -> None:
-        """Take in ``values`` where ``active`` (same shape, bool). None active: nothing changes."""
-        count = active.sum()
+    def update(self, values: Tensor, active: Tensor, workers: Workers = ALONE) -> None:
+        """Take in all processes' ``values`` where ``active`` (same shape, bool).
+
+        None active: nothing changes.
+        """
+        taken = torch.where(active, values, 0.0).double()
+        count, total, squares = workers.sum(active.sum(), taken.sum(), (taken**2).sum())
         keep = torch.where(count > 0, self.decay, 1.0)
         count = count.clamp(min=1)
-        taken = torch.where(active, values, 0.0).double()
-        mean, square = taken.sum() / count, (taken**2).sum() / count
+        mean, square = total / count, squares / count
         self.mean.mul_(keep).add_((1 - keep) * mean)
         self.square.mul_(keep).add_((1 - keep) * square)
         self.weight.mul_(keep).add_(1 - keep)

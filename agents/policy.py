@@ -17,6 +17,7 @@ from agents.networks import SharedMLP
 from agents.ppo import Head
 from agents.rollout import Columns
 from agents.storage import describe, make_rules, read_tensors, write_tensors
+from agents.workers import WHOLE, Rows
 from tokenenv.errors import UserError
 from tokenenv.rules import LayerMerge, LayerPrune, Observation, Rules, TokenPrune
 
@@ -108,11 +109,13 @@ class ActorPolicy(nn.Module):
         with torch.no_grad():
             self.skip.weight[:, feature] = slope
 
-    def draw(self, seen: Columns, generator: torch.Generator) -> tuple[Tensor, Columns]:
-        """Random actions ``(B, A)``; they are all that was drawn."""
+    def draw(
+        self, seen: Columns, generator: torch.Generator, rows: Rows = WHOLE
+    ) -> tuple[Tensor, Columns]:
+        """Random actions ``(B, A)``, ``rows`` of a batch; they are all that was drawn."""
         log_probs = self._log_probs(seen)
         # Gumbel-max: one kernel for all agents, and a generator of our own.
-        noise = torch.rand(log_probs.shape, generator=generator, device=log_probs.device)
+        noise = rows.rand(log_probs.shape, generator)
         action = (log_probs - (-noise.clamp(min=1e-20).log()).log()).argmax(-1)
         return action, {"action": action}
 

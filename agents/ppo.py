@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from agents.arena import Arena
+from agents.losses import (
+    Size,
+    centre_groups,
+    counting,
+    masked_mean,
+    measure,
+    normalise_advantage,
+    policy_loss,
+    surgery,
+    value_loss,
+)
 from agents.networks import ValueNorm
-from agents.rollout import Columns, Rollout, advantages, columns, minibatches, stack
+from agents.rollout import Columns, Rollout, advantages, columns, minibatches, pick, stack
+from agents.workers import ALONE, Rows, Workers
 from tokenenv.errors import UserError
 from tokenenv.rules import Observation
 
@@ -31,7 +44,7 @@ class Actor(Protocol):
 
     heads: tuple[str, ...]
 
-    def draw(self, seen: Columns, generator: torch.Generator) -> tuple[Tensor, Columns]:
+    def draw(self, seen: Columns, generator: torch.Generator, rows: Rows) -> tuple[Tensor, Columns]:
         """Actions ``(B, A)`` for the game, and what was drawn, for :meth:`score`."""
 
     def score(self, seen: Columns, choice: Columns) -> dict[str, Head]:
@@ -115,16 +128,28 @@ class PPO:
     head has a clipped loss and an advantage normalised over the steps in which it counts. What may
     not act counts in no loss, no statistic and no advantage.
 
+    Several processes that play a part of the copies each learn what one would that plays them all:
+    they draw the same random numbers and minibatches, and exchange gradients and the sums from
+    which means are made. No copies of one image may lie in two processes.
+
     Args:
         policy: the actor to train, in place.
         critic: predicts returns; on the policy's device.
         arena: the game. If its reward is ``(B, 1)``, all agents of a copy share it, and one value.
         config: settings.
         seed: of action sampling and minibatch order.
+        workers: who trains together, each with an arena, and the same weights to start with.
     """
 
     def __init__(
-        self, policy: Actor, critic: Critic, arena: Arena, config: PPOConfig, *, seed: int = 0
+        self,
+        policy: Actor,
+        critic: Critic,
+        arena: Arena,
+        config: PPOConfig,
+        *,
+        seed: int = 0,
+        workers: Workers = ALONE,
     ) -> None:
         if config.repeats != getattr(arena, "repeats", 1):
             raise UserError(
@@ -132,6 +157,7 @@ class PPO:
                 f"{getattr(arena, 'repeats', 1)}: give both the same"
             )
         self.policy, self.critic, self.arena, self.config = policy, critic, arena, config
+        self.workers = workers
         device = next(iter(policy.parameters())).device
         self.value_norm = ValueNorm().to(device)
         self.actor_optimiser = torch.optim.Adam(
@@ -143,13 +169,20 @@ class PPO:
         self.order = torch.Generator().manual_seed(seed)
         self.observation: Observation | None = None
 
+    # Not before the first update: who builds a learner may yet find a mistake that others don't,
+    # and must not leave them waiting for an exchange.
+    @cached_property
+    def rows(self) -> Rows:
+        """Where the copies of this process lie among all."""
+        return Rows.of(self.workers, self.arena.batch_size)
+
     @torch.no_grad()
     def collect(self) -> tuple[Rollout, Tensor, Tensor]:
         """Play ``config.steps`` steps; returns the rollout, last values and last active mask."""
         rows: list[Rollout] = []
         for _ in range(self.config.steps):
             seen = columns(self.observation or self.arena.reset())
-            action, choice = self.policy.draw(seen, self.generator)
+            action, choice = self.policy.draw(seen, self.generator, self.rows)
             heads = self.policy.score(seen, choice)
             log_prob = {name: head.log_prob for name, head in heads.items()}
             mask = {name: head.mask for name, head in heads.items()}
@@ -165,7 +198,7 @@ class PPO:
             return rollout, empty, empty.bool()
         seen = columns(self.observation)
         last = self.critic(seen, None)[self.policy.heads[0]]
-        return rollout, last, _counting(seen["active"], last)
+        return rollout, last, counting(seen["active"], last)
 
     def update(self) -> dict[str, float]:
         """One rollout and its epochs of PPO.
@@ -178,24 +211,59 @@ class PPO:
             UserError: the rewards of the rollout, or the losses, are not finite.
         """
         rollout, last_value, last_active = self.collect()
-        if not bool(rollout.reward.isfinite().all()):
-            raise UserError("a reward is not finite: check the environment's reward")
+        if self.workers.agree(not bool(rollout.reward.isfinite().all())):
+            raise self.workers.mistake("a reward is not finite: check the environment's reward")
         extra = self._credit(rollout, last_value, last_active)
-        logs: dict[str, list[Tensor]] = {}
-        for _ in range(self.config.epochs):
-            for batch, more in minibatches(rollout, extra, self.config.minibatches, self.order):
-                for name, number in self._descend(batch, more).items():
-                    logs.setdefault(name, []).append(number)
-        means = {name: torch.stack(v).mean().item() for name, v in logs.items()}
+        flat = rollout.map(lambda t: t.flatten(0, 1))
+        extra = {name: value.flatten(0, 1) for name, value in extra.items()}
+        parts = [
+            part.to(rollout.done.device)
+            for _ in range(self.config.epochs)
+            for part in minibatches(
+                len(rollout.done), self.rows, self.config.minibatches, self.order
+            )
+        ]
+        logs = [
+            self._descend(*pick(flat, extra, part), size)
+            for part, size in zip(parts, self._sizes(flat, extra, parts), strict=True)
+        ]
+        return self._report(rollout, logs)
+
+    def _report(self, rollout: Rollout, logs: list[Columns]) -> dict[str, float]:
+        """What :meth:`update` gives back, of all processes."""
+        mine = {name: torch.stack([row[name] for row in logs]) for name in logs[0]}
+        norm = mine.pop("actor_grad_norm")  # the same everywhere
+        active = rollout.seen["active"]
+        kept = torch.where(active, self.policy.kept(rollout.action).float(), 0.0)
+        *sums, reward, episodes, keep, decisions = self.workers.sum(
+            *mine.values(), rollout.reward.sum(), rollout.done.sum(), kept.sum(), active.sum()
+        )
+        numbers = dict(zip(mine, sums, strict=True)) | {"actor_grad_norm": norm}
+        error, spread = numbers.pop("error"), numbers.pop("spread")
+        numbers["explained_variance"] = 1 - error / spread.clamp(min=1e-12)
+        means = {name: number.mean().item() for name, number in numbers.items()}
         if not all(math.isfinite(value) for value in means.values()):
-            raise UserError(
+            raise self.workers.mistake(
                 f"training diverged (losses {means['policy_loss']:g} and {means['value_loss']:g}): "
                 "use a smaller learning rate"
             )
-        episodes = rollout.done.sum().clamp(min=1)
-        total = (rollout.reward.sum() / (episodes * rollout.reward.shape[2])).item()
-        kept = masked_mean(self.policy.kept(rollout.action).float(), rollout.seen["active"])
-        return {**means, "reward": total, "keep": kept.item()}
+        total = reward / (episodes.clamp(min=1) * rollout.reward.shape[2])
+        return {**means, "reward": total.item(), "keep": (keep / decisions.clamp(min=1)).item()}
+
+    def _sizes(self, flat: Rollout, extra: Columns, parts: list[Tensor]) -> list[Size]:
+        """What :func:`measure` finds in each minibatch, in all processes together."""
+        heads = self.policy.heads
+        found = []
+        for part in parts:
+            mask = {name: flat.mask[name].index_select(0, part) for name in heads}
+            value = {name: flat.value[name].index_select(0, part) for name in heads}
+            found.append(measure(mask, value, extra["returns"].index_select(0, part)))
+        width = len(found[0])
+        whole = self.workers.sum(*(number for size in found for number in size.values()))
+        return [
+            dict(zip(found[0], whole[first : first + width], strict=True))
+            for first in range(0, len(whole), width)
+        ]
 
     def _credit(self, rollout: Rollout, last_value: Tensor, last_active: Tensor) -> Columns:
         """Normalised advantages of every head, and the normalised returns."""
@@ -205,84 +273,106 @@ class PPO:
             value = {name: norm.denormalise(v) for name, v in value.items()}
             last = norm.denormalise(last)
         first = self.policy.heads[0]
-        active = _counting(rollout.mask[first], value[first])
+        active = counting(rollout.mask[first], value[first])
         advantage, returns = advantages(
             rollout.reward, value[first], active, rollout.done, last, last_active,
             gamma=c.gamma, lam=c.lam,
         )  # fmt: skip
         if c.value_norm:
-            norm.update(returns, active)
+            norm.update(returns, active, self.workers)
         extra = {"returns": norm.normalise(returns) if c.value_norm else returns}
         for name in self.policy.heads:
-            mask = _counting(rollout.mask[name], value[name])
+            mask = counting(rollout.mask[name], value[name])
             if name != first:
                 advantage = torch.where(mask, returns - value[name], 0.0)
             if c.repeats > 1:
                 advantage = centre_groups(advantage, mask, c.repeats)
-            extra[name] = normalise_advantage(advantage, mask, c.advantage_norm)
+            extra[name] = normalise_advantage(advantage, mask, c.advantage_norm, self.workers)
         return extra
 
-    def _descend(self, batch: Rollout, extra: Columns) -> dict[str, Tensor]:
-        """One step of actor and critic on a minibatch."""
+    def _descend(
+        self, batch: Rollout, extra: Columns, size: Size | None = None
+    ) -> dict[str, Tensor]:
+        """One step of actor and critic on a minibatch.
+
+        ``size``: what counts in all processes' minibatches, else what counts in this one.
+
+        Returns:
+            Numbers that add up over the processes, and the norm of their common gradient.
+        """
         c = self.config
+        size = size or measure(batch.mask, batch.value, extra["returns"])
         heads = self.policy.score(batch.seen, batch.choice)
         losses: dict[str, Tensor] = {}
         surrogates, entropies, clips, divergences = [], [], [], []
         for name, head in heads.items():
-            old = batch.log_prob[name]
+            old, count = batch.log_prob[name], size[name]
             advantage = extra[name].expand_as(old)
-            surrogate, clipped = policy_loss(head.log_prob, old, advantage, head.mask, c.clip)
-            entropy = masked_mean(head.entropy, head.mask)
+            surrogate, clipped = policy_loss(
+                head.log_prob, old, advantage, head.mask, c.clip, count
+            )
+            entropy = masked_mean(head.entropy, head.mask, count)
             losses[name] = surrogate - c.entropy * entropy
             surrogates.append(surrogate.detach())
             entropies.append(entropy.detach())
             clips.append(clipped)
-            divergences.append(masked_mean(old - head.log_prob.detach(), head.mask))
-        self.actor_optimiser.zero_grad(set_to_none=True)
-        self._backward(losses)
-        actor_norm = nn.utils.clip_grad_norm_(self.policy.parameters(), c.max_grad_norm)
-        self.actor_optimiser.step()
+            divergences.append(masked_mean(old - head.log_prob.detach(), head.mask, count))
         value = self.critic(batch.seen, batch.choice)
         loss = torch.zeros((), device=extra["returns"].device)
         for name, predicted in value.items():
             loss = loss + value_loss(
                 predicted, batch.value[name], extra["returns"],
-                _counting(batch.mask[name], predicted),
+                counting(batch.mask[name], predicted),
                 clip=c.clip if c.value_clip else None, huber_delta=c.huber_delta,
+                count=size[f"values of {name}"],
             )  # fmt: skip
+        self.actor_optimiser.zero_grad(set_to_none=True)
         self.critic_optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        self._backward(losses, loss)
+        actor_norm = nn.utils.clip_grad_norm_(self.policy.parameters(), c.max_grad_norm)
+        self.actor_optimiser.step()
         nn.utils.clip_grad_norm_(self.critic.parameters(), c.max_grad_norm)
         self.critic_optimiser.step()
         name = self.policy.heads[0]
         first, returns = value[name].detach(), extra["returns"]
-        counts = _counting(batch.mask[name], first)
-        error = masked_mean((returns - first) ** 2, counts)
-        spread = masked_mean((returns - masked_mean(returns, counts)) ** 2, counts)
+        counts, count = counting(batch.mask[name], first), size[f"values of {name}"]
+        level = size["returns"] / count.clamp(min=1)
         return {
             "policy_loss": torch.stack(surrogates).sum(),
             "value_loss": loss.detach(),
             "entropy": torch.stack(entropies).sum(),
             "clipped": torch.stack(clips).mean(),
             "kl": torch.stack(divergences).mean(),
+            "error": masked_mean((returns - first) ** 2, counts, count),
+            "spread": masked_mean((returns - level) ** 2, counts, count),
             "actor_grad_norm": actor_norm,
-            "explained_variance": 1 - error / spread.clamp(min=1e-12),
         }
 
-    def _backward(self, losses: dict[str, Tensor]) -> None:
-        """Gradients of the sum of the losses; those of shared parameters with PCGrad."""
-        shared = self.policy.shared()
-        if shared is None:
-            torch.stack(list(losses.values())).sum().backward()
-            return
-        parameters, pair = shared
-        one, other = (
+    def _backward(self, losses: dict[str, Tensor], value: Tensor | None = None) -> None:
+        """Gradients of the sums of the actor's losses and the critic's, of all processes.
+
+        Those of parameters that two heads share with PCGrad: of what each head wants as a whole.
+        """
+        parameters, pair = self.policy.shared() or ([], ())
+        apart = [
             torch.autograd.grad(losses[name], parameters, retain_graph=True, allow_unused=True)
             for name in pair
+        ]
+        torch.stack([*losses.values(), *([] if value is None else [value])]).sum().backward()
+        known = {id(parameter) for parameter in parameters}
+        every = (*self.policy.parameters(), *self.critic.parameters())
+        others = [parameter for parameter in every if id(parameter) not in known]
+        gradients = self.workers.sum_gradients(
+            [*itertools.chain(*apart), *(parameter.grad for parameter in others)],
+            [*parameters * len(apart), *others],
         )
-        torch.stack(list(losses.values())).sum().backward()
-        for parameter, grad in zip(parameters, surgery(one, other), strict=True):
+        n = len(parameters)
+        for parameter, grad in zip(others, gradients[n * len(apart) :], strict=True):
             parameter.grad = grad
+        if pair:
+            merged = surgery(tuple(gradients[:n]), tuple(gradients[n : 2 * n]))
+            for parameter, grad in zip(parameters, merged, strict=True):
+                parameter.grad = grad
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that resuming needs, beside the arena."""
@@ -305,91 +395,3 @@ class PPO:
         self.critic_optimiser.load_state_dict(state["critic_optimiser"])
         self.generator.set_state(state["generator"].cpu())
         self.order.set_state(state["order"].cpu())
-
-
-def _counting(mask: Tensor, value: Tensor) -> Tensor:
-    """Where a value counts: one per number of the head, or one per copy for all of them."""
-    return mask if mask.shape == value.shape else mask.any(-1, keepdim=True)
-
-
-def surgery(
-    one: tuple[Tensor | None, ...], other: tuple[Tensor | None, ...]
-) -> list[Tensor | None]:
-    """PCGrad (Yu et al. 2020) for two losses: the sum of their gradients without their conflict.
-
-    Each gradient loses its component along the other where the two point apart.
-    """
-    pairs = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
-    dot = sum(((a * b).sum() for a, b in pairs), torch.zeros(()))
-    conflict = torch.as_tensor(dot).clamp(max=0)
-    lengths = [sum((g**2).sum() for g in part if g is not None) for part in (one, other)]
-    result: list[Tensor | None] = []
-    for a, b in zip(one, other, strict=True):
-        if a is None or b is None:
-            result.append(a if b is None else b)
-            continue
-        first = a - conflict / (lengths[1] + 1e-12) * b
-        second = b - conflict / (lengths[0] + 1e-12) * a
-        result.append(first + second)
-    return result
-
-
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of ``values`` where ``mask``; 0 where the mask is empty."""
-    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
-
-
-def normalise_advantage(
-    advantage: Tensor, active: Tensor, over: Literal["global", "per_agent"]
-) -> Tensor:
-    """``(T, B, A)`` to mean 0 and spread 1 over the active agents, or over each agent apart."""
-    dims = (0, 1, 2) if over == "global" else (0, 1)
-    count = active.sum(dims, keepdim=True).clamp(min=1)
-    mean = torch.where(active, advantage, 0.0).sum(dims, keepdim=True) / count
-    centred = torch.where(active, advantage - mean, 0.0)
-    return centred / ((centred**2).sum(dims, keepdim=True) / count + 1e-10).sqrt()
-
-
-def centre_groups(advantage: Tensor, active: Tensor, repeats: int) -> Tensor:
-    """Subtract the mean over the active agents of each ``repeats`` neighbours. ``(T, B, A)``."""
-    groups = (len(advantage), -1, repeats, advantage.shape[2])
-    values, mask = advantage.reshape(groups), active.reshape(groups)
-    count = mask.sum((2, 3), keepdim=True).clamp(min=1)
-    mean = torch.where(mask, values, 0.0).sum((2, 3), keepdim=True) / count
-    return torch.where(mask, values - mean, 0.0).reshape(advantage.shape)
-
-
-def policy_loss(
-    log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, active: Tensor, clip: float
-) -> tuple[Tensor, Tensor]:
-    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7) over active agents.
-
-    All arguments ``(..., A)``. Returns the loss and the share of clipped ratios.
-    """
-    # An agent that may not act has no meaningful ratio; without this, inf * 0 could be NaN.
-    ratio = torch.where(active, log_prob - old_log_prob, 0.0).exp()
-    surrogate = torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
-    clipped = masked_mean(((ratio - 1).abs() > clip).float(), active)
-    return -masked_mean(surrogate, active), clipped.detach()
-
-
-def value_loss(
-    value: Tensor,
-    old_value: Tensor,
-    returns: Tensor,
-    active: Tensor,
-    *,
-    clip: float | None,
-    huber_delta: float,
-) -> Tensor:
-    """Squared or Huber error, the larger of unclipped and clipped, over active agents."""
-
-    def error(prediction: Tensor) -> Tensor:
-        if huber_delta:
-            return F.huber_loss(prediction, returns, reduction="none", delta=huber_delta)
-        return 0.5 * (prediction - returns) ** 2
-
-    loss = error(value)
-    if clip is not None:
-        loss = torch.max(loss, error(old_value + (value - old_value).clamp(-clip, clip)))
-    return masked_mean(loss, active)

@@ -10,6 +10,7 @@ from agents.judgement import Judgement
 from agents.mappo import MAPPO, MAPPOConfig
 from agents.policy import ActorPolicy, Widths
 from agents.settings import check_settings
+from agents.workers import ALONE, Workers
 from tokenenv.backbone import Backbone
 from tokenenv.data import ImageSource
 from tokenenv.envs.build import build_game
@@ -180,7 +181,9 @@ class RL4EViTConfig:
             policy.lean_on(layout["cls_attention"], self.lean)
         return policy.to(game.backbone.device)
 
-    def learner(self, policy: ActorPolicy, game: Game, seed: int) -> MAPPO:
+    def learner(
+        self, policy: ActorPolicy, game: Game, seed: int, workers: Workers = ALONE
+    ) -> MAPPO:
         """MAPPO, or IPPO without the centralised critic."""
         config = MAPPOConfig(
             steps=game.steps,
@@ -196,4 +199,4 @@ class RL4EViTConfig:
             centralised=self.centralised,
             repeats=self.repeats,
         )
-        return MAPPO(policy, game, config, seed=seed)
+        return MAPPO(policy, game, config, seed=seed, workers=workers)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agents.workers import Rows
 from tokenenv.rules import Observation
 
 Columns = dict[str, Tensor]
@@ -120,17 +121,26 @@ def advantages(
     return advantage, returns
 
 
-def minibatches(
-    rollout: Rollout, extra: Columns, count: int, generator: torch.Generator
-) -> Iterator[tuple[Rollout, Columns]]:
+def minibatches(steps: int, rows: Rows, count: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Split steps times copies at random into ``count`` parts; an image's agents stay together.
 
-    Tensors come as ``(M, ...)``; ``generator`` is a CPU generator.
+    Of the copies of all processes: a part here is what this one has of a part of the whole, and
+    may be empty.
+
+    Args:
+        steps: T.
+        rows: this process's copies.
+        count: of parts.
+        generator: on the CPU, in the same state in all processes.
+
+    Returns:
+        For each part positions in steps x copies.
     """
-    steps, batch = rollout.done.shape
-    flat = rollout.map(lambda t: t.flatten(0, 1))
-    flat_extra = {name: value.flatten(0, 1) for name, value in extra.items()}
-    order = torch.randperm(steps * batch, generator=generator).to(rollout.done.device)
-    for index in order.chunk(count):
-        picked = partial(torch.index_select, dim=0, index=index)
-        yield flat.map(picked), {name: picked(value) for name, value in flat_extra.items()}
+    order = torch.randperm(steps * rows.total, generator=generator)
+    return map(rows.pick, order.chunk(count))
+
+
+def pick(flat: Rollout, extra: Columns, index: Tensor) -> tuple[Rollout, Columns]:
+    """The rows ``index`` of tensors ``(T x B, ...)``."""
+    picked = partial(torch.index_select, dim=0, index=index)
+    return flat.map(picked), {name: picked(value) for name, value in extra.items()}

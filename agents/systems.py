@@ -9,6 +9,7 @@ from agents.settings import Settings
 
 if TYPE_CHECKING:
     from agents.judgement import Judgement
+    from agents.workers import Workers
     from tokenenv.backbone import Backbone
     from tokenenv.data import ImageSource
     from tokenenv.game import Game
@@ -45,8 +46,8 @@ class Config(Settings, Protocol):
     def policy(self, game: Game, model: str) -> Any:
         """An untrained policy for it."""
 
-    def learner(self, policy: Any, game: Game, seed: int) -> Any:
-        """What trains it."""
+    def learner(self, policy: Any, game: Game, seed: int, workers: Workers) -> Any:
+        """What trains it, with other processes."""
 
 
 def _rl4evit() -> Any:

@@ -17,9 +17,11 @@ from tqdm import tqdm
 
 from agents.judgement import Judge, Judgement
 from agents.storage import flatten_state, read_tensors, unflatten_state, write_tensors
+from agents.workers import ALONE, Workers
 from tokenenv.errors import UserError
 
 CHECKPOINT = "checkpoint.safetensors"
+_STOPS = (signal.SIGINT, signal.SIGTERM)
 
 Log = Callable[[int, dict[str, float]], object]
 """Called with the number of updates done and some numbers."""
@@ -67,15 +69,15 @@ class Trainer:
             :meth:`~agents.judgement.Judgement.beats`.
         config: what the run is; resuming with another is an error.
         shown: which of the learner's numbers the table of progress shows.
-        agree: asked after each update whether to stop, with what this process thinks; where
-            several train together it makes all of them stop after the same update.
+        workers: who trains together, each with a trainer: all judge, keep the best, and stop
+            after the same update; the first prints, and writes the checkpoint.
 
     Attributes:
         done: updates so far.
         seconds: time spent in :meth:`run`, this and earlier ones.
         history: a row for every update and one for every judgement.
         best, best_state: the best judgement, and the policy's state that got it.
-        stopped: whether Ctrl-C ended :meth:`run` early.
+        stopped: whether Ctrl-C, or SIGTERM, ended :meth:`run` early.
     """
 
     def __init__(
@@ -91,12 +93,12 @@ class Trainer:
         config: dict[str, Any],
         target_drop: float = 0.0,
         shown: str = "reward",
-        agree: Callable[[bool], bool] = lambda stop: stop,
+        workers: Workers = ALONE,
     ) -> None:
         self.learner, self.order, self.judge, self.out = learner, order, judge, out
         self.updates, self.evaluate_every = updates, evaluate_every
         self.target_saving, self.target_drop = target_saving, target_drop
-        self.config, self.shown, self.agree = config, shown, agree
+        self.config, self.shown, self.workers = config, shown, workers
         self.done = 0
         self.seconds = 0.0
         self.history: list[dict[str, float]] = []
@@ -105,15 +107,15 @@ class Trainer:
         self.stopped = False
 
     def run(self, log: Log = lambda update, numbers: None) -> None:
-        """Train to the end, or to Ctrl-C: then the update in progress is finished and kept."""
+        """Train to the end; or to Ctrl-C or SIGTERM, and keep the update in progress."""
         clock = _Clock(self.seconds, self.done)
         bar = tqdm(total=self.updates, initial=self.done, unit="update", disable=None, leave=False)
-        with interruptible() as interrupted, bar:
+        with interruptible(say=not self.workers.rank) as interrupted, bar:
             if self.done < self.updates:
                 tqdm.write(f" update {self.shown:>8} kept  MACs saved  top-1 lost")
             if not self.history:
                 self._evaluate(log, clock)
-            while self.done < self.updates and not self.agree(interrupted()):
+            while self.done < self.updates and not self.workers.agree(interrupted()):
                 numbers = self.learner.update()
                 self.done += 1
                 self.history.append({"update": self.done, **numbers})
@@ -147,6 +149,8 @@ class Trainer:
     def _save(self, clock: _Clock) -> None:
         """Write the checkpoint, atomically."""
         self.seconds = clock.seconds()
+        if self.workers.rank:
+            return
         tensors: dict[str, Tensor] = {}
         state = {
             "learner": self.learner.state_dict(),
@@ -174,7 +178,15 @@ class Trainer:
             UserError: no checkpoint, an unreadable one, or one of a run with another
                 configuration.
         """
-        with _checkpoint(self.out) as (saved, state):
+        path = self.out / CHECKPOINT
+        if not path.is_file():
+            raise UserError(
+                f"nothing to resume in '{self.out}', no {CHECKPOINT} there: leave --resume out to "
+                "start a run"
+            )
+        tensors, saved = read_tensors(path)
+        try:
+            state = unflatten_state(saved["state"], tensors)
             check_same(saved["config"], self.config, self.out)
             self.learner.load_state_dict(state["learner"])
             self.order.load_state_dict(state["order"])
@@ -182,60 +194,10 @@ class Trainer:
             self.done, self.seconds = saved["done"], saved["seconds"]
             self.history = saved["history"]
             self.best = Judgement(**saved["best"])
-
-
-class Follower:
-    """Trains in step with a :class:`Trainer` in another process, which judges and writes.
-
-    Args:
-        learner: as the trainer's; the two exchange what they learn.
-        order: of this process's images.
-        updates: how many updates in all.
-        agree: as the trainer's.
-    """
-
-    def __init__(
-        self, learner: Learner, order: Resumable, updates: int, agree: Callable[[bool], bool]
-    ) -> None:
-        self.learner, self.order, self.updates, self.agree = learner, order, updates, agree
-        self.done = 0
-
-    def resume(self, out: Path) -> None:
-        """Go on from the trainer's checkpoint in ``out``; raises as :meth:`Trainer.resume`."""
-        with _checkpoint(out) as (saved, state):
-            self.learner.load_state_dict(state["learner"])
-            self.order.load_state_dict(state["order"])
-            self.done = saved["done"]
-
-    def run(self) -> bool:
-        """Train as long as the trainer does; whether it stopped early."""
-        with interruptible() as interrupted:
-            while self.done < self.updates and not self.agree(interrupted()):
-                self.learner.update()
-                self.done += 1
-        return self.done < self.updates
-
-
-@contextmanager
-def _checkpoint(out: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """A run folder's checkpoint: what is in its header, and the state of all that trains.
-
-    Raises:
-        UserError: there is none, or what is done with it shows that it is of another version.
-    """
-    path = out / CHECKPOINT
-    if not path.is_file():
-        raise UserError(
-            f"nothing to resume in '{out}', no {CHECKPOINT} there: leave --resume out to "
-            "start a run"
-        )
-    tensors, saved = read_tensors(path)
-    try:
-        yield saved, unflatten_state(saved["state"], tensors)
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"'{path}' is not a checkpoint of this version ({error}): start with another --out"
-        ) from None
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"'{path}' is not a checkpoint of this version ({error}): start with another --out"
+            ) from None
 
 
 def check_same(saved: dict[str, Any], now: dict[str, Any], out: Path) -> None:
@@ -268,22 +230,27 @@ class _Clock:
 
 
 @contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a flag; a second one interrupts at once."""
+def interruptible(say: bool = True) -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C, or SIGTERM, into a flag; a second one interrupts at once.
+
+    ``say``: whether to tell the user.
+    """
     flag = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield flag.is_set
         return
 
-    def on_interrupt(number: int, frame: object) -> None:
+    def on_signal(number: int, frame: object) -> None:
         if flag.is_set():
             raise KeyboardInterrupt
         flag.set()
         # print() may have been interrupted in the middle, and must not be entered twice.
-        os.write(2, b"\nstopping after this update; press Ctrl-C again to stop at once\n")
+        if say:
+            os.write(2, b"\nstopping after this update; press Ctrl-C again to stop at once\n")
 
-    before = signal.signal(signal.SIGINT, on_interrupt)
+    before = {number: signal.signal(number, on_signal) for number in _STOPS}
     try:
         yield flag.is_set
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -149,3 +155,23 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, np.ndarray):
         return one.dtype == other.dtype and np.array_equal(one, other)
     return bool(one == other)
+
+
+def start(script: str, *words: str, count: int = 2, **options: Any) -> list[subprocess.Popen[str]]:
+    """Start ``count`` processes that find each other as under ``torchrun``, with ``words``."""
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    root = Path(__file__).resolve().parents[1]
+    shared = {
+        "MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(count),
+        "PYTHONPATH": f"{root}:{root / 'tests'}", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-c", script, *words]
+    return [
+        subprocess.Popen(
+            command, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
+        )
+        for rank in range(count)
+    ]  # fmt: skip

@@ -27,7 +27,8 @@ from agents.storage import read_tensors, write_tensors
 from agents.training import Trainer
 from tokenenv import UserError, load_backbone
 from tokenenv.backbone import Backbone
-from tokenenv.commands.train import _Judge, _Market
+from tokenenv.commands.held_back import HeldBack
+from tokenenv.commands.train import _Market
 from tokenenv.game import Game
 from tokenenv.rules import LayerPrune
 
@@ -478,7 +479,7 @@ def trainer(config: Any, backbone: Backbone, out: Path) -> Trainer:
     game = config.game(backbone, fit)
     game.seed(0)
     policy = config.policy(game, "small")
-    market = _Market(game, config, _Judge(backbone, held_back))
+    market = _Market(game, config, HeldBack(backbone, held_back))
     return Trainer(
         config.learner(policy, game, 0), market, market.judge, out, updates=config.updates,
         evaluate_every=config.evaluate_every, target_saving=config.target_saving, config={},

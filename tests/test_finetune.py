@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import backbone, same, source
+from helpers import backbone, same, source, start
 from PIL import Image
 from torch import Tensor
 
@@ -255,7 +253,7 @@ def test_mixed_precision_learns_the_same_roughly() -> None:
 TWO = """
 import pickle, sys
 import torch
-from agents.finetune.workers import join
+from agents.workers import join
 from agents.finetune.student import Student
 from agents.finetune.tuner import FineTuner
 from helpers import backbone
@@ -278,21 +276,7 @@ with join("cpu") as (workers, device):
 
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("localhost", 0))
-        port = str(probe.getsockname()[1])
-    root = Path(__file__).resolve().parents[1]
-    shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    running = []
-    for rank in range(2):
-        environment = (
-            os.environ | shared | {"RANK": str(rank), "PYTHONPATH": f"{root}:{root / 'tests'}"}
-        )
-        command = [sys.executable, "-c", TWO, str(tmp_path / "weights")]
-        running.append(
-            subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-        )
-    for process in running:
+    for process in start(TWO, str(tmp_path / "weights")):
         _, words = process.communicate(timeout=240)
         assert process.returncode == 0, words
     whole = tuner(mstm(optimizer="sgd", lr=0.1, warmup=0.0, clip=100.0))
@@ -302,18 +286,20 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_torchrun_writes_one_run_and_resumes_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("system", ["mstm", "rl4evit"])
+def test_torchrun_writes_one_run_and_resumes_it(system: str, tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[1]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    torchrun += ["--nproc-per-node", "2", "-m", "tokenenv.cli"]
+    torchrun += ["--nproc-per-node", "2", "-m", "tokenenv"]
     for more in ([], ["--resume"]):
-        command = [*torchrun, *COMMAND.split(), str(tmp_path / "run"), *more]
+        words = COMMAND if system == "mstm" else COMMAND.replace("mstm --set keep=0.5", system)
+        command = [*torchrun, *words.split(), str(tmp_path / "run"), *more]
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, check=False, timeout=300
         )
         assert done.returncode == 0, done.stderr
-    assert done.stdout.count("fine-tuning digits_vit") == 1
+    assert done.stdout.count("held back to compare") == 1
     assert "2 processes" in done.stdout
     assert json.loads((tmp_path / "run" / "report.json").read_text())["updates"] == 2
 
@@ -408,8 +394,8 @@ def test_dynamicvit_keeps_the_best_and_is_saved(tmp_path: Path) -> None:
 # The command line
 
 COMMAND = (
-    "train mstm --images 60 --set updates=2 --set evaluate_every=1 --set batch=8 "
-    "--set keep=0.5 --set held_back=0.3 --out"
+    "train mstm --set keep=0.5 --images 60 --set updates=2 --set evaluate_every=1 --set batch=8 "
+    "--set held_back=0.3 --out"
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import NoReturn
 
@@ -51,15 +52,17 @@ def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train a policy and write a run folder: config.json, policy.safetensors, "
         "report.json,\ncurve.png, tokens.png, checkpoint.safetensors and TensorBoard events; where "
-        "the backbone\nis fine-tuned, also model.safetensors. Those systems train on several GPUs "
-        "with\ntorchrun --nproc-per-node N -m tokenenv.cli train SYSTEM --device cuda ...\n\n"
-        "Ctrl-C finishes the update in progress, keeps the best policy so far, writes the whole\n"
-        "report and exits with status 130; a second Ctrl-C stops at once. Either way --resume "
-        "goes on.",
+        "the backbone\nis fine-tuned, also model.safetensors.\n\n"
+        "torchrun --standalone --nproc-per-node N -m tokenenv train SYSTEM ... shares every batch "
+        "among\nN processes, with --device cuda each on a GPU of its own.\n\n"
+        "Ctrl-C (or SIGTERM) finishes the update in progress, keeps the best policy so far, "
+        "writes the\nwhole report and exits with status 130; a second one stops at once. Either "
+        "way --resume goes\non, of policies also with another number of processes.",
         epilog="examples:\n  tokenenv train rl4evit\n"
         "  tokenenv train rl4evit --model deit_tiny_patch16_224 --data imagenet/train "
         "--images 3000\n  tokenenv train rl4evit --set reward=alpha_beta --set beta=0.1\n"
         "  tokenenv train rl4evit --out runs/rl4evit-0 --resume\n"
+        "  torchrun --standalone --nproc-per-node 4 -m tokenenv train dora --device cuda\n"
         "  tokenenv train mstm --set keep=0.5\n"
         "  tokenenv train rl4evit-finetune --set policy=runs/rl4evit-0",
     )
@@ -314,6 +317,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; 0 on success, 2 for a user's mistake, 130 after Ctrl-C."""
     args = build_parser().parse_args(argv)
     try:
+        _check_torchrun(args.command)
         return _run(args)
     except UserError as error:
         print(f"tokenenv: {' '.join(str(error).split())}", file=sys.stderr)
@@ -321,6 +325,19 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         print("; ".join(["tokenenv: interrupted", *interrupt.args]), file=sys.stderr)
         return 130
+
+
+def _check_torchrun(command: str) -> None:
+    """Refuse to do in several processes what is one's work."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if command == "train" or count == "1":
+        return
+    if os.environ.get("RANK", "0") != "0":
+        raise SystemExit(2)  # the first process says why
+    raise UserError(
+        f"torchrun started {count} processes (WORLD_SIZE), and only 'tokenenv train' shares its "
+        f"work: start 'tokenenv {command}' without it"
+    )
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -76,6 +76,11 @@ class ImageSource:
         bad = self._store.unreadable
         return [file for file, p in zip(self.files, self._positions, strict=True) if p in bad]
 
+    @property
+    def unreadable(self) -> dict[int, str]:
+        """Why images met so far could not be read, by their position in the whole data set."""
+        return self._store.unreadable
+
     def batch(self, index: Tensor) -> Batch:
         """Read the images at positions ``index (B,)``, in that order.
 
@@ -87,6 +92,12 @@ class ImageSource:
         kept = index[torch.tensor([image is not None for image in pixels], dtype=torch.bool)]
         images = self._store.preprocess.normalise([image for image in pixels if image is not None])
         return Batch(images, self.labels[kept], kept)
+
+    def readable(self, index: Tensor) -> Tensor:
+        """``(B,)`` bool: not known to be unreadable."""
+        bad = self._store.unreadable
+        known = [self._positions[i] not in bad for i in index.tolist()]
+        return torch.tensor(known, dtype=torch.bool)
 
     def check_readable(self) -> None:
         """Do nothing, unless all images of this source have turned out unreadable.
@@ -150,8 +161,10 @@ class ImageSource:
         """
         return self._seen_as(self.name, AugmentedPixels(self._store, augment))
 
-    def share(self, rank: int, of: int) -> ImageSource:
-        """Every ``of``-th image from ``rank`` on; all shares are equally long and disjoint.
+    def share(self, rank: int, of: int, *, even: bool = True) -> ImageSource:
+        """Every ``of``-th image from ``rank`` on; the shares are disjoint.
+
+        ``even``: all are equally long, and the images that are left over in none.
 
         Raises:
             UserError: there are fewer images than shares.
@@ -161,7 +174,8 @@ class ImageSource:
             raise UserError(
                 f"{of} processes share the {len(self)} images of '{self.name}': start fewer"
             )
-        return self if of == 1 else self._part(torch.arange(rank, each * of, of))
+        end = each * of if even else len(self)
+        return self if of == 1 else self._part(torch.arange(rank, end, of))
 
     def _seen_as(self, name: str, store: PixelStore) -> ImageSource:
         other = ImageSource(name, self.files, self.labels, store)
@@ -183,39 +197,85 @@ class Stream:
 
     Every batch holds exactly ``batch_size`` readable images; it may span two epochs.
 
+    Of several processes each can read its part of every batch; the parts one after the other, by
+    rank, are the batch that one process alone would read, and all streams stand at the same place.
+    Before, each must know of every image that is unreadable: which one comes next depends on it.
+
+    Args:
+        source: of the images.
+        batch_size: of the whole batch.
+        seed: of the order.
+        rank, of: which part of how many. Where ``of`` does not divide ``batch_size`` some parts
+            have an image more.
+
     Raises:
-        UserError: ``batch_size`` is less than one.
+        UserError: ``batch_size`` is less than one, or than ``of``.
     """
 
-    def __init__(self, source: ImageSource, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, source: ImageSource, batch_size: int, seed: int, rank: int = 0, of: int = 1
+    ) -> None:
         if batch_size < 1:
             raise UserError(f"batch size {batch_size} is too small; use at least 1")
+        if batch_size < of:
+            raise UserError(f"{of} processes cannot share a batch of {batch_size}: start fewer")
         self._source = source
         self._batch_size = batch_size
         self._seed = seed
+        self._part = slice(batch_size * rank // of, batch_size * (rank + 1) // of)
         self._position = 0
         self._shuffle(epoch=0)
 
+    @property
+    def part_size(self) -> int:
+        """How many of a batch's images this stream reads."""
+        return self._part.stop - self._part.start
+
     def next(self) -> Batch:
-        """Read the next ``batch_size`` images.
+        """Read the next ``batch_size`` images, or this stream's part of them.
 
         Raises:
-            UserError: none of the source's images is readable.
+            UserError: none of the source's images is readable; or, in a part, one that nobody
+                knew of is not.
         """
+        if self.part_size < self._batch_size:
+            return self._next_part()
         parts: list[Batch] = []
         missing = self._batch_size
         while missing:
-            if self._position == len(self._order):
-                self._position = 0
-                self._shuffle(self._epoch + 1)
-            index = self._order[self._position : self._position + missing]
-            batch = self._source.batch(index)
-            self._position += len(index)
+            batch = self._source.batch(self._ahead(missing))
             missing -= len(batch.index)
             parts.append(batch)
             if not len(batch.index):
                 self._source.check_readable()
         return Batch(*(torch.cat(field) for field in zip(*parts, strict=True)))
+
+    def _next_part(self) -> Batch:
+        known: list[Tensor] = []
+        missing = self._batch_size
+        while missing:
+            self._source.check_readable()
+            index = self._ahead(missing)
+            known.append(index[self._source.readable(index)])
+            missing -= len(known[-1])
+        mine = torch.cat(known)[self._part]
+        batch = self._source.batch(mine)
+        if len(batch.index) < len(mine):
+            lost = (set(mine.tolist()) - set(batch.index.tolist())).pop()
+            raise UserError(
+                f"image '{self._source.files[lost]}' can no longer be read: put it back, or take "
+                "it away and start anew"
+            )
+        return batch
+
+    def _ahead(self, count: int) -> Tensor:
+        """The next positions of the order, at most ``count``, at least one."""
+        if self._position == len(self._order):
+            self._position = 0
+            self._shuffle(self._epoch + 1)
+        index = self._order[self._position : self._position + count]
+        self._position += len(index)
+        return index
 
     def state_dict(self) -> dict[str, int]:
         """Where the stream stands; a stream that loads it goes on exactly from there."""

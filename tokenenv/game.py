@@ -77,7 +77,6 @@ class Game:
     ) -> None:
         rules.check(backbone)
         self.backbone, self.rules, self.reward, self.source = backbone, rules, reward, source
-        self.batch_size = batch_size
         self.execution = execution or default_execution(backbone.device)
         self.agents, self.actions = rules.agents(backbone), rules.actions(backbone)
         self.steps = len(rules.blocks)
@@ -91,13 +90,27 @@ class Game:
                 f"batch_size={batch_size} must be a multiple of repeats={repeats}, at least 1"
             )
         self.repeats = repeats
+        self._per_batch, self._part = batch_size // repeats, (0, 1)
         self.seed(seed)
         self._native: dict[int, tuple[Tensor, Tensor]] = {}
         self.episode: Episode | None = None
 
     def seed(self, seed: int) -> None:
         """Start the order of the images anew."""
-        self.stream = Stream(self.source, self.batch_size // self.repeats, seed)
+        self.stream = Stream(self.source, self._per_batch, seed, *self._part)
+        self.batch_size = self.stream.part_size * self.repeats
+
+    def share(self, rank: int, of: int, seed: int) -> None:
+        """Play one of ``of`` processes' part of every batch, of images in the order of ``seed``.
+
+        Together the processes play what one would; see :class:`~tokenenv.data.Stream` for what
+        they must know of unreadable images.
+
+        Raises:
+            UserError: a batch has fewer different images than there are processes.
+        """
+        self._part = (rank, of)
+        self.seed(seed)
 
     # Not inference_mode: a learner's autograd must be able to save what it is shown.
     @torch.no_grad()
@@ -266,14 +279,30 @@ class Game:
         return self.backbone.classify(tokens), torch.stack(trail, 1)
 
     def prepare(self, batch_size: int = 64) -> Iterator[int]:
-        """Run the dense model on the whole source ahead; yields images done."""
-        for index in torch.arange(len(self.source)).split(batch_size):
+        """Run the dense model on the whole source ahead, or a share; yields images done.
+
+        Of several processes each does its share of the batches; what they find they tell each
+        other with :meth:`dense` and :meth:`add_dense`.
+        """
+        rank, of = self._part
+        for index in torch.arange(len(self.source)).split(batch_size)[rank::of]:
             batch = self.source.batch(index)
             if len(batch.index):
                 with torch.no_grad():
                     self.images = batch.images.to(self.backbone.device, self.backbone.dtype)
                     self._dense(batch.index)
             yield len(index)
+
+    def dense(self) -> tuple[list[int], list[Tensor]]:
+        """What the dense model said so far: images' positions, and tensors with a row for each."""
+        rows = zip(*self._native.values(), strict=True)
+        return list(self._native), [torch.stack(column).cpu() for column in rows]
+
+    def add_dense(self, keys: list[int], columns: list[Tensor]) -> None:
+        """Take over what another game's :meth:`dense` gave, of the same images."""
+        on_device = [column.to(self.backbone.device) for column in columns]
+        for key, logits, trail in zip(keys, *on_device, strict=True):
+            self._native[key] = (logits, trail)
 
 
 # Compression, damage, its price.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from agents.finetune.config import FineTuneConfig
 from agents.finetune.losses import logit_loss, token_loss
 from agents.finetune.student import Played, Student
-from agents.finetune.workers import Workers
+from agents.workers import ALONE, Workers
 from tokenenv.backbone import Backbone
 from tokenenv.data import Batch
 from tokenenv.errors import UserError
@@ -65,9 +66,9 @@ class FineTuner:
         batches: Batches,
         config: FineTuneConfig,
         seed: int,
-        workers: Workers | None = None,
+        workers: Workers = ALONE,
     ) -> None:
-        self.workers = workers or Workers()
+        self.workers = workers
         self.student, self.teacher, self.batches = student, teacher, batches
         self.config, self.seed, self.done = config, seed, 0
         self._device = student.backbone.device
@@ -90,7 +91,12 @@ class FineTuner:
                 num_classes=teacher.classes,
             )
         self._ema = ModelEmaV3(student, config.ema, use_warmup=True)
-        self._wrapped = self.workers.wrap(student)
+
+    # Not before the first update: who builds this may yet find a mistake that others don't, and
+    # must not leave them waiting for an exchange.
+    @cached_property
+    def _wrapped(self) -> nn.Module:
+        return self.workers.wrap(self.student)
 
     @property
     def policy(self) -> nn.Module:

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import io
 from pathlib import Path
 
 import torch
@@ -17,14 +16,12 @@ from agents.finetune.augment import augmentation
 from agents.finetune.config import FineTuneConfig
 from agents.finetune.student import Student
 from agents.finetune.tuner import FineTuner
-from agents.finetune.workers import Workers, join
-from agents.judgement import Judgement
 from agents.plots import plot_history
 from agents.settings import with_settings
 from agents.storage import write_bytes, write_json
 from agents.systems import FINE_TUNED
-from agents.training import Follower, Trainer
-from tokenenv import metrics
+from agents.training import Trainer
+from agents.workers import Workers, join
 from tokenenv.backbone import Backbone
 from tokenenv.commands.common import (
     evaluate_with_bar,
@@ -34,6 +31,7 @@ from tokenenv.commands.common import (
     report_skipped,
 )
 from tokenenv.commands.evaluate import fit as fit_policy
+from tokenenv.commands.held_back import HeldBack
 from tokenenv.commands.run_folder import (
     INTERRUPTED,
     MODEL,
@@ -57,13 +55,19 @@ def finetune(args: argparse.Namespace) -> int:
     system = FINE_TUNED[args.system]()
     preset = system() if args.model not in (None, EMBEDDED) else system.for_digits()
     config: FineTuneConfig = with_settings(preset, args.settings)
-    with join(args.device) as (workers, args.device):
-        if workers.rank:
-            with contextlib.redirect_stdout(io.StringIO()):  # the first process says it all
-                return INTERRUPTED if _follow(args, config, workers) else 0
-        with run_folder(args) as out, resumable(out):
-            stopped = _lead(args, config, workers, out)
-    return INTERRUPTED if stopped else 0
+    with (
+        join(args.device) as (workers, args.device),
+        workers.quiet(),
+        contextlib.ExitStack() as stack,
+    ):
+        with workers.together():
+            # Where several train, the others never write.
+            out = Path(args.out or ".") if workers.rank else stack.enter_context(run_folder(args))
+            run = _build(args, config, workers, out)
+        with resumable(out):
+            _train(args, run, out)
+    # torchrun ends the first process, which still reports, where another one fails.
+    return INTERRUPTED if run.trainer.stopped and not workers.rank else 0
 
 
 @dataclasses.dataclass
@@ -72,20 +76,20 @@ class _Run:
 
     Attributes:
         name: of the model.
-        source: all training images; ``held_back``: those of them that nobody trains on.
-        teacher: the untouched model.
-        tuner: what trains; ``order``: of this process's images.
+        source: all training images.
+        teacher: the untouched model; ``student``: what is trained, by ``trainer``.
+        judge: measures it on images that nobody trains on.
     """
 
     name: str
     source: ImageSource
-    held_back: ImageSource
     teacher: Backbone
-    tuner: FineTuner
-    order: Stream
+    student: Student
+    judge: HeldBack
+    trainer: Trainer
 
 
-def _build(args: argparse.Namespace, config: FineTuneConfig, workers: Workers) -> _Run:
+def _build(args: argparse.Namespace, config: FineTuneConfig, workers: Workers, out: Path) -> _Run:
     teacher, name = open_backbone(args)
     source = open_images(args, teacher)
     fit, held_back = source.split(config.held_back, seed=args.seed)
@@ -116,61 +120,57 @@ def _build(args: argparse.Namespace, config: FineTuneConfig, workers: Workers) -
     )
     order = Stream(share.augmented(augment) if augment else share, config.batch // parts, args.seed)
     tuner = FineTuner(student, teacher, order, config, args.seed, workers)
-    return _Run(name, source, held_back, teacher, tuner, order)
-
-
-def _follow(args: argparse.Namespace, config: FineTuneConfig, workers: Workers) -> bool:
-    """Train along with the first process; whether it was stopped."""
-    run = _build(args, config, workers)
-    follower = Follower(run.tuner, run.order, config.updates, workers.agree)
-    if args.resume:
-        follower.resume(Path(args.out or "."))
-    return follower.run()
-
-
-def _lead(args: argparse.Namespace, config: FineTuneConfig, workers: Workers, out: Path) -> bool:
-    """Build everything, train, and report; whether Ctrl-C ended the training early."""
-    run = _build(args, config, workers)
-    judge = _Judge(run.teacher, run.held_back)
+    judge = HeldBack(teacher, held_back, workers)
     trainer = Trainer(
-        run.tuner,
-        run.order,
-        judge,
+        tuner,
+        order,
+        lambda student: judge(student.policy, student.eval().backbone),
         out,
         updates=config.updates,
         evaluate_every=config.evaluate_every,
         target_saving=0.0,
-        config={**description(args, config, run.name, run.source), "frozen": False},
+        config={**description(args, config, name, source), "frozen": False},
         shown="loss",
-        agree=workers.agree,
+        workers=workers,
     )
     if args.resume:
         trainer.resume()
+    return _Run(name, source, teacher, student, judge, trainer)
+
+
+def _train(args: argparse.Namespace, run: _Run, out: Path) -> None:
+    """Train and report."""
+    trainer, held_back = run.trainer, run.judge.source
+    workers = trainer.workers
     count = f", {workers.count} processes" if workers.count > 1 else ""
     print(
-        f"fine-tuning {run.name} for {args.system}: {len(run.source) - len(run.held_back)} images "
-        f"of {run.source.name}, {len(run.held_back)} held back to compare weights{count}; "
+        f"fine-tuning {run.name} for {args.system}: {len(run.source) - len(held_back)} images "
+        f"of {run.source.name}, {len(held_back)} held back to compare weights{count}; "
         "Ctrl-C stops early and keeps the best"
     )
-    judge.prepare()
-    write_json(out / "config.json", {**trainer.config, "versions": versions()})
+    for _ in run.judge.prepare():
+        pass
+    held_back.check_readable()
+    if not workers.rank:
+        write_json(out / "config.json", {**trainer.config, "versions": versions()})
     with events(out, trainer) as log:
         trainer.run(log)
+    if workers.rank:
+        return
     report_skipped(run.source)
     _finish(args, run, trainer, out)
-    return trainer.stopped
 
 
 def _finish(args: argparse.Namespace, run: _Run, trainer: Trainer, out: Path) -> None:
     """Keep the best weights, and write what the run folder promises."""
     assert trainer.best is not None
-    student = run.tuner.student
+    student, held_back = run.student, run.judge.source
     student.load_state_dict(trainer.best_state)
     student.eval()
     state = {name: t.detach().cpu().contiguous() for name, t in student.model.state_dict().items()}
     write_bytes(out / MODEL, save(state))
     student.policy.save(out / POLICY)
-    final = final_images(args, run.teacher, run.held_back)
+    final = final_images(args, run.teacher, held_back)
     result = evaluate_with_bar(student.backbone, student.policy, final, reference=run.teacher)
     report = {
         **evaluation_json(run.name, final, result),
@@ -178,7 +178,7 @@ def _finish(args: argparse.Namespace, run: _Run, trainer: Trainer, out: Path) ->
         "stopped_early": trainer.stopped,
         "training_seconds": round(trainer.seconds, 1),
         "held_back": dataclasses.asdict(trainer.best),
-        "evaluated_on_held_back": final is run.held_back,
+        "evaluated_on_held_back": final is held_back,
         "frozen": False,
         "macs": "GMACs per image, policy included; 1 MAC = 1 FLOP",
         "history": trainer.history,
@@ -187,38 +187,9 @@ def _finish(args: argparse.Namespace, run: _Run, trainer: Trainer, out: Path) ->
     plot_history(out / "curve.png", trainer.history, None, shown="loss")
     write_token_pictures(out / "tokens.png", student.backbone, student.policy, final)
     print_result(final, result, frozen=False)
-    if final is run.held_back:
+    if final is held_back:
         print("  the weights were chosen on these images: evaluate on others for a fair number")
     print(
         f"fine-tuned {trainer.done} updates in {tqdm.format_interval(trainer.seconds)}; "
         f"model, policy, report.json, curve.png and tokens.png are in {out}"
     )
-
-
-class _Judge:
-    """Measures a student on held-back images whose dense predictions are known."""
-
-    def __init__(self, teacher: Backbone, source: ImageSource) -> None:
-        self.teacher, self.source = teacher, source
-        self._dense = torch.zeros(len(source), dtype=torch.long)
-
-    @torch.inference_mode()
-    def prepare(self) -> None:
-        """Predict with the dense model, once."""
-        for index in torch.arange(len(self.source)).split(64):
-            batch = self.source.batch(index)
-            if len(batch.index):
-                images = batch.images.to(self.teacher.device, self.teacher.dtype)
-                self._dense[batch.index] = self.teacher(images).argmax(1).cpu()
-        self.source.check_readable()
-
-    def __call__(self, student: Student) -> Judgement:
-        """Saving, loss and drop with the student's weights as they are."""
-        found = metrics.evaluate(
-            student.eval().backbone,
-            student.policy,
-            self.source,
-            dense=self._dense,
-            reference=self.teacher,
-        )
-        return Judgement(found.saving, found.losses.mean().item(), found.drop)

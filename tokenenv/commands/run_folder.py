@@ -121,7 +121,10 @@ def versions() -> dict[str, str]:
 
 @contextlib.contextmanager
 def events(out: Path, trainer: Trainer) -> Iterator[Any]:
-    """A function that writes numbers as TensorBoard events."""
+    """A function that writes numbers as TensorBoard events, in the first of several processes."""
+    if trainer.workers.rank:
+        yield lambda update, numbers: None
+        return
     from torch.utils.tensorboard import SummaryWriter
 
     # What was written after the checkpoint that this run goes on from will be written again.

@@ -1,25 +1,24 @@
-"""``tokenenv train``: from options to a run folder."""
+"""``tokenenv train``: from options to a run folder; ``torchrun`` starts it on many."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from agents.judgement import Judgement, calibrate
+from agents.judgement import Judge, Judgement, calibrate
 from agents.plots import plot_history
 from agents.policy import Trained
 from agents.settings import with_settings
 from agents.storage import write_json
 from agents.systems import SYSTEMS, Config
 from agents.training import Trainer
-from tokenenv import metrics
-from tokenenv.backbone import Backbone
+from agents.workers import Workers, join
 from tokenenv.commands.common import (
     evaluate_with_bar,
     evaluation_json,
@@ -28,6 +27,7 @@ from tokenenv.commands.common import (
     print_result,
     report_skipped,
 )
+from tokenenv.commands.held_back import HeldBack
 from tokenenv.commands.run_folder import (
     INTERRUPTED,
     POLICY,
@@ -51,16 +51,51 @@ def train(args: argparse.Namespace) -> int:
     system = SYSTEMS[args.system]()
     preset = system() if args.model not in (None, EMBEDDED) else system.for_digits()
     config = with_settings(preset, args.settings)
-    with run_folder(args) as out, resumable(out):
-        stopped = _train(args, config, out)
-    return INTERRUPTED if stopped else 0
+    with (
+        join(args.device) as (workers, args.device),
+        workers.quiet(),
+        contextlib.ExitStack() as stack,
+    ):
+        with workers.together():
+            # Where several train, the others never write.
+            out = Path(args.out or ".") if workers.rank else stack.enter_context(run_folder(args))
+            run = _build(args, config, workers, out)
+        with resumable(out):
+            _train(args, config, run, out)
+    # torchrun ends the first process, which still reports, where another one fails.
+    return INTERRUPTED if run.trainer.stopped and not workers.rank else 0
 
 
-def _train(args: argparse.Namespace, config: Config, out: Path) -> bool:
-    """Build everything, train, and report; whether Ctrl-C ended the training early."""
+@dataclasses.dataclass
+class _Run:
+    """What every process builds.
+
+    Attributes:
+        name: of the model.
+        source: all training images; ``fit``: those to train on.
+        policy: what is trained, in ``game``, by ``trainer``.
+        judge: measures it on the others.
+    """
+
+    name: str
+    source: ImageSource
+    fit: ImageSource
+    game: Game
+    policy: Trained
+    judge: HeldBack
+    trainer: Trainer
+
+
+def _build(args: argparse.Namespace, config: Config, workers: Workers, out: Path) -> _Run:
     backbone, name = open_backbone(args)
     source = open_images(args, backbone)
     fit, held_back = source.split(config.held_back, seed=args.seed)
+    if config.batch < config.repeats * workers.count:
+        raise UserError(
+            f"batch={config.batch} with repeats={config.repeats} has too few images for "
+            f"{workers.count} processes to share: use --set "
+            f"batch={config.repeats * workers.count} or more, or fewer processes"
+        )
     if config.batch > config.repeats * len(fit):
         raise UserError(
             f"batch={config.batch} takes {config.batch // config.repeats} images and there are "
@@ -68,12 +103,12 @@ def _train(args: argparse.Namespace, config: Config, out: Path) -> bool:
         )
     torch.manual_seed(args.seed)
     game = config.game(backbone, fit)
-    game.seed(args.seed)
+    game.share(workers.rank, workers.count, args.seed)
     policy = config.policy(game, name)
-    judge = _Judge(backbone, held_back)
+    judge = HeldBack(backbone, held_back, workers)
     market = _Market(game, config, judge)
     trainer = Trainer(
-        config.learner(policy, game, args.seed),
+        config.learner(policy, game, args.seed, workers),
         market,
         market.judge,
         out,
@@ -82,48 +117,60 @@ def _train(args: argparse.Namespace, config: Config, out: Path) -> bool:
         target_saving=config.target_saving,
         target_drop=config.target_drop,
         config=description(args, config, name, source),
+        workers=workers,
     )
     if args.resume:
         trainer.resume()
+    return _Run(name, source, fit, game, policy, judge, trainer)
+
+
+def _train(args: argparse.Namespace, config: Config, run: _Run, out: Path) -> None:
+    """Train and report."""
+    trainer, game, judge = run.trainer, run.game, run.judge
+    workers = trainer.workers
+    count = f", {workers.count} processes" if workers.count > 1 else ""
     print(
-        f"training {args.system} on {name}: {len(fit)} images of {source.name}, "
-        f"{len(held_back)} held back to compare policies\n"
+        f"training {args.system} on {run.name}: {len(run.fit)} images of {run.source.name}, "
+        f"{len(judge.source)} held back to compare policies{count}\n"
         f"{game.agents} agents, {game.steps} decisions, "
         f"{'in' if game.rules.between else 'before'} blocks "
         f"{', '.join(map(str, game.rules.blocks))}; Ctrl-C stops early and keeps the best policy"
     )
-    _run_dense_model(game, judge)
-    write_json(out / "config.json", {**trainer.config, "versions": versions()})
+    _run_dense_model(game, judge, workers)
+    if not workers.rank:
+        write_json(out / "config.json", {**trainer.config, "versions": versions()})
     with events(out, trainer) as log:
         trainer.run(log)
-    report_skipped(source)
-    _finish(trainer, policy, config, judge, final_images(args, backbone, held_back), out)
-    return trainer.stopped
+    found = _choose(run, config)
+    if workers.rank:
+        return
+    report_skipped(run.source)
+    _finish(run, found, config, final_images(args, judge.backbone, judge.source), out)
 
 
-def _finish(
-    trainer: Trainer,
-    policy: Trained,
-    config: Config,
-    judge: _Judge,
-    final: ImageSource,
-    out: Path,
-) -> None:
-    """Keep the best policy, and write what the run folder promises."""
+def _choose(run: _Run, config: Config) -> Judgement:
+    """Take the best policy, and set its threshold; how good it is."""
+    policy, trainer = run.policy, run.trainer
     assert trainer.best is not None
     policy.load_state_dict(trainer.best_state)
-    found = trainer.best
-    if config.calibrate:
-        found = calibrate(policy, judge, config.target_saving, config.calibrate)
+    if not config.calibrate:
+        return trainer.best
+    found = calibrate(policy, run.judge, config.target_saving, config.calibrate)
+    print(
+        f"threshold {policy.threshold:.2f} for {config.target_saving:g} % fewer MACs: "
+        f"{in_words(found.saving, found.drop)} on the held-back images"
+    )
+    if abs(found.saving - config.target_saving) > 2:
         print(
-            f"threshold {policy.threshold:.2f} for {config.target_saving:g} % fewer MACs: "
-            f"{in_words(found.saving, found.drop)} on the held-back images"
+            f"warning: {found.saving:.1f} % is far from the {config.target_saving:g} % wanted: "
+            "the policy is hardly trained; give it more updates or images"
         )
-        if abs(found.saving - config.target_saving) > 2:
-            print(
-                f"warning: {found.saving:.1f} % is far from the {config.target_saving:g} % wanted: "
-                "the policy is hardly trained; give it more updates or images"
-            )
+    return found
+
+
+def _finish(run: _Run, found: Judgement, config: Config, final: ImageSource, out: Path) -> None:
+    """Write what the run folder promises."""
+    policy, trainer, judge = run.policy, run.trainer, run.judge
     policy.save(out / POLICY)
     result = evaluate_with_bar(judge.backbone, policy, final)
     report = {
@@ -150,36 +197,13 @@ def _finish(
     )
 
 
-class _Judge:
-    """Measures a policy on held-back images whose dense predictions are known."""
-
-    def __init__(self, backbone: Backbone, source: ImageSource) -> None:
-        self.backbone, self.source = backbone, source
-        self._dense = torch.zeros(len(source), dtype=torch.long)
-
-    def prepare(self) -> Iterator[int]:
-        """Predict with the dense model; yields images done."""
-        for index in torch.arange(len(self.source)).split(64):
-            batch = self.source.batch(index)
-            if len(batch.index):
-                images = batch.images.to(self.backbone.device, self.backbone.dtype)
-                with torch.inference_mode():
-                    self._dense[batch.index] = self.backbone(images).argmax(1).cpu()
-            yield len(index)
-
-    def __call__(self, policy: Trained) -> Judgement:
-        """Saving, loss and drop of the deterministic policy."""
-        found = metrics.evaluate(self.backbone, policy, self.source, dense=self._dense)
-        return Judgement(found.saving, found.losses.mean().item(), found.drop)
-
-
 class _Market:
     """What a game remembers between updates: the order of its images and a price, see the settings.
 
     With a closed loop every judgement sets a new price.
     """
 
-    def __init__(self, game: Game, config: Config, judge: _Judge) -> None:
+    def __init__(self, game: Game, config: Config, judge: Judge) -> None:
         self.game, self._config, self._judge = game, config, judge
         self._price = config.first_price
 
@@ -203,12 +227,16 @@ class _Market:
         self._set(state["price"])
 
 
-def _run_dense_model(game: Game, judge: _Judge) -> None:
-    """Compute once what the untouched model says of every image."""
-    total = len(game.source) + len(judge.source)
+def _run_dense_model(game: Game, judge: HeldBack, workers: Workers) -> None:
+    """Compute once what the untouched model says of every image; all processes learn of all."""
+    total = len(game.source) // workers.count + len(judge)
     with tqdm(total=total, unit="image", desc="dense model", leave=False, disable=None) as bar:
         for part in (game.prepare(), judge.prepare()):
             for done in part:
                 bar.update(done)
+    if workers.count > 1:
+        for unreadable, found in workers.gather((game.source.unreadable, game.dense())):
+            game.source.unreadable.update(unreadable)
+            game.add_dense(*found)
     game.source.check_readable()
     judge.source.check_readable()

@@ -1,0 +1,61 @@
+"""Held-back images, on which policies are compared while they train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from agents.judgement import Judgement
+from agents.workers import ALONE, Workers
+from tokenenv import metrics
+from tokenenv.backbone import Backbone
+from tokenenv.data import ImageSource
+
+
+class HeldBack:
+    """Measures policies on images whose dense predictions are known.
+
+    Several processes measure on a share of the images each, and all find the same.
+
+    Args:
+        backbone: the dense model.
+        source: the images.
+        workers: who measures together.
+
+    Raises:
+        UserError: fewer images than processes.
+    """
+
+    def __init__(self, backbone: Backbone, source: ImageSource, workers: Workers = ALONE) -> None:
+        self.backbone, self.source, self._workers = backbone, source, workers
+        self._share = source.share(workers.rank, workers.count, even=False)
+        self._dense = torch.zeros(len(self._share), dtype=torch.long)
+
+    def __len__(self) -> int:
+        return len(self._share)
+
+    def prepare(self) -> Iterator[int]:
+        """Predict with the dense model; yields images done."""
+        for index in torch.arange(len(self._share)).split(64):
+            batch = self._share.batch(index)
+            if len(batch.index):
+                images = batch.images.to(self.backbone.device, self.backbone.dtype)
+                with torch.inference_mode():
+                    self._dense[batch.index] = self.backbone(images).argmax(1).cpu()
+            yield len(index)
+
+    def __call__(self, policy: metrics.Decider, reduced: Backbone | None = None) -> Judgement:
+        """Saving, loss and drop of the deterministic policy.
+
+        ``reduced``: the model it decides in, where that is not the dense one.
+        """
+        found = metrics.evaluate(
+            reduced or self.backbone,
+            policy,
+            self._share,
+            dense=self._dense,
+            reference=self.backbone,
+        )
+        numbers = (found.saving, found.losses.mean().item(), found.drop)
+        return Judgement(*self._workers.mean(numbers, len(found.labels)))
