@@ -156,7 +156,9 @@ class ActorPolicy(nn.Module):
         # No work for those that may not act. Elsewhere the device would be waited for.
         some = active.flatten().nonzero()[:, 0]
         image = some.div(active.shape[1], rounding_mode="floor")
-        logits = self.logits(own.flatten(0, 1)[some][:, None], shared.index_select(0, image))
+        logits = self.logits(
+            own.flatten(0, 1).index_select(0, some)[:, None], shared.index_select(0, image)
+        )
         action = torch.zeros(active.numel(), dtype=torch.long)
         return action.index_copy_(0, some, self._choose(logits)[:, 0]).view_as(active)
 

@@ -147,15 +147,16 @@ class Backbone(nn.Module):
         mask = tokens.key_mask if bias is None else bias
         parts = _compiled_parts() if self.compiled else _PARTS
         h, q, k, v = parts.enter(b, tokens.x)
+        scores: list[Tensor] | None = [] if cls_attention else None
         if tokens.packing is None:
             drop = attn.attn_drop.p if attn.training else 0.0
             out = attention.padded(q, k, v, mask, drop)
         else:
-            out = attention.packed(q, k, v, tokens.packing, bias)
+            out = attention.packed(q, k, v, tokens.packing, bias, scores)
         x = parts.leave(b, tokens.x, h, out)
         packing = tokens.packing
         as_they_lie = packing.unpack if packing is not None else lambda values: values
-        row = attention.class_row(q, k, mask, packing) if cls_attention else None
+        row = attention.class_row(q, k, mask, packing, scores) if cls_attention else None
         return tokens.with_x(x), Context(
             keys=as_they_lie(k).transpose(1, 2) if keys else None,
             mean_keys=as_they_lie(_mean_head(k)) if mean_keys else None,

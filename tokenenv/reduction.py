@@ -215,20 +215,63 @@ def bipartite_match(tokens: Tokens, metric: Tensor, first: int = 0) -> Match:
         place = torch.sort((~alive).to(torch.uint8), dim=1, stable=True).indices
         unit = take(unit, place)
         alive = alive.gather(1, place)
-    one, other = slice(first, None, 2), slice(1 - first, None, 2)
-    if tokens.ragged:
-        # What is added to the products hides the dead; a pass over all pairs less than a mask.
-        bias = torch.where(alive[:, None, other], 0.0, -torch.inf)
-        score = torch.baddbmm(bias, unit[:, one], unit[:, other].transpose(1, 2))
+    if not tokens.ragged:
+        best, choice = _propose(unit, None, first)
+    elif tokens.packing is None:
+        best, choice = _propose(unit, alive, first)
     else:
-        score = unit[:, one] @ unit[:, other].transpose(1, 2)
-    # A lone token has nobody to propose to: one impossible partner more, so that there is any.
-    score = F.pad(score, (0, 1), value=-torch.inf)
-    best, choice = score.max(dim=2)
-    if tokens.ragged:
-        best = best.masked_fill(~alive[:, one], -torch.inf)
-    partner = F.pad(place[:, other] + tokens.prefix, (0, 1))
-    return Match(place[:, one] + tokens.prefix, partner.gather(1, choice), best)
+        visual = [length - tokens.prefix for length in tokens.packing.lengths]
+        best, choice = _propose_in_groups(unit, alive, first, visual)
+    place = place + tokens.prefix
+    # A lone token has nobody to propose to: one partner more, so that there is any.
+    partner = F.pad(place[:, 1 - first :: 2], (0, 1)).gather(1, choice)
+    return Match(place[:, first::2], partner, best)
+
+
+def _propose(unit: Tensor, alive: Tensor | None, first: int) -> tuple[Tensor, Tensor]:
+    """``(B, n, M)`` unit vectors -> for each of A the highest cosine, and which of B has it.
+
+    ``alive``: ``(B, n)``, None where all are. Both results ``(B, A)``; -inf where there is none.
+    """
+    one, other = unit[:, first::2], unit[:, 1 - first :: 2].transpose(1, 2)
+    if alive is None:
+        score = one @ other
+    else:
+        # What is added to the products hides the dead; a pass over all pairs less than a mask.
+        score = torch.baddbmm(
+            torch.where(alive[:, None, 1 - first :: 2], 0.0, -torch.inf), one, other
+        )
+    best, choice = F.pad(score, (0, 1), value=-torch.inf).max(dim=2)
+    if alive is not None:
+        best = best.masked_fill(~alive[:, first::2], -torch.inf)
+    return best, choice
+
+
+_GROUPS = 4
+"""Of so many the largest is rarely much larger than its mean; more would be calls without work."""
+
+
+def _propose_in_groups(
+    unit: Tensor, alive: Tensor, first: int, lengths: list[int]
+) -> tuple[Tensor, Tensor]:
+    """:func:`_propose` among images of like length, their living tokens first.
+
+    Work is quadratic in the longest: who is short is spared it.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    images = torch.tensor(order, device=unit.device)
+    pairs = alive[:, first::2].shape[1]
+    found, size = [], -(-len(order) // _GROUPS)
+    for start in range(0, len(order), size):
+        group = images[start : start + size]
+        longest = max(lengths[i] for i in order[start : start + size])
+        near, there = (t.index_select(0, group)[:, :longest] for t in (unit, alive))
+        best, choice = _propose(near, there, first)
+        missing = (0, pairs - best.shape[1])
+        found.append((F.pad(best, missing, value=-torch.inf), F.pad(choice, missing)))
+    best, choice = (torch.cat(parts) for parts in zip(*found, strict=True))
+    back = images.argsort()
+    return best.index_select(0, back), choice.index_select(0, back)
 
 
 def candidates_first(tokens: Tokens, match: Match) -> Tokens:
