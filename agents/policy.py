@@ -151,9 +151,22 @@ class ActorPolicy(nn.Module):
     @torch.no_grad()
     def act(self, observation: Observation) -> Tensor:
         """The deterministic decision, ``(B, A)``."""
-        logits = self.logits(observation.agents, observation.shared)
+        own, shared, active = observation.agents, observation.shared, observation.active
         if observation.legal is not None:
-            logits = logits.masked_fill(~observation.legal, _ILLEGAL)
+            return self._choose(self.logits(own, shared).masked_fill(~observation.legal, _ILLEGAL))
+        if active.device.type != "cpu" or len(active) == 1:
+            return self._choose(self.logits(own, shared))
+        # No work for those that may not act. Elsewhere the device would be waited for.
+        some = active.flatten().nonzero()[:, 0]
+        image = some.div(active.shape[1], rounding_mode="floor")
+        logits = self.logits(
+            own.flatten(0, 1).index_select(0, some)[:, None], shared.index_select(0, image)
+        )
+        action = torch.zeros(active.numel(), dtype=torch.long)
+        return action.index_copy_(0, some, self._choose(logits)[:, 0]).view_as(active)
+
+    def _choose(self, logits: Tensor) -> Tensor:
+        """``(..., A, actions)`` -> ``(..., A)`` the decision."""
         if self.actions != 2:
             return logits.argmax(-1)
         keep = logits[..., 1] - logits[..., 0]

@@ -16,6 +16,7 @@ import torch
 
 from agents.spec import parse_policy
 from tokenenv import attention, episode, reduction
+from tokenenv import backbone as backbone_module
 from tokenenv.backbone import Backbone
 from tokenenv.metrics import play
 from tokenenv.models import load_model, untrained_model
@@ -57,8 +58,11 @@ def main() -> None:
 def _shares(backbone: Backbone, policy: Any, images: torch.Tensor) -> dict[str, float]:
     """Which part of one forward pass each step took; steps within steps are counted once."""
     seconds = dict.fromkeys(
-        ("match", "class attention", "observe", "policy", "apply", "pack and unpack"), 0.0
-    )
+        (
+            "mean keys", "class attention", "match", "observe", "policy", "apply", "pack, unpack",
+        ),
+        0.0,
+    )  # fmt: skip
     inside = False
 
     def timed(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
@@ -82,9 +86,11 @@ def _shares(backbone: Backbone, policy: Any, images: torch.Tensor) -> dict[str, 
         (type(policy.rules), "apply", "apply"),
         (type(policy), "act", "policy"),
         (attention, "class_row", "class attention"),
-        (Packing, "unpack", "pack and unpack"),
-        (reduction, "pack", "pack and unpack"),
-        (episode.reduction, "compact", "pack and unpack"),
+        (attention, "first_scores", "class attention"),
+        (backbone_module, "_mean_head", "mean keys"),
+        (Packing, "unpack", "pack, unpack"),
+        (reduction, "pack", "pack, unpack"),
+        (episode.reduction, "compact", "pack, unpack"),
     ]
     whole = {(owner, attribute): getattr(owner, attribute) for owner, attribute, _ in steps}
     for owner, attribute, name in steps:

@@ -10,14 +10,16 @@ from test_backbone import family_model, image_for
 from torch import Tensor
 from torch.testing import assert_close
 
+import agents
 from agents.heuristics import RandomPrune
+from agents.policy import ActorPolicy
 from agents.spec import parse_policy
-from tokenenv import UserError, reduction
+from tokenenv import UserError, attention, reduction
 from tokenenv.backbone import Backbone
 from tokenenv.episode import EXECUTIONS, Episode
 from tokenenv.metrics import play
 from tokenenv.rules import LayerMerge, LayerPrune, Observation, Rules, TokenPrune
-from tokenenv.tokens import Tokens
+from tokenenv.tokens import Packing, Tokens
 
 KINDS = (
     "deit", "layer scale, class token without position", "registers (DINOv2)", "qk-norm",
@@ -176,3 +178,64 @@ def test_a_ratio_per_image() -> None:
     }.items():
         with pytest.raises(UserError, match=words):
             parse_policy(f"random:keep={bad}", 4)
+
+
+def test_packed_tokens_merge_as_padded_ones_do() -> None:
+    generator = torch.Generator().manual_seed(1)
+    tokens = Tokens.start(torch.randn(9, 24, 4, generator=generator), prefix=1)
+    packed = reduction.end_to_end(tokens)
+    for step in range(4):
+        match = reduction.bipartite_match(tokens, tokens.x)
+        other = reduction.bipartite_match(packed, reduction.unpack(packed).x)
+        possible = match.score.isfinite()
+        assert torch.equal(possible, other.score.isfinite())
+        assert torch.equal(match.token[possible], other.token[possible])
+        assert torch.equal(match.partner[possible], other.partner[possible])
+        assert_close(match.score[possible], other.score[possible])
+        # The first image merges all it can, the last one nothing.
+        share = torch.linspace(1.0, 0.0, 9)[:, None]
+        accept = torch.rand(match.score.shape, generator=generator) < share
+        tokens = reduction.compact(reduction.merge(tokens, match, accept))
+        before = packed.x.clone()
+        merged = reduction.merge(packed, other, accept)
+        assert torch.equal(packed.x, before), "the tokens of before are someone's still"
+        packed = merged
+        assert packed.packing is not None and sum(packed.packing.lengths) == len(packed.x)
+        found = reduction.unpack(packed)
+        for name in ("size", "alive", "source"):
+            assert torch.equal(getattr(found, name), getattr(tokens, name)), (step, name)
+        assert_close(found.x[found.alive], tokens.x[tokens.alive])
+    assert tokens.ragged and tokens.counts().min() < 6
+
+
+def test_the_class_row_is_the_matrixs_first() -> None:
+    generator = torch.Generator().manual_seed(2)
+    lengths = torch.tensor([7, 1, 4])
+    alive = torch.arange(7) < lengths[:, None]
+    mask = alive[:, None, None]
+    packing = Packing((7, 1, 4), alive.flatten().nonzero()[:, 0])
+    q, k, v = (torch.randn(12, 2, 5, generator=generator) for _ in range(3))
+    scores: list[Tensor] = []
+    attention.packed(q, k, v, packing, None, scores)
+    whole = attention.matrix(q, k, mask, packing)[:, :, 0].mean(1)
+    for made in (scores, None):
+        row = attention.class_row(q, k, mask, packing, made)
+        assert_close(row, whole)
+        assert (row[~alive] == 0).all()
+    assert_close(attention.class_row(packing.unpack(q), packing.unpack(k), mask, None), whole)
+
+
+def test_who_may_not_act_does_not_change_the_others() -> None:
+    policy = agents.load("dora-deit_tiny")
+    assert isinstance(policy, ActorPolicy)
+    generator = torch.Generator().manual_seed(3)
+    active = torch.rand(5, 11, generator=generator) < 0.5
+    active[1] = False
+    own = torch.randn(5, 11, policy.widths.own, generator=generator)
+    shared = torch.randn(5, policy.widths.shared, generator=generator)
+    seen = Observation(own, shared, active, 0, {})
+    logits = policy.logits(own, shared)
+    odds = torch.tensor(policy.threshold).logit()
+    wanted = (logits[..., 1] - logits[..., 0] >= odds) & active
+    assert 0 < wanted.sum() < active.sum()
+    assert torch.equal(policy.act(seen), wanted.long())

@@ -54,11 +54,19 @@ def gated(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     return (weight.to(v.dtype) @ v).transpose(1, 2)
 
 
-def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, bias: Tensor | None) -> Tensor:
+def packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packing: Packing,
+    bias: Tensor | None,
+    scores: list[Tensor] | None = None,
+) -> Tensor:
     """Attention of images that lie end to end, each among its own tokens.
 
-    On a CPU image by image; on a GPU by one kernel of variable length, where the tensors are of
-    half precision, no key has a bias and torch has that kernel (2.10).
+    On a CPU image by image; on a GPU at once where all are equally long, else by one kernel of
+    variable length, where the tensors are of half precision, no key has a bias and torch has that
+    kernel (2.10).
 
     Args:
         q: ``(T, heads, dim)`` queries; ``k``, ``v`` likewise.
@@ -66,14 +74,19 @@ def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, bias: Tensor | Non
         v: values.
         packing: where each image begins and ends.
         bias: ``(B, 1, 1, N)`` what is added to the scores of each image's keys.
+        scores: where image by image is how it runs, this list gets ``(heads, 1, n)`` products of
+            the first token's query and the keys, made while a cache still holds them.
 
     Returns:
         ``(T, heads, dim)``.
     """
+    longest = max(packing.lengths)
+    if min(packing.lengths) == longest and q.device.type != "cpu":
+        q, k, v = (t.unflatten(0, (-1, longest)) for t in (q, k, v))
+        return padded(q, k, v, bias).flatten(0, 1)
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and bias is None and _has_varlen():
         from torch.nn.attention.varlen import varlen_attn
 
-        longest = max(packing.lengths)
         ends = packing.ends.int()
         out = varlen_attn(q, k, v, ends, ends, longest, longest)
         assert isinstance(out, Tensor)
@@ -85,14 +98,27 @@ def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, bias: Tensor | Non
         row = rows[i]
         row = None if row is None else row[..., :length]
         parts.append(padded(queries[i], keys[i], values[i], row))
+        if scores is not None:
+            scores.append(first_scores(queries[i][0], keys[i][0]))
     return torch.cat(parts, dim=1)[0]
+
+
+def first_scores(q: Tensor, k: Tensor) -> Tensor:
+    """One image's ``(n, heads, dim)`` -> ``(heads, 1, n)`` products of its first query and keys."""
+    return torch.bmm(q[:1].transpose(0, 1), k.permute(1, 2, 0))
 
 
 def _has_varlen() -> bool:
     return find_spec("torch.nn.attention.varlen") is not None
 
 
-def class_row(q: Tensor, k: Tensor, mask: Tensor | None, packing: Packing | None) -> Tensor:
+def class_row(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    packing: Packing | None,
+    scores: list[Tensor] | None = None,
+) -> Tensor:
     """Attention of the class token, mean over the heads.
 
     Dead keys leave the softmax of every head; masking after the mean would be another number.
@@ -102,12 +128,18 @@ def class_row(q: Tensor, k: Tensor, mask: Tensor | None, packing: Packing | None
         k: keys, likewise.
         mask: as for :func:`padded`.
         packing: how the tokens are packed; None while they are not.
+        scores: what :func:`packed` put there, if anything.
 
     Returns:
         ``(B, N)`` float32.
     """
-    if packing is None:
+    if packing is None and q.device.type == "cpu" and len(q):
+        # One product of all images would copy the keys on a CPU, at several times the cost.
+        score = torch.stack(list(map(first_scores, q, k)))[:, :, 0]
+    elif packing is None:
         score = torch.einsum("bhd,bnhd->bhn", q[:, 0], k)
+    elif scores:
+        score = packing.unpack(torch.cat(scores, 2)[:, 0].T).transpose(1, 2)
     else:
         own = q.index_select(0, packing.ends[:-1]).index_select(0, packing.image)
         score = packing.unpack((k * own).sum(-1)).transpose(1, 2)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tokenenv import attention
 from tokenenv.errors import UserError
+from tokenenv.reduction import unpack
 from tokenenv.tokens import Tokens
 
 
@@ -146,18 +147,19 @@ class Backbone(nn.Module):
         mask = tokens.key_mask if bias is None else bias
         parts = _compiled_parts() if self.compiled else _PARTS
         h, q, k, v = parts.enter(b, tokens.x)
+        scores: list[Tensor] | None = [] if cls_attention else None
         if tokens.packing is None:
             drop = attn.attn_drop.p if attn.training else 0.0
             out = attention.padded(q, k, v, mask, drop)
         else:
-            out = attention.packed(q, k, v, tokens.packing, bias)
+            out = attention.packed(q, k, v, tokens.packing, bias, scores)
         x = parts.leave(b, tokens.x, h, out)
         packing = tokens.packing
         as_they_lie = packing.unpack if packing is not None else lambda values: values
-        row = attention.class_row(q, k, mask, packing) if cls_attention else None
+        row = attention.class_row(q, k, mask, packing, scores) if cls_attention else None
         return tokens.with_x(x), Context(
             keys=as_they_lie(k).transpose(1, 2) if keys else None,
-            mean_keys=as_they_lie(k.mean(-2)) if mean_keys else None,
+            mean_keys=as_they_lie(_mean_head(k)) if mean_keys else None,
             cls_attention=row,
             value_norms=as_they_lie(v.flatten(-2).float().norm(dim=-1)) if value_norms else None,
             attention=attention.matrix(q, k, mask, packing) if matrix else None,
@@ -193,7 +195,10 @@ class Backbone(nn.Module):
     def summary(self, tokens: Tokens) -> Tensor:
         """``(B, D)`` float32 the class token; without one the mean patch, merged ones by size."""
         if self.has_class_token:
+            if tokens.packing is not None:
+                return tokens.x.index_select(0, tokens.packing.ends[:-1]).float()
             return tokens.x[:, 0].float()
+        tokens = unpack(tokens)
         weight = tokens.size[:, tokens.prefix :] * tokens.visual_alive
         weight = weight / weight.sum(1, keepdim=True).clamp(min=1)
         return (tokens.visual.float() * weight[..., None]).sum(1)
@@ -225,6 +230,12 @@ class Backbone(nn.Module):
     def _pools_patches(self) -> bool:
         model = self.model
         return getattr(model, "attn_pool", None) is not None or model.global_pool != "token"
+
+
+def _mean_head(values: Tensor) -> Tensor:
+    """``(..., heads, dim)`` -> ``(..., dim)``: ``mean(-2)``, which takes a CPU twice as long."""
+    first, *others = values.unbind(-2)
+    return sum(others, first) / values.shape[-2]
 
 
 class _Parts(NamedTuple):

@@ -38,7 +38,7 @@ class Episode:
             of a policy that does not draw at random.
 
     Attributes:
-        tokens: the state now.
+        tokens: the state now; packed where that is how they run and the rules take them so.
         step: number of decisions taken.
         logits: ``(B, classes)`` once :attr:`done`, else None.
         counts: ``(B,)`` visual tokens before the first decision and after each one so far.
@@ -53,6 +53,10 @@ class Episode:
             raise UserError(f"execution='{execution}': choose from {', '.join(EXECUTIONS)}")
         self.backbone, self.rules, self.execution = backbone, rules, execution
         self.tokens = backbone.embed(images)
+        # A single image needs no packing: its tokens just leave.
+        self._packed = execution == "packed" and rules.packed and len(images) > 1
+        if self._packed:
+            self.tokens = reduction.end_to_end(self.tokens)
         self.step = 0
         self.logits: Tensor | None = None
         self.attended: list[Tensor] = []
@@ -94,7 +98,7 @@ class Episode:
         """
         if self.logits is not None:
             return self.logits[rows]
-        tokens = self.tokens.select(rows)
+        tokens = reduction.unpack(self.tokens).select(rows)
         if self.execution == "packed":
             tokens = reduction.pack(tokens)
         for half in range(self._half, 2 * self.backbone.depth):
@@ -116,7 +120,8 @@ class Episode:
                 self.attended.append(self._count)
             else:
                 self.fed.append(self._count)
-        self.tokens = reduction.unpack(self.tokens)
+        if not (decisions_left and self._packed):
+            self.tokens = reduction.unpack(self.tokens)
         self._half = stop
         if decisions_left:
             with torch.autocast(self.tokens.x.device.type, enabled=False):

@@ -12,6 +12,7 @@ from tokenenv.backbone import Backbone
 from tokenenv.data import ImageSource, Stream
 from tokenenv.episode import Episode, Execution, default_execution
 from tokenenv.errors import UserError
+from tokenenv.reduction import unpack
 from tokenenv.rewards import Dora, Outcome, Reward, Turn, divergence
 from tokenenv.rules import Observation, Rules
 
@@ -211,7 +212,7 @@ class Game:
     def _all_tokens(self) -> Tensor:
         """``(B, prefix + P, D)`` all living tokens, zeros for the others."""
         assert self.episode is not None
-        tokens = self.episode.tokens
+        tokens = unpack(self.episode.tokens)
         x = tokens.x * tokens.alive[..., None]
         full = tokens.prefix + self.backbone.patches
         return torch.nn.functional.pad(x, (0, 0, 0, full - x.shape[1]))

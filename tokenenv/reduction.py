@@ -68,21 +68,54 @@ def pack(tokens: Tokens) -> Tokens:
     Reads the lengths back from the device. :func:`unpack` gives what :func:`compact` gives, zeros
     for the dead.
     """
-    if not (tokens.ragged and len(tokens.x)):
+    if tokens.packing is not None or not (tokens.ragged and len(tokens.x)):
         return tokens
     if len(tokens.x) == 1:
         return _compact_one(tokens)
-    lengths = tuple(tokens.counts().tolist())
-    longest = max(lengths)
-    if min(lengths) == longest:
+    lengths = tokens.counts().tolist()
+    if min(lengths) == max(lengths):
         return compact(tokens)
-    living = tokens.alive.flatten().nonzero()[:, 0]
-    made = _compacted(tokens, _living_first(tokens), longest)
-    return replace(
-        made,
-        x=tokens.x.flatten(0, 1).index_select(0, living),
-        packing=Packing(lengths, made.alive.flatten().nonzero()[:, 0]),
+    return _closed_up(end_to_end(tokens), tuple(lengths))[0]
+
+
+def end_to_end(tokens: Tokens) -> Tokens:
+    """The tokens of padded images as packed ones, as if all were alive; nothing moves."""
+    batch, count = tokens.alive.shape
+    place = torch.arange(batch * count, device=tokens.x.device)
+    return replace(tokens, x=tokens.rows, packing=Packing((count,) * batch, place))
+
+
+def _closed_up(tokens: Tokens, lengths: tuple[int, ...]) -> tuple[Tokens, Tensor]:
+    """Packed tokens without those that died since.
+
+    Args:
+        tokens: packed as they were before.
+        lengths: the numbers of living tokens now.
+
+    Returns:
+        The tokens in new memory, and ``(T,)`` the row of now of each row of before.
+    """
+    assert tokens.packing is not None
+    longest, device = max(lengths), tokens.x.device
+    stays = tokens.alive.flatten().index_select(0, tokens.packing.place)
+    living = stays.nonzero()[:, 0]
+    count = torch.tensor(lengths, device=device)
+    alive = torch.arange(longest, device=device) < count[:, None]
+    packing = Packing(lengths, alive.flatten().nonzero()[:, 0])
+    size = tokens.size.flatten().index_select(0, tokens.packing.place.index_select(0, living))
+    rank = tokens.alive.cumsum(1) - 1
+    source = rank.gather(1, tokens.source.clamp(min=0))
+    closed = replace(
+        tokens,
+        x=tokens.x.index_select(0, living),
+        size=packing.unpack(size),
+        alive=alive,
+        source=torch.where(tokens.source >= 0, source, -1),
+        ragged=min(lengths) != longest,
+        moved=True,
+        packing=packing,
     )
+    return closed, stays.cumsum(0) - 1
 
 
 def _compact_one(tokens: Tokens) -> Tokens:
@@ -139,14 +172,10 @@ def take(values: Tensor, index: Tensor) -> Tensor:
 
     Whole rows at once, several times faster on a CPU than an expanded ``gather``.
     """
-    return values.flatten(0, 1).index_select(0, _flat(index, values)).view(*index.shape, -1)
-
-
-def _flat(index: Tensor, values: Tensor) -> Tensor:
-    """``(B, A)`` index into ``N`` -> ``(B A,)`` index into ``B N`` of ``values (B, N, ...)``."""
     batch, count = values.shape[:2]
     first = torch.arange(batch, device=index.device) * count
-    return (index + first[:, None]).flatten()
+    row = (index + first[:, None]).flatten()
+    return values.flatten(0, 1).index_select(0, row).view(*index.shape, -1)
 
 
 class Match(NamedTuple):
@@ -180,23 +209,69 @@ def bipartite_match(tokens: Tokens, metric: Tensor, first: int = 0) -> Match:
     unit = F.normalize(metric[:, tokens.prefix :].float(), dim=-1)
     alive = tokens.visual_alive
     place = torch.arange(alive.shape[1], device=alive.device).expand_as(alive)
-    if tokens.ragged:
+    if tokens.ragged and tokens.packing is None:
         # Who is in A is a matter of rank among the living, wherever the dead lie: an image is
         # matched alike in every execution and every batch.
         place = torch.sort((~alive).to(torch.uint8), dim=1, stable=True).indices
         unit = take(unit, place)
         alive = alive.gather(1, place)
-    one, other = slice(first, None, 2), slice(1 - first, None, 2)
-    score = unit[:, one] @ unit[:, other].transpose(1, 2)
-    if tokens.ragged:
-        score = score.masked_fill_(~alive[:, None, other], -torch.inf)
-    # A lone token has nobody to propose to: one impossible partner more, so that there is any.
-    score = F.pad(score, (0, 1), value=-torch.inf)
-    best, choice = score.max(dim=2)
-    if tokens.ragged:
-        best = best.masked_fill(~alive[:, one], -torch.inf)
-    partner = F.pad(place[:, other] + tokens.prefix, (0, 1))
-    return Match(place[:, one] + tokens.prefix, partner.gather(1, choice), best)
+    if not tokens.ragged:
+        best, choice = _propose(unit, None, first)
+    elif tokens.packing is None:
+        best, choice = _propose(unit, alive, first)
+    else:
+        visual = [length - tokens.prefix for length in tokens.packing.lengths]
+        best, choice = _propose_in_groups(unit, alive, first, visual)
+    place = place + tokens.prefix
+    # A lone token has nobody to propose to: one partner more, so that there is any.
+    partner = F.pad(place[:, 1 - first :: 2], (0, 1)).gather(1, choice)
+    return Match(place[:, first::2], partner, best)
+
+
+def _propose(unit: Tensor, alive: Tensor | None, first: int) -> tuple[Tensor, Tensor]:
+    """``(B, n, M)`` unit vectors -> for each of A the highest cosine, and which of B has it.
+
+    ``alive``: ``(B, n)``, None where all are. Both results ``(B, A)``; -inf where there is none.
+    """
+    one, other = unit[:, first::2], unit[:, 1 - first :: 2].transpose(1, 2)
+    if alive is None:
+        score = one @ other
+    else:
+        # What is added to the products hides the dead; a pass over all pairs less than a mask.
+        score = torch.baddbmm(
+            torch.where(alive[:, None, 1 - first :: 2], 0.0, -torch.inf), one, other
+        )
+    best, choice = F.pad(score, (0, 1), value=-torch.inf).max(dim=2)
+    if alive is not None:
+        best = best.masked_fill(~alive[:, first::2], -torch.inf)
+    return best, choice
+
+
+_GROUPS = 4
+"""Of so many the largest is rarely much larger than its mean; more would be calls without work."""
+
+
+def _propose_in_groups(
+    unit: Tensor, alive: Tensor, first: int, lengths: list[int]
+) -> tuple[Tensor, Tensor]:
+    """:func:`_propose` among images of like length, their living tokens first.
+
+    Work is quadratic in the longest: who is short is spared it.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    images = torch.tensor(order, device=unit.device)
+    pairs = alive[:, first::2].shape[1]
+    found, size = [], -(-len(order) // _GROUPS)
+    for start in range(0, len(order), size):
+        group = images[start : start + size]
+        longest = max(lengths[i] for i in order[start : start + size])
+        near, there = (t.index_select(0, group)[:, :longest] for t in (unit, alive))
+        best, choice = _propose(near, there, first)
+        missing = (0, pairs - best.shape[1])
+        found.append((F.pad(best, missing, value=-torch.inf), F.pad(choice, missing)))
+    best, choice = (torch.cat(parts) for parts in zip(*found, strict=True))
+    back = images.argsort()
+    return best.index_select(0, back), choice.index_select(0, back)
 
 
 def candidates_first(tokens: Tokens, match: Match) -> Tokens:
@@ -213,7 +288,9 @@ def candidates_first(tokens: Tokens, match: Match) -> Tokens:
 
 
 def merge(tokens: Tokens, match: Match, accept: Tensor, weight: Tensor | None = None) -> Tokens:
-    """Merge the accepted candidates into their partners; nothing moves.
+    """Merge the accepted candidates into their partners.
+
+    Nothing moves, but packed tokens close up: they read their lengths back from the device.
 
     The merged embedding is the weighted mean of all tokens that meet in a partner; sizes add up
     and every patch of a merged token follows it (ToMe, section 3.2; weights: size by default).
@@ -235,25 +312,23 @@ def merge(tokens: Tokens, match: Match, accept: Tensor, weight: Tensor | None = 
     total = weight.scatter_add(1, match.partner, moving)
     # x_p + sum_a w_a (x_a - x_p) / W_p: a token that receives nothing keeps its exact value.
     share = (moving / total.gather(1, match.partner).clamp(min=1e-12)).flatten()
-    giver, taker = _flat(match.token, tokens.x), _flat(match.partner, tokens.x)
-    if tokens.x.device.type == "cpu":
+    giver, taker = tokens.row(match.token).flatten(), tokens.row(match.partner).flatten()
+    if tokens.packing is not None or tokens.x.device.type == "cpu":
         # Most candidates don't merge: no work for them. Elsewhere the device would be waited for.
         some = accept.flatten().nonzero()[:, 0]
         share, giver, taker = share[some], giver[some], taker[some]
-    x = tokens.x.flatten(0, 1)
+    x = tokens.rows
     step = share[:, None].to(x.dtype) * (x.index_select(0, giver) - x.index_select(0, taker))
-    x = x.index_add(0, taker, step).view_as(tokens.x)
 
     gone = torch.zeros_like(tokens.alive).scatter(1, match.token, accept)
     alive = tokens.alive & ~gone
     # Where every token's patches live now: itself, or its partner.
-    itself = torch.arange(x.shape[1], device=x.device).expand_as(alive)
+    itself = torch.arange(alive.shape[1], device=x.device).expand_as(alive)
     partner = torch.where(accept, match.partner, match.token)
     target = itself.scatter(1, match.token, partner)
     size = tokens.size.scatter_add(1, match.partner, moved_size)
-    return replace(
+    merged = replace(
         tokens,
-        x=x,
         size=torch.where(alive, size, size.new_zeros(())),
         alive=alive,
         source=torch.where(
@@ -263,6 +338,11 @@ def merge(tokens: Tokens, match: Match, accept: Tensor, weight: Tensor | None = 
         moved=True,
         merged=True,
     )
+    if tokens.packing is None:
+        return replace(merged, x=x.index_add(0, taker, step).view_as(tokens.x))
+    closed, now = _closed_up(merged, tuple(merged.counts().tolist()))
+    closed.x.index_add_(0, now.index_select(0, taker), step)  # new memory: nobody else reads it
+    return closed
 
 
 def fuse(tokens: Tokens, keep: Tensor, weight: Tensor) -> Tokens:

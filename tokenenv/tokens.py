@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -21,7 +22,7 @@ class Packing:
     lengths: tuple[int, ...]
     place: Tensor
 
-    @property
+    @cached_property
     def ends(self) -> Tensor:
         """``(B + 1,)`` 0, then the packed index behind each image's last token."""
         ends = list(accumulate(self.lengths, initial=0))
@@ -36,7 +37,7 @@ class Packing:
         """``(T, ...)`` -> ``(B, N, ...)``, N the longest image's length; zeros for the dead."""
         batch, longest = len(self.lengths), max(self.lengths)
         padded = values.new_zeros(batch * longest, *values.shape[1:])
-        return padded.index_copy(0, self.place, values).unflatten(0, (batch, longest))
+        return padded.index_copy_(0, self.place, values).unflatten(0, (batch, longest))
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class Tokens:
             the tensors would make an accelerator wait.
         moved: False while visual token ``prefix + p`` is patch ``p`` for every image.
         merged: False while no token can stand for several patches.
-        packing: how ``x`` is packed on its way from decision to decision; None while it is not.
-            All else keeps the padded layout.
+        packing: how ``x`` is packed; None while it is not. All else keeps the padded layout, the
+            living tokens of each image first.
     """
 
     x: Tensor
@@ -103,6 +104,22 @@ class Tokens:
     def key_mask(self) -> Tensor | None:
         """``(B, 1, 1, N)`` bool mask of the keys attention may read; None when it may read all."""
         return self.alive[:, None, None, :] if self.ragged else None
+
+    @property
+    def rows(self) -> Tensor:
+        """``(R, D)`` the embeddings below each other: a view of ``x``, padded or packed."""
+        return self.x.flatten(0, -2)
+
+    def row(self, index: Tensor) -> Tensor:
+        """Which of :attr:`rows` holds each token. ``index``: ``(B, A)`` into ``N``, of living ones.
+
+        Rows of dead tokens are there, but while tokens are packed they are another token's.
+        """
+        if self.packing is not None:
+            first, last = self.packing.ends[:-1], len(self.x) - 1
+            return (index + first[:, None]).clamp(max=last)
+        batch, count = self.alive.shape
+        return index + (torch.arange(batch, device=index.device) * count)[:, None]
 
     @property
     def size_bias(self) -> Tensor | None:

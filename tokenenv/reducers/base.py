@@ -30,6 +30,7 @@ class Reducer:
 
     blocks: tuple[int, ...]
     between: ClassVar[bool] = True
+    packed: ClassVar[bool] = False
 
     reads: ClassVar[tuple[str, ...]] = ()
     """What it needs of a block's attention: arguments of ``Backbone.attend``."""

@@ -23,6 +23,13 @@ class Rules(Protocol):
     def between(self) -> bool:
         """Whether decisions fall between a block's attention and its MLP, not before the block."""
 
+    @property
+    def packed(self) -> bool:
+        """Whether :meth:`match`, :meth:`observe` and :meth:`apply` also take packed tokens.
+
+        :meth:`apply` then gives packed tokens, too.
+        """
+
     def check(self, backbone: Backbone) -> None:
         """Raise :class:`~tokenenv.errors.UserError` where the rules don't fit the backbone."""
 

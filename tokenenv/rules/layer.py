@@ -31,7 +31,7 @@ def history(moment: Moment) -> Tensor:
 
 def one_hot_step(moment: Moment, steps: int) -> Tensor:
     """``(B, steps)`` which decision it is."""
-    row = moment.tokens.x.new_zeros(moment.tokens.x.shape[0], steps, dtype=torch.float32)
+    row = moment.tokens.size.new_zeros(len(moment.tokens.size), steps)
     row[:, moment.step] = 1.0
     return row
 

@@ -73,6 +73,11 @@ class LayerMerge:
         if len(self.grid) < 2 or self.grid[0] != 0 or list(self.grid) != sorted(set(self.grid)):
             raise UserError(f"grid={self.grid} must increase from 0, such as (0, 4, 8, 16)")
 
+    @property
+    def packed(self) -> bool:
+        """Whether tokens may come packed: unless they are put into another order."""
+        return not self.shuffle
+
     def check(self, backbone: Backbone) -> None:
         """Raise :class:`UserError` where these rules don't fit the backbone."""
         check_range(self.blocks, backbone.depth)
@@ -169,7 +174,7 @@ class LayerMerge:
         """Agents without a candidate are left out."""
         if self.action == "count":
             return values
-        visual = tokens.x.shape[1] - tokens.prefix
+        visual = tokens.alive.shape[1] - tokens.prefix
         return values[:, : (visual + 1 - self._first(tokens.prefix)) // 2]
 
     def observe(self, backbone: Backbone, moment: Moment, *, state: bool = False) -> Observation:
@@ -261,8 +266,15 @@ def _curve(score: Tensor, grid: tuple[int, ...]) -> Tensor:
 
 def _likeness(tokens: Tokens, match: Match) -> Tensor:
     """``(B, A, 2)`` cosine of the embeddings of a pair, log ratio of their lengths."""
-    length = tokens.x.float().norm(dim=2).clamp(min=1e-6)
-    length, others = length.gather(1, match.token), length.gather(1, match.partner)
-    one, other = (reduction.take(tokens.x, index).float() for index in match[:2])
-    cosine = (one * other).sum(2) / (length * others)
-    return torch.stack([scaled(cosine), (length / others).log()], 2)
+    one, other = (tokens.row(index).flatten() for index in match[:2])
+    if tokens.packing is not None:  # dead candidates have no rows
+        some = torch.isfinite(match.score).flatten().nonzero()[:, 0]
+        one, other = one[some], other[some]
+    rows = tokens.rows
+    product = rows.index_select(0, one).float().mul_(rows.index_select(0, other)).sum(1)
+    length = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).clamp(min=1e-6)
+    length, others = length.index_select(0, one), length.index_select(0, other)
+    seen = torch.stack([scaled(product / (length * others)), (length / others).log()], 1)
+    if tokens.packing is not None:
+        seen = seen.new_zeros(match.score.numel(), 2).index_copy_(0, some, seen)
+    return seen.view(*match.score.shape, 2)

@@ -52,6 +52,7 @@ class LayerPrune:
     selector: Literal["redundancy", "cls_attention"] = "redundancy"
     features: tuple[str, ...] = ("keys",)
     between: ClassVar[bool] = True
+    packed: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_blocks(self.blocks)

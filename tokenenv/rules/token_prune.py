@@ -64,6 +64,7 @@ class TokenPrune:
     features: tuple[str, ...] = ("token", "position", "progress", "cls_attention")
     share: bool = True
     between: ClassVar[bool] = False
+    packed: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_blocks(self.blocks)
