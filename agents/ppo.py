@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from agents.arena import Arena
+from agents.arena import Arena, Step
 from agents.networks import ValueNorm
 from agents.rollout import Columns, Rollout, advantages, columns, minibatches, stack
 from tokenenv.errors import UserError
@@ -156,9 +156,9 @@ class PPO:
             value = self.critic(seen, choice)
             result = self.arena.step(action)
             self.observation = result.observation
-            rows.append(
-                Rollout(seen, choice, action, log_prob, mask, value, result.reward, result.done)
-            )
+            beyond = self._beyond(result)
+            reward, done = result.reward, result.done
+            rows.append(Rollout(seen, choice, action, log_prob, mask, value, reward, done, beyond))
         rollout = stack(rows)
         if self.observation is None:
             empty = torch.zeros_like(rollout.reward[-1])
@@ -166,6 +166,23 @@ class PPO:
         seen = columns(self.observation)
         last = self.critic(seen, None)[self.policy.heads[0]]
         return rollout, last, _counting(seen["active"], last)
+
+    def _beyond(self, result: Step) -> Tensor:
+        """``(B, V)`` predicted return after a time limit's cut; 0 where there was none.
+
+        The limit is no part of the game: what would have come is worth what the critic says of
+        the state where play stopped ("partial-episode bootstrapping", Pardo et al., "Time Limits
+        in Reinforcement Learning", ICML 2018). After an end of the game's own nothing comes.
+        """
+        cut = getattr(result, "cut", None)
+        if cut is None:
+            return torch.zeros_like(result.reward)
+        seen = columns(cut)
+        value = self.critic(seen, None)[self.policy.heads[0]]
+        counts = _counting(seen["active"], value)
+        if self.config.value_norm:
+            value = self.value_norm.denormalise(value)
+        return torch.where(counts, value, 0.0)
 
     def update(self) -> dict[str, float]:
         """One rollout and its epochs of PPO.
@@ -207,8 +224,8 @@ class PPO:
         first = self.policy.heads[0]
         active = _counting(rollout.mask[first], value[first])
         advantage, returns = advantages(
-            rollout.reward, value[first], active, rollout.done, last, last_active,
-            gamma=c.gamma, lam=c.lam,
+            rollout.reward + c.gamma * rollout.beyond, value[first], active, rollout.done,
+            last, last_active, gamma=c.gamma, lam=c.lam,
         )  # fmt: skip
         if c.value_norm:
             norm.update(returns, active)
