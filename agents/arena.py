@@ -69,9 +69,10 @@ class PettingZooArena:
     """Several copies of any PettingZoo parallel environment as one :class:`Arena`.
 
     Agents that die leave the dictionaries; here they stay on the roster as inactive agents that
-    see zeros. A copy whose agents are all gone is reset at once (its ``done`` is True). The
-    critic sees ``env.state()`` where the environment has one, else all agents' views in a row.
-    Copies are seeded ``seed``, ``seed + 1`` ...
+    see zeros. A copy whose agents are all gone is reset at once (its ``done`` is True); what was
+    seen last where a time limit cut off is in the step's ``cut``. The critic sees
+    ``env.state()`` where the environment has one, else all agents' views in a row. Copies are
+    seeded ``seed``, ``seed + 1`` ...
 
     Args:
         make_env: builds one environment; all agents need the same Box observation and

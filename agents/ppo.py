@@ -113,7 +113,8 @@ class PPO:
     Advantages come from the first head's values by GAE; ``R = A + V`` is the return of all, and a
     further head's advantage is ``R`` less its own value (arXiv 2609.34325, "Optimisation"). Each
     head has a clipped loss and an advantage normalised over the steps in which it counts. What may
-    not act counts in no loss, no statistic and no advantage.
+    not act counts in no loss, no statistic and no advantage. Where a time limit cuts an episode
+    short, the critic says what the rest would have been worth.
 
     Args:
         policy: the actor to train, in place.
