@@ -332,7 +332,7 @@ def draw(path: Path, runs: list[dict[str, Any]]) -> None:
             )
             per_update = settings["copies"] * settings["episodes"] * CYCLES
             steps = per_update * (window + np.arange(smooth.shape[1])) / 1000
-            colour, label = f"C{number}", f"{learner}, {len(own)} seeds"
+            colour, label = f"C{number}", f"{learner}, {len(own)} seed{'s' * (len(own) > 1)}"
             axis.fill_between(steps, smooth.min(0), smooth.max(0), color=colour, alpha=0.2, lw=0)
             axis.plot(steps, smooth.mean(0), color=colour, lw=1.4, label=label)
         axis.set_title(f"{task}: return of an episode, per agent", fontsize=10)
