@@ -349,7 +349,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="where the runs are kept")
     parser.add_argument("--tasks", default="/".join(TASKS), metavar="A/B", help="default: both")
-    parser.add_argument("--learners", default="/".join(LEARNERS), metavar="A/B", help="both")
+    parser.add_argument(
+        "--learners", default="/".join(LEARNERS), metavar="A/B", help="default: both"
+    )
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="default: 5")
     parser.add_argument(
         "--steps", type=int, default=Settings.steps, metavar="N",
