@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,7 +18,8 @@ class Step(Protocol):
     """What a step gives back.
 
     ``observation`` is None when every episode has ended and the arena wants a reset;
-    ``reward`` is ``(B, A)``; ``done`` is ``(B,)`` bool.
+    ``reward`` is ``(B, A)``; ``done`` is ``(B,)`` bool. Where a time limit cuts episodes short,
+    it also has ``cut``, see :class:`PettingZooStep`.
     """
 
     @property
@@ -48,20 +49,30 @@ class Arena(Protocol):
 
 @dataclass(frozen=True)
 class PettingZooStep:
-    """A :class:`Step` of :class:`PettingZooArena`."""
+    """A :class:`Step` of :class:`PettingZooArena`.
+
+    Attributes:
+        observation: of the next step; of a new episode where ``done``.
+        reward: ``(B, A)``.
+        done: ``(B,)`` bool, the episode is over.
+        cut: what the agents whose part was truncated in this step saw last, those ``active``; a
+            learner bootstraps from it. None where no agent was truncated.
+    """
 
     observation: Observation
     reward: Tensor
     done: Tensor
+    cut: Observation | None = None
 
 
 class PettingZooArena:
     """Several copies of any PettingZoo parallel environment as one :class:`Arena`.
 
     Agents that die leave the dictionaries; here they stay on the roster as inactive agents that
-    see zeros. A copy whose agents are all gone is reset at once (its ``done`` is True). The
-    critic sees ``env.state()`` where the environment has one, else all agents' views in a row.
-    Copies are seeded ``seed``, ``seed + 1`` ...
+    see zeros. A copy whose agents are all gone is reset at once (its ``done`` is True); what was
+    seen last where a time limit cut off is in the step's ``cut``. The critic sees
+    ``env.state()`` where the environment has one, else all agents' views in a row. Copies are
+    seeded ``seed``, ``seed + 1`` ...
 
     Args:
         make_env: builds one environment; all agents need the same Box observation and
@@ -108,30 +119,52 @@ class PettingZooArena:
         rewards = np.zeros((self.batch_size, self.agents), np.float32)
         done = np.zeros(self.batch_size, bool)
         moves = action.cpu().numpy()
+        last: list[dict[str, Any]] = [{} for _ in self.envs]
+        truncated: list[set[str]] = [set() for _ in self.envs]
+        state = np.zeros((self.batch_size, self.state_dim), np.float32)
         for i, env in enumerate(self.envs):
             living = set(env.agents)
             chosen = {n: int(moves[i, j]) for j, n in enumerate(self.names) if n in living}
-            seen, reward, _, _, _ = env.step(chosen)
+            seen, reward, ended, cut_off, _ = env.step(chosen)
             rewards[i] = [reward.get(n, 0.0) for n in self.names]
             self._seen[i] = {n: seen[n] for n in env.agents}
+            truncated[i] = {n for n in living if cut_off[n] and not ended[n]}
+            if truncated[i]:
+                last[i] = seen
+                if self._has_state:
+                    state[i] = np.asarray(env.state(), np.float32).reshape(-1)
             if not env.agents:
                 done[i] = True
                 self._seen[i] = env.reset()[0]
-        return PettingZooStep(self._observe(), torch.from_numpy(rewards), torch.from_numpy(done))
+        cut = None
+        if any(truncated):
+            cut = self._frame(last, truncated, state if self._has_state else None)
+        return PettingZooStep(
+            self._observe(), torch.from_numpy(rewards), torch.from_numpy(done), cut
+        )
 
     def _observe(self) -> Observation:
+        state = None
+        if self._has_state:
+            state = np.stack([np.asarray(e.state(), np.float32).reshape(-1) for e in self.envs])
+        return self._frame(self._seen, self._seen, state)
+
+    def _frame(
+        self,
+        views: list[dict[str, Any]],
+        acting: Sequence[Container[str]],
+        state: np.ndarray | None,
+    ) -> Observation:
+        """Views of each copy's agents, those of ``acting`` active, in tensors."""
         own = np.zeros((self.batch_size, self.agents, self.agent_dim), np.float32)
         active = np.zeros((self.batch_size, self.agents), bool)
-        for i, seen in enumerate(self._seen):
+        for i, seen in enumerate(views):
             for j, name in enumerate(self.names):
                 if name in seen:
                     own[i, j] = np.asarray(seen[name], np.float32).reshape(-1)
-                    active[i, j] = True
-        state = (
-            np.stack([np.asarray(e.state(), np.float32).reshape(-1) for e in self.envs])
-            if self._has_state
-            else own.reshape(self.batch_size, -1)
-        )
+                active[i, j] = name in acting[i]
+        if state is None:
+            state = own.reshape(self.batch_size, -1)
         return Observation(
             agents=torch.from_numpy(own),
             shared=torch.zeros(self.batch_size, 0),

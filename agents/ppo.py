@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from agents.arena import Arena
+from agents.arena import Arena, Step
 from agents.losses import (
     Size,
     centre_groups,
@@ -126,7 +126,8 @@ class PPO:
     Advantages come from the first head's values by GAE; ``R = A + V`` is the return of all, and a
     further head's advantage is ``R`` less its own value (arXiv 2609.34325, "Optimisation"). Each
     head has a clipped loss and an advantage normalised over the steps in which it counts. What may
-    not act counts in no loss, no statistic and no advantage.
+    not act counts in no loss, no statistic and no advantage. Where a time limit cuts an episode
+    short, the critic says what the rest would have been worth.
 
     Several processes that play a part of the copies each learn what one would that plays them all:
     they draw the same random numbers and minibatches, and exchange gradients and the sums from
@@ -189,9 +190,9 @@ class PPO:
             value = self.critic(seen, choice)
             result = self.arena.step(action)
             self.observation = result.observation
-            rows.append(
-                Rollout(seen, choice, action, log_prob, mask, value, result.reward, result.done)
-            )
+            beyond = self._beyond(result)
+            reward, done = result.reward, result.done
+            rows.append(Rollout(seen, choice, action, log_prob, mask, value, reward, done, beyond))
         rollout = stack(rows)
         if self.observation is None:
             empty = torch.zeros_like(rollout.reward[-1])
@@ -199,6 +200,23 @@ class PPO:
         seen = columns(self.observation)
         last = self.critic(seen, None)[self.policy.heads[0]]
         return rollout, last, counting(seen["active"], last)
+
+    def _beyond(self, result: Step) -> Tensor:
+        """``(B, V)`` predicted return after a time limit's cut; 0 where there was none.
+
+        The limit is no part of the game: what would have come is worth what the critic says of
+        the state where play stopped ("partial-episode bootstrapping", Pardo et al., "Time Limits
+        in Reinforcement Learning", ICML 2018). After an end of the game's own nothing comes.
+        """
+        cut = getattr(result, "cut", None)
+        if cut is None:
+            return torch.zeros_like(result.reward)
+        seen = columns(cut)
+        value = self.critic(seen, None)[self.policy.heads[0]]
+        counts = counting(seen["active"], value)
+        if self.config.value_norm:
+            value = self.value_norm.denormalise(value)
+        return torch.where(counts, value, 0.0)
 
     def update(self) -> dict[str, float]:
         """One rollout and its epochs of PPO.
@@ -275,8 +293,8 @@ class PPO:
         first = self.policy.heads[0]
         active = counting(rollout.mask[first], value[first])
         advantage, returns = advantages(
-            rollout.reward, value[first], active, rollout.done, last, last_active,
-            gamma=c.gamma, lam=c.lam,
+            rollout.reward + c.gamma * rollout.beyond, value[first], active, rollout.done,
+            last, last_active, gamma=c.gamma, lam=c.lam,
         )  # fmt: skip
         if c.value_norm:
             norm.update(returns, active, self.workers)

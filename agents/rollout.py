@@ -32,6 +32,8 @@ class Rollout:
         value: for each head ``(T, B, V)`` the critic's normalised prediction.
         reward: ``(T, B, V)``.
         done: ``(T, B)`` bool, episode over after the step.
+        beyond: ``(T, B, V)`` predicted return, not normalised, from where a time limit cut an
+            episode short after the step; 0 where none did.
     """
 
     seen: Columns
@@ -42,6 +44,7 @@ class Rollout:
     value: Columns
     reward: Tensor
     done: Tensor
+    beyond: Tensor
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Rollout:
         """``function`` of every tensor."""

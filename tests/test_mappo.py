@@ -1,5 +1,6 @@
 """GAE by hand, losses against the formula, dead agents, determinism, and that it learns."""
 
+import copy
 import functools
 
 import gymnasium
@@ -20,13 +21,25 @@ from tokenenv.rules import TokenPrune
 
 
 class Identity(ParallelEnv):
-    """Each agent is shown a bit and paid for repeating it; odd agents die halfway on request."""
+    """Each agent is shown a bit and paid for repeating it.
+
+    On request odd agents die halfway, a time limit cuts all others off, everyone is always paid.
+    """
 
     metadata = {"name": "identity_v0"}  # noqa: RUF012
 
-    def __init__(self, agents: int = 3, length: int = 4, deaths: bool = False, nan: bool = False):
+    def __init__(
+        self,
+        agents: int = 3,
+        length: int = 4,
+        deaths: bool = False,
+        nan: bool = False,
+        cut: bool = False,
+        generous: bool = False,
+    ):
         self.possible_agents = [f"a_{i}" for i in range(agents)]
         self.length, self.deaths, self.nan = length, deaths, nan
+        self.cut, self.generous = cut, generous
         self.state_space = gymnasium.spaces.Box(0, 1, (agents,), np.float32)
 
     @functools.cache  # noqa: B019
@@ -53,14 +66,17 @@ class Identity(ParallelEnv):
     def step(self, actions):
         acting = self.agents
         assert set(actions) == set(acting)
-        reward = {a: float(actions[a] == self.bits[a]) for a in acting}
+        reward = {a: float(self.generous or actions[a] == self.bits[a]) for a in acting}
         if self.nan:
             reward[acting[0]] = float("nan")
         self.time += 1
         over = self.time == self.length
-        gone = {a: over or (self.deaths and self.time == 2 and int(a[2:]) % 2 == 1) for a in acting}
-        self.agents = [a for a in acting if not gone[a]]
-        return self._see(), reward, gone, dict.fromkeys(acting, False), {a: {} for a in acting}
+        dead = {a: self.deaths and self.time == 2 and int(a[2:]) % 2 == 1 for a in acting}
+        ended = {a: dead[a] or (over and not self.cut) for a in acting}
+        cut_off = {a: over and self.cut and not dead[a] for a in acting}
+        seen, infos = self._see(), {a: {} for a in acting}
+        self.agents = [a for a in acting if not (ended[a] or cut_off[a])]
+        return seen, reward, ended, cut_off, infos
 
 
 def learner(seed: int = 0, copies: int = 8, config: MAPPOConfig | None = None, **env) -> MAPPO:
@@ -108,10 +124,121 @@ def test_a_dead_agents_later_pay_counts_in_full() -> None:
     assert returns[0, 0, 0] == 31
 
 
-def test_losses_equal_the_formula_and_ignore_the_dead() -> None:
+@pytest.mark.parametrize("deaths", [False, True])
+def test_the_arena_shows_what_a_time_limit_cut_off(deaths: bool) -> None:
+    """The last views and state of those cut off, not those of the episode that begins."""
+    arena = PettingZooArena(lambda: Identity(cut=True, deaths=deaths), 2, seed=3)
+    twins = [Identity(cut=True, deaths=deaths) for _ in range(2)]
+    arena.reset()
+    for i, twin in enumerate(twins):
+        twin.reset(seed=3 + i)
+    for time in range(1, 5):
+        step = arena.step(torch.zeros(2, 3, dtype=torch.long))
+        seen = [twin.step(dict.fromkeys(twin.agents, 0))[0] for twin in twins]
+        assert step.done.tolist() == [time == 4] * 2
+        assert (step.cut is None) == (time < 4)
+    expected = torch.tensor([True, not deaths, True]).expand(2, 3)
+    assert torch.equal(step.cut.active, expected)
+    for i, twin in enumerate(twins):
+        views = [seen[i].get(name, np.zeros(2)) for name in twin.possible_agents]
+        assert_close(step.cut.agents[i], torch.tensor(np.array(views)).float())
+        assert_close(step.cut.state[i], torch.tensor(twin.state()))
+    assert not torch.equal(step.cut.state, step.observation.state), "another episode began"
+
+
+def test_without_a_state_the_cut_shows_all_that_lived() -> None:
+    class Stateless(Identity):
+        def __init__(self):
+            super().__init__(cut=True)
+            del self.state_space
+
+    arena = PettingZooArena(Stateless, 2)
+    arena.reset()
+    for _ in range(4):
+        step = arena.step(torch.zeros(2, 3, dtype=torch.long))
+    assert torch.equal(step.cut.state, step.cut.agents.flatten(1))
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("value_norm", [False, True])
+@pytest.mark.parametrize("deaths", [False, True])
+def test_returns_are_in_units_of_the_reward(cut: bool, value_norm: bool, deaths: bool) -> None:
+    """Critic, normaliser, time limit and deaths together, against plain loops."""
+    gamma, lam = 0.9, 0.8
+    config = MAPPOConfig(steps=6, gamma=gamma, lam=lam, value_norm=value_norm, actor_lr=1e-2,
+                         critic_lr=1e-2)  # fmt: skip
+    agent = learner(copies=3, config=config, deaths=deaths, cut=cut)
+    norm = agent.value_norm
+    norm.update(torch.tensor([3.0, 7.0]), torch.tensor([True, True]))  # mean 5, spread 2
+    finals = []
+    step = agent.arena.step
+
+    def remember(action):
+        result = step(action)
+        finals.append(result)
+        return result
+
+    agent.arena.step = remember
+    rollout, last, last_active = agent.collect()
+    if value_norm:
+        assert_close(norm.denormalise(torch.tensor(1.5)).item(), 8.0)
+
+    def real(value: torch.Tensor) -> torch.Tensor:
+        return 5 + 2 * value if value_norm else value
+
+    active = rollout.seen["active"]
+    expected = torch.zeros(6, 3, 3)
+    for b in range(3):
+        for a in range(3):
+            for t in range(6):
+                if not active[t, b, a]:
+                    continue
+                # lambda-return by its recursion, to the end of the rollout or of the episode
+                path, k = [], t
+                while True:
+                    path.append(k)
+                    if rollout.done[k, b] or k == 5:
+                        break
+                    k += 1
+                over = bool(rollout.done[k, b])
+                alive_after = bool(last_active[b, a]) and not over
+                total = float(real(last)[b, a]) if alive_after else 0.0
+                if over and cut and finals[k].cut.active[b, a]:
+                    seen = {"agents": finals[k].cut.agents, "state": finals[k].cut.state}
+                    with torch.no_grad():
+                        total = float(real(agent.critic(seen, None)["action"])[b, a])
+                for k in reversed(path):
+                    mixed = total
+                    if k < path[-1] and active[k + 1, b, a]:
+                        value = float(real(rollout.value["action"])[k + 1, b, a])
+                        mixed = (1 - lam) * value + lam * total
+                    total = float(rollout.reward[k, b, a]) + gamma * mixed
+                expected[t, b, a] = total
+    extra = agent._credit(rollout, last, last_active)
+    got = norm.denormalise(extra["returns"]) if value_norm else extra["returns"]
+    assert_close(got[active], expected[active], atol=1e-4, rtol=1e-4)
+
+
+def test_a_time_limit_does_not_end_the_game() -> None:
+    """Paid 1 for ever at gamma 0.8, a state is worth 5; where the game ends after 4, 2.95."""
+    for cut, worth in ((True, 5.0), (False, 1 + 0.8 + 0.8**2 + 0.8**3)):
+        config = MAPPOConfig(steps=4, gamma=0.8, actor_lr=1e-3, critic_lr=1e-2)
+        agent = learner(config=config, cut=cut, generous=True)
+        for _ in range(60):
+            reward = agent.update()["reward"]
+        assert reward == 4, "what is logged is what was paid"
+        rollout, *_ = agent.collect()
+        first = agent.value_norm.denormalise(rollout.value["action"])[0]
+        # Nobody is told the time: where the game ends, a state is worth the mean of 2.95 ... 1.
+        mean = worth if cut else sum(sum(0.8**i for i in range(n)) for n in (1, 2, 3, 4)) / 4
+        assert_close(first.mean().item(), mean, atol=0.35, rtol=0)
+
+
+@pytest.mark.parametrize("alive", [0.6, 1.0])
+def test_losses_equal_the_formula_and_ignore_the_dead(alive: float) -> None:
     generator = torch.Generator().manual_seed(0)
     log_prob, old, advantage, value, old_value, returns = torch.randn(6, 40, 5, generator=generator)
-    active = torch.rand(40, 5, generator=generator) < 0.6
+    active = torch.rand(40, 5, generator=generator) < alive
     total = count = value_total = clipped_count = 0.0
     for i in range(40):
         for j in range(5):
@@ -242,6 +369,22 @@ def test_same_seed_same_weights_and_exact_state() -> None:
         agent.update()
     assert torch.equal(weights(a), weights(b))
     assert not torch.equal(weights(a), weights(c))
+
+
+def test_a_checkpoint_goes_on_exactly() -> None:
+    """Value normaliser, optimisers and generators included; the game is given the same twice."""
+    a, b = learner(seed=3), learner(seed=5)
+    for _ in range(2):
+        a.update()
+    rollout = a.collect()
+    a.collect = b.collect = lambda: rollout
+    b.load_state_dict(copy.deepcopy(a.state_dict()))
+    assert b.value_norm.weight > 0 and torch.equal(a.value_norm.mean, b.value_norm.mean)
+    assert a.update() == b.update()
+    for one, other in ((a.policy, b.policy), (a.critic, b.critic)):
+        for mine, yours in zip(one.parameters(), other.parameters(), strict=True):
+            assert torch.equal(mine, yours)
+    assert torch.equal(a.generator.get_state(), b.generator.get_state())
 
 
 def test_one_agent_is_plain_ppo() -> None:
