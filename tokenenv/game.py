@@ -121,6 +121,7 @@ class Game:
         self._damage: tuple[Tensor, ...] = ()
         self._compressed = torch.zeros(len(self.images), device=device)
         self._finite = torch.ones((), dtype=torch.bool, device=device)
+        self._known = _native_features(self.native, self.labels)
         return self._observe()
 
     @torch.no_grad()
@@ -180,7 +181,7 @@ class Game:
         seen = self.episode.observe(state=True)
         assert seen.state is not None
         tokens = self.episode.tokens
-        state = [seen.state, _native_features(self.native, self.labels)]
+        state = [seen.state, self._known]
         if self.privileged:
             state += [self.native.float(), self._course()]
 
