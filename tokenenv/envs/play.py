@@ -116,16 +116,18 @@ class Play:
             where all agents of an image share it; whether the episodes have ended.
 
         Raises:
-            UserError: wrong shape or value, or no episode was started.
+            UserError: wrong shape or value, or no episode is running.
         """
         self._check_started()
+        assert self.game.episode is not None
+        if self.game.episode.done:
+            raise UserError("the episode is over: call reset() first")
         chosen = self._checked(action)
         inside = (chosen >= 0) & (chosen < self.game.actions)
         wanted = torch.where(inside, chosen, 0)
         allowed = inside & self.legal.gather(2, wanted[..., None])[..., 0]
         self.illegal = self.illegal + ~allowed
         transition = self.game.step(torch.where(allowed, wanted, 0))
-        assert self.game.episode is not None
         if self.render_mode is not None:
             self._sources.append(self.game.episode.tokens.source)
         reward = transition.reward.clone()
