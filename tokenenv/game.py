@@ -91,12 +91,17 @@ class Game:
                 f"batch_size={batch_size} must be a multiple of repeats={repeats}, at least 1"
             )
         self.repeats = repeats
-        self.seed(seed)
         self._native: dict[int, tuple[Tensor, Tensor]] = {}
+        self._prepared = False
+        self.seed(seed)
         self.episode: Episode | None = None
 
     def seed(self, seed: int) -> None:
         """Start the order of the images anew."""
+        if not self._prepared:
+            # Dense logits are rounded as the images met in batches: what was played before the
+            # seed would show in what comes after it.
+            self._native.clear()
         self.stream = Stream(self.source, self.batch_size // self.repeats, seed)
 
     # Not inference_mode: a learner's autograd must be able to save what it is shown.
@@ -268,6 +273,7 @@ class Game:
 
     def prepare(self, batch_size: int = 64) -> Iterator[int]:
         """Run the dense model on the whole source ahead; yields images done."""
+        self._prepared = True
         for index in torch.arange(len(self.source)).split(batch_size):
             batch = self.source.batch(index)
             if len(batch.index):
