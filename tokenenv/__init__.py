@@ -1,7 +1,8 @@
 """Vision Transformer inference as a Markov game: agents decide which tokens go on.
 
 Importing this package registers its environments with Gymnasium and PettingZoo. It imports
-neither torch nor timm: the names below that need them are loaded when first used.
+neither torch nor timm: the names below that need them are loaded when first used. Processes forked
+afterwards compute with one thread of torch: with more they could wait for each other forever.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tokenenv._version import __version__
 from tokenenv.envs import ids
 from tokenenv.errors import UserError
+from tokenenv.forking import one_thread_in_forked_children
 
 if TYPE_CHECKING:
     from tokenenv import layer_merge_v0, layer_prune_v0, ltm, token_prune_v0
@@ -87,3 +89,4 @@ def __dir__() -> list[str]:
 
 
 ids.register()
+one_thread_in_forked_children()

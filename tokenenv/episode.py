@@ -10,6 +10,7 @@ from torch import Tensor
 from tokenenv import reduction
 from tokenenv.backbone import Backbone, Context
 from tokenenv.errors import UserError
+from tokenenv.reduction import Match
 from tokenenv.rules import Moment, Observation, Rules
 from tokenenv.tokens import Tokens
 
@@ -124,11 +125,17 @@ class Episode:
             self.tokens = reduction.unpack(self.tokens)
         self._half = stop
         if decisions_left:
-            with torch.autocast(self.tokens.x.device.type, enabled=False):
-                match = rules.match(self.tokens, self._context)
+            match = self._match()
             self._moment = Moment(self.tokens, self.step, self._context, self.counts, match)
         else:
             self.logits = backbone.classify(self.tokens)
+
+    def _match(self) -> Match | None:
+        device = self.tokens.x.device.type
+        if not torch.is_autocast_enabled(device):  # entering and leaving it takes its time
+            return self.rules.match(self.tokens, self._context)
+        with torch.autocast(device, enabled=False):
+            return self.rules.match(self.tokens, self._context)
 
     def _run(self, half: int, tokens: Tokens) -> tuple[Tokens, Context]:
         block, mlp = divmod(half, 2)

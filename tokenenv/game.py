@@ -92,12 +92,17 @@ class Game:
             )
         self.repeats = repeats
         self._per_batch, self._part = batch_size // repeats, (0, 1)
-        self.seed(seed)
         self._native: dict[int, tuple[Tensor, Tensor]] = {}
+        self._prepared = False
+        self.seed(seed)
         self.episode: Episode | None = None
 
     def seed(self, seed: int) -> None:
         """Start the order of the images anew."""
+        if not self._prepared:
+            # Dense logits are rounded as the images met in batches: what was played before the
+            # seed would show in what comes after it.
+            self._native.clear()
         self.stream = Stream(self.source, self._per_batch, seed, *self._part)
         self.batch_size = self.stream.part_size * self.repeats
 
@@ -135,6 +140,7 @@ class Game:
         self._damage: tuple[Tensor, ...] = ()
         self._compressed = torch.zeros(len(self.images), device=device)
         self._finite = torch.ones((), dtype=torch.bool, device=device)
+        self._known = _native_features(self.native, self.labels)
         return self._observe()
 
     @torch.no_grad()
@@ -194,7 +200,7 @@ class Game:
         seen = self.episode.observe(state=True)
         assert seen.state is not None
         tokens = self.episode.tokens
-        state = [seen.state, _native_features(self.native, self.labels)]
+        state = [seen.state, self._known]
         if self.privileged:
             state += [self.native.float(), self._course()]
 
@@ -285,6 +291,7 @@ class Game:
         Of several processes each does its share of the batches; what they find they tell each
         other with :meth:`dense` and :meth:`add_dense`.
         """
+        self._prepared = True
         rank, of = self._part
         for index in torch.arange(len(self.source)).split(batch_size)[rank::of]:
             batch = self.source.batch(index)

@@ -200,7 +200,7 @@ class _Layers(EzPickle):
                     f"{self.game.actions - 1}"
                 )
         for name, action in given.items():
-            self._illegal[name] += int(not self._mask(name)[action])
+            self._illegal[name] += int(not self._mask(name)[int(action)])
         observation, reward, over = self._play.step([int(actions[agent])])
         self._view = observation[0].cpu().numpy()
         self._turn += 1

@@ -163,8 +163,9 @@ class LayerMergeEnv(GameEnv):
     ```
 
     See {class}`tokenenv.envs.layer_vector.LayerMergeVectorEnv`. stable-baselines3 takes
-    {class}`tokenenv.envs.sb3.SB3VecEnv`. An `AsyncVectorEnv` of single environments works too,
-    and needs `context="spawn"`: a forked torch may hang.
+    {class}`tokenenv.envs.sb3.SB3VecEnv`. An `AsyncVectorEnv` of single environments works too.
+    Its workers are forked, and compute with one thread each, if `tokenenv` was imported before;
+    on a GPU they need `context="spawn"`.
 
     ## Version History
 

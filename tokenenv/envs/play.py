@@ -116,16 +116,18 @@ class Play:
             where all agents of an image share it; whether the episodes have ended.
 
         Raises:
-            UserError: wrong shape or value, or no episode was started.
+            UserError: wrong shape or value, or no episode is running.
         """
         self._check_started()
+        assert self.game.episode is not None
+        if self.game.episode.done:
+            raise UserError("the episode is over: call reset() first")
         chosen = self._checked(action)
         inside = (chosen >= 0) & (chosen < self.game.actions)
         wanted = torch.where(inside, chosen, 0)
         allowed = inside & self.legal.gather(2, wanted[..., None])[..., 0]
         self.illegal = self.illegal + ~allowed
         transition = self.game.step(torch.where(allowed, wanted, 0))
-        assert self.game.episode is not None
         if self.render_mode is not None:
             self._sources.append(self.game.episode.tokens.source)
         reward = transition.reward.clone()
@@ -190,7 +192,7 @@ class Play:
         """``(B, A)`` int64 actions on the game's device."""
         batch, count = self.active.shape
         shape = (batch,) if self.by_count else (batch, count)
-        given = torch.as_tensor(action)
+        given = _as_numbers(action)
         if given.shape != shape:
             raise UserError(f"action has shape {tuple(given.shape)}: give one of shape {shape}")
         chosen = given.to(torch.int64)
@@ -242,6 +244,31 @@ def open_play(
     if rules != "token_prune":
         game = {"action": "count"} | game
     return Play(build_game(rules=rules, batch_size=batch_size, **game), render_mode)
+
+
+def one_image(action: Any) -> Tensor:
+    """The action of a single image as that of a batch of one.
+
+    Raises:
+        UserError: it is no array of numbers.
+    """
+    return _as_numbers(action)[None]
+
+
+def _as_numbers(action: Any) -> Tensor:
+    """Actions in whatever form as a tensor that can be compared with integers."""
+    if isinstance(action, Tensor):
+        if not action.is_complex():
+            return action
+    else:
+        try:
+            given = np.asarray(action)
+        except (TypeError, ValueError):  # rows of different lengths, tensors of another device
+            given = np.asarray(None)
+        if given.dtype.kind in "biuf":
+            # torch compares no unsigned integers but bytes with others.
+            return torch.as_tensor(given.astype(np.int64) if given.dtype.kind == "u" else given)
+    raise UserError(f"action of {type(action).__name__} does not hold whole numbers only")
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

@@ -11,7 +11,7 @@ from gymnasium.utils import EzPickle
 from numpy.typing import NDArray
 
 from tokenenv.envs.build import RulesName
-from tokenenv.envs.play import RENDER_MODES, open_play
+from tokenenv.envs.play import RENDER_MODES, one_image, open_play
 
 
 class GameEnv(gym.Env[NDArray[np.float32], Any], EzPickle):
@@ -53,7 +53,7 @@ class GameEnv(gym.Env[NDArray[np.float32], Any], EzPickle):
         Raises:
             UserError: wrong shape or value, or no episode was started.
         """
-        observation, reward, over = self._play.step(np.asarray(action)[None])
+        observation, reward, over = self._play.step(one_image(action))
         return observation[0].cpu().numpy(), float(reward.sum()), over, False, self._info()
 
     def action_masks(self) -> NDArray[np.bool_]:

@@ -195,7 +195,7 @@ class TokenPruneParallelEnv(ParallelEnv[str, Seen, int], EzPickle):
         """
         if self.game.episode is not None and not self.agents:
             return {}, {}, {}, {}, {}
-        observation, reward, over = self._play.step(self._joint_action(actions)[None])
+        observation, reward, over = self._play.step([self._joint_action(actions)])
         observations, infos = self._reports(observation[0].cpu().numpy())
         rewards = dict(zip(self.possible_agents, reward[0].tolist(), strict=True))
         leaves = self.on_prune == "remove"
@@ -227,9 +227,9 @@ class TokenPruneParallelEnv(ParallelEnv[str, Seen, int], EzPickle):
         mask = spaces.Box(0, 1, (2,), np.int8)
         return spaces.Dict({"observation": observation, "action_mask": mask})
 
-    def _joint_action(self, actions: dict[str, int]) -> NDArray[np.int64]:
-        joint = np.zeros(self.game.agents, np.int64)
-        active = self._play.active[0].cpu().numpy() if self.agents else joint
+    def _joint_action(self, actions: dict[str, int]) -> list[Any]:
+        joint: list[Any] = [0] * self.game.agents
+        active = self._play.active[0].tolist() if self.agents else joint
         for agent in self.agents:
             i = self._index[agent]
             if agent in actions:

@@ -142,7 +142,8 @@ class TokenPruneEnv(GameEnv):
     ```
 
     See {class}`tokenenv.envs.token_prune_vector.TokenPruneVectorEnv`. An `AsyncVectorEnv` of
-    single environments works too, and needs `context="spawn"`: a forked torch may hang.
+    single environments works too. Its workers are forked, and compute with one thread each, if
+    `tokenenv` was imported before; on a GPU they need `context="spawn"`.
 
     ## Version History
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,6 +41,18 @@ def redundancy(tokens: Tokens, context: Context) -> Tensor:
 
 def position_code(grid: tuple[int, int], device: torch.device) -> Tensor:
     """``(P, 8)`` sine and cosine of row and column at two wavelengths, row-major patches."""
+    if torch.compiler.is_compiling():  # tensors made while torch traces are not real ones
+        return _position_code(grid, device)
+    return _kept_position_code(grid, device)
+
+
+@cache
+def _kept_position_code(grid: tuple[int, int], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # autograd may not save what is made in that mode
+        return _position_code(grid, device)
+
+
+def _position_code(grid: tuple[int, int], device: torch.device) -> Tensor:
     rows = torch.linspace(0, 1, grid[0], device=device)[:, None].expand(grid)
     cols = torch.linspace(0, 1, grid[1], device=device)[None, :].expand(grid)
     angle = torch.stack([rows, cols], dim=-1).reshape(-1, 2) * torch.pi

@@ -162,7 +162,9 @@ class TokenPrune:
         batch, active = tokens.x.shape[0], tokens.visual_alive
         normalised = backbone.normalised(self.blocks[step], tokens.x).float()
         visual = normalised[:, tokens.prefix :]
-        mean = mean_over(visual, active)
+        mean = visual.new_zeros(batch, 0)
+        if "similarity" in self.features or not backbone.has_class_token:
+            mean = mean_over(visual, active)
         whole = normalised[:, 0] if backbone.has_class_token else mean
         progress = whole.new_zeros(batch, len(self.blocks) + 1)
         progress[:, step] = 1.0
@@ -197,8 +199,9 @@ class TokenPrune:
             else:
                 eye = torch.eye(backbone.patches, device=tokens.x.device)
                 own.append(tokens.from_patches(eye.expand(batch, -1, -1)))
+        agents = torch.cat(own, dim=-1)
         return Observation(
-            agents=torch.cat(own, dim=-1) * active[..., None],
+            agents=agents * active[..., None] if tokens.ragged else agents,
             shared=whole if self.share else whole[:, :0],
             active=active,
             step=step,

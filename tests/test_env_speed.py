@@ -1,0 +1,34 @@
+"""That benchmarks/env_speed.py runs, and that its numbers hang together."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "env_speed.py"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_every_contestant_plays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("env_speed", SCRIPT)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "others", lambda: [])
+    result = tmp_path / "speed.json"
+    monkeypatch.setattr(sys, "argv", ["env_speed", "--quick", "--json", str(result)])
+    module.main()
+    made = json.loads(result.read_text())
+    rows = {(row["name"], row["batch"]): row for row in made["rows"]}
+    for row in rows.values():
+        assert 0 < row["low"] <= row["median"] <= row["high"]
+    # Agent-steps of an image: 64 tokens, three decisions or one in each block.
+    for name, steps in (("tensor game", 192), ("tensor game, every block", 768)):
+        row = rows[name, 2]
+        assert row["median"] / row["images_per_second"] == pytest.approx(steps, rel=1e-6)
+    assert rows["naive loop, one image", 1]["median"] < 192 * 1e5
+    assert made["tokens"][0]["agents"] == 64 and made["images"]["bare ViT"]["1"] == 1.0
