@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,15 @@ from tokenenv import metrics
 from tokenenv.backbone import Backbone
 from tokenenv.data import ImageSource
 from tokenenv.errors import UserError
-from tokenenv.models import EMBEDDED, check_device, check_name, load_backbone, untrained_model
+from tokenenv.models import (
+    EMBEDDED,
+    Dense,
+    check_device,
+    check_name,
+    load_backbone,
+    load_model,
+    untrained_model,
+)
 
 RANDOM = "random"
 """The word for ``--weights`` that asks for an untrained model."""
@@ -34,13 +42,30 @@ def open_backbone(args: argparse.Namespace, *, images: bool = True) -> tuple[Bac
     """
     name = args.model or EMBEDDED
     check_name(name)
-    if images and args.data is None and name != EMBEDDED:
-        raise UserError(f"model '{name}' needs --data: a folder of class/image")
+    _check_data(args, name, images)
     if args.weights == RANDOM:
         return Backbone(untrained_model(name)).to(check_device(args.device)), name
+    return load_backbone(name, args.weights, args.device), name
+
+
+def open_dense(args: argparse.Namespace, *, images: bool = True) -> tuple[Dense, str]:
+    """:func:`open_backbone` for a model of any family that LTM has blocks for."""
+    from tokenenv.ltm.model import check_family
+
+    name = args.model or EMBEDDED
+    check_name(name, check_family)
+    _check_data(args, name, images)
+    if args.weights == RANDOM:
+        return Dense(untrained_model(name)).to(check_device(args.device)), name
+    place = check_device(args.device)
+    return Dense(load_model(name, args.weights, check=check_family)).to(place), name
+
+
+def _check_data(args: argparse.Namespace, name: str, images: bool) -> None:
+    if images and args.data is None and name != EMBEDDED:
+        raise UserError(f"model '{name}' needs --data: a folder of class/image")
     if name != EMBEDDED and args.weights is None:
         print(f"loading '{name}' with timm's weights for it; --weights FILE takes others")
-    return load_backbone(name, args.weights, args.device), name
 
 
 @contextlib.contextmanager
@@ -65,12 +90,19 @@ def writable_folder(folder: Path) -> Iterator[None]:
                 place.rmdir()
 
 
+@contextlib.contextmanager
+def evaluation_bar(source: ImageSource) -> Iterator[Callable[[int], object]]:
+    """A progress bar over the images; what it gives takes the number of those done."""
+    with tqdm(total=len(source), unit="image", desc="evaluating", leave=False, disable=None) as bar:
+        yield bar.update
+
+
 def evaluate_with_bar(
     backbone: Backbone, policy: metrics.Decider, source: ImageSource, **options: Any
 ) -> metrics.Evaluation:
     """:func:`tokenenv.metrics.evaluate` with a progress bar."""
-    with tqdm(total=len(source), unit="image", desc="evaluating", leave=False, disable=None) as bar:
-        return metrics.evaluate(backbone, policy, source, progress=bar.update, **options)
+    with evaluation_bar(source) as progress:
+        return metrics.evaluate(backbone, policy, source, progress=progress, **options)
 
 
 def evaluation_json(model: str, source: ImageSource, result: metrics.Evaluation) -> dict[str, Any]:

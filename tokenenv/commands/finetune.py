@@ -4,40 +4,35 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 import io
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from tqdm import tqdm
 
 from agents.finetune.augment import augmentation
 from agents.finetune.config import FineTuneConfig
-from agents.finetune.student import Student
+from agents.finetune.student import Trainee
 from agents.finetune.tuner import FineTuner
 from agents.finetune.workers import Workers, join
 from agents.judgement import Judgement
 from agents.plots import plot_history
 from agents.settings import with_settings
-from agents.storage import write_bytes, write_json
+from agents.storage import write_json
 from agents.systems import FINE_TUNED
 from agents.training import Follower, Trainer
-from tokenenv import metrics
 from tokenenv.backbone import Backbone
 from tokenenv.commands.common import (
-    evaluate_with_bar,
+    evaluation_bar,
     evaluation_json,
     open_backbone,
+    open_dense,
     print_result,
     report_skipped,
 )
-from tokenenv.commands.evaluate import fit as fit_policy
 from tokenenv.commands.run_folder import (
     INTERRUPTED,
-    MODEL,
-    POLICY,
     description,
     events,
     final_images,
@@ -48,8 +43,10 @@ from tokenenv.commands.run_folder import (
 )
 from tokenenv.data import ImageSource, Stream
 from tokenenv.errors import UserError
-from tokenenv.models import EMBEDDED
-from tokenenv.run_report import write_token_pictures
+from tokenenv.models import EMBEDDED, Dense
+
+_STATISTICS = 1000
+"""Training images, at most, that LTM's bound takes its statistics of."""
 
 
 def finetune(args: argparse.Namespace) -> int:
@@ -72,7 +69,8 @@ class _Run:
 
     Attributes:
         name: of the model.
-        source: all training images; ``held_back``: those of them that nobody trains on.
+        source: all training images; ``held_back``: those of them that nobody trains on; ``clean``:
+            some of the others, for statistics.
         teacher: the untouched model.
         tuner: what trains; ``order``: of this process's images.
     """
@@ -80,13 +78,14 @@ class _Run:
     name: str
     source: ImageSource
     held_back: ImageSource
-    teacher: Backbone
+    clean: ImageSource
+    teacher: Backbone | Dense
     tuner: FineTuner
     order: Stream
 
 
 def _build(args: argparse.Namespace, config: FineTuneConfig, workers: Workers) -> _Run:
-    teacher, name = open_backbone(args)
+    teacher, name = open_dense(args) if config.any_family else open_backbone(args)
     source = open_images(args, teacher)
     fit, held_back = source.split(config.held_back, seed=args.seed)
     parts = workers.count * config.accumulate
@@ -101,11 +100,7 @@ def _build(args: argparse.Namespace, config: FineTuneConfig, workers: Workers) -
             "at a time: choose an even number"
         )
     torch.manual_seed(args.seed)
-    model = copy.deepcopy(teacher.model).requires_grad_(True)
-    config.prepare(model)
-    policy = config.decider(teacher, name)
-    fit_policy(policy, teacher, name)
-    student = Student(model, policy).to(teacher.device)
+    student = config.student(teacher, name).to(teacher.device)
     share = fit.share(workers.rank, workers.count)
     augment = augmentation(
         teacher.model,
@@ -115,8 +110,9 @@ def _build(args: argparse.Namespace, config: FineTuneConfig, workers: Workers) -
         auto_augment=config.auto_augment,
     )
     order = Stream(share.augmented(augment) if augment else share, config.batch // parts, args.seed)
-    tuner = FineTuner(student, teacher, order, config, args.seed, workers)
-    return _Run(name, source, held_back, teacher, tuner, order)
+    clean = fit.subset(_STATISTICS, args.seed)
+    tuner = FineTuner(student, teacher, order, config, args.seed, workers, clean)
+    return _Run(name, source, held_back, clean, teacher, tuner, order)
 
 
 def _follow(args: argparse.Namespace, config: FineTuneConfig, workers: Workers) -> bool:
@@ -131,7 +127,7 @@ def _follow(args: argparse.Namespace, config: FineTuneConfig, workers: Workers) 
 def _lead(args: argparse.Namespace, config: FineTuneConfig, workers: Workers, out: Path) -> bool:
     """Build everything, train, and report; whether Ctrl-C ended the training early."""
     run = _build(args, config, workers)
-    judge = _Judge(run.teacher, run.held_back)
+    judge = _Judge(run.teacher, run.held_back, run.clean)
     trainer = Trainer(
         run.tuner,
         run.order,
@@ -167,11 +163,10 @@ def _finish(args: argparse.Namespace, run: _Run, trainer: Trainer, out: Path) ->
     student = run.tuner.student
     student.load_state_dict(trainer.best_state)
     student.eval()
-    state = {name: t.detach().cpu().contiguous() for name, t in student.model.state_dict().items()}
-    write_bytes(out / MODEL, save(state))
-    student.policy.save(out / POLICY)
     final = final_images(args, run.teacher, run.held_back)
-    result = evaluate_with_bar(student.backbone, student.policy, final, reference=run.teacher)
+    student.write(out, final)
+    with evaluation_bar(final) as progress:
+        result = student.measured(final, run.teacher, progress=progress)
     report = {
         **evaluation_json(run.name, final, result),
         "updates": trainer.done,
@@ -185,21 +180,20 @@ def _finish(args: argparse.Namespace, run: _Run, trainer: Trainer, out: Path) ->
     }
     write_json(out / "report.json", report)
     plot_history(out / "curve.png", trainer.history, None, shown="loss")
-    write_token_pictures(out / "tokens.png", student.backbone, student.policy, final)
     print_result(final, result, frozen=False)
     if final is run.held_back:
         print("  the weights were chosen on these images: evaluate on others for a fair number")
     print(
         f"fine-tuned {trainer.done} updates in {tqdm.format_interval(trainer.seconds)}; "
-        f"model, policy, report.json, curve.png and tokens.png are in {out}"
+        f"{', '.join(student.files)}, report.json and curve.png are in {out}"
     )
 
 
 class _Judge:
     """Measures a student on held-back images whose dense predictions are known."""
 
-    def __init__(self, teacher: Backbone, source: ImageSource) -> None:
-        self.teacher, self.source = teacher, source
+    def __init__(self, teacher: Backbone | Dense, source: ImageSource, clean: ImageSource) -> None:
+        self.teacher, self.source, self.clean = teacher, source, clean
         self._dense = torch.zeros(len(source), dtype=torch.long)
 
     @torch.inference_mode()
@@ -212,13 +206,8 @@ class _Judge:
                 self._dense[batch.index] = self.teacher(images).argmax(1).cpu()
         self.source.check_readable()
 
-    def __call__(self, student: Student) -> Judgement:
+    def __call__(self, student: Trainee) -> Judgement:
         """Saving, loss and drop with the student's weights as they are."""
-        found = metrics.evaluate(
-            student.eval().backbone,
-            student.policy,
-            self.source,
-            dense=self._dense,
-            reference=self.teacher,
-        )
-        return Judgement(found.saving, found.losses.mean().item(), found.drop)
+        found = student.eval().measured(self.source, self.teacher, dense=self._dense)
+        more = student.judged(self.clean, self.source)
+        return Judgement(found.saving, found.losses.mean().item(), found.drop, **more)

@@ -122,6 +122,16 @@ class Stack(nn.Module):
         """Make the masks, for the grid of the last forward pass."""
         self.masks.plan(self.grid, dim, self.target)
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of an image, prefix apart, that each block's MLP worked on in the last pass."""
+        grid, found = self.grid, []
+        for index in range(len(self.blocks)):
+            if self.masks.at(index) is not None:
+                grid = self.target(self.grid, self.masks.shares[index])
+            found.append(grid[0] * grid[1] * self.parts)
+        return found
+
     def forward(self, x: Tensor) -> Tensor:
         """Tokens ``(B, prefix + N, D)`` -> the same, or ``(B, prefix + P, D)`` without unmerge.
 

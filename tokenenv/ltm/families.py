@@ -101,6 +101,16 @@ class WindowStack(nn.Module):
         for index, (block, share) in enumerate(zip(self.blocks, self.masks.shares, strict=True)):
             self.masks.add(index, block.window_size, dim, even(block.window_size, share))
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of an image that each block's MLP works on."""
+        found = []
+        for block, share in zip(self.blocks, self.masks.shares, strict=True):
+            (rows, columns), (high, wide) = block.input_resolution, block.window_size
+            left = even(block.window_size, share)
+            found.append(rows // high * (columns // wide) * left[0] * left[1])
+        return found
+
     def forward(self, x: Tensor) -> Tensor:
         """Tokens ``(B, H, W, D)`` -> the same shape.
 

@@ -116,6 +116,16 @@ class LTM(nn.Module):
         """The transformer stacks, in the order in which they run."""
         return [m for m in self.modules() if isinstance(m, Stack | WindowStack)]
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of an image that each block's MLP works on, at the size of the last images."""
+        return [count for stack in self.stacks for count in stack.lengths]
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that should not decay, by timm's convention."""
+        named: set[str] = getattr(self.model, "no_weight_decay", set)()
+        return {f"model.{name}" for name in named}
+
     def forward(self, x: Tensor) -> Tensor:
         """Images ``(B, C, H, W)``, normalised -> logits ``(B, classes)``."""
         return self.forward_head(self.forward_features(x))
@@ -200,6 +210,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def check_family(model: nn.Module) -> None:
+    """Raise :class:`UserError` unless a model is of a family that LTM has blocks for."""
+    _family(model)
 
 
 def _family(model: nn.Module) -> tuple[str, Callable[..., families.Stacks]]:
