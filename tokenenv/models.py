@@ -18,6 +18,9 @@ from tokenenv.errors import UserError
 
 EMBEDDED = "digits_vit"
 
+RANDOM = "random"
+"""In place of a weights file: an untrained model."""
+
 
 class Dense(nn.Module):
     """A frozen timm classifier of any family, whole: what others are compared with.
@@ -57,8 +60,8 @@ def load_backbone(
         name: any timm model name of the VisionTransformer family, or ``digits_vit``, the
             embedded model.
         weights: a ``.safetensors`` or ``.pth`` state dict. The number of classes is read from
-            it. Without one the embedded model takes its own weights and any other model those
-            that timm publishes for it (downloaded by timm).
+            it. ``random``: :func:`untrained_model`. Without one the embedded model takes its own
+            weights and any other model those that timm publishes for it (downloaded by timm).
         device: where to put it.
 
     Raises:
@@ -80,6 +83,8 @@ def load_model(
     ``check``: as for :func:`check_name`.
     """
     check_name(name, check)
+    if weights == RANDOM:
+        return untrained_model(name)
     timm = import_timm()
     from tokenenv.multiscale import STATE_PREFIX, add_scale
 

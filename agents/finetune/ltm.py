@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from agents.finetune.config import DIGITS, FineTuneConfig
@@ -19,6 +20,7 @@ from tokenenv.ltm.block import MaskKind
 from tokenenv.ltm.bound import Level, SeparableBound, label_weight
 from tokenenv.ltm.model import LTM, ltm
 from tokenenv.ltm.storage import write_ltm
+from tokenenv.rules.token_prune import spread_blocks
 
 _BATCH = 64  # of the passes that take statistics
 
@@ -125,14 +127,18 @@ class LTMConfig(FineTuneConfig):
     Attributes:
         ratio: share of the tokens left after the last block of each transformer stack; 1 merges
             nothing, which trains the dense model alike. 0: the default of the model's family.
-        mask: ``attention`` or ``linear``.
+        mask: ``attention``, ``similar`` or ``linear``; ``auto``: ``similar`` in a ViT, elsewhere
+            ``attention``.
+        blocks: those of each stack in which tokens merge; empty: three, spread evenly, under
+            ``similar`` masks in a ViT, else all.
         hard: whether each token goes into one merged token only.
         eta: weight of the bound's label term, once 30 % of the updates are done; 0 for none. Its
             statistics are taken anew every ``evaluate_every`` updates.
     """
 
     ratio: float = 0.0
-    mask: MaskKind = "attention"
+    mask: Literal["auto", "attention", "similar", "linear"] = "auto"
+    blocks: tuple[int, ...] = ()
     hard: bool = False
     eta: float = 0.1
 
@@ -149,9 +155,14 @@ class LTMConfig(FineTuneConfig):
     @classmethod
     def for_digits(cls) -> LTMConfig:
         """Settings for the embedded model."""
-        return cls(**DIGITS, ratio=0.64)
+        return cls(**{**DIGITS, "updates": 100}, ratio=0.5)
 
     def student(self, teacher: Any, model: str) -> LTMStudent:
         """The teacher's model with LTM blocks; masks are initialised from torch's generator."""
-        made = ltm(teacher.model, self.ratio or None, self.mask, hard=self.hard)
+        vit, blocks = isinstance(teacher.model, VisionTransformer), self.blocks or None
+        own: MaskKind = "similar" if vit else "attention"
+        mask = own if self.mask == "auto" else self.mask
+        if vit and mask == "similar" and blocks is None:
+            blocks = spread_blocks(len(teacher.model.blocks))
+        made = ltm(teacher.model, self.ratio or None, mask, blocks=blocks, hard=self.hard)
         return LTMStudent(made.requires_grad_(True))

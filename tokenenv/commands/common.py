@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from tqdm import tqdm
 
 from tokenenv import metrics
@@ -22,11 +23,7 @@ from tokenenv.models import (
     check_name,
     load_backbone,
     load_model,
-    untrained_model,
 )
-
-RANDOM = "random"
-"""The word for ``--weights`` that asks for an untrained model."""
 
 MAC_NOTE = "1 MAC = 1 FLOP, policy included, frozen backbone"
 _TUNED_NOTE = "1 MAC = 1 FLOP, policy included, fine-tuned backbone"
@@ -43,8 +40,6 @@ def open_backbone(args: argparse.Namespace, *, images: bool = True) -> tuple[Bac
     name = args.model or EMBEDDED
     check_name(name)
     _check_data(args, name, images)
-    if args.weights == RANDOM:
-        return Backbone(untrained_model(name)).to(check_device(args.device)), name
     return load_backbone(name, args.weights, args.device), name
 
 
@@ -55,8 +50,6 @@ def open_dense(args: argparse.Namespace, *, images: bool = True) -> tuple[Dense,
     name = args.model or EMBEDDED
     check_name(name, check_family)
     _check_data(args, name, images)
-    if args.weights == RANDOM:
-        return Dense(untrained_model(name)).to(check_device(args.device)), name
     place = check_device(args.device)
     return Dense(load_model(name, args.weights, check=check_family)).to(place), name
 
@@ -127,6 +120,18 @@ def print_result(source: ImageSource, result: metrics.Evaluation, frozen: bool =
     print(f"  {'reduced':8}{r['top1']:9.2f}{r['gmacs']:13.4f}{r['images_per_s']:10.1f}")
     print(f"  {in_words(result.saving, result.drop)}, {r['agreement']:.1f} % same prediction")
     print(f"  visual tokens, block by block: {' '.join(f'{n:.0f}' for n in r['tokens'])}")
+
+
+def parameters_json(model: nn.Module, dense: nn.Module) -> dict[str, int]:
+    """How many parameters a model and the dense one have."""
+    counts = [sum(p.numel() for p in each.parameters()) for each in (model, dense)]
+    return {"parameters": counts[0], "parameters_dense": counts[1]}
+
+
+def print_parameters(counts: dict[str, int]) -> None:
+    """What :func:`parameters_json` gave, in millions."""
+    own, dense = (counts[name] / 1e6 for name in ("parameters", "parameters_dense"))
+    print(f"  {own:.3f} M parameters, dense {dense:.3f} M")
 
 
 def in_words(saving: float, drop: float) -> str:

@@ -21,6 +21,8 @@ from tokenenv.commands.common import (
     evaluation_json,
     open_backbone,
     open_dense,
+    parameters_json,
+    print_parameters,
     print_result,
     report_skipped,
     writable_folder,
@@ -36,15 +38,18 @@ from tokenenv.models import load_backbone
 def evaluate(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     with writable_file(args.json):  # before minutes of work
+        more: dict[str, int] = {}
         if is_merged(args.what):
-            name, source, result = _merged(args)
+            name, source, result, more = _merged(args)
             frozen = False
         else:
             name, source, result, frozen = _played(args)
         report_skipped(source)
         print_result(source, result, frozen)
+        if more:
+            print_parameters(more)
         if args.json:
-            report = evaluation_json(name, source, result)
+            report = {**evaluation_json(name, source, result), **more}
             if not frozen:
                 report["frozen"] = False
             write_json(Path(args.json), {**report, "predictions": _predictions(source, result)})
@@ -73,8 +78,10 @@ def _played(
     return name, source, result, "original" not in run
 
 
-def _merged(args: argparse.Namespace) -> tuple[str, ImageSource, metrics.Evaluation]:
-    """Of a model with LTM blocks: its timm model's name, the images, the result."""
+def _merged(
+    args: argparse.Namespace,
+) -> tuple[str, ImageSource, metrics.Evaluation, dict[str, int]]:
+    """Of a model with LTM blocks: its timm model's name, images, the result, parameters."""
     model = open_merged(args, [args.what])[args.what]
     dense, name = open_dense(args)
     source = _images(args, dense.model, name)
@@ -88,7 +95,7 @@ def _merged(args: argparse.Namespace) -> tuple[str, ImageSource, metrics.Evaluat
             restrict=args.restrict,
             progress=progress,
         )
-    return name, source, result
+    return name, source, result, parameters_json(model, dense)
 
 
 def _images(args: argparse.Namespace, model: nn.Module, name: str) -> ImageSource:

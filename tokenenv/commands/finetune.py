@@ -28,6 +28,8 @@ from tokenenv.commands.common import (
     evaluation_json,
     open_backbone,
     open_dense,
+    parameters_json,
+    print_parameters,
     print_result,
     report_skipped,
 )
@@ -169,6 +171,7 @@ def _finish(args: argparse.Namespace, run: _Run, trainer: Trainer, out: Path) ->
         result = student.measured(final, run.teacher, progress=progress)
     report = {
         **evaluation_json(run.name, final, result),
+        **(counts := parameters_json(student, run.teacher)),
         "updates": trainer.done,
         "stopped_early": trainer.stopped,
         "training_seconds": round(trainer.seconds, 1),
@@ -181,6 +184,10 @@ def _finish(args: argparse.Namespace, run: _Run, trainer: Trainer, out: Path) ->
     write_json(out / "report.json", report)
     plot_history(out / "curve.png", trainer.history, None, shown="loss")
     print_result(final, result, frozen=False)
+    print_parameters(counts)
+    bounds = [row["bound"] for row in trainer.history if "bound" in row]
+    if bounds:
+        print(f"  bound on the information bottleneck: {bounds[0]:.3f} -> {bounds[-1]:.3f} nats")
     if final is run.held_back:
         print("  the weights were chosen on these images: evaluate on others for a fair number")
     print(

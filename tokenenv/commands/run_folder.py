@@ -15,10 +15,10 @@ from typing import Any
 
 from agents.training import CHECKPOINT, Trainer
 from tokenenv.backbone import Backbone
-from tokenenv.commands.common import RANDOM, writable_folder
+from tokenenv.commands.common import writable_folder
 from tokenenv.data import ImageSource, open_source
 from tokenenv.errors import UserError
-from tokenenv.models import Dense
+from tokenenv.models import RANDOM, Dense
 
 POLICY = "policy.safetensors"
 MODEL = "model.safetensors"
