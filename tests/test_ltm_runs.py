@@ -362,7 +362,7 @@ def test_every_family_is_evaluated_and_benched(
     example = torch.zeros(1, 3, FAMILIES[name], FAMILIES[name])
     assert found["images"] == 6
     assert found["gmacs_dense"] == pytest.approx(ltm.measure(dense, example) / 1e9)
-    assert found["gmacs"] < 0.95 * found["gmacs_dense"]
+    assert found["gmacs"] < 0.97 * found["gmacs_dense"]
     assert found["parameters_dense"] == sum(p.numel() for p in dense.parameters())
     bench = ["bench", str(tmp_path / "merged"), "--batch", "1", "--rounds", "1"]
     assert main([*bench, *words.split()]) == 0
@@ -378,7 +378,7 @@ def test_other_families_train(name: str, photographs: Path, tmp_path: Path) -> N
     words += " --set held_back=0.4 --set eta=1"
     assert main([*words.split(), "--data", str(photographs)]) == 0
     report = json.loads((out / "report.json").read_text())
-    assert report["gmacs"] < 0.95 * report["gmacs_dense"]
+    assert report["gmacs"] < 0.97 * report["gmacs_dense"]
     assert json.loads((out / "config.json").read_text())["weights"] == "random"
     # The dense model is made again from what the run says.
     compare = ["compare", str(out), "--data", str(photographs), "--batch", "1", "--rounds", "1"]
