@@ -137,6 +137,16 @@ def test_with_a_ratio_of_one_it_is_the_dense_model_that_trains() -> None:
     assert not list(student.added())
 
 
+def test_masks_by_family() -> None:
+    merging = config(ratio=0.6).student(teacher(), "").model
+    assert merging.config["mask"] == "similar"
+    assert merging.lengths == [64, 64, 54, 46, 38, 38]  # helpers' model has 6 blocks: 2, 3 and 4
+    convolutional = LTMConfig().student(Dense(timm.create_model("efficientvit_b0")), "").model
+    assert (convolutional.config["mask"], convolutional.config["blocks"]) == ("attention", None)
+    given = config(mask="attention", blocks=(1,)).student(teacher(), "").model
+    assert given.lengths == [64, 36, 36, 36, 36, 36]
+
+
 @pytest.mark.parametrize("stop", [3, 5])
 def test_a_run_goes_on_exactly(stop: int, tmp_path: Path) -> None:
     settings = config(ema=0.9)

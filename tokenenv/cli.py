@@ -50,8 +50,9 @@ def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train a policy and write a run folder: config.json, policy.safetensors, "
         "report.json,\ncurve.png, tokens.png, checkpoint.safetensors and TensorBoard events; where "
-        "the backbone\nis fine-tuned, also model.safetensors. Those systems train on several GPUs "
-        "with\ntorchrun --nproc-per-node N -m tokenenv.cli train SYSTEM --device cuda ...\n\n"
+        "the backbone\nis fine-tuned, also model.safetensors (ltm: that and ltm.json, no policy). "
+        "Those systems train on\nseveral GPUs with torchrun --nproc-per-node N -m tokenenv.cli "
+        "train SYSTEM --device cuda ...\n\n"
         "Ctrl-C finishes the update in progress, keeps the best policy so far, writes the whole\n"
         "report and exits with status 130; a second Ctrl-C stops at once. Either way --resume "
         "goes on.",

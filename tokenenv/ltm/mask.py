@@ -1,8 +1,9 @@
 """Mask modules: which share of each token goes into which merged token.
 
 A mask ``G (B, N, P)`` has columns that sum to one: the merged tokens ``G^T Z`` (LTM, figure of the
-block) are convex mixes of the ``N`` tokens. The paper's equations 3 and 4 are not public; both
-modules here are built on what its figure and its bound's gradient say (a linear layer on Z).
+block) are convex mixes of the ``N`` tokens. The paper's equations 3 and 4 are not public; the
+modules here are built on what its figure, its bound's gradient (a linear layer on Z) and a review
+of it say (a hard selection times a soft mask).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _TINY = 1e-6
 
 
 class Mask(nn.Module):
-    """What both masks share: the earlier mask, hard assignment, normalised columns.
+    """What all masks share: the earlier mask, hard assignment, normalised columns.
 
     Args:
         dim: width of the tokens.
