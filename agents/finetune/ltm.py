@@ -133,7 +133,8 @@ class LTMConfig(FineTuneConfig):
             ``similar`` masks in a ViT, else all.
         hard: whether each token goes into one merged token only.
         eta: weight of the bound's label term, once 30 % of the updates are done; 0 for none. Its
-            statistics are taken anew every ``evaluate_every`` updates.
+            statistics, of four training images per class or 1000 in all, are taken anew every
+            ``evaluate_every`` updates.
     """
 
     ratio: float = 0.0

@@ -48,7 +48,8 @@ from tokenenv.errors import UserError
 from tokenenv.models import EMBEDDED, Dense
 
 _STATISTICS = 1000
-"""Training images, at most, that LTM's bound takes its statistics of."""
+_PER_CLASS = 4
+"""Training images, at most, that LTM's bound takes its statistics of: the larger number."""
 
 
 def finetune(args: argparse.Namespace) -> int:
@@ -112,7 +113,7 @@ def _build(args: argparse.Namespace, config: FineTuneConfig, workers: Workers) -
         auto_augment=config.auto_augment,
     )
     order = Stream(share.augmented(augment) if augment else share, config.batch // parts, args.seed)
-    clean = fit.subset(_STATISTICS, args.seed)
+    clean = fit.subset(max(_STATISTICS, _PER_CLASS * teacher.classes), args.seed)
     tuner = FineTuner(student, teacher, order, config, args.seed, workers, clean)
     return _Run(name, source, held_back, clean, teacher, tuner, order)
 
