@@ -19,11 +19,19 @@ class Judgement:
         loss: mean cross-entropy, nats. It decides between policies: with some hundred images it
             tells them apart where the top-1 of both is a matter of a few images.
         drop: top-1 lost against the dense model, percentage points; for the reader.
+        bound, ib: of LTM, the separable bound on the information bottleneck and the bottleneck
+            itself, nats; for the reader.
     """
 
     saving: float
     loss: float
     drop: float
+    bound: float | None = None
+    ib: float | None = None
+
+    def numbers(self) -> dict[str, float]:
+        """What is known, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
     def beats(
         self, other: Judgement | None, target_saving: float, target_drop: float = 0.0

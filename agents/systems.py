@@ -92,11 +92,18 @@ def _dynamicvit() -> Any:
     return DynamicViTConfig
 
 
+def _ltm() -> Any:
+    from agents.finetune.ltm import LTMConfig
+
+    return LTMConfig
+
+
 FINE_TUNED: dict[str, Callable[[], Any]] = {
     "mstm": _mstm,
     "evit": _evit,
     "rl4evit-finetune": _rl4evit_finetune,
     "dynamicvit": _dynamicvit,
+    "ltm": _ltm,
 }
 """Those that train the backbone: as :data:`SYSTEMS`, of :class:`agents.finetune.config`'s."""
 
@@ -118,4 +125,5 @@ SUMMARIES = {
     "evit": "fine-tunes: what the class token overlooks fuses into one token",
     "rl4evit-finetune": "fine-tunes the backbone under a policy that was trained before",
     "dynamicvit": "fine-tunes: predictors trained by gradient say which tokens leave",
+    "ltm": "fine-tunes: learned masks merge tokens in a ViT, Swin, MobileViT or EfficientViT",
 }

@@ -142,8 +142,8 @@ class Trainer:
             f"{self.done:7d} {rollout}{found.saving:11.1f}%{found.drop:+10.2f} pp"
             f"{'  best' if better else '':6}  {clock.left(self.done, self.updates)}".rstrip()
         )
-        self.history.append({"update": self.done, **asdict(found)})
-        log(self.done, {f"held_back/{k}": v for k, v in asdict(found).items()})
+        self.history.append({"update": self.done, **found.numbers()})
+        log(self.done, {f"held_back/{k}": v for k, v in found.numbers().items()})
         self._save(clock)
 
     def _save(self, clock: _Clock) -> None:

@@ -1,115 +1,85 @@
-"""LTM on the embedded digits: fine-tuned as the dense model is, with the IB bound in its loss.
+"""LTM on the embedded digits beside the dense model, fine-tuned alike.
 
-    OMP_NUM_THREADS=1 python examples/ltm_digits.py
-    OMP_NUM_THREADS=1 python examples/ltm_digits.py --eta 0    # without the bound
+    OMP_NUM_THREADS=1 python examples/ltm_digits.py --out runs/ltm-digits
+    OMP_NUM_THREADS=1 python examples/ltm_digits.py --out runs/no-bound -- --set eta=0
 
-For each seed the dense model and LTM start from the packaged ``digits_vit`` and see the same
-batches; LTM's loss has the bound's label term from 30 % of the training on. The bound is measured
-on test images, which no statistics have seen.
+Both rows of the table are ``tokenenv train ltm``, once per seed: same updates, images, order and
+distillation from the model before; the dense one has a ratio of 1. The bound on the information
+bottleneck is measured on images that nobody trains on, before and after. Runs that are finished are
+not repeated: the same command goes on where it stopped. What follows ``--`` goes to every training,
+such as ``-- --model deit_tiny_patch16_224 --data imagenet/train``.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Iterator
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
 
-import timm
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from train_digits_vit import accuracy, augment
+from mstm_ablation import spread
+from tqdm import tqdm
 
-import tokenenv.embedded  # noqa: F401  (registers digits_vit)
-from tokenenv import ltm
-from tokenenv.data import ImageSource, Stream, open_source
-from tokenenv.ltm.bound import Report
+from tokenenv.cli import main as tokenenv
 
-BATCH = 64
-PEAK_RATE = 5e-4
-CLASSES = 10
-
-
-def batches(source: ImageSource) -> Iterator[tuple[Tensor, Tensor]]:
-    for index in torch.arange(len(source)).split(256):
-        batch = source.batch(index)
-        yield batch.images, batch.labels
-
-
-def finetune(
-    model: nn.Module, source: ImageSource, epochs: int, seed: int, eta: float = 0.0
-) -> nn.Module:
-    """Cross-entropy, and from 30 % on the bound's label term; statistics anew each epoch."""
-    torch.manual_seed(seed)
-    rng = torch.Generator().manual_seed(seed)
-    per_epoch = len(source) // BATCH
-    optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, PEAK_RATE, total_steps=epochs * per_epoch, pct_start=0.1, cycle_momentum=False
-    )
-    stream = Stream(source, BATCH, seed)
-    bound = ltm.SeparableBound(model, CLASSES) if isinstance(model, ltm.LTM) else None
-    for epoch in range(epochs):
-        weight = ltm.label_weight(epoch / epochs, eta)
-        if weight and bound is not None:
-            bound.refresh(batches(source))
-        model.train()
-        for _ in range(per_epoch):
-            batch = stream.next()
-            images = augment(batch.images, rng)
-            if weight and bound is not None:
-                with bound.model.recording() as features:
-                    logits = model(images)
-                loss = weight * bound.loss(features, batch.labels)
-            else:
-                logits, loss = model(images), torch.zeros(())
-            loss = loss + F.cross_entropy(logits, batch.labels, label_smoothing=0.1)
-            optimiser.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimiser.step()
-            schedule.step()
-    return model.eval()
-
-
-def measured(model: ltm.LTM, train: ImageSource, test: ImageSource) -> Report:
-    bound = ltm.SeparableBound(model, CLASSES)
-    bound.refresh(batches(train))
-    return bound.report(batches(test))
+ROWS: dict[str, list[str]] = {"dense, fine-tuned": ["--set", "ratio=1"], "LTM": []}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/ltm-digits"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--ratio", type=float, default=0.64)
-    parser.add_argument("--mask", choices=("attention", "linear"), default="attention")
-    parser.add_argument("--eta", type=float, default=0.1, help="weight of the bound's label term")
+    parser.add_argument("train", nargs="*", help="after --: options of every training")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    runs = [(row, seed) for seed in range(args.seeds) for row in ROWS]
+    for row, seed in tqdm(runs, unit="run", smoothing=0):
+        train(folder(args.out, row, seed), [f"--seed={seed}", *args.train, *ROWS[row]])
+    lines = table(args.out, args.seeds)
+    (args.out / "table.md").write_text(lines)
+    print(lines)
 
-    start = timm.create_model("digits_vit", pretrained=True)
-    train = open_source("digits", start, split="train")
-    test = open_source("digits", start, split="test")
-    example = test.batch(torch.arange(1)).images
-    dense_macs = ltm.measure(start, example)
-    for seed in range(args.seeds):
-        began = time.monotonic()
-        dense = timm.create_model("digits_vit", pretrained=True)
-        finetune(dense, train, args.epochs, seed)
-        row = f"seed {seed}: dense {accuracy(dense, test):.2%}"
-        torch.manual_seed(seed)
-        model = ltm.ltm(start, args.ratio, args.mask).eval()
-        before, first = measured(model, train, test), accuracy(model, test)
-        finetune(model, train, args.epochs, seed, args.eta)
-        after = measured(model, train, test)
-        saved = 1 - ltm.measure(model, example) / dense_macs
-        print(
-            f"{row}, LTM {first:.2%} -> {accuracy(model, test):.2%}, MACs -{saved:.1%}, "
-            f"IBB {before.bound:.3f} -> {after.bound:.3f}, IB {before.ib:.3f} -> {after.ib:.3f}, "
-            f"{time.monotonic() - began:.0f} s",
-            flush=True,
-        )
+
+def folder(out: Path, row: str, seed: int) -> Path:
+    """Of one run."""
+    return out / f"{row.split(',')[0].lower()}-{seed}"
+
+
+def train(where: Path, options: list[str]) -> None:
+    """Train unless it is done; what is printed goes to ``log.txt`` in the run folder."""
+    if (where / "report.json").exists():
+        return
+    where.mkdir(parents=True, exist_ok=True)
+    command = ["train", "ltm", "--out", str(where), *options]
+    if (where / "checkpoint.safetensors").exists():
+        command.append("--resume")
+    with open(where / "log.txt", "a") as log, contextlib.redirect_stdout(log):
+        code = tokenenv(command)
+    if code:
+        raise SystemExit(f"training failed: see {where / 'log.txt'}")
+
+
+def table(out: Path, seeds: int) -> str:
+    """Mean over seeds, lowest and highest in brackets, as Markdown."""
+    lines = [
+        "| model | MACs saved, % | top-1, % | bound before, nats | after |",
+        "|---|---|---|---|---|",
+    ]
+    for row in ROWS:
+        reports: list[dict[str, Any]] = [
+            json.loads((folder(out, row, seed) / "report.json").read_text())
+            for seed in range(seeds)
+        ]
+        bounds = [[h["bound"] for h in r["history"] if "bound" in h] for r in reports]
+        cells = [
+            spread([100 * (1 - r["gmacs"] / r["gmacs_dense"]) for r in reports], ".1f"),
+            spread([r["top1"] for r in reports], ".2f"),
+            *(spread([b[end] for b in bounds], ".3f") if all(bounds) else "" for end in (0, -1)),
+        ]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -181,6 +181,28 @@ def test_vit_block_by_plain_loops() -> None:
         assert (vit.forward_head(vit.norm(x)) - model(images)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("family", ["vit", "swin", "mobilevit"])
+def test_similar_masks_train_and_feel_no_neighbours(family: str) -> None:
+    ratio = 25 / 49 if family == "swin" else 0.5
+    model, images = merged(family, ratio, mask="similar", blocks=(1,)), pictures(family, 3)
+    assert sum(len(stack.masks) for stack in model.stacks) >= 1
+    with torch.no_grad():
+        alone = torch.cat([model.eval()(image[None]) for image in images])
+        assert (model(images) - alone).abs().max() < 1e-5
+    model(images).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert all(count > 0 for count in model.lengths)
+
+
+def test_lengths_are_what_the_mlps_see() -> None:
+    model, lengths = merged("vit", 0.4, mask="similar", blocks=(1, 2)).eval(), []
+    for block in model.model.blocks.blocks:
+        block.mlp.register_forward_hook(lambda m, i, out: lengths.append(out.shape[1] - 1))
+    with torch.no_grad():
+        model(pictures("vit"))
+    assert lengths == model.lengths == [36, 23, 14, 14]
+
+
 def test_linear_masks_leave_exactly_the_schedule() -> None:
     model, lengths = merged("vit", 0.6, mask="linear").eval(), []
     for block in model.model.blocks.blocks:
@@ -359,10 +381,13 @@ def test_a_pretrained_model_survives_the_surgery(mask: ltm.MaskKind, least: floa
         ("vit", {"ratio": 0.0}, "ratio=0.0"),
         ("vit", {"ratio": 1.1}, "at most 1"),
         ("vit", {"ratio": float("nan")}, "ratio=nan"),
-        ("vit", {"mask": "convolution"}, "choose from attention, linear"),
+        ("vit", {"mask": "convolution"}, "choose from attention, similar, linear"),
         ("vit", {"image_size": 224}, "made for 96x96"),
         ("swin", {"ratio": 0.75}, r"does not divide the 7x7 windows.*0.735 \(6x6\), 0.51 \(5x5\)"),
         ("swin", {"ratio": 0.001}, "does not divide"),
+        ("vit", {"ratio": 0.2, "mask": "similar", "blocks": (2,)}, "at least half"),
+        ("vit", {"blocks": (1, 4)}, "blocks: 4 is out of range.*0 to 3"),
+        ("efficientvit", {"mask": "similar"}, "leaves no grid"),
         ("mobilevit", {"image_size": 16}, "32 pixels or more"),
     ],
 )

@@ -14,7 +14,15 @@ from torch import Tensor
 import tokenenv.embedded  # noqa: F401  (registers digits_vit)
 from tokenenv import UserError, ltm, open_source
 from tokenenv.ltm import bound as ib
-from tokenenv.ltm.mask import AttentionMask, LinearMask, Mask, merge, unmerge
+from tokenenv.ltm.mask import (
+    AttentionMask,
+    LinearMask,
+    Mask,
+    SimilarMask,
+    check_half,
+    merge,
+    unmerge,
+)
 from tokenenv.ltm.schedule import centres, check_window, closeness, even, flat, shares
 
 CPU = torch.device("cpu")
@@ -103,6 +111,44 @@ def test_masks_by_plain_loops(kind: str) -> None:
                     score[n, p] = query @ mask.key.weight @ y[image, picked[p]] / math.sqrt(8)
         weight = score.exp() if kind == "linear" else score.softmax(1)
         assert torch.allclose(g[image], weight / weight.sum(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [20, 21])
+def test_similar_masks_by_plain_loops(tokens: int) -> None:
+    torch.manual_seed(0)
+    mask, z, left = SimilarMask(16, 8, recursive=False, hard=False), torch.randn(2, tokens, 16), 13
+    g, y = mask(z, (1, tokens), (1, left), None), mask.norm(z)
+    for image in range(2):
+        keys = [mask.key.weight @ token for token in y[image]]
+        unit = [(key / key.norm()).detach() for key in keys]
+        likeness = {
+            a: max(float(unit[a] @ unit[b]) for b in range(1, tokens, 2))
+            for a in range(0, tokens, 2)
+        }
+        gone = sorted(likeness, key=lambda a: -likeness[a])[: tokens - left]
+        stay = [n for n in range(tokens) if n not in gone]
+        query = [mask.query.weight @ token for token in y[image]]
+        score = torch.tensor([[(q @ keys[p]).item() for p in stay] for q in query])
+        share = (score / math.sqrt(8)).softmax(1)
+        assert torch.allclose(g[image], share / share.sum(0), atol=1e-5)
+    g.square().sum().backward()
+    assert mask.key.weight.grad is not None
+    assert mask.key.weight.grad.abs().sum() > 0
+
+
+def test_similar_masks_take_half_at_most() -> None:
+    mask, z = SimilarMask(16, 8, recursive=False, hard=False), torch.randn(1, 21, 16)
+    check_half(21, 10)
+    assert mask(z, (1, 21), (1, 10), None).shape == (1, 21, 10)
+    with pytest.raises(UserError, match="at least half of a block's 21 tokens, not 9"):
+        check_half(21, 9)
+
+
+def test_shares_fall_in_the_blocks_that_merge() -> None:
+    assert shares(0.25, 4, (1, 3)) == [1.0, 0.5, 0.5, 0.25]
+    assert shares(0.25, 3, (1, 3)) == [1.0, 0.25, 0.25]  # a shorter stack
+    assert shares(0.25, 1, (1, 3)) == [1.0]
+    assert shares(0.25, 2) == pytest.approx([0.5, 0.25])
 
 
 @BOTH

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenenv.backbone import Backbone
 from tokenenv.cost import Cost
 from tokenenv.episode import Execution
-from tokenenv.metrics import Decider, macs_of, play
+from tokenenv.metrics import Decider, dense_macs, macs_of, model_macs, play
+from tokenenv.models import Dense
 
 DENSE = "dense"
 _SHORTEST = 0.25
@@ -40,7 +41,8 @@ class Speed:
         peak_mib: the most memory that one forward pass held at a time, weights and images
             apart, in MiB.
         slice_speedup: ``speedup`` of :func:`sliced`, the limit of what these token counts give.
-        realised_share: ``speedup / slice_speedup``.
+            None where there is no such limit: for a model that merges by itself.
+        realised_share: ``speedup / slice_speedup``, or None.
     """
 
     what: str
@@ -52,8 +54,8 @@ class Speed:
     gmacs: float
     gmacs_dense: float
     peak_mib: float
-    slice_speedup: float
-    realised_share: float
+    slice_speedup: float | None
+    realised_share: float | None
 
     def as_json(self) -> dict[str, Any]:
         """All attributes."""
@@ -62,11 +64,12 @@ class Speed:
 
 @torch.inference_mode()
 def bench(
-    backbone: Backbone,
+    backbone: Backbone | Dense,
     policies: Mapping[str, Decider],
     images: Tensor,
     *,
     backbones: Mapping[str, Backbone] | None = None,
+    models: Mapping[str, nn.Module] | None = None,
     rounds: int = 7,
     compiled: bool = False,
     execution: Execution | None = None,
@@ -80,11 +83,12 @@ def bench(
     pass.
 
     Args:
-        backbone: the model.
+        backbone: the dense model; a ``Backbone`` where a policy plays on it.
         policies: by name; those that fit the backbone (:func:`tokenenv.metrics.check_fit`).
         images: ``(B, C, H, W)``, normalised, on the backbone's device.
         backbones: by name, of those policies that do not play on ``backbone``, such as a copy that
             was fine-tuned with the policy.
+        models: by name, models in eval mode that lose tokens by themselves, such as LTM's.
         rounds: how often each is timed, after two untimed passes.
         compiled: whether ``torch.compile`` works on all of them: on the dense and the sliced models
             as a whole, on what a block does to each token where a policy plays.
@@ -93,15 +97,17 @@ def bench(
         progress: called with the number of timings done since.
 
     Returns:
-        The dense model, then each policy.
+        The dense model, then each policy, then each model.
     """
     device = backbone.device
     compile_: Any = torch.compile if compiled else lambda run: run
     dense = compile_(lambda: backbone(images))
     runs: dict[str, Callable[[], Any]] = {DENSE: lambda: dense}
-    gmacs = {DENSE: Cost(backbone).dense() / 1e9}
+    shape = images.shape[1:]
+    gmacs = {DENSE: dense_macs(backbone, shape) / 1e9}
     for what, policy in policies.items():
         own = (backbones or {}).get(what, backbone)
+        assert isinstance(own, Backbone)
         player = copy.copy(own)
         player.compiled = compiled
         episode = play(own, copy.deepcopy(policy), images)
@@ -109,6 +115,9 @@ def bench(
         runs[what] = _player(player, policy, images, execution)
         counts = [_means(part) for part in (episode.attended, episode.fed)]
         runs[_slice_of(what)] = _slicer(compile_, own, images, counts)
+    for what, model in (models or {}).items():
+        gmacs[what] = model_macs(model, shape) / 1e9
+        runs[what] = _whole(compile_, model, images)
     peak = {}
     for name, ready in runs.items():
         ready()()
@@ -126,7 +135,8 @@ def bench(
 
     def speed(what: str) -> Speed:
         low, middle, high = np.quantile(took[DENSE] / took[what], [0.25, 0.5, 0.75]).tolist()
-        limit = np.median(took[DENSE] / took.get(_slice_of(what), took[DENSE])).item()
+        cut = took[DENSE] if what == DENSE else took.get(_slice_of(what))
+        limit = None if cut is None else np.median(took[DENSE] / cut).item()
         return Speed(
             what=what,
             batch=len(images),
@@ -138,15 +148,15 @@ def bench(
             gmacs_dense=gmacs[DENSE],
             peak_mib=peak[what],
             slice_speedup=limit,
-            realised_share=middle / limit,
+            realised_share=None if limit is None else middle / limit,
         )
 
     return [speed(what) for what in gmacs]
 
 
-def timings(policies: int, rounds: int) -> int:
+def timings(policies: int, rounds: int, models: int = 0) -> int:
     """How many timings :func:`bench` reports to ``progress``, the untimed passes counted as one."""
-    return (1 + 2 * policies) * (rounds + 1)
+    return (1 + 2 * policies + models) * (rounds + 1)
 
 
 def sliced(backbone: Backbone, images: Tensor, attended: list[int], fed: list[int]) -> Tensor:
@@ -182,6 +192,11 @@ def _player(
         return lambda: play(backbone, fresh, images, execution)
 
     return ready
+
+
+def _whole(compile_: Any, model: nn.Module, images: Tensor) -> Callable[[], Any]:
+    run = compile_(lambda: model(images))
+    return lambda: run
 
 
 def _means(counts: list[Tensor]) -> list[int]:

@@ -52,7 +52,8 @@ def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train a policy and write a run folder: config.json, policy.safetensors, "
         "report.json,\ncurve.png, tokens.png, checkpoint.safetensors and TensorBoard events; where "
-        "the backbone\nis fine-tuned, also model.safetensors.\n\n"
+        "the backbone\nis fine-tuned, also model.safetensors (ltm: that and ltm.json, no policy)."
+        "\n\n"
         "torchrun --standalone --nproc-per-node N -m tokenenv train SYSTEM ... shares every batch "
         "among\nN processes, with --device cuda each on a GPU of its own.\n\n"
         "Ctrl-C (or SIGTERM) finishes the update in progress, keeps the best policy so far, "
@@ -64,6 +65,7 @@ def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
         "  tokenenv train rl4evit --out runs/rl4evit-0 --resume\n"
         "  torchrun --standalone --nproc-per-node 4 -m tokenenv train dora --device cuda\n"
         "  tokenenv train mstm --set keep=0.5\n"
+        "  tokenenv train ltm --model swin_tiny_patch4_window7_224 --data imagenet/train\n"
         "  tokenenv train rl4evit-finetune --set policy=runs/rl4evit-0",
     )
     train.add_argument(
@@ -91,11 +93,11 @@ def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 
 _WHAT = (
-    "a run folder or a shipped policy (both also with :threshold=0.6), keep-all, random:keep=0.7 "
-    "(keep=0.5..0.9: a ratio per image), cls-attention:keep=0.7,blocks=3/6/9, norm:keep=0.7, "
-    "tome:r=8, random-merge:r=8, merge-above:similarity=0.9, evit:keep=0.7, mstm:keep=0.7, "
-    "pitome:keep=0.95, ats:tokens=150, zerotprune:keep=0.7, diffrate:prune=4,merge=4 or "
-    "resize:size=192"
+    "a run folder (LTM's too) or a shipped policy (both also with :threshold=0.6), keep-all, "
+    "random:keep=0.7 (keep=0.5..0.9: a ratio per image), cls-attention:keep=0.7,blocks=3/6/9, "
+    "norm:keep=0.7, tome:r=8, random-merge:r=8, merge-above:similarity=0.9, evit:keep=0.7, "
+    "mstm:keep=0.7, pitome:keep=0.95, ats:tokens=150, zerotprune:keep=0.7, "
+    "diffrate:prune=4,merge=4 or resize:size=192"
 )
 
 
@@ -161,7 +163,7 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
         "deit_small_patch16_224 --weights random --batch 1,64 --json speed.json --out speed.png",
     )
     bench.add_argument("what", metavar="WHAT", nargs="+", help=_WHAT)
-    _add_model_options(bench, weights="; random: untrained ones, no download")
+    _add_model_options(bench)
     bench.add_argument(
         "--batch", type=_batches, default="1,8,64", metavar="N,N", help="default: 1,8,64"
     )
@@ -271,12 +273,17 @@ def _add_execution(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_model_options(
-    parser: argparse.ArgumentParser, *, weights: str = "", images: bool = True
-) -> None:
-    parser.add_argument("--model", metavar="NAME", help="any timm ViT (default: embedded digits)")
+def _add_model_options(parser: argparse.ArgumentParser, *, images: bool = True) -> None:
     parser.add_argument(
-        "--weights", metavar="FILE", help=f".safetensors or .pth state dict{weights}"
+        "--model",
+        metavar="NAME",
+        help="any timm ViT (default: embedded digits); for LTM also a Swin, MobileViT or "
+        "EfficientViT",
+    )
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help=".safetensors or .pth state dict; random: untrained ones, no download",
     )
     if images:
         parser.add_argument(

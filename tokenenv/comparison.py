@@ -258,13 +258,13 @@ class Comparison:
             parts += [
                 f"On the clock: {self.timing}. Speed-up over the dense model in the same round, "
                 "[quartiles]. Realised: its share of the speed-up of the model merely cut to "
-                "these token counts.",
+                "these token counts; - for a model that merges by itself.",
                 _table(
                     "what | batch | images/s | speed-up | peak MiB | realised %",
                     [
                         f"{_code(r.what)} | {s.batch} | {s.images_per_s:.1f} | {s.speedup:.2f} "
                         f"[{s.speedup_q25:.2f}, {s.speedup_q75:.2f}] | {s.peak_mib:.1f} | "
-                        f"{100 * s.realised_share:.0f}"
+                        f"{'-' if s.realised_share is None else f'{100 * s.realised_share:.0f}'}"
                         for r in self.rows
                         for s in r.speeds
                     ],

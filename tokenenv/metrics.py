@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenenv.backbone import Backbone
-from tokenenv.cost import Cost
+from tokenenv.cost import Cost, measured_macs
 from tokenenv.data import ImageSource
 from tokenenv.episode import Episode, Execution, default_execution
 from tokenenv.errors import UserError
+from tokenenv.models import Dense
 from tokenenv.reducers import Resize
 from tokenenv.rules import Observation, Rules
 
@@ -220,9 +221,109 @@ def evaluate(
         UserError: no readable image, or rules that don't fit the model.
     """
     policy.rules.check(backbone)
-    cost, device = Cost(backbone), backbone.device
-    untouched = backbone if reference is None else reference
-    allowed = torch.ones(backbone.classes, dtype=torch.bool, device=device)
+    cost = Cost(backbone)
+
+    def read(episode: Episode) -> _Outcome:
+        assert episode.logits is not None
+        lengths = torch.stack(episode.fed, 1).cpu() - backbone.prefix
+        return _Outcome(episode.logits, macs_of(episode, policy, cost).cpu(), lengths)
+
+    return _side_by_side(
+        lambda images: play(backbone, policy, images, execution),
+        read,
+        backbone if reference is None else reference,
+        source,
+        dense_macs=cost.dense() if reference is None else Cost(reference).dense(),
+        batch_size=batch_size,
+        restrict=restrict,
+        dense=dense,
+        progress=progress,
+    )
+
+
+def evaluate_model(
+    model: nn.Module,
+    reference: Backbone | Dense,
+    source: ImageSource,
+    *,
+    lengths: Sequence[int],
+    batch_size: int = 64,
+    restrict: bool = False,
+    dense: Tensor | None = None,
+    progress: Callable[[int], object] = lambda n: None,
+) -> Evaluation:
+    """:func:`evaluate` of a model that loses tokens by itself, all images alike.
+
+    Args:
+        model: in eval mode, on the device and in the dtype of ``reference``.
+        reference: the dense model.
+        source: as there, like what follows.
+        lengths: visual tokens left after each of the model's blocks.
+        batch_size: images per batch.
+        restrict: predict only among the classes of the source.
+        dense: the dense model's predictions, where they are known.
+        progress: called with the number of images done.
+
+    Raises:
+        UserError: no readable image.
+    """
+    macs = torch.tensor([model_macs(model, source.shape)], dtype=torch.float64)
+    tokens = torch.tensor([list(lengths)])
+    return _side_by_side(
+        model,
+        lambda logits: _Outcome(
+            logits, macs.expand(len(logits)), tokens.expand(len(logits), len(lengths))
+        ),
+        reference,
+        source,
+        dense_macs=dense_macs(reference, source.shape),
+        batch_size=batch_size,
+        restrict=restrict,
+        dense=dense,
+        progress=progress,
+    )
+
+
+def dense_macs(model: Backbone | Dense, shape: Sequence[int]) -> float:
+    """Multiply-adds of a dense model for one image of ``shape (C, H, W)``."""
+    return Cost(model).dense() if isinstance(model, Backbone) else model_macs(model, shape)
+
+
+def model_macs(model: nn.Module, shape: Sequence[int]) -> float:
+    """Multiply-adds that a model really executes for one image of ``shape (C, H, W)``.
+
+    The model is in eval mode.
+    """
+    like = next(model.parameters())
+    with torch.inference_mode(False):
+        image = torch.zeros(1, *shape, device=like.device, dtype=like.dtype)
+        return measured_macs(lambda: model(image))
+
+
+class _Outcome(NamedTuple):
+    """Of ``B`` images: ``(B, classes)`` logits, ``(B,)`` multiply-adds, ``(B, depth)`` tokens."""
+
+    logits: Tensor
+    macs: Tensor
+    lengths: Tensor
+
+
+@torch.inference_mode()
+def _side_by_side(
+    run: Callable[[Tensor], Any],
+    read: Callable[[Any], _Outcome],
+    untouched: Backbone | Dense,
+    source: ImageSource,
+    *,
+    dense_macs: float,
+    batch_size: int,
+    restrict: bool,
+    dense: Tensor | None,
+    progress: Callable[[int], object],
+) -> Evaluation:
+    """Run the reduced and the dense model in turns; what ``run`` gives is read off the clock."""
+    device = untouched.device
+    allowed = torch.ones(untouched.classes, dtype=torch.bool, device=device)
     if restrict:
         allowed[:] = False
         allowed[source.classes.to(device)] = True
@@ -234,11 +335,11 @@ def evaluate(
         batch = source.batch(index)
         if not len(batch.index):
             continue
-        images = batch.images.to(device, backbone.dtype)
+        images = batch.images.to(device, untouched.dtype)
         for reduced_now in (turn % 2 == 0, turn % 2 == 1):
             start = _now(device)
             if reduced_now:
-                episode = play(backbone, policy, images, execution)
+                found = run(images)
                 seconds += _now(device) - start
             elif dense is None:
                 native = untouched(images)
@@ -246,19 +347,18 @@ def evaluate(
                 rows["dense"].append(native.masked_fill(~allowed, -torch.inf).argmax(1).cpu())
             else:
                 rows["dense"].append(dense[batch.index])
-        assert episode.logits is not None
+        outcome = read(found)
         rows["labels"].append(batch.labels)
-        rows["reduced"].append(episode.logits.masked_fill(~allowed, -torch.inf).argmax(1).cpu())
-        loss = F.cross_entropy(episode.logits.float(), batch.labels.to(device), reduction="none")
+        rows["reduced"].append(outcome.logits.masked_fill(~allowed, -torch.inf).argmax(1).cpu())
+        loss = F.cross_entropy(outcome.logits.float(), batch.labels.to(device), reduction="none")
         rows["losses"].append(loss.cpu())
-        rows["macs"].append(macs_of(episode, policy, cost).cpu())
-        rows["lengths"].append(torch.stack(episode.fed, 1).cpu() - backbone.prefix)
+        rows["macs"].append(outcome.macs)
+        rows["lengths"].append(outcome.lengths)
         rows["index"].append(batch.index)
         progress(len(batch.index))
     if not rows["labels"]:
         raise UserError(f"no image of '{source.name}' could be read: check the files")
     table = {name: torch.cat(parts) for name, parts in rows.items()}
-    dense_macs = cost.dense() if reference is None else Cost(reference).dense()
     return Evaluation(
         **table, dense_macs=dense_macs, seconds=seconds, dense_seconds=dense_seconds or None
     )

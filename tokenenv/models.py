@@ -6,8 +6,9 @@ import contextlib
 import difflib
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,38 @@ from tokenenv.backbone import Backbone, check_supported
 from tokenenv.errors import UserError
 
 EMBEDDED = "digits_vit"
+
+RANDOM = "random"
+"""In place of a weights file: an untrained model."""
+
+
+class Dense(nn.Module):
+    """A frozen timm classifier of any family, whole: what others are compared with.
+
+    It has those attributes of a :class:`Backbone` that don't depend on its stages.
+
+    Args:
+        model: the timm model; it is used as it is, not copied.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = cast(Any, model.eval().requires_grad_(False))
+        self.classes = int(self.model.num_classes)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' floating-point type."""
+        return next(self.parameters()).dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images ``(B, C, H, W)``, normalised -> logits ``(B, classes)``."""
+        return self.model(images)
 
 
 def load_backbone(
@@ -27,8 +60,8 @@ def load_backbone(
         name: any timm model name of the VisionTransformer family, or ``digits_vit``, the
             embedded model.
         weights: a ``.safetensors`` or ``.pth`` state dict. The number of classes is read from
-            it. Without one the embedded model takes its own weights and any other model those
-            that timm publishes for it (downloaded by timm).
+            it. ``random``: :func:`untrained_model`. Without one the embedded model takes its own
+            weights and any other model those that timm publishes for it (downloaded by timm).
         device: where to put it.
 
     Raises:
@@ -39,20 +72,26 @@ def load_backbone(
 
 
 def load_model(
-    name: str, weights: str | None = None, options: dict[str, Any] | None = None
+    name: str,
+    weights: str | None = None,
+    options: dict[str, Any] | None = None,
+    check: Callable[[nn.Module], object] = check_supported,
 ) -> nn.Module:
     """The timm model of :func:`load_backbone`, in eval mode.
 
     ``options``: what timm shall make differently than the name says; taken with ``weights``.
+    ``check``: as for :func:`check_name`.
     """
-    check_name(name)
+    check_name(name, check)
+    if weights == RANDOM:
+        return untrained_model(name)
     timm = import_timm()
     from tokenenv.multiscale import STATE_PREFIX, add_scale
 
     if weights is None:
         return _pretrained(timm, name)
     state = read_weights(Path(weights))
-    head = state.get("head.weight")
+    head = state.get(f"{_classifier(timm, name)}.weight")
     classes = {"num_classes": len(head)} if head is not None else {}
     model = timm.create_model(name, pretrained=False, **classes, **(options or {}))
     if any(key.startswith(STATE_PREFIX) for key in state):
@@ -81,11 +120,16 @@ def untrained_model(name: str) -> nn.Module:
         return timm.create_model(name).eval()
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, check: Callable[[nn.Module], object] = check_supported) -> None:
     """Refuse a model by its name, before any weights are downloaded or read.
 
+    Args:
+        name: as timm knows it.
+        check: refuses a model of a family that will not do; by default one that no
+            :class:`Backbone` can be made of.
+
     Raises:
-        UserError: timm has no such model, or no :class:`Backbone` can be made of it.
+        UserError: timm has no such model, or ``check`` refuses it.
     """
     timm = import_timm()
     import tokenenv.embedded  # noqa: F401  (registers digits_vit with timm)
@@ -97,9 +141,16 @@ def check_name(name: str) -> None:
         raise UserError(f"unknown model '{name}': {hint}")
     if name != base and name not in (known := timm.list_pretrained(f"{base}.*")):
         raise UserError(f"unknown model '{name}': choose from {', '.join([base, *known])}")
-    # Without memory for the weights; where timm can't do that, Backbone refuses later.
+    # Without memory for the weights; where timm can't do that, whoever uses it refuses later.
     with contextlib.suppress(RuntimeError), torch.device("meta"):
-        check_supported(timm.create_model(base))
+        check(timm.create_model(base))
+
+
+def _classifier(timm, name: str) -> str:  # type: ignore[no-untyped-def]
+    """Of the last layer in a state dict, as timm's configuration names it."""
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    found = (config.classifier if config else None) or "head"
+    return found if isinstance(found, str) else found[0]
 
 
 def _pretrained(timm, name: str) -> nn.Module:  # type: ignore[no-untyped-def]

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
 from agents.dynamicvit import DynamicViTPolicy
+from agents.finetune.student import Student, Trainee
 from agents.heuristics import Nobody
 from agents.settings import check_settings
 from agents.spec import parse_policy
 from tokenenv.backbone import Backbone
 from tokenenv.errors import UserError
-from tokenenv.metrics import Decider
+from tokenenv.metrics import Decider, check_fit
 from tokenenv.multiscale import add_scale
 from tokenenv.reducers import MSTM, EViT
 from tokenenv.rules import TokenPrune
 from tokenenv.rules.token_prune import spread_blocks
 
-_DIGITS: dict[str, Any] = {
+DIGITS: dict[str, Any] = {
     "updates": 300,
     "batch": 64,
     "lr": 2e-4,
@@ -47,9 +49,8 @@ class FineTuneConfig:
         weight_decay: of all but vectors.
         clip: highest norm of the gradient.
         ema: decay of the moving average of the weights, which is what is kept; 0 keeps the last.
-        class_loss, logit_loss, token_loss: weights of cross entropy, of the divergence from the
-            dense model's logits, of the squared error of the tokens left (DynamicViT's: 1, 0.5,
-            0.5).
+        class_loss, logit_loss: weights of cross entropy, and of the divergence from the dense
+            model's logits (DynamicViT's: 1, 0.5).
         smoothing: of the labels.
         mixup, cutmix: alpha of timm's Mixup; 0 for none.
         crop: the least share of an image's area that training sees.
@@ -76,7 +77,6 @@ class FineTuneConfig:
     ema: float = 0.999
     class_loss: float = 1.0
     logit_loss: float = 0.5
-    token_loss: float = 0.5
     smoothing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -86,6 +86,9 @@ class FineTuneConfig:
     amp: Literal["auto", "off", "bfloat16", "float16"] = "auto"
     held_back: float = 0.1
     evaluate_every: int = 100
+
+    any_family: ClassVar[bool] = False
+    """Whether the method needs no :class:`Backbone`: it works on families that have none."""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -98,12 +101,39 @@ class FineTuneConfig:
     @classmethod
     def for_digits(cls) -> FineTuneConfig:
         """Settings for the embedded model."""
-        return cls(**_DIGITS)
+        return cls(**DIGITS)
 
     @staticmethod
     def implied(given: dict[str, Any]) -> dict[str, Any]:
         """None brings others with it."""
         return {}
+
+    def student(self, teacher: Any, model: str) -> Trainee:
+        """What is trained: a copy of ``teacher``'s timm model, named ``model``, with the method.
+
+        Initialised from torch's global generator.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ReducingConfig(FineTuneConfig):
+    """Settings of methods in which a policy decides between the blocks of a ViT.
+
+    Attributes:
+        token_loss: weight of the squared error of the tokens left against the dense model's
+            (DynamicViT's: 0.5).
+    """
+
+    token_loss: float = 0.5
+
+    def student(self, teacher: Backbone, model: str) -> Student:
+        """A copy of the backbone's model, and who decides in it."""
+        copied = copy.deepcopy(teacher.model).requires_grad_(True)
+        self.prepare(copied)
+        policy = self.decider(teacher, model)
+        check_fit(policy, teacher, model)
+        return Student(copied, policy)
 
     def prepare(self, model: nn.Module) -> None:
         """Give the pretrained model what the method adds, in place."""
@@ -114,7 +144,7 @@ class FineTuneConfig:
 
 
 @dataclass(frozen=True)
-class MSTMConfig(FineTuneConfig):
+class MSTMConfig(ReducingConfig):
     """What is MSTM's own, see :class:`~tokenenv.reducers.MSTM`.
 
     Attributes:
@@ -146,7 +176,7 @@ class MSTMConfig(FineTuneConfig):
 
 
 @dataclass(frozen=True)
-class EViTConfig(FineTuneConfig):
+class EViTConfig(ReducingConfig):
     """What is EViT's own, see :class:`~tokenenv.reducers.EViT`.
 
     Attributes:
@@ -165,7 +195,7 @@ class EViTConfig(FineTuneConfig):
 
 
 @dataclass(frozen=True)
-class RL4EViTFineTuneConfig(FineTuneConfig):
+class RL4EViTFineTuneConfig(ReducingConfig):
     """RL4EViT's second phase: the policy is fixed and the backbone learns to live with it.
 
     Attributes:
@@ -177,7 +207,7 @@ class RL4EViTFineTuneConfig(FineTuneConfig):
     @classmethod
     def for_digits(cls) -> RL4EViTFineTuneConfig:
         """Settings for the embedded model: no policy for it is shipped."""
-        return cls(**_DIGITS, policy="")
+        return cls(**DIGITS, policy="")
 
     def decider(self, backbone: Backbone, model: str) -> Decider:
         """The trained one."""
@@ -190,7 +220,7 @@ class RL4EViTFineTuneConfig(FineTuneConfig):
 
 
 @dataclass(frozen=True)
-class DynamicViTConfig(FineTuneConfig):
+class DynamicViTConfig(ReducingConfig):
     """What is DynamicViT's own, see :class:`~agents.dynamicvit.DynamicViTPolicy`.
 
     Attributes:

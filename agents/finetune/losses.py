@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agents.finetune.student import Played
+
+class Played(NamedTuple):
+    """What ``B`` images came to, with gradient; V visual tokens, P patches.
+
+    Attributes:
+        logits: ``(B, classes)``.
+        features: ``(B, V, D)`` the visual tokens after the final norm.
+        owner: ``(B, P)`` index into V of the token that stands for each patch, -1 once pruned.
+        there: ``(B, V)`` which visual tokens are there at the end.
+        shortfall: what the policy adds to the loss for missing its target; 0 for one that can't.
+    """
+
+    logits: Tensor
+    features: Tensor
+    owner: Tensor
+    there: Tensor
+    shortfall: Tensor
+
+    @property
+    def keep(self) -> Tensor:
+        """Share of the visual tokens left at the end, the mean over images."""
+        return self.there.float().sum(1).mean() / self.owner.shape[1]
 
 
 def logit_loss(logits: Tensor, dense: Tensor) -> Tensor:

@@ -1,39 +1,115 @@
-"""A model that is trained, and who decides in it."""
+"""What is trained: a model, and what loses tokens in it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from agents.finetune.losses import Played, token_loss
+from agents.storage import write_bytes
+from tokenenv import metrics
 from tokenenv.backbone import Backbone
+from tokenenv.data import ImageSource
 from tokenenv.episode import Execution
 from tokenenv.metrics import Decider, play
 from tokenenv.multiscale import MultiScaleEmbed
+from tokenenv.run_report import write_token_pictures
 from tokenenv.tokens import Tokens
 
 
-class Played(NamedTuple):
-    """What ``B`` images came to, with gradient; V visual tokens, P patches.
+class Trainee(nn.Module):
+    """A model in training, whatever it loses its tokens to; :class:`Student` or LTM's.
+
+    ``forward`` takes images ``(B, C, H, W)``, normalised, and gives what has ``logits
+    (B, classes)``, with gradient, and ``keep``, the share of the tokens left at the end.
 
     Attributes:
-        logits: ``(B, classes)``.
-        features: ``(B, V, D)`` the visual tokens after the final norm.
-        owner: ``(B, P)`` index into V of the token that stands for each patch, -1 once pruned.
-        there: ``(B, V)`` which visual tokens are there at the end.
-        shortfall: what the policy adds to the loss for missing its target; 0 for one that can't.
+        model: what is trained, and whose weights are kept.
+        files: what :meth:`write` writes.
     """
 
-    logits: Tensor
-    features: Tensor
-    owner: Tensor
-    there: Tensor
-    shortfall: Tensor
+    model: Any
+    files: ClassVar[tuple[str, ...]] = ("model.safetensors",)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' floating-point type."""
+        return next(self.parameters()).dtype
+
+    def terms(self, played: Any, dense: Tensor, labels: Tensor, config: Any) -> dict[str, Tensor]:
+        """What the loss has beside cross entropy and the divergence from the teacher's logits.
+
+        Args:
+            played: what :meth:`forward` gave.
+            dense: what the teacher's ``forward_features`` gave for the same images.
+            labels: ``(B,)`` int64.
+            config: the settings.
+        """
+        raise NotImplementedError
+
+    def before(self, done: int, clean: ImageSource, config: Any) -> None:
+        """Called before each update.
+
+        Args:
+            done: updates so far.
+            clean: training images, not augmented, the same ones in every process.
+            config: the settings.
+        """
+
+    def remembered(self) -> dict[str, Any]:
+        """What :meth:`before` keeps between updates, beside parameters and buffers."""
+        return {}
+
+    def remember(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`remembered`."""
+
+    def judged(self, clean: ImageSource, held_back: ImageSource) -> dict[str, float]:
+        """Fields of :class:`~agents.judgement.Judgement` that not all trainees have."""
+        return {}
+
+    def added(self) -> Iterator[nn.Parameter]:
+        """The parameters that the pretrained model does not have."""
+        raise NotImplementedError
+
+    def measured(self, source: ImageSource, teacher: Any, **options: Any) -> metrics.Evaluation:
+        """:func:`tokenenv.metrics.evaluate` of the model as it is, against its teacher."""
+        raise NotImplementedError
+
+    def write(self, folder: Path, source: ImageSource) -> None:
+        """Write all that ``evaluate`` and others need; pictures show images of ``source``."""
+        state = {name: t.detach().cpu().contiguous() for name, t in self.model.state_dict().items()}
+        write_bytes(folder / "model.safetensors", save(state))
+
+    def groups(self, weight_decay: float, added_rate: float) -> list[dict[str, Any]]:
+        """Parameters as timm's optimisers and schedules take them.
+
+        Vectors (norms, biases, tokens) don't decay; what the pretrained model does not have learns
+        ``added_rate`` times as fast.
+        """
+        added = {id(parameter) for parameter in self.added()}
+        no_decay: set[str] = getattr(self.model, "no_weight_decay", set)()
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            plain = parameter.ndim <= 1 or name.removeprefix("model.") in no_decay
+            key = 0.0 if plain else weight_decay, added_rate if id(parameter) in added else 1.0
+            groups.setdefault(key, []).append(parameter)
+        return [
+            {"params": members, "weight_decay": decay, "lr_scale": scale}
+            for (decay, scale), members in groups.items()
+        ]
 
 
-class Student(nn.Module):
+class Student(Trainee):
     """A timm model in training under a policy.
 
     Its parameters are the model's, and the policy's if that learns by gradient: if it has
@@ -44,6 +120,7 @@ class Student(nn.Module):
         policy: who decides.
     """
 
+    files = ("model.safetensors", "policy.safetensors", "tokens.png")
     backbone: Backbone
     policy: Any
 
@@ -73,6 +150,13 @@ class Student(nn.Module):
         features = self.backbone.model.norm(tokens.x)[:, tokens.prefix :]
         return Played(logits, features, _owner(tokens), there, shortfall)
 
+    def terms(self, played: Any, dense: Tensor, labels: Tensor, config: Any) -> dict[str, Tensor]:
+        """The squared error of the tokens left, and what the policy adds."""
+        return {
+            "token_loss": config.token_loss * token_loss(played, dense[:, self.backbone.prefix :]),
+            "shortfall": played.shortfall,
+        }
+
     def added(self) -> Iterator[nn.Parameter]:
         """The parameters that the pretrained model does not have."""
         for module in self.model.modules():
@@ -81,23 +165,15 @@ class Student(nn.Module):
         if self.soft:
             yield from self.policy.parameters()
 
-    def groups(self, weight_decay: float, added_rate: float) -> list[dict[str, Any]]:
-        """Parameters as timm's optimisers and schedules take them.
+    def measured(self, source: ImageSource, teacher: Any, **options: Any) -> metrics.Evaluation:
+        """:func:`tokenenv.metrics.evaluate` under the policy."""
+        return metrics.evaluate(self.backbone, self.policy, source, reference=teacher, **options)
 
-        Vectors (norms, biases, tokens) don't decay; what the pretrained model does not have learns
-        ``added_rate`` times as fast.
-        """
-        added = {id(parameter) for parameter in self.added()}
-        no_decay: set[str] = getattr(self.model, "no_weight_decay", set)()
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for name, parameter in self.named_parameters():
-            plain = parameter.ndim <= 1 or name.removeprefix("model.") in no_decay
-            key = 0.0 if plain else weight_decay, added_rate if id(parameter) in added else 1.0
-            groups.setdefault(key, []).append(parameter)
-        return [
-            {"params": members, "weight_decay": decay, "lr_scale": scale}
-            for (decay, scale), members in groups.items()
-        ]
+    def write(self, folder: Path, source: ImageSource) -> None:
+        """Model, policy, and a picture of which tokens leave."""
+        super().write(folder, source)
+        self.policy.save(folder / "policy.safetensors")
+        write_token_pictures(folder / "tokens.png", self.backbone, self.policy, source)
 
 
 def _owner(tokens: Tokens) -> Tensor:

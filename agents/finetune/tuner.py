@@ -18,12 +18,13 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from agents.finetune.config import FineTuneConfig
-from agents.finetune.losses import logit_loss, token_loss
-from agents.finetune.student import Played, Student
+from agents.finetune.losses import logit_loss
+from agents.finetune.student import Trainee
 from agents.workers import ALONE, Workers
 from tokenenv.backbone import Backbone
-from tokenenv.data import Batch
+from tokenenv.data import Batch, ImageSource
 from tokenenv.errors import UserError
+from tokenenv.models import Dense
 
 
 class Batches(Protocol):
@@ -36,9 +37,10 @@ class Batches(Protocol):
 class FineTuner:
     """Trains a student to do what its dense teacher does, and what the labels say.
 
-    Loss: cross entropy + KL to the teacher's logits + squared error of the surviving tokens against
-    the teacher's (DynamicViT, Rao et al., NeurIPS 2021, equation 16), by the weights of ``config``.
-    Optimiser, schedule, mixup and moving average are timm's.
+    Loss: cross entropy + KL to the teacher's logits + what the student adds, such as the squared
+    error of the surviving tokens against the teacher's (DynamicViT, Rao et al., NeurIPS 2021,
+    equation 16), by the weights of ``config``. Optimiser, schedule, mixup and moving average are
+    timm's.
 
     All that an update draws at random follows from the seed and the update's number: a run goes on
     from :meth:`state_dict` exactly.
@@ -50,6 +52,8 @@ class FineTuner:
         config: the settings.
         seed: of all that is drawn.
         workers: who trains together.
+        clean: training images, not augmented, the same ones in every process; only for a student
+            that takes statistics of them.
 
     Attributes:
         policy: the student with the moving average of the weights: what is judged and kept.
@@ -61,17 +65,18 @@ class FineTuner:
 
     def __init__(
         self,
-        student: Student,
-        teacher: Backbone,
+        student: Trainee,
+        teacher: Backbone | Dense,
         batches: Batches,
         config: FineTuneConfig,
         seed: int,
         workers: Workers = ALONE,
+        clean: ImageSource | None = None,
     ) -> None:
         self.workers = workers
         self.student, self.teacher, self.batches = student, teacher, batches
-        self.config, self.seed, self.done = config, seed, 0
-        self._device = student.backbone.device
+        self.config, self.seed, self.done, self.clean = config, seed, 0, clean
+        self._device = student.device
         self._half = half_precision(config.amp, self._device)
         self._optimizer = _optimizer(student, config)
         self._schedule = CosineLRScheduler(
@@ -107,6 +112,8 @@ class FineTuner:
     def update(self) -> dict[str, float]:
         """One step of the optimiser; returns means over the images that this process saw."""
         config, parts = self.config, self.config.accumulate
+        if self.clean is not None:
+            self.student.before(self.done, self.clean, config)
         self.student.train()
         self._schedule.step_update(self.done)
         seen: list[dict[str, Tensor]] = []
@@ -131,7 +138,7 @@ class FineTuner:
 
     def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         config, device = self.config, self._device
-        images = batch.images.to(device, self.student.backbone.dtype)
+        images = batch.images.to(device, self.student.dtype)
         labels = batch.labels.to(device)
         target, classify = labels, _hard_loss(config.smoothing)
         if self._mixup is not None:
@@ -141,16 +148,14 @@ class FineTuner:
             with torch.no_grad():
                 dense = self.teacher.model.forward_features(images)
                 dense_logits = self.teacher.model.forward_head(dense)
-            played: Played = self._wrapped(images)
+            played = self._wrapped(images)
         terms = {
             "class_loss": config.class_loss * classify(played.logits.float(), target),
             "logit_loss": config.logit_loss * logit_loss(played.logits, dense_logits),
-            "token_loss": config.token_loss * token_loss(played, dense[:, self.teacher.prefix :]),
-            "shortfall": played.shortfall,
+            **self.student.terms(played, dense, labels, config),
         }
         loss = torch.stack(list(terms.values())).sum()
-        keep = played.there.float().sum(1).mean() / played.owner.shape[1]
-        numbers = {"loss": loss, "keep": keep, **terms}
+        numbers = {"loss": loss, "keep": played.keep, **terms}
         return loss, {name: value.detach() for name, value in numbers.items()}
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
@@ -165,6 +170,7 @@ class FineTuner:
             "average": self.policy.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
+            "remembered": self.student.remembered(),
             "done": self.done,
         }
 
@@ -174,6 +180,7 @@ class FineTuner:
         self.policy.load_state_dict(state["average"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
+        self.student.remember(state["remembered"])
         self.done = state["done"]
 
 
@@ -181,7 +188,7 @@ def _hard_loss(smoothing: float) -> Callable[[Tensor, Tensor], Tensor]:
     return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
 
 
-def _optimizer(student: Student, config: FineTuneConfig) -> torch.optim.Optimizer:
+def _optimizer(student: Trainee, config: FineTuneConfig) -> torch.optim.Optimizer:
     from timm.optim import list_optimizers
 
     if config.optimizer not in list_optimizers():

@@ -12,15 +12,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from agents.policy import Policy
 from agents.spec import parse_policy
 from agents.storage import write_bytes, write_json
 from tokenenv.backbone import Backbone
 from tokenenv.bench import DENSE, Speed, bench, timings
-from tokenenv.commands.common import open_backbone
+from tokenenv.commands.common import open_backbone, open_dense
 from tokenenv.commands.evaluate import adopt, fit, writable_file
+from tokenenv.commands.merged import open_merged
 from tokenenv.data import open_source
 from tokenenv.errors import UserError
-from tokenenv.models import EMBEDDED
+from tokenenv.models import EMBEDDED, Dense
+from tokenenv.pixels import Preprocess
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,11 +36,19 @@ def run(args: argparse.Namespace) -> int:
         places.enter_context(writable_file(args.out, "--out"))
         if args.threads:
             torch.set_num_threads(args.threads)
-        adopt(args, *args.what)
-        backbone, name = open_backbone(args, images=False)
-        policies = {what: parse_policy(what, backbone.depth) for what in args.what}
-        for policy in policies.values():
-            fit(policy, backbone, name)
+        merged = open_merged(args, args.what)
+        played = [what for what in args.what if what not in merged]
+        adopt(args, *played)
+        backbone: Backbone | Dense
+        policies: dict[str, Policy] = {}
+        if played:
+            whole, name = open_backbone(args, images=False)
+            policies = {what: parse_policy(what, whole.depth) for what in played}
+            for policy in policies.values():
+                fit(policy, whole, name)
+            backbone = whole
+        else:
+            backbone, name = open_dense(args, images=False)
         images, origin = _images(args, backbone, name)
         compiled = args.compile if args.compile is not None else backbone.device.type == "cuda"
         how = f"{args.device}{', compiled' if compiled else ''}"
@@ -50,12 +61,13 @@ def run(args: argparse.Namespace) -> int:
         try:
             for batch in args.batch:
                 some = images[torch.arange(batch, device=images.device) % len(images)]
-                total = timings(len(policies), args.rounds)
+                total = timings(len(policies), args.rounds, len(merged))
                 with tqdm(total=total, desc=f"batch {batch}", leave=False, disable=None) as bar:
                     rows = bench(
                         backbone,
                         policies,
                         some,
+                        models=merged,
                         rounds=args.rounds,
                         compiled=compiled,
                         execution=args.execution,
@@ -79,15 +91,13 @@ def _write(args: argparse.Namespace, found: list[Speed], name: str) -> None:
         print(f"the picture is in {args.out}")
 
 
-def _images(args: argparse.Namespace, backbone: Backbone, name: str) -> tuple[Tensor, str]:
+def _images(args: argparse.Namespace, backbone: Backbone | Dense, name: str) -> tuple[Tensor, str]:
     """As many as the largest batch, or as there are, and where they are from."""
     count = max(args.batch)
     place = backbone.device
     if args.data is None and name != EMBEDDED:
-        patches = backbone.model.patch_embed
         generator = torch.Generator().manual_seed(0)
-        shape = (count, patches.proj.in_channels, *patches.img_size)
-        images = torch.randn(shape, generator=generator)
+        images = torch.randn((count, *Preprocess(backbone.model).shape), generator=generator)
         return images.to(place, backbone.dtype), "random images"
     source = open_source(args.data, backbone.model, split="test", limit=count)
     images = source.batch(torch.arange(len(source))).images
@@ -104,9 +114,13 @@ _HEADER = (
 
 def _line(row: Speed) -> str:
     quartiles = f"{row.speedup:.3f} ({row.speedup_q25:.3f}-{row.speedup_q75:.3f})"
+    limit = [
+        "-" if value is None else f"{value:.3f}"
+        for value in (row.slice_speedup, row.realised_share)
+    ]
     return (
         f"{row.batch:5}  {row.what:36}{row.images_per_s:9.1f}{quartiles:>24}{row.gmacs:9.4f}"
-        f"{_saved(row):9.1f}{row.peak_mib:10.1f}{row.slice_speedup:8.3f}{row.realised_share:7.3f}"
+        f"{_saved(row):9.1f}{row.peak_mib:10.1f}{limit[0]:>8}{limit[1]:>7}"
     )
 
 
@@ -130,8 +144,9 @@ def picture(rows: list[Speed], model: str) -> bytes:
         if row.what == DENSE:
             continue
         colour, saved = f"C{batches.index(row.batch)}", _saved(row)
-        axis.plot([saved, saved], [row.speedup, row.slice_speedup], ":", color=colour, lw=1)
-        axis.plot(saved, row.slice_speedup, "_", color=colour, ms=14, mew=2)
+        if row.slice_speedup is not None:
+            axis.plot([saved, saved], [row.speedup, row.slice_speedup], ":", color=colour, lw=1)
+            axis.plot(saved, row.slice_speedup, "_", color=colour, ms=14, mew=2)
         spread = [[row.speedup - row.speedup_q25], [row.speedup_q75 - row.speedup]]
         axis.errorbar(saved, row.speedup, spread, fmt=marks[row.what], color=colour, ms=6)
     for number, batch in enumerate(batches):

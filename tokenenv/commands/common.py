@@ -5,20 +5,25 @@ from __future__ import annotations
 import argparse
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from tqdm import tqdm
 
 from tokenenv import metrics
 from tokenenv.backbone import Backbone
 from tokenenv.data import ImageSource
 from tokenenv.errors import UserError
-from tokenenv.models import EMBEDDED, check_device, check_name, load_backbone, untrained_model
-
-RANDOM = "random"
-"""The word for ``--weights`` that asks for an untrained model."""
+from tokenenv.models import (
+    EMBEDDED,
+    Dense,
+    check_device,
+    check_name,
+    load_backbone,
+    load_model,
+)
 
 MAC_NOTE = "1 MAC = 1 FLOP, policy included, frozen backbone"
 _TUNED_NOTE = "1 MAC = 1 FLOP, policy included, fine-tuned backbone"
@@ -34,13 +39,26 @@ def open_backbone(args: argparse.Namespace, *, images: bool = True) -> tuple[Bac
     """
     name = args.model or EMBEDDED
     check_name(name)
+    _check_data(args, name, images)
+    return load_backbone(name, args.weights, args.device), name
+
+
+def open_dense(args: argparse.Namespace, *, images: bool = True) -> tuple[Dense, str]:
+    """:func:`open_backbone` for a model of any family that LTM has blocks for."""
+    from tokenenv.ltm.model import check_family
+
+    name = args.model or EMBEDDED
+    check_name(name, check_family)
+    _check_data(args, name, images)
+    place = check_device(args.device)
+    return Dense(load_model(name, args.weights, check=check_family)).to(place), name
+
+
+def _check_data(args: argparse.Namespace, name: str, images: bool) -> None:
     if images and args.data is None and name != EMBEDDED:
         raise UserError(f"model '{name}' needs --data: a folder of class/image")
-    if args.weights == RANDOM:
-        return Backbone(untrained_model(name)).to(check_device(args.device)), name
     if name != EMBEDDED and args.weights is None:
         print(f"loading '{name}' with timm's weights for it; --weights FILE takes others")
-    return load_backbone(name, args.weights, args.device), name
 
 
 @contextlib.contextmanager
@@ -65,12 +83,19 @@ def writable_folder(folder: Path) -> Iterator[None]:
                 place.rmdir()
 
 
+@contextlib.contextmanager
+def evaluation_bar(source: ImageSource) -> Iterator[Callable[[int], object]]:
+    """A progress bar over the images; what it gives takes the number of those done."""
+    with tqdm(total=len(source), unit="image", desc="evaluating", leave=False, disable=None) as bar:
+        yield bar.update
+
+
 def evaluate_with_bar(
     backbone: Backbone, policy: metrics.Decider, source: ImageSource, **options: Any
 ) -> metrics.Evaluation:
     """:func:`tokenenv.metrics.evaluate` with a progress bar."""
-    with tqdm(total=len(source), unit="image", desc="evaluating", leave=False, disable=None) as bar:
-        return metrics.evaluate(backbone, policy, source, progress=bar.update, **options)
+    with evaluation_bar(source) as progress:
+        return metrics.evaluate(backbone, policy, source, progress=progress, **options)
 
 
 def evaluation_json(model: str, source: ImageSource, result: metrics.Evaluation) -> dict[str, Any]:
@@ -95,6 +120,18 @@ def print_result(source: ImageSource, result: metrics.Evaluation, frozen: bool =
     print(f"  {'reduced':8}{r['top1']:9.2f}{r['gmacs']:13.4f}{r['images_per_s']:10.1f}")
     print(f"  {in_words(result.saving, result.drop)}, {r['agreement']:.1f} % same prediction")
     print(f"  visual tokens, block by block: {' '.join(f'{n:.0f}' for n in r['tokens'])}")
+
+
+def parameters_json(model: nn.Module, dense: nn.Module) -> dict[str, int]:
+    """How many parameters a model and the dense one have."""
+    counts = [sum(p.numel() for p in each.parameters()) for each in (model, dense)]
+    return {"parameters": counts[0], "parameters_dense": counts[1]}
+
+
+def print_parameters(counts: dict[str, int]) -> None:
+    """What :func:`parameters_json` gave, in millions."""
+    own, dense = (counts[name] / 1e6 for name in ("parameters", "parameters_dense"))
+    print(f"  {own:.3f} M parameters, dense {dense:.3f} M")
 
 
 def in_words(saving: float, drop: float) -> str:

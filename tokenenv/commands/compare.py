@@ -21,9 +21,16 @@ from agents.storage import write_bytes, write_json
 from tokenenv import metrics
 from tokenenv.backbone import Backbone
 from tokenenv.bench import DENSE, Speed, bench, timings
-from tokenenv.commands.common import open_backbone, report_skipped, writable_folder
+from tokenenv.commands.common import (
+    open_backbone,
+    open_dense,
+    report_skipped,
+    writable_folder,
+)
 from tokenenv.commands.compare_state import State, conditions
 from tokenenv.commands.evaluate import fit, folder_of, trained_on
+from tokenenv.commands.merged import open_merged
+from tokenenv.commands.run_folder import MODEL
 from tokenenv.comparison import (
     TOLERATED,
     Comparison,
@@ -34,10 +41,10 @@ from tokenenv.comparison import (
     in_words,
     make_row,
 )
-from tokenenv.cost import Cost
 from tokenenv.data import ImageSource, open_source
 from tokenenv.errors import UserError
-from tokenenv.models import load_backbone
+from tokenenv.ltm.model import LTM
+from tokenenv.models import Dense, load_backbone
 from tokenenv.pareto import picture
 
 _BATCH = 64  # as evaluate's; how images are batched decides only what random policies draw
@@ -45,16 +52,27 @@ _BATCH = 64  # as evaluate's; how images are batched decides only what random po
 
 @dataclass(frozen=True)
 class _Entry:
-    """One row to be: a policy, and the backbone it plays on.
+    """One row to be: a policy and the backbone it plays on, or a model with LTM blocks.
 
     ``key`` changes with what a run folder holds, so that a run trained on is evaluated anew.
     """
 
     what: str
     key: str
-    policy: Policy
-    backbone: Backbone
+    player: tuple[Policy, Backbone] | LTM
     frozen: bool
+
+    def evaluate(self, reference: Backbone | Dense, source: ImageSource, **options: Any) -> Any:
+        """Its :class:`~tokenenv.metrics.Evaluation`; ``options`` go to those of ``metrics``."""
+        if isinstance(self.player, LTM):
+            lengths = self.player.lengths
+            return metrics.evaluate_model(
+                self.player, reference, source, lengths=lengths, batch_size=_BATCH, **options
+            )
+        policy, backbone = self.player
+        policy = copy.deepcopy(policy)  # one that draws starts afresh on the clock
+        found = metrics.evaluate(backbone, policy, source, batch_size=_BATCH, **options)
+        return replace(found, dense_macs=metrics.dense_macs(reference, source.shape))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,13 +80,7 @@ def run(args: argparse.Namespace) -> int:
     whats = list(dict.fromkeys(one for what in args.what for one in expand(what)))
     out, args.batch = Path(args.out), list(dict.fromkeys(args.batch))
     with writable_folder(out):  # before minutes of work
-        if args.model is None:
-            known = next((found for found in map(trained_on, whats) if found), {})
-            # All are compared with the model that a fine-tuned run started from.
-            weights = known.get("original" if "original" in known else "weights")
-            args.model, args.weights = known.get("model"), args.weights or weights
-        backbone, name = open_backbone(args)
-        entries = [_entry(what, backbone, name) for what in whats]
+        backbone, name, entries = _open(args, whats)
         source = open_source(args.data, backbone.model, split="test", limit=args.limit)
         state = State(out, conditions(name, backbone.model, source))
         print(f"comparing {len(entries)} rows on {name}: {len(source)} images of {source.name}")
@@ -97,6 +109,30 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _open(args: argparse.Namespace, whats: list[str]) -> tuple[Backbone | Dense, str, list[_Entry]]:
+    """The dense model that all are compared with, its name, and the rows to be."""
+    merged = open_merged(args, whats)
+    played = [what for what in whats if what not in merged]
+    if args.model is None:
+        known = next((found for found in map(trained_on, played) if found), {})
+        # All are compared with the model that a fine-tuned run started from.
+        weights = known.get("original" if "original" in known else "weights")
+        args.model, args.weights = known.get("model"), args.weights or weights
+    entries = {what: _merged_entry(what, model) for what, model in merged.items()}
+    if not played:
+        dense, name = open_dense(args)
+        return dense, name, list(entries.values())
+    backbone, name = open_backbone(args)
+    entries |= {what: _entry(what, backbone, name) for what in played}
+    return backbone, name, [entries[what] for what in whats]
+
+
+def _merged_entry(what: str, model: LTM) -> _Entry:
+    """Of a model with LTM blocks, which brings its own weights."""
+    digest = hashlib.sha256(Path(what, MODEL).read_bytes())
+    return _Entry(what, f"{what} {digest.hexdigest()}", model, frozen=False)
+
+
 def _entry(what: str, backbone: Backbone, name: str) -> _Entry:
     """Parse a WHAT, check that it fits, and load its own backbone where it was fine-tuned.
 
@@ -115,7 +151,7 @@ def _entry(what: str, backbone: Backbone, name: str) -> _Entry:
         digest.update(own.read_bytes())
         plays_on = load_backbone(name, str(own), backbone.device)
     fit(policy, plays_on, name)
-    return _Entry(what, f"{what} {digest.hexdigest()}", policy, plays_on, not tuned)
+    return _Entry(what, f"{what} {digest.hexdigest()}", (policy, plays_on), not tuned)
 
 
 def _fine_tuned(folder: Path) -> bool:
@@ -131,7 +167,7 @@ def _fine_tuned(folder: Path) -> bool:
 
 def _evaluate(
     entries: list[_Entry],
-    backbone: Backbone,
+    backbone: Backbone | Dense,
     source: ImageSource,
     state: State,
     done: dict[str, metrics.Evaluation],
@@ -154,20 +190,13 @@ def _evaluate(
         for number, entry in enumerate(missing, passes - len(missing)):
             bar.update(number * len(source) - bar.n)  # the unreadable ones
             bar.set_description(entry.what)
-            result = metrics.evaluate(
-                entry.backbone,
-                copy.deepcopy(entry.policy),  # one that draws starts afresh on the clock
-                source,
-                batch_size=_BATCH,
-                dense=dense,
-                progress=bar.update,
-            )
+            result = entry.evaluate(backbone, source, dense=dense, progress=bar.update)
             if not torch.equal(torch.where(dense >= 0)[0], result.index):
                 raise UserError(
                     f"other images of '{source.name}' can be read than in the rows before: "
                     "restore the files, or give a new --out"
                 )
-            done[entry.what] = replace(result, dense_macs=Cost(backbone).dense())
+            done[entry.what] = result
             state.save(entry.key, done[entry.what])
             tqdm.write(_line(_row(entry, done[entry.what])))
             best = best_row([_row(e, done[e.what]) for e in entries if e.what in done])
@@ -177,7 +206,10 @@ def _evaluate(
 
 @torch.inference_mode()
 def _dense(
-    done: dict[str, metrics.Evaluation], backbone: Backbone, source: ImageSource, bar: tqdm[Any]
+    done: dict[str, metrics.Evaluation],
+    backbone: Backbone | Dense,
+    source: ImageSource,
+    bar: tqdm[Any],
 ) -> Tensor:
     """``(len(source),)`` the dense model's predictions, as some row has them; -1: unreadable."""
     found = torch.full((len(source),), -1)
@@ -197,7 +229,7 @@ def _dense(
 def _time(
     args: argparse.Namespace,
     entries: list[_Entry],
-    backbone: Backbone,
+    backbone: Backbone | Dense,
     images: Tensor,
     state: State,
     times: dict[int, list[Speed]],
@@ -211,16 +243,19 @@ def _time(
         "torch": torch.__version__,
     }
     images = images.to(backbone.device, backbone.dtype)
+    merged = {entry.what: entry.player for entry in entries if isinstance(entry.player, LTM)}
+    played = {entry.what: entry.player for entry in entries if isinstance(entry.player, tuple)}
     for batch in args.batch:
         rows = state.load_speeds(batch, asked)
         if rows is None:
-            total = timings(len(entries), args.rounds)
+            total = timings(len(played), args.rounds, len(merged))
             with tqdm(total=total, desc=f"batch {batch}", leave=False, disable=None) as bar:
                 rows = bench(
                     backbone,
-                    {entry.what: entry.policy for entry in entries},
+                    {what: policy for what, (policy, _) in played.items()},
                     images[torch.arange(batch, device=images.device) % len(images)],
-                    backbones={entry.what: entry.backbone for entry in entries},
+                    backbones={what: own for what, (_, own) in played.items()},
+                    models=merged,
                     rounds=args.rounds,
                     progress=bar.update,
                 )

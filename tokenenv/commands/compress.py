@@ -8,6 +8,7 @@ from pathlib import Path
 from agents.spec import parse_policy
 from tokenenv.commands.common import open_backbone
 from tokenenv.commands.evaluate import adopt, writable_file
+from tokenenv.commands.merged import is_merged
 from tokenenv.compressed import CONFIG, compress
 from tokenenv.errors import UserError
 from tokenenv.export import export_onnx
@@ -21,6 +22,11 @@ def run(args: argparse.Namespace) -> int:
         if Path(args.what, CONFIG).is_file():
             raise UserError(
                 f"'{args.what}' is compressed already: give the policy it was made with"
+            )
+        if is_merged(args.what):
+            raise UserError(
+                f"'{args.what}' is a model already, whose tokens merge by themselves: "
+                f"tokenenv.ltm.load_ltm('{args.what}') gives it"
             )
         adopt(args, args.what)
         backbone, name = open_backbone(args, images=False)

@@ -17,12 +17,17 @@ from tokenenv import metrics
 from tokenenv.backbone import Backbone
 from tokenenv.commands.common import (
     evaluate_with_bar,
+    evaluation_bar,
     evaluation_json,
     open_backbone,
+    open_dense,
+    parameters_json,
+    print_parameters,
     print_result,
     report_skipped,
     writable_folder,
 )
+from tokenenv.commands.merged import is_merged, open_merged
 from tokenenv.commands.run_folder import MODEL, POLICY
 from tokenenv.compressed import CONFIG, WEIGHTS
 from tokenenv.data import ImageSource, open_source
@@ -33,31 +38,70 @@ from tokenenv.models import load_backbone
 def evaluate(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     with writable_file(args.json):  # before minutes of work
-        run = adopt(args, args.what)
-        backbone, name = open_backbone(args)
-        reference = _untouched(run, args)
-        policy = parse_policy(args.what, backbone.depth)
-        fit(policy, backbone, name)
-        source = open_source(args.data, backbone.model, split="test", limit=args.limit)
-        print(f"evaluating {args.what} on {name}: {len(source)} images of {source.name}")
-        result = evaluate_with_bar(
-            backbone,
-            policy,
-            source,
-            batch_size=args.batch,
-            restrict=args.restrict,
-            reference=reference,
-        )
+        more: dict[str, int] = {}
+        if is_merged(args.what):
+            name, source, result, more = _merged(args)
+            frozen = False
+        else:
+            name, source, result, frozen = _played(args)
         report_skipped(source)
-        frozen = "original" not in run
         print_result(source, result, frozen)
+        if more:
+            print_parameters(more)
         if args.json:
-            report = evaluation_json(name, source, result)
+            report = {**evaluation_json(name, source, result), **more}
             if not frozen:
                 report["frozen"] = False
             write_json(Path(args.json), {**report, "predictions": _predictions(source, result)})
             print(f"every prediction is in {args.json}")
     return 0
+
+
+def _played(
+    args: argparse.Namespace,
+) -> tuple[str, ImageSource, metrics.Evaluation, bool]:
+    """Of a policy: the model's name, the images, the result, whether the backbone is frozen."""
+    run = adopt(args, args.what)
+    backbone, name = open_backbone(args)
+    reference = _untouched(run, args)
+    policy = parse_policy(args.what, backbone.depth)
+    fit(policy, backbone, name)
+    source = _images(args, backbone.model, name)
+    result = evaluate_with_bar(
+        backbone,
+        policy,
+        source,
+        batch_size=args.batch,
+        restrict=args.restrict,
+        reference=reference,
+    )
+    return name, source, result, "original" not in run
+
+
+def _merged(
+    args: argparse.Namespace,
+) -> tuple[str, ImageSource, metrics.Evaluation, dict[str, int]]:
+    """Of a model with LTM blocks: its timm model's name, images, the result, parameters."""
+    model = open_merged(args, [args.what])[args.what]
+    dense, name = open_dense(args)
+    source = _images(args, dense.model, name)
+    with evaluation_bar(source) as progress:
+        result = metrics.evaluate_model(
+            model,
+            dense,
+            source,
+            lengths=model.lengths,
+            batch_size=args.batch,
+            restrict=args.restrict,
+            progress=progress,
+        )
+    return name, source, result, parameters_json(model, dense)
+
+
+def _images(args: argparse.Namespace, model: nn.Module, name: str) -> ImageSource:
+    source = open_source(args.data, model, split="test", limit=args.limit)
+    print(f"evaluating {args.what} on {name}: {len(source)} images of {source.name}")
+    return source
 
 
 @contextlib.contextmanager

@@ -4,38 +4,36 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from tqdm import tqdm
 
 from agents.finetune.augment import augmentation
 from agents.finetune.config import FineTuneConfig
-from agents.finetune.student import Student
+from agents.finetune.student import Trainee
 from agents.finetune.tuner import FineTuner
 from agents.plots import plot_history
 from agents.settings import with_settings
-from agents.storage import write_bytes, write_json
+from agents.storage import write_json
 from agents.systems import FINE_TUNED
 from agents.training import Trainer
 from agents.workers import Workers, join
 from tokenenv.backbone import Backbone
 from tokenenv.commands.common import (
-    evaluate_with_bar,
+    evaluation_bar,
     evaluation_json,
     open_backbone,
+    open_dense,
+    parameters_json,
+    print_parameters,
     print_result,
     report_skipped,
 )
-from tokenenv.commands.evaluate import fit as fit_policy
 from tokenenv.commands.held_back import HeldBack
 from tokenenv.commands.run_folder import (
     INTERRUPTED,
-    MODEL,
-    POLICY,
     description,
     events,
     final_images,
@@ -46,8 +44,11 @@ from tokenenv.commands.run_folder import (
 )
 from tokenenv.data import ImageSource, Stream
 from tokenenv.errors import UserError
-from tokenenv.models import EMBEDDED
-from tokenenv.run_report import write_token_pictures
+from tokenenv.models import EMBEDDED, Dense
+
+_STATISTICS = 1000
+_PER_CLASS = 4
+"""Training images, at most, that LTM's bound takes its statistics of: the larger number."""
 
 
 def finetune(args: argparse.Namespace) -> int:
@@ -83,14 +84,14 @@ class _Run:
 
     name: str
     source: ImageSource
-    teacher: Backbone
-    student: Student
+    teacher: Backbone | Dense
+    student: Trainee
     judge: HeldBack
     trainer: Trainer
 
 
 def _build(args: argparse.Namespace, config: FineTuneConfig, workers: Workers, out: Path) -> _Run:
-    teacher, name = open_backbone(args)
+    teacher, name = open_dense(args) if config.any_family else open_backbone(args)
     source = open_images(args, teacher)
     fit, held_back = source.split(config.held_back, seed=args.seed)
     parts = workers.count * config.accumulate
@@ -105,11 +106,7 @@ def _build(args: argparse.Namespace, config: FineTuneConfig, workers: Workers, o
             "at a time: choose an even number"
         )
     torch.manual_seed(args.seed)
-    model = copy.deepcopy(teacher.model).requires_grad_(True)
-    config.prepare(model)
-    policy = config.decider(teacher, name)
-    fit_policy(policy, teacher, name)
-    student = Student(model, policy).to(teacher.device)
+    student = config.student(teacher, name).to(teacher.device)
     share = fit.share(workers.rank, workers.count)
     augment = augmentation(
         teacher.model,
@@ -119,12 +116,13 @@ def _build(args: argparse.Namespace, config: FineTuneConfig, workers: Workers, o
         auto_augment=config.auto_augment,
     )
     order = Stream(share.augmented(augment) if augment else share, config.batch // parts, args.seed)
-    tuner = FineTuner(student, teacher, order, config, args.seed, workers)
+    clean = fit.subset(max(_STATISTICS, _PER_CLASS * teacher.classes), args.seed)
+    tuner = FineTuner(student, teacher, order, config, args.seed, workers, clean)
     judge = HeldBack(teacher, held_back, workers)
     trainer = Trainer(
         tuner,
         order,
-        lambda student: judge(student.policy, student.eval().backbone),
+        lambda trainee: judge.trainee(trainee, clean),
         out,
         updates=config.updates,
         evaluate_every=config.evaluate_every,
@@ -167,13 +165,13 @@ def _finish(args: argparse.Namespace, run: _Run, trainer: Trainer, out: Path) ->
     student, held_back = run.student, run.judge.source
     student.load_state_dict(trainer.best_state)
     student.eval()
-    state = {name: t.detach().cpu().contiguous() for name, t in student.model.state_dict().items()}
-    write_bytes(out / MODEL, save(state))
-    student.policy.save(out / POLICY)
     final = final_images(args, run.teacher, held_back)
-    result = evaluate_with_bar(student.backbone, student.policy, final, reference=run.teacher)
+    student.write(out, final)
+    with evaluation_bar(final) as progress:
+        result = student.measured(final, run.teacher, progress=progress)
     report = {
         **evaluation_json(run.name, final, result),
+        **(counts := parameters_json(student, run.teacher)),
         "updates": trainer.done,
         "stopped_early": trainer.stopped,
         "training_seconds": round(trainer.seconds, 1),
@@ -185,11 +183,14 @@ def _finish(args: argparse.Namespace, run: _Run, trainer: Trainer, out: Path) ->
     }
     write_json(out / "report.json", report)
     plot_history(out / "curve.png", trainer.history, None, shown="loss")
-    write_token_pictures(out / "tokens.png", student.backbone, student.policy, final)
     print_result(final, result, frozen=False)
+    print_parameters(counts)
+    bounds = [row["bound"] for row in trainer.history if "bound" in row]
+    if bounds:
+        print(f"  bound on the information bottleneck: {bounds[0]:.3f} -> {bounds[-1]:.3f} nats")
     if final is held_back:
         print("  the weights were chosen on these images: evaluate on others for a fair number")
     print(
         f"fine-tuned {trainer.done} updates in {tqdm.format_interval(trainer.seconds)}; "
-        f"model, policy, report.json, curve.png and tokens.png are in {out}"
+        f"{', '.join(student.files)}, report.json and curve.png are in {out}"
     )

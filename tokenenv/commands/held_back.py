@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
+from agents.finetune.student import Trainee
 from agents.judgement import Judgement
 from agents.workers import ALONE, Workers
 from tokenenv import metrics
 from tokenenv.backbone import Backbone
 from tokenenv.data import ImageSource
+from tokenenv.models import Dense
 
 
 class HeldBack:
-    """Measures policies on images whose dense predictions are known.
+    """Measures policies, and models in training, on images whose dense predictions are known.
 
     Several processes measure on a share of the images each, and all find the same.
 
@@ -27,7 +30,9 @@ class HeldBack:
         UserError: fewer images than processes.
     """
 
-    def __init__(self, backbone: Backbone, source: ImageSource, workers: Workers = ALONE) -> None:
+    def __init__(
+        self, backbone: Backbone | Dense, source: ImageSource, workers: Workers = ALONE
+    ) -> None:
         self.backbone, self.source, self._workers = backbone, source, workers
         self._share = source.share(workers.rank, workers.count, even=False)
         self._dense = torch.zeros(len(self._share), dtype=torch.long)
@@ -45,17 +50,20 @@ class HeldBack:
                     self._dense[batch.index] = self.backbone(images).argmax(1).cpu()
             yield len(index)
 
-    def __call__(self, policy: metrics.Decider, reduced: Backbone | None = None) -> Judgement:
-        """Saving, loss and drop of the deterministic policy.
+    def __call__(self, policy: metrics.Decider) -> Judgement:
+        """Saving, loss and drop of the deterministic policy."""
+        assert isinstance(self.backbone, Backbone)
+        return self._judged(metrics.evaluate(self.backbone, policy, self._share, dense=self._dense))
 
-        ``reduced``: the model it decides in, where that is not the dense one.
+    def trainee(self, trainee: Trainee, clean: ImageSource) -> Judgement:
+        """The same of a fine-tuned model with its weights as they are.
+
+        ``clean``: training images, not augmented, that its statistics may be taken of.
         """
-        found = metrics.evaluate(
-            reduced or self.backbone,
-            policy,
-            self._share,
-            dense=self._dense,
-            reference=self.backbone,
-        )
+        found = trainee.eval().measured(self._share, self.backbone, dense=self._dense)
+        # Of all images in every process: a bound of parts is no part of the bound.
+        return replace(self._judged(found), **trainee.judged(clean, self.source))
+
+    def _judged(self, found: metrics.Evaluation) -> Judgement:
         numbers = (found.saving, found.losses.mean().item(), found.drop)
         return Judgement(*self._workers.mean(numbers, len(found.labels)))

@@ -18,6 +18,7 @@ from tokenenv.backbone import Backbone
 from tokenenv.commands.common import writable_folder
 from tokenenv.data import ImageSource, open_source
 from tokenenv.errors import UserError
+from tokenenv.models import RANDOM, Dense
 
 POLICY = "policy.safetensors"
 MODEL = "model.safetensors"
@@ -25,7 +26,7 @@ MODEL = "model.safetensors"
 INTERRUPTED = 130
 
 
-def open_images(args: argparse.Namespace, backbone: Backbone) -> ImageSource:
+def open_images(args: argparse.Namespace, backbone: Backbone | Dense) -> ImageSource:
     """The training images that ``--data`` and ``--images`` ask for."""
     source = open_source(args.data, backbone.model, split="train")
     if args.images is None:
@@ -39,7 +40,7 @@ def open_images(args: argparse.Namespace, backbone: Backbone) -> ImageSource:
 
 
 def final_images(
-    args: argparse.Namespace, backbone: Backbone, held_back: ImageSource
+    args: argparse.Namespace, backbone: Backbone | Dense, held_back: ImageSource
 ) -> ImageSource:
     """The embedded digits have images that nobody trains on; of a folder, the held-back part."""
     if args.data in (None, "digits"):
@@ -99,10 +100,13 @@ def description(
     args: argparse.Namespace, config: Any, name: str, source: ImageSource
 ) -> dict[str, Any]:
     """What the run is, as JSON; a run is only resumed under the same description."""
+    weights = args.weights
+    if weights not in (None, RANDOM):
+        weights = os.path.abspath(weights)
     return {
         "system": args.system,
         "model": name,
-        "weights": os.path.abspath(args.weights) if args.weights else None,
+        "weights": weights,
         "data": source.name,
         "images": len(source),
         "seed": args.seed,

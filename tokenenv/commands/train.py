@@ -145,7 +145,7 @@ def _train(args: argparse.Namespace, config: Config, run: _Run, out: Path) -> No
     if workers.rank:
         return
     report_skipped(run.source)
-    _finish(run, found, config, final_images(args, judge.backbone, judge.source), out)
+    _finish(run, found, config, final_images(args, run.game.backbone, judge.source), out)
 
 
 def _choose(run: _Run, config: Config) -> Judgement:
@@ -172,7 +172,7 @@ def _finish(run: _Run, found: Judgement, config: Config, final: ImageSource, out
     """Write what the run folder promises."""
     policy, trainer, judge = run.policy, run.trainer, run.judge
     policy.save(out / POLICY)
-    result = evaluate_with_bar(judge.backbone, policy, final)
+    result = evaluate_with_bar(run.game.backbone, policy, final)
     report = {
         **evaluation_json(trainer.config["model"], final, result),
         "updates": trainer.done,
@@ -187,7 +187,7 @@ def _finish(run: _Run, found: Judgement, config: Config, final: ImageSource, out
     }
     write_json(out / "report.json", report)
     plot_history(out / "curve.png", trainer.history, config.target_saving)
-    write_token_pictures(out / "tokens.png", judge.backbone, policy, final)
+    write_token_pictures(out / "tokens.png", run.game.backbone, policy, final)
     print_result(final, result)
     if final is judge.source:
         print("  the policy was chosen on these images: evaluate it on others for a fair number")

@@ -5,6 +5,8 @@
     fast = ltm.ltm(timm.create_model("swin_tiny_patch4_window7_224", pretrained=True))
     ltm.measure(fast, images)  # multiply-adds per image
 
+``tokenenv train ltm`` fine-tunes one; :func:`load_ltm` reads its run folder.
+
 ``python examples/ltm_costs.py`` prints, at the default ratios (1 MAC = 1 FLOP, masks included):
 
 | model | ratio | GMACs dense | LTM | saved | paper | saved | M params | GMACs* |

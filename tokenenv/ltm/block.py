@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, cast, get_args
 
@@ -14,10 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from tokenenv.errors import UserError
-from tokenenv.ltm.mask import AttentionMask, LinearMask, Mask, merge, unmerge
+from tokenenv.ltm.mask import (
+    AttentionMask,
+    LinearMask,
+    Mask,
+    SimilarMask,
+    check_half,
+    merge,
+    unmerge,
+)
 from tokenenv.ltm.schedule import Grid, even, shares
 
-MaskKind = Literal["attention", "linear"]
+MaskKind = Literal["attention", "similar", "linear"]
 MASKS = get_args(MaskKind)
 
 
@@ -41,17 +49,24 @@ class Masks(nn.ModuleDict):
     Args:
         ratio: share of the tokens that the last block leaves.
         depth: number of blocks.
-        kind: ``attention`` or ``linear``.
+        kind: one of :data:`MASKS`.
+        blocks: those that merge, see :func:`~tokenenv.ltm.schedule.shares`.
         recursive, hard: as for :class:`~tokenenv.ltm.mask.Mask`.
     """
 
     def __init__(
-        self, ratio: float, depth: int, kind: MaskKind, recursive: bool, hard: bool
+        self,
+        ratio: float,
+        depth: int,
+        kind: MaskKind,
+        recursive: bool,
+        hard: bool,
+        blocks: Sequence[int] | None,
     ) -> None:
         super().__init__()
         if kind not in MASKS:
             raise UserError(f"mask='{kind}': choose from {', '.join(MASKS)}")
-        self.shares = shares(ratio, depth)
+        self.shares = shares(ratio, depth, blocks)
         self.kind, self.recursive, self.hard = kind, recursive, hard
 
     def plan(self, grid: Grid, dim: int, target: Callable[[Grid, float], Grid]) -> None:
@@ -69,6 +84,9 @@ class Masks(nn.ModuleDict):
         make: Any = AttentionMask
         if self.kind == "linear":
             make = partial(LinearMask, tokens=after[0] * after[1])
+        elif self.kind == "similar":
+            check_half(before[0] * before[1], after[0] * after[1])
+            make = SimilarMask
         self[str(block)] = make(dim, recursive=self.recursive, hard=self.hard)
 
     def at(self, block: int) -> Mask | None:
@@ -121,6 +139,16 @@ class Stack(nn.Module):
     def plan(self, dim: int) -> None:
         """Make the masks, for the grid of the last forward pass."""
         self.masks.plan(self.grid, dim, self.target)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of an image, prefix apart, that each block's MLP worked on in the last pass."""
+        grid, found = self.grid, []
+        for index in range(len(self.blocks)):
+            if self.masks.at(index) is not None:
+                grid = self.target(self.grid, self.masks.shares[index])
+            found.append(grid[0] * grid[1] * self.parts)
+        return found
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens ``(B, prefix + N, D)`` -> the same, or ``(B, prefix + P, D)`` without unmerge.

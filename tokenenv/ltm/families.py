@@ -101,6 +101,16 @@ class WindowStack(nn.Module):
         for index, (block, share) in enumerate(zip(self.blocks, self.masks.shares, strict=True)):
             self.masks.add(index, block.window_size, dim, even(block.window_size, share))
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of an image that each block's MLP works on."""
+        found = []
+        for block, share in zip(self.blocks, self.masks.shares, strict=True):
+            (rows, columns), (high, wide) = block.input_resolution, block.window_size
+            left = even(block.window_size, share)
+            found.append(rows // high * (columns // wide) * left[0] * left[1])
+        return found
+
     def forward(self, x: Tensor) -> Tensor:
         """Tokens ``(B, H, W, D)`` -> the same shape.
 
@@ -148,7 +158,7 @@ def vit(model: Any, ratio: float, options: dict[str, Any]) -> Stacks:
             "create it with patch_drop_rate=0"
         )
     masks = Masks(ratio, len(model.blocks), **options)
-    target = flat if masks.kind == "linear" else even
+    target = even if masks.kind == "attention" else flat
     model.blocks = Stack(
         model.blocks, masks, target=target, prefix=model.num_prefix_tokens, unmerge=False
     )
@@ -183,16 +193,28 @@ def mobilevit(model: Any, ratio: float, options: dict[str, Any]) -> Stacks:
                 continue
             made = PatchGrid(block)
             masks = Masks(ratio, len(block.transformer), **options)
-            made.block.transformer = Stack(block.transformer, masks, parts=block.patch_area)
+            target = flat if masks.kind == "similar" else even
+            made.block.transformer = Stack(
+                block.transformer, masks, target=target, parts=block.patch_area
+            )
             setattr(stage, name, made)
             stacks.append((made.block.transformer, made.block.norm.normalized_shape[0]))
     return stacks
 
 
 def efficientvit(model: Any, ratio: float, options: dict[str, Any]) -> Stacks:
-    """Surgery on an EfficientViT (MIT's, B and L)."""
+    """Surgery on an EfficientViT (MIT's, B and L).
+
+    Raises:
+        UserError: masks that leave no grid.
+    """
     from timm.models.efficientvit_mit import EfficientVitBlock
 
+    if options["kind"] == "similar":
+        raise UserError(
+            "mask='similar' leaves no grid, which EfficientViT's convolutions need: "
+            "take mask='attention'"
+        )
     stacks: Stacks = []
     for stage in model.stages:
         blocks: list[Any] = [b for b in stage.blocks if isinstance(b, EfficientVitBlock)]

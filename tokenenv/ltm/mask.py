@@ -1,13 +1,15 @@
 """Mask modules: which share of each token goes into which merged token.
 
 A mask ``G (B, N, P)`` has columns that sum to one: the merged tokens ``G^T Z`` (LTM, figure of the
-block) are convex mixes of the ``N`` tokens. The paper's equations 3 and 4 are not public; both
-modules here are built on what its figure and its bound's gradient say (a linear layer on Z).
+block) are convex mixes of the ``N`` tokens. The paper's equations 3 and 4 are not public; the
+modules here are built on what its figure, its bound's gradient (a linear layer on Z) and a review
+of it say (a hard selection times a soft mask).
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenenv.errors import UserError
@@ -19,7 +21,7 @@ _TINY = 1e-6
 
 
 class Mask(nn.Module):
-    """What both masks share: the earlier mask, hard assignment, normalised columns.
+    """What all masks share: the earlier mask, hard assignment, normalised columns.
 
     Args:
         dim: width of the tokens.
@@ -120,13 +122,52 @@ class AttentionMask(Mask):
 
     def logits(self, z: Tensor, grid: Grid, smaller: Grid) -> Tensor:
         """``(B, N, P)`` scaled products of queries and the centres' keys."""
-        middle = self.key(z[:, centres(grid, smaller, z.device)])
+        middle = self.centre_keys(z, grid, smaller)
         return (self.query(z) * self.scale) @ middle.transpose(1, 2)
+
+    def centre_keys(self, z: Tensor, grid: Grid, smaller: Grid) -> Tensor:
+        """``(B, P, width)`` keys of the centres."""
+        return self.key(z[:, centres(grid, smaller, z.device)])
 
     def normalised(self, logits: Tensor) -> Tensor:
         """Softmax over the centres, then columns to one."""
         share = logits.softmax(2)
         return share / share.sum(1, keepdim=True).clamp(min=_TINY)
+
+
+class SimilarMask(AttentionMask):
+    """An attention mask whose centres are each image's own: all but what others resemble most.
+
+    As in ToMe (Bolya et al., ICLR 2023, section 3) every other token may go; those of them go
+    whose key has the largest cosine to a key of the tokens that stay, so half of the tokens at
+    most. A hard choice, times soft weights which alone have a gradient: what a review of the paper
+    says of its masks. The merged tokens keep their order and lie on no grid.
+    """
+
+    def centre_keys(self, z: Tensor, grid: Grid, smaller: Grid) -> Tensor:
+        """``(B, P, width)`` keys of the centres."""
+        keys = self.key(z)
+        unit = F.normalize(keys.detach().float(), dim=-1)
+        likeness = (unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)).amax(2)
+        gone = z.shape[1] - smaller[0] * smaller[1]
+        stays = torch.ones(z.shape[:2], dtype=torch.int64, device=z.device)
+        stays.scatter_(1, 2 * likeness.topk(gone, dim=1).indices, 0)
+        # Stable: the centres first, in their order.
+        chosen = stays.argsort(dim=1, descending=True, stable=True)[:, : z.shape[1] - gone]
+        return keys.gather(1, chosen[..., None].expand(-1, -1, keys.shape[2]))
+
+
+def check_half(tokens: int, left: int) -> None:
+    """Refuse a merge that :class:`SimilarMask` can't do.
+
+    Raises:
+        UserError: less than half of the tokens shall be left.
+    """
+    if left < tokens // 2:
+        raise UserError(
+            f"mask='similar' leaves at least half of a block's {tokens} tokens, not {left}: take a "
+            "higher ratio, more blocks, or mask='attention'"
+        )
 
 
 def merge(g: Tensor, z: Tensor) -> Tensor:

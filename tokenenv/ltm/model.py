@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ def ltm(
     ratio: float | None = None,
     mask: MaskKind = "attention",
     *,
+    blocks: Sequence[int] | None = None,
     recursive: bool = False,
     hard: bool = False,
     image_size: int | tuple[int, int] | None = None,
@@ -41,7 +42,11 @@ def ltm(
         ratio: share of the tokens left after the last block of each transformer stack; 1 merges
             nothing and gives timm's logits. None takes :data:`RATIOS`. Swin's windows allow
             ``(k / 7) ** 2`` only.
-        mask: ``attention`` works at any resolution, ``linear`` at one.
+        mask: ``attention`` works at any resolution, ``linear`` at one. ``similar`` is attention
+            around centres that it chooses in each image, where no grid is needed: not in
+            EfficientViT.
+        blocks: those of each stack in which tokens merge, counted from 0; None: all. In Swin, where
+            they are un-merged after each block, the later ones do too.
         recursive: whether a mask adds to that of the block before where both have the same shape
             (in Swin's stages).
         hard: whether each token goes into one merged token only.
@@ -51,7 +56,9 @@ def ltm(
     Raises:
         UserError: another model, a ratio out of range or one that Swin's windows don't divide.
     """
-    return LTM(model, ratio, mask, recursive=recursive, hard=hard, image_size=image_size)
+    return LTM(
+        model, ratio, mask, blocks=blocks, recursive=recursive, hard=hard, image_size=image_size
+    )
 
 
 class LTM(nn.Module):
@@ -60,7 +67,7 @@ class LTM(nn.Module):
     Its parameters are the timm model's own and the masks', below ``model``.
 
     Args:
-        model, ratio, mask, recursive, hard, image_size: as for :func:`ltm`.
+        model, ratio, mask, blocks, recursive, hard, image_size: as for :func:`ltm`.
 
     Attributes:
         model: the copy of the timm model.
@@ -77,6 +84,7 @@ class LTM(nn.Module):
         ratio: float | None,
         mask: MaskKind,
         *,
+        blocks: Sequence[int] | None,
         recursive: bool,
         hard: bool,
         image_size: int | tuple[int, int] | None,
@@ -86,17 +94,19 @@ class LTM(nn.Module):
         ratio = check_ratio(RATIOS[self.family] if ratio is None else ratio)
         self.model = copy.deepcopy(model)
         size = _image_size(self.model, image_size)
-        options = {"kind": mask, "recursive": recursive, "hard": hard}
+        options = {"kind": mask, "recursive": recursive, "hard": hard, "blocks": blocks}
         stacks = cut(self.model, ratio, options)
         self.config = {
             "ratio": ratio,
             "mask": mask,
+            "blocks": None if blocks is None else list(blocks),
             "recursive": recursive,
             "hard": hard,
             "image_size": list(size),
         }
         self.num_classes = self.model.num_classes
         self.pretrained_cfg = getattr(self.model, "pretrained_cfg", {})
+        _check_blocks(blocks, max(len(stack.blocks) for stack, _ in stacks))
         self._plan(stacks, size)
 
     @torch.no_grad()
@@ -116,6 +126,16 @@ class LTM(nn.Module):
         """The transformer stacks, in the order in which they run."""
         return [m for m in self.modules() if isinstance(m, Stack | WindowStack)]
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of an image that each block's MLP works on, at the size of the last images."""
+        return [count for stack in self.stacks for count in stack.lengths]
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that should not decay, by timm's convention."""
+        named: set[str] = getattr(self.model, "no_weight_decay", set)()
+        return {f"model.{name}" for name in named}
+
     def forward(self, x: Tensor) -> Tensor:
         """Images ``(B, C, H, W)``, normalised -> logits ``(B, classes)``."""
         return self.forward_head(self.forward_features(x))
@@ -127,9 +147,9 @@ class LTM(nn.Module):
             dynamic = getattr(self.model, "dynamic_img_size", False)
             size = (x.shape[2], x.shape[3])
             grid = patches.dynamic_feat_size(size) if dynamic else patches.grid_size
-            # A linear mask may leave any number of tokens: to it they are a sequence.
-            linear = self.config["mask"] == "linear"
-            self.model.blocks.grid = (1, grid[0] * grid[1]) if linear else tuple(grid)
+            # Other masks may leave any number of tokens: to them they are a sequence.
+            even = self.config["mask"] == "attention"
+            self.model.blocks.grid = tuple(grid) if even else (1, grid[0] * grid[1])
         return self.model.forward_features(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -202,6 +222,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def check_family(model: nn.Module) -> None:
+    """Raise :class:`UserError` unless a model is of a family that LTM has blocks for."""
+    _family(model)
+
+
 def _family(model: nn.Module) -> tuple[str, Callable[..., families.Stacks]]:
     from timm.models.byobnet import ByobNet
     from timm.models.efficientvit_mit import EfficientVit, EfficientVitLarge
@@ -223,6 +248,14 @@ def _family(model: nn.Module) -> tuple[str, Callable[..., families.Stacks]]:
         f"LTM has no blocks for a {type(model).__name__}: use a timm VisionTransformer, "
         "SwinTransformer, MobileViT (version 1) or MIT's EfficientViT (efficientvit_b*, _l*)"
     )
+
+
+def _check_blocks(blocks: Sequence[int] | None, depth: int) -> None:
+    bad = [block for block in blocks or () if not 0 <= block < depth]
+    if bad:
+        raise UserError(
+            f"blocks: {bad[0]} is out of range, the longest stack has blocks 0 to {depth - 1}"
+        )
 
 
 def _image_size(model: Any, given: int | tuple[int, int] | None) -> tuple[int, int]:

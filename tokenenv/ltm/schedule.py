@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,12 +30,17 @@ def check_ratio(ratio: float) -> float:
     return float(ratio)
 
 
-def shares(ratio: float, depth: int) -> list[float]:
-    """Share of a stack's tokens after each of its ``depth`` blocks: ``ratio ** ((l + 1) / depth)``.
+def shares(ratio: float, depth: int, blocks: Sequence[int] | None = None) -> list[float]:
+    """Share of a stack's tokens after each of its ``depth`` blocks.
 
-    The paper gives no schedule; this one ends at ``ratio`` and takes the same share everywhere.
+    The paper gives no schedule; this one ends at ``ratio`` and takes the same share in each of the
+    ``blocks`` that merge: ``ratio ** (k / K)`` after the k-th of K. None: all blocks do. Those
+    that the stack does not have are left out.
     """
-    return [ratio ** ((block + 1) / depth) for block in range(depth)]
+    merging = range(depth) if blocks is None else sorted(b for b in set(blocks) if b < depth)
+    if not len(merging):
+        return [1.0] * depth
+    return [ratio ** (sum(b <= i for b in merging) / len(merging)) for i in range(depth)]
 
 
 def even(grid: Grid, share: float) -> Grid:

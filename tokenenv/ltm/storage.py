@@ -29,24 +29,29 @@ def save_ltm(model: LTM, folder: str | Path) -> None:
         UserError: the folder holds something or can't be written, or the model is not what timm
             makes of its name, classes, image size and pooling.
     """
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"'{folder}' exists already: choose another folder")
-    state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as place:
             complete = Path(place, "complete")
             complete.mkdir()
-            (complete / CONFIG).write_text(json.dumps(_describe(model), indent=2) + "\n")
-            save_file(state, complete / WEIGHTS)
+            write_ltm(model, complete)
             _check_twin(model, complete)
             complete.replace(folder)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot write to '{folder}' ({reason}): choose another") from None
+
+
+def write_ltm(model: LTM, folder: Path) -> None:
+    """:func:`save_ltm` into a folder that holds other files too, without its checks."""
+    from safetensors.torch import save_file
+
+    state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    save_file(state, folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(_describe(model), indent=2) + "\n")
 
 
 def load_ltm(folder: str | Path, device: str | torch.device = "cpu") -> LTM:
