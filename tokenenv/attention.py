@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from importlib.util import find_spec
 
 import torch
@@ -64,9 +65,9 @@ def packed(
 ) -> Tensor:
     """Attention of images that lie end to end, each among its own tokens.
 
-    On a CPU image by image; on a GPU at once where all are equally long, else by one kernel of
-    variable length, where the tensors are of half precision, no key has a bias and torch has that
-    kernel (2.10).
+    On a CPU image by image, a few at a time where all are equally long; on a GPU then all at once,
+    else by one kernel of variable length, where the tensors are of half precision, no key has a
+    bias and torch has that kernel (2.10).
 
     Args:
         q: ``(T, heads, dim)`` queries; ``k``, ``v`` likewise.
@@ -74,14 +75,15 @@ def packed(
         v: values.
         packing: where each image begins and ends.
         bias: ``(B, 1, 1, N)`` what is added to the scores of each image's keys.
-        scores: where image by image is how it runs, this list gets ``(heads, 1, n)`` products of
+        scores: where not all run at once, this list gets each image's ``(heads, 1, n)`` products of
             the first token's query and the keys, made while a cache still holds them.
 
     Returns:
         ``(T, heads, dim)``.
     """
     longest = max(packing.lengths)
-    if min(packing.lengths) == longest and q.device.type != "cpu":
+    even = min(packing.lengths) == longest
+    if even and q.device.type != "cpu":
         q, k, v = (t.unflatten(0, (-1, longest)) for t in (q, k, v))
         return padded(q, k, v, bias).flatten(0, 1)
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and bias is None and _has_varlen():
@@ -91,16 +93,24 @@ def packed(
         out = varlen_attn(q, k, v, ends, ends, longest, longest)
         assert isinstance(out, Tensor)
         return out
-    queries, keys, values = (t[None].split(packing.lengths, 1) for t in (q, k, v))
-    rows = [None] * len(packing.lengths) if bias is None else bias.to(q.dtype).split(1)
+    queries, keys, values = (
+        t.unflatten(0, (-1, longest)).split(_TOGETHER)
+        if even
+        else [image[None] for image in t.split(packing.lengths)]
+        for t in (q, k, v)
+    )
+    rows = itertools.repeat(None) if bias is None else bias.split(_TOGETHER if even else 1)
     parts = []
-    for i, length in enumerate(packing.lengths):
-        row = rows[i]
-        row = None if row is None else row[..., :length]
-        parts.append(padded(queries[i], keys[i], values[i], row))
+    for query, key, value, row in zip(queries, keys, values, rows, strict=False):
+        row = None if row is None else row[..., : query.shape[1]]
+        parts.append(padded(query, key, value, row).flatten(0, 1))
         if scores is not None:
-            scores.append(first_scores(queries[i][0], keys[i][0]))
-    return torch.cat(parts, dim=1)[0]
+            scores.extend(map(first_scores, query, key))
+    return torch.cat(parts)
+
+
+_TOGETHER = 16
+"""Images of one length in a call on a CPU: more don't fit its caches, fewer waste calls."""
 
 
 def first_scores(q: Tensor, k: Tensor) -> Tensor:
