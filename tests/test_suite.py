@@ -185,6 +185,7 @@ def test_a_learner_of_your_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 OWN = """
+import functools
 import agents
 def none(task, seed): return None
 def nan(task, seed): return [float("nan")]
@@ -201,6 +202,9 @@ class Broken:
     def act(self, observation): return observation.active.long()
     def macs(self, agents, removed): return agents * float("nan")
 def broken(task, seed): return Broken()
+number = 5
+def keeps(keep, task, seed): return agents.parse_policy(f"random:keep={keep}", 12)
+partial = functools.partial(keeps, 0.5)
 """
 
 
@@ -216,6 +220,7 @@ def broken(task, seed): return Broken()
         ("greedy", "plays 400 episodes of 'tiny-prune-v0', whose budget is 256"),
         ("broken", "not finite or negative"),
         ("missing", "can't be imported"),
+        ("number", "'number' is 5, no function"),
     ],
 )
 def test_mistakes_of_a_learner_of_your_own(
@@ -225,12 +230,27 @@ def test_mistakes_of_a_learner_of_your_own(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("sys.dont_write_bytecode", True)
-    monkeypatch.delitem(__import__("sys").modules, "own_learners", raising=False)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    Path("own_learners.py").write_text(OWN)
+    own_learners(tmp_path, monkeypatch)
     command = f"suite run tiny-prune-v0 --learner own_learners:{function} --seeds 0"
     assert words in mistake(command, capfd)
+
+
+def own_learners(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    monkeypatch.delitem(__import__("sys").modules, "own_learners", raising=False)
+    monkeypatch.syspath_prepend(str(folder))
+    Path("own_learners.py").write_text(OWN)
+    Path("slip.py").write_text("def learn(:")
+
+
+def test_a_learner_that_is_no_plain_function(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_learners(tmp_path, monkeypatch)
+    command = "run tiny-prune-v0 --learner own_learners:partial --seeds 0"
+    assert run(command) == 0
+    (found,) = kept().values()
+    assert found["conditions"]["code"]  # another source is another learner
 
 
 @pytest.mark.parametrize(
@@ -240,6 +260,9 @@ def test_mistakes_of_a_learner_of_your_own(
         ("run digits-prune-v9 --learner random", "this one has 'digits-prune-v0'"),
         ("run tiny-prune-v0 --learner x", "unknown learner 'x': choose from random, heuristic"),
         ("run tiny-prune-v0 --learner no.such:f", "can't be imported"),
+        ("run tiny-prune-v0 --learner :f", "'' is no module's name"),
+        ("run tiny-prune-v0 --learner ..up:f", "'..up' is no module's name"),
+        ("run tiny-prune-v0 --learner slip:learn", "invalid syntax (slip.py, line 1)"),
         ("run tiny-prune-v0 --learner dora", "choose from random, heuristic, untrained, ippo"),
         ("run tiny-merge-v0 --learner mappo", "choose from random, heuristic, untrained, dora"),
         ("run tiny-prune-v0 --learner dora-deit_tiny", "under LayerMerge"),
@@ -255,7 +278,14 @@ def test_mistakes_of_a_learner_of_your_own(
         ("draw", "invalid choice"),
     ],
 )
-def test_mistakes(command: str, words: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_mistakes(
+    command: str,
+    words: str,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own_learners(tmp_path, monkeypatch)
     assert words in mistake(f"suite {command}", capfd)
 
 
