@@ -303,9 +303,17 @@ def test_results_under_other_conditions_are_refused(capfd: pytest.CaptureFixture
     assert "holds learner 'other', not 'heuristic'" in mistake(again, capfd)
     path.write_text(json.dumps({**good, "task": "digits-prune-v9"}))
     assert "this one has 'digits-prune-v0'" in mistake("suite score suite", capfd)
-    for broken in ("{", "[]", json.dumps({**good, "points": []}), json.dumps({"task": TINY.name})):
+    for broken in ("{", "[]", json.dumps({"task": TINY.name})):
         path.write_text(broken)
         assert "heuristic-0.json'" in mistake(again, capfd)
+    changes: dict[str, list[Any]] = {
+        "task": [[]], "learner": [5], "seed": [None, "x"], "classes": [0], "images": [0, 10**6],
+        "points": [[], [{**good["points"][0], "top1": 5}], [{**good["points"][0], "right": ""}]],
+    }  # fmt: skip
+    for key, values in changes.items():
+        for value in values:
+            path.write_text(json.dumps({**good, key: value}))
+            assert "heuristic-0.json' is no result" in mistake("suite score suite", capfd)
     path.write_text(json.dumps(good))
     assert "need the learners random (seeds 0 to 1)" in mistake("suite score suite", capfd)
 
