@@ -315,6 +315,9 @@ def test_results_under_other_conditions_are_refused(capfd: pytest.CaptureFixture
             path.write_text(json.dumps({**good, key: value}))
             assert "heuristic-0.json' is no result" in mistake("suite score suite", capfd)
     path.write_text(json.dumps(good))
+    path.with_name("copy.json").write_text(json.dumps(good))
+    assert "two results of 'heuristic' seed 0" in mistake("suite score suite", capfd)
+    path.with_name("copy.json").unlink()
     assert "need the learners random (seeds 0 to 1)" in mistake("suite score suite", capfd)
 
 

@@ -235,9 +235,13 @@ def _conditions(result: Result) -> dict[str, Any]:
 
 
 def _check_alike(task: Task, results: Sequence[Result]) -> None:
-    """Raise :class:`UserError` where results are of other settings, weights or images."""
+    """Raise :class:`UserError` where results are of other settings, weights or images, or twice."""
+    seen: set[tuple[str, int]] = set()
     for result in results:
         what = f"'{result.learner}' seed {result.seed} on '{task.name}'"
+        if (result.learner, result.seed) in seen:
+            raise UserError(f"there are two results of {what}: remove one")
+        seen.add((result.learner, result.seed))
         if result.conditions.get("task") != find_task(task.name).settings():
             raise UserError(
                 f"{what} was made under other settings of the task: remove it and run it again"
