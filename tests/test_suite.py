@@ -363,6 +363,17 @@ def test_scores_of_made_up_results() -> None:
     assert found.as_markdown().count("\n| `") == 3
 
 
+def test_marl_eval_gets_the_seeds_of_the_task() -> None:
+    more = [dataclasses.replace(plans()[0], learner="eager", seed=seed) for seed in range(4)]
+    late = [dataclasses.replace(plans()[0], learner="late", seed=seed) for seed in (2, 3)]
+    layout, left_out = report.make_report([*plans(), *more, *late]).marl_eval()
+    written = layout[TINY.environment][TINY.name]
+    assert {name: list(runs) for name, runs in written.items()} == {
+        name: ["seed_0", "seed_1"] for name in ("random", "eager")
+    }
+    assert left_out == ["heuristic", "late"]
+
+
 def test_saved_within_a_point() -> None:
     result = made("x", 0, [Point("a", 0.4, 0.75), Point("b", 0.6, 0.875)])
     assert result.saved() == pytest.approx(0.4)

@@ -137,9 +137,13 @@ class Report:
         Environment (the game's id), task, algorithm, seed, then ``step_1`` with ``step_count``
         (the budget in agent-steps) and ``absolute_metrics``, each with the score as ``return``.
         marl-eval wants the same algorithms on every task of an environment, and the same number of
-        seeds of all; others are left out.
+        seeds of all: those of the task. Others are left out.
         """
-        complete = [row for row in self.rows if len(row.results) == row.task.seeds]
+        complete = [
+            row
+            for row in self.rows
+            if {result.seed for result in row.results} >= set(range(row.task.seeds))
+        ]
         layout: dict[str, Any] = {}
         for task in self.tasks:
             alike = [other for other in self.tasks if other.environment == task.environment]
@@ -152,6 +156,7 @@ class Report:
                         "absolute_metrics": {"return": [score]},
                     }
                     for result, score in zip(row.results, row.scores, strict=True)
+                    if result.seed < task.seeds
                 }
                 for row in complete
                 if row.task is task and row.label in shared
