@@ -374,6 +374,21 @@ def test_marl_eval_gets_the_seeds_of_the_task() -> None:
     assert left_out == ["heuristic", "late"]
 
 
+def test_other_photographs_may_have_the_same_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenenv.suite.opened.load_backbone", lambda *_: load_backbone())
+    task = dataclasses.replace(TINY, data="")
+    for number, folder in enumerate(("train", "other", "part")):
+        Path(folder, "3").mkdir(parents=True)
+        for name in ("0.png", "1.png"):
+            same = folder == "part" and name == "1.png"
+            Image.new("L", (8, 8), 1 if same else number + 1).save(Path(folder, "3", name))
+    opened = open_task(task, data="train", test_data="other")
+    assert opened.test.files == opened.train.files
+    for again in ("train", "part"):
+        with pytest.raises(UserError, match="are among the training images"):
+            open_task(task, data="train", test_data=again)
+
+
 def test_saved_within_a_point() -> None:
     result = made("x", 0, [Point("a", 0.4, 0.75), Point("b", 0.6, 0.875)])
     assert result.saved() == pytest.approx(0.4)
