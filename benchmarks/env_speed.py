@@ -68,7 +68,17 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.batch, args.tokens, args.rounds, args.seconds = "1,2", "8", 2, 0.0
-    batches = [int(b) for b in args.batch.split(",")]
+    if args.rounds < 2:
+        parser.error(f"--rounds {args.rounds}: quartiles need two or more")
+    batches, sides = (
+        numbers(parser, "--batch", args.batch),
+        numbers(parser, "--tokens", args.tokens),
+    )
+    if args.json:
+        try:
+            open(args.json, "a").close()  # before minutes of work
+        except OSError as error:
+            parser.error(f"--json {args.json}: {error.strerror}")
     print(f"digits_vit, {args.device}, {torch.get_num_threads()} threads, {args.rounds} rounds")
     torch.manual_seed(0)
     backbone = load_backbone(device=args.device)
@@ -86,7 +96,7 @@ def main() -> None:
     print("growth with images: cost of an image over that in the smallest batch")
     images = grown(rows, "tensor game", "bare ViT")
     print("growth with tokens: milliseconds per image")
-    tokens = [of_side(int(side), args) for side in args.tokens.split(",")]
+    tokens = [of_side(side, args) for side in sides]
     if args.json:
         made = {
             "device": args.device, "threads": torch.get_num_threads(), "rounds": args.rounds,
@@ -94,6 +104,13 @@ def main() -> None:
         }  # fmt: skip
         with open(args.json, "w") as file:
             json.dump(made, file, indent=1)
+
+
+def numbers(parser: argparse.ArgumentParser, option: str, text: str) -> list[int]:
+    found = [int(part) for part in text.split(",") if part.isdecimal()]
+    if len(found) <= text.count(",") or min(found) < 1:
+        parser.error(f"{option} {text}: give whole numbers from 1, separated by commas")
+    return list(dict.fromkeys(found))
 
 
 # Who plays ----------------------------------------------------------------------------------------

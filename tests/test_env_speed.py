@@ -6,18 +6,38 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "env_speed.py"
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_every_contestant_plays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def script() -> Any:
     spec = importlib.util.spec_from_file_location("env_speed", SCRIPT)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--rounds 1", "--batch x", "--batch 0", "--batch 1,", "--tokens -8", "--json no/where"],
+)
+def test_mistakes_are_met_before_anything_is_measured(
+    words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["env_speed", *words.split()])
+    with pytest.raises(SystemExit) as ended:
+        script().main()
+    said = capsys.readouterr()
+    assert ended.value.code == 2 and f"error: {words}: " in said.err and not said.out
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_every_contestant_plays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script()
     monkeypatch.setattr(module, "others", lambda: [])
     result = tmp_path / "speed.json"
     monkeypatch.setattr(sys, "argv", ["env_speed", "--quick", "--json", str(result)])

@@ -26,8 +26,10 @@ from agents.finetune.student import Played, Student
 from agents.finetune.tuner import FineTuner, half_precision
 from agents.policy import load_policy
 from agents.storage import flatten_state, read_tensors, unflatten_state, write_tensors
+from agents.workers import Workers
 from tokenenv import attention
-from tokenenv.cli import main
+from tokenenv.cli import build_parser, main
+from tokenenv.commands import finetune
 from tokenenv.data import Batch, Stream
 from tokenenv.errors import UserError
 from tokenenv.metrics import play
@@ -302,6 +304,18 @@ def test_torchrun_writes_one_run_and_resumes_it(system: str, tmp_path: Path) -> 
     assert done.stdout.count("held back to compare") == 1
     assert "2 processes" in done.stdout
     assert json.loads((tmp_path / "run" / "report.json").read_text())["updates"] == 2
+
+
+def test_a_backbone_goes_on_with_as_many_processes(tmp_path: Path) -> None:
+    args = build_parser().parse_args([*COMMAND.split(), str(tmp_path)])
+    config = mstm(batch=8, held_back=0.3)
+    run = finetune._build(args, config, Workers(), tmp_path)
+    run.trainer.config["processes"] = 2  # as two would have left it
+    run.trainer.updates = 0
+    run.trainer.run()
+    args.resume = True
+    with pytest.raises(UserError, match=r"processes=1: it was started with processes=2"):
+        finetune._build(args, config, Workers(), tmp_path)
 
 
 # DynamicViT

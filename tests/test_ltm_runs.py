@@ -296,6 +296,8 @@ def test_compare_shows_it_beside_policies(run: Path, tmp_path: Path, capsys: Any
         ("compress {run} --out {new}", "load_ltm"),
         ("evaluate {run} --model deit_tiny_patch16_224", "is a digits_vit with LTM blocks"),
         ("compare {run} tome:r=2 --model test_vit --out {new}", "is a digits_vit"),
+        ("evaluate {run}:threshold=0.6", "leave ':threshold=0.6' out"),
+        ("compare {run}:threshold=0.4|0.6 --out {new}", "leave ':threshold=0.4' out"),
         ("bench {broken}", "holds no LTM model"),
         ("evaluate {broken}", "doesn't say which model"),
         ("train ltm --set ratio=1.5 --out {new}", "ratio=1.5"),

@@ -185,6 +185,7 @@ def test_a_learner_of_your_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 OWN = """
+import functools
 import agents
 def none(task, seed): return None
 def nan(task, seed): return [float("nan")]
@@ -201,6 +202,9 @@ class Broken:
     def act(self, observation): return observation.active.long()
     def macs(self, agents, removed): return agents * float("nan")
 def broken(task, seed): return Broken()
+number = 5
+def keeps(keep, task, seed): return agents.parse_policy(f"random:keep={keep}", 12)
+partial = functools.partial(keeps, 0.5)
 """
 
 
@@ -216,6 +220,7 @@ def broken(task, seed): return Broken()
         ("greedy", "plays 400 episodes of 'tiny-prune-v0', whose budget is 256"),
         ("broken", "not finite or negative"),
         ("missing", "can't be imported"),
+        ("number", "'number' is 5, no function"),
     ],
 )
 def test_mistakes_of_a_learner_of_your_own(
@@ -225,12 +230,27 @@ def test_mistakes_of_a_learner_of_your_own(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("sys.dont_write_bytecode", True)
-    monkeypatch.delitem(__import__("sys").modules, "own_learners", raising=False)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    Path("own_learners.py").write_text(OWN)
+    own_learners(tmp_path, monkeypatch)
     command = f"suite run tiny-prune-v0 --learner own_learners:{function} --seeds 0"
     assert words in mistake(command, capfd)
+
+
+def own_learners(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    monkeypatch.delitem(__import__("sys").modules, "own_learners", raising=False)
+    monkeypatch.syspath_prepend(str(folder))
+    Path("own_learners.py").write_text(OWN)
+    Path("slip.py").write_text("def learn(:")
+
+
+def test_a_learner_that_is_no_plain_function(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_learners(tmp_path, monkeypatch)
+    command = "run tiny-prune-v0 --learner own_learners:partial --seeds 0"
+    assert run(command) == 0
+    (found,) = kept().values()
+    assert found["conditions"]["code"]  # another source is another learner
 
 
 @pytest.mark.parametrize(
@@ -240,6 +260,9 @@ def test_mistakes_of_a_learner_of_your_own(
         ("run digits-prune-v9 --learner random", "this one has 'digits-prune-v0'"),
         ("run tiny-prune-v0 --learner x", "unknown learner 'x': choose from random, heuristic"),
         ("run tiny-prune-v0 --learner no.such:f", "can't be imported"),
+        ("run tiny-prune-v0 --learner :f", "'' is no module's name"),
+        ("run tiny-prune-v0 --learner ..up:f", "'..up' is no module's name"),
+        ("run tiny-prune-v0 --learner slip:learn", "invalid syntax (slip.py, line 1)"),
         ("run tiny-prune-v0 --learner dora", "choose from random, heuristic, untrained, ippo"),
         ("run tiny-merge-v0 --learner mappo", "choose from random, heuristic, untrained, dora"),
         ("run tiny-prune-v0 --learner dora-deit_tiny", "under LayerMerge"),
@@ -255,7 +278,14 @@ def test_mistakes_of_a_learner_of_your_own(
         ("draw", "invalid choice"),
     ],
 )
-def test_mistakes(command: str, words: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_mistakes(
+    command: str,
+    words: str,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own_learners(tmp_path, monkeypatch)
     assert words in mistake(f"suite {command}", capfd)
 
 
@@ -273,10 +303,21 @@ def test_results_under_other_conditions_are_refused(capfd: pytest.CaptureFixture
     assert "holds learner 'other', not 'heuristic'" in mistake(again, capfd)
     path.write_text(json.dumps({**good, "task": "digits-prune-v9"}))
     assert "this one has 'digits-prune-v0'" in mistake("suite score suite", capfd)
-    for broken in ("{", "[]", json.dumps({**good, "points": []}), json.dumps({"task": TINY.name})):
+    for broken in ("{", "[]", json.dumps({"task": TINY.name})):
         path.write_text(broken)
         assert "heuristic-0.json'" in mistake(again, capfd)
+    changes: dict[str, list[Any]] = {
+        "task": [[]], "learner": [5], "seed": [None, "x"], "classes": [0], "images": [0, 10**6],
+        "points": [[], [{**good["points"][0], "top1": 5}], [{**good["points"][0], "right": ""}]],
+    }  # fmt: skip
+    for key, values in changes.items():
+        for value in values:
+            path.write_text(json.dumps({**good, key: value}))
+            assert "heuristic-0.json' is no result" in mistake("suite score suite", capfd)
     path.write_text(json.dumps(good))
+    path.with_name("copy.json").write_text(json.dumps(good))
+    assert "two results of 'heuristic' seed 0" in mistake("suite score suite", capfd)
+    path.with_name("copy.json").unlink()
     assert "need the learners random (seeds 0 to 1)" in mistake("suite score suite", capfd)
 
 
@@ -320,6 +361,32 @@ def test_scores_of_made_up_results() -> None:
     several = report.make_report([*own, made("other", 0, oracle, tokenenv="1")])
     assert any("results of tokenenv 0, 1; this is" in note for note in several.notes)
     assert found.as_markdown().count("\n| `") == 3
+
+
+def test_marl_eval_gets_the_seeds_of_the_task() -> None:
+    more = [dataclasses.replace(plans()[0], learner="eager", seed=seed) for seed in range(4)]
+    late = [dataclasses.replace(plans()[0], learner="late", seed=seed) for seed in (2, 3)]
+    layout, left_out = report.make_report([*plans(), *more, *late]).marl_eval()
+    written = layout[TINY.environment][TINY.name]
+    assert {name: list(runs) for name, runs in written.items()} == {
+        name: ["seed_0", "seed_1"] for name in ("random", "eager")
+    }
+    assert left_out == ["heuristic", "late"]
+
+
+def test_other_photographs_may_have_the_same_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenenv.suite.opened.load_backbone", lambda *_: load_backbone())
+    task = dataclasses.replace(TINY, data="")
+    for number, folder in enumerate(("train", "other", "part")):
+        Path(folder, "3").mkdir(parents=True)
+        for name in ("0.png", "1.png"):
+            same = folder == "part" and name == "1.png"
+            Image.new("L", (8, 8), 1 if same else number + 1).save(Path(folder, "3", name))
+    opened = open_task(task, data="train", test_data="other")
+    assert opened.test.files == opened.train.files
+    for again in ("train", "part"):
+        with pytest.raises(UserError, match="are among the training images"):
+            open_task(task, data="train", test_data=again)
 
 
 def test_saved_within_a_point() -> None:

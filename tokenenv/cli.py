@@ -93,7 +93,7 @@ def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 
 _WHAT = (
-    "a run folder (LTM's too) or a shipped policy (both also with :threshold=0.6), keep-all, "
+    "a run folder (LTM's too) or a shipped policy (policies also with :threshold=0.6), keep-all, "
     "random:keep=0.7 (keep=0.5..0.9: a ratio per image), cls-attention:keep=0.7,blocks=3/6/9, "
     "norm:keep=0.7, tome:r=8, random-merge:r=8, merge-above:similarity=0.9, evit:keep=0.7, "
     "mstm:keep=0.7, pitome:keep=0.95, ats:tokens=150, zerotprune:keep=0.7, "

@@ -127,7 +127,12 @@ def _build(args: argparse.Namespace, config: FineTuneConfig, workers: Workers, o
         updates=config.updates,
         evaluate_every=config.evaluate_every,
         target_saving=0.0,
-        config={**description(args, config, name, source), "frozen": False},
+        # Each process has images of its own: with another number an order can't be gone on with.
+        config={
+            **description(args, config, name, source),
+            "frozen": False,
+            "processes": workers.count,
+        },
         shown="loss",
         workers=workers,
     )

@@ -8,14 +8,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from agents.spec import split_name
 from tokenenv.errors import UserError
 from tokenenv.ltm.model import LTM
 from tokenenv.ltm.storage import CONFIG, load_ltm
 
 
 def is_merged(what: str) -> bool:
-    """Whether ``what`` is a folder with such a model."""
-    return Path(what, CONFIG).is_file()
+    """Whether ``what`` is a folder with such a model.
+
+    Raises:
+        UserError: it is, with arguments behind it.
+    """
+    folder, more = split_name(what)
+    if not Path(folder, CONFIG).is_file():
+        return False
+    if more:
+        raise UserError(
+            f"'{folder}' has LTM blocks, nothing of which can be set here: leave ':{more}' out"
+        )
+    return True
 
 
 def open_merged(args: argparse.Namespace, whats: Sequence[str]) -> dict[str, LTM]:

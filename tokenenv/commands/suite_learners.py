@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -93,12 +94,17 @@ def find_learner(name: str) -> Learner:
 
 
 def _own(name: str) -> Learner:
-    module, _, attribute = name.partition(":")
+    place, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        if not all(part.isidentifier() for part in place.split(".")):
+            raise ImportError(f"'{place}' is no module's name")
+        module = importlib.import_module(place)
+        function = getattr(module, attribute)
+        if not callable(function):
+            raise ImportError(f"'{attribute}' is {function!r:.60}, no function")
+    except (ImportError, AttributeError, SyntaxError) as error:
         raise UserError(
             f"learner '{name}' can't be imported ({error}): it names a module, found from "
             "here or installed, and a function in it"
@@ -107,9 +113,17 @@ def _own(name: str) -> Learner:
     def learn(opened: OpenTask, seed: int, *_: Any) -> Policies:
         return checked(name, function(opened, seed))
 
-    source = inspect.getsourcefile(function) if callable(function) else None
+    source = _source_file(function, module)
     code = hashlib.sha256(Path(source).read_bytes()).hexdigest()[:16] if source else ""
     return Learner(name, learn, code=code)
+
+
+def _source_file(function: Any, module: ModuleType) -> str | None:
+    """Where a function is written; what is no function, a partial say, goes by its module."""
+    for thing in (function, module):
+        with contextlib.suppress(TypeError):
+            return inspect.getsourcefile(thing)
+    return None
 
 
 def checked(name: str, returned: Any) -> Policies:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import filecmp
 import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -137,12 +140,23 @@ def open_task(
     backbone = load_backbone(task.model, weights, device)
     train = open_source(data or task.data, backbone.model, split="train")
     test = open_source(test_data or task.data, backbone.model, split="test", limit=task.test_images)
-    if set(test.files) <= set(train.files):
+    if data and test_data and _shared(Path(data), train, Path(test_data), test):
         raise UserError(
             f"the test images of '{test.name}' are among the training images: give other --data "
             "or --test-data"
         )
     return OpenTask(task, backbone, train, test)
+
+
+def _shared(data: Path, train: ImageSource, test_data: Path, test: ImageSource) -> bool:
+    """Whether an image of one name is the same in both folders; other ones may share names."""
+    if not (data.is_dir() and test_data.is_dir()):
+        return train.name == test.name  # a torchvision data set and its split
+    for file in set(test.files) & set(train.files):
+        with contextlib.suppress(OSError):  # unreadable ones are skipped later
+            if filecmp.cmp(data / file, test_data / file, shallow=False):
+                return True
+    return False
 
 
 def has_threshold(policy: Decider) -> bool:

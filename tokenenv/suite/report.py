@@ -137,9 +137,13 @@ class Report:
         Environment (the game's id), task, algorithm, seed, then ``step_1`` with ``step_count``
         (the budget in agent-steps) and ``absolute_metrics``, each with the score as ``return``.
         marl-eval wants the same algorithms on every task of an environment, and the same number of
-        seeds of all; others are left out.
+        seeds of all: those of the task. Others are left out.
         """
-        complete = [row for row in self.rows if len(row.results) == row.task.seeds]
+        complete = [
+            row
+            for row in self.rows
+            if {result.seed for result in row.results} >= set(range(row.task.seeds))
+        ]
         layout: dict[str, Any] = {}
         for task in self.tasks:
             alike = [other for other in self.tasks if other.environment == task.environment]
@@ -152,6 +156,7 @@ class Report:
                         "absolute_metrics": {"return": [score]},
                     }
                     for result, score in zip(row.results, row.scores, strict=True)
+                    if result.seed < task.seeds
                 }
                 for row in complete
                 if row.task is task and row.label in shared
@@ -235,9 +240,13 @@ def _conditions(result: Result) -> dict[str, Any]:
 
 
 def _check_alike(task: Task, results: Sequence[Result]) -> None:
-    """Raise :class:`UserError` where results are of other settings, weights or images."""
+    """Raise :class:`UserError` where results are of other settings, weights or images, or twice."""
+    seen: set[tuple[str, int]] = set()
     for result in results:
         what = f"'{result.learner}' seed {result.seed} on '{task.name}'"
+        if (result.learner, result.seed) in seen:
+            raise UserError(f"there are two results of {what}: remove one")
+        seen.add((result.learner, result.seed))
         if result.conditions.get("task") != find_task(task.name).settings():
             raise UserError(
                 f"{what} was made under other settings of the task: remove it and run it again"

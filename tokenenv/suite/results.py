@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -124,17 +125,32 @@ def from_json(found: Any, where: Path) -> Result:
     try:
         points = tuple(Point(**point) for point in found["points"])
         made = Result(**{**found, "points": points})
-        if not (points and isinstance(made.conditions, dict)):
-            raise TypeError("no points")
-        _ = made.area  # all numbers are there and finite
+        _check(made)
+        _ = made.area  # all numbers are finite
         return made
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError) and "task" in str(error):
             raise
         raise UserError(
             f"'{where}' is no result of the suite ({error}): restore it, or remove it and run "
             "the learner again"
         ) from None
+
+
+def _check(made: Result) -> None:
+    """Raise TypeError or ValueError where scoring would fail, or would score what can't be."""
+    if not (made.points and isinstance(made.conditions, dict)):
+        raise TypeError("no points")
+    if not (isinstance(made.learner, str) and isinstance(made.seed, int)):
+        raise TypeError(f"learner {made.learner!r:.40}, seed {made.seed!r:.40}")
+    if made.classes < 1 or made.images < 1:
+        raise ValueError(f"{made.images} images of {made.classes} classes")
+    plan = made.learner in (RANDOM, HEURISTIC) and not made.seed
+    for packed in (made.dense, *(point.right for point in made.points if point.right or plan)):
+        if len(packed) != 2 * math.ceil(made.images / 8):
+            raise ValueError(f"which images are right is not said of {made.images}")
+    if max(point.top1 for point in made.points) > 1:
+        raise ValueError("a top-1 above 1")
 
 
 def read_result(path: Path) -> Result:
