@@ -322,7 +322,7 @@ def test_a_share_is_held_back(
 
 
 def test_runs_without_a_name_are_numbered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenenv.commands.train._train", lambda args, config, run, out: touch(out))
+    monkeypatch.setattr("tokenenv.commands.train._train", lambda args, run, out: touch(out))
     for number in range(3):
         assert main(["train", "rl4evit"]) == 0
         assert Path(f"runs/rl4evit-{number}/file").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -15,11 +14,10 @@ from agents.finetune.config import FineTuneConfig
 from agents.finetune.student import Trainee
 from agents.finetune.tuner import FineTuner
 from agents.plots import plot_history
-from agents.settings import with_settings
 from agents.storage import write_json
 from agents.systems import FINE_TUNED
 from agents.training import Trainer
-from agents.workers import Workers, join
+from agents.workers import Workers
 from tokenenv.backbone import Backbone
 from tokenenv.commands.common import (
     evaluation_bar,
@@ -33,18 +31,16 @@ from tokenenv.commands.common import (
 )
 from tokenenv.commands.held_back import HeldBack
 from tokenenv.commands.run_folder import (
-    INTERRUPTED,
     description,
     events,
     final_images,
+    launch,
     open_images,
-    resumable,
-    run_folder,
     versions,
 )
 from tokenenv.data import ImageSource, Stream
 from tokenenv.errors import UserError
-from tokenenv.models import EMBEDDED, Dense
+from tokenenv.models import Dense
 
 _STATISTICS = 1000
 _PER_CLASS = 4
@@ -53,22 +49,7 @@ _PER_CLASS = 4
 
 def finetune(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status, 130 after Ctrl-C."""
-    system = FINE_TUNED[args.system]()
-    preset = system() if args.model not in (None, EMBEDDED) else system.for_digits()
-    config: FineTuneConfig = with_settings(preset, args.settings)
-    with (
-        join(args.device) as (workers, args.device),
-        workers.quiet(),
-        contextlib.ExitStack() as stack,
-    ):
-        with workers.together():
-            # Where several train, the others never write.
-            out = Path(args.out or ".") if workers.rank else stack.enter_context(run_folder(args))
-            run = _build(args, config, workers, out)
-        with resumable(out):
-            _train(args, run, out)
-    # torchrun ends the first process, which still reports, where another one fails.
-    return INTERRUPTED if run.trainer.stopped and not workers.rank else 0
+    return launch(args, FINE_TUNED[args.system](), _build, _train)
 
 
 @dataclasses.dataclass

@@ -8,22 +8,69 @@ import dataclasses
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
+from agents.settings import with_settings
 from agents.training import CHECKPOINT, Trainer
+from agents.workers import Workers, join
 from tokenenv.backbone import Backbone
 from tokenenv.commands.common import writable_folder
 from tokenenv.data import ImageSource, open_source
 from tokenenv.errors import UserError
-from tokenenv.models import RANDOM, Dense
+from tokenenv.models import EMBEDDED, RANDOM, Dense
 
 POLICY = "policy.safetensors"
 MODEL = "model.safetensors"
 """Only where the backbone was fine-tuned."""
 INTERRUPTED = 130
+
+
+class Launched(Protocol):
+    """What every process builds for a training."""
+
+    @property
+    def trainer(self) -> Trainer:
+        """What trains."""
+
+
+_Run = TypeVar("_Run", bound=Launched)
+
+
+def launch(
+    args: argparse.Namespace,
+    system: Any,
+    build: Callable[[argparse.Namespace, Any, Workers, Path], _Run],
+    train: Callable[[argparse.Namespace, _Run, Path], None],
+) -> int:
+    """Build and run a training in this process, or in those that ``torchrun`` started.
+
+    Args:
+        args: of the command.
+        system: class of its settings.
+        build: makes everything from arguments, settings, processes and run folder.
+        train: trains and reports.
+
+    Returns:
+        The exit status, 130 after Ctrl-C.
+    """
+    preset = system() if args.model not in (None, EMBEDDED) else system.for_digits()
+    config = with_settings(preset, args.settings)
+    with (
+        join(args.device) as (workers, args.device),
+        workers.quiet(),
+        contextlib.ExitStack() as stack,
+    ):
+        with workers.together():
+            # Where several train, the others never write.
+            out = Path(args.out or ".") if workers.rank else stack.enter_context(run_folder(args))
+            run = build(args, config, workers, out)
+        with resumable(out):
+            train(args, run, out)
+    # torchrun ends the first process, which still reports, where another one fails.
+    return INTERRUPTED if run.trainer.stopped and not workers.rank else 0
 
 
 def open_images(args: argparse.Namespace, backbone: Backbone | Dense) -> ImageSource:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,10 @@ from tqdm import tqdm
 from agents.judgement import Judge, Judgement, calibrate
 from agents.plots import plot_history
 from agents.policy import Trained
-from agents.settings import with_settings
 from agents.storage import write_json
 from agents.systems import SYSTEMS, Config
 from agents.training import Trainer
-from agents.workers import Workers, join
+from agents.workers import Workers
 from tokenenv.commands.common import (
     evaluate_with_bar,
     evaluation_json,
@@ -29,41 +27,23 @@ from tokenenv.commands.common import (
 )
 from tokenenv.commands.held_back import HeldBack
 from tokenenv.commands.run_folder import (
-    INTERRUPTED,
     POLICY,
     description,
     events,
     final_images,
+    launch,
     open_images,
-    resumable,
-    run_folder,
     versions,
 )
 from tokenenv.data import ImageSource
 from tokenenv.errors import UserError
 from tokenenv.game import Game
-from tokenenv.models import EMBEDDED
 from tokenenv.run_report import write_token_pictures
 
 
 def train(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status, 130 after Ctrl-C."""
-    system = SYSTEMS[args.system]()
-    preset = system() if args.model not in (None, EMBEDDED) else system.for_digits()
-    config = with_settings(preset, args.settings)
-    with (
-        join(args.device) as (workers, args.device),
-        workers.quiet(),
-        contextlib.ExitStack() as stack,
-    ):
-        with workers.together():
-            # Where several train, the others never write.
-            out = Path(args.out or ".") if workers.rank else stack.enter_context(run_folder(args))
-            run = _build(args, config, workers, out)
-        with resumable(out):
-            _train(args, config, run, out)
-    # torchrun ends the first process, which still reports, where another one fails.
-    return INTERRUPTED if run.trainer.stopped and not workers.rank else 0
+    return launch(args, SYSTEMS[args.system](), _build, _train)
 
 
 @dataclasses.dataclass
@@ -71,12 +51,14 @@ class _Run:
     """What every process builds.
 
     Attributes:
+        config: the settings.
         name: of the model.
         source: all training images; ``fit``: those to train on.
         policy: what is trained, in ``game``, by ``trainer``.
         judge: measures it on the others.
     """
 
+    config: Config
     name: str
     source: ImageSource
     fit: ImageSource
@@ -121,10 +103,10 @@ def _build(args: argparse.Namespace, config: Config, workers: Workers, out: Path
     )
     if args.resume:
         trainer.resume()
-    return _Run(name, source, fit, game, policy, judge, trainer)
+    return _Run(config, name, source, fit, game, policy, judge, trainer)
 
 
-def _train(args: argparse.Namespace, config: Config, run: _Run, out: Path) -> None:
+def _train(args: argparse.Namespace, run: _Run, out: Path) -> None:
     """Train and report."""
     trainer, game, judge = run.trainer, run.game, run.judge
     workers = trainer.workers
@@ -141,16 +123,16 @@ def _train(args: argparse.Namespace, config: Config, run: _Run, out: Path) -> No
         write_json(out / "config.json", {**trainer.config, "versions": versions()})
     with events(out, trainer) as log:
         trainer.run(log)
-    found = _choose(run, config)
+    found = _choose(run)
     if workers.rank:
         return
     report_skipped(run.source)
-    _finish(run, found, config, final_images(args, run.game.backbone, judge.source), out)
+    _finish(run, found, final_images(args, run.game.backbone, judge.source), out)
 
 
-def _choose(run: _Run, config: Config) -> Judgement:
+def _choose(run: _Run) -> Judgement:
     """Take the best policy, and set its threshold; how good it is."""
-    policy, trainer = run.policy, run.trainer
+    policy, trainer, config = run.policy, run.trainer, run.config
     assert trainer.best is not None
     policy.load_state_dict(trainer.best_state)
     if not config.calibrate:
@@ -168,7 +150,7 @@ def _choose(run: _Run, config: Config) -> Judgement:
     return found
 
 
-def _finish(run: _Run, found: Judgement, config: Config, final: ImageSource, out: Path) -> None:
+def _finish(run: _Run, found: Judgement, final: ImageSource, out: Path) -> None:
     """Write what the run folder promises."""
     policy, trainer, judge = run.policy, run.trainer, run.judge
     policy.save(out / POLICY)
@@ -186,7 +168,7 @@ def _finish(run: _Run, found: Judgement, config: Config, final: ImageSource, out
         "history": trainer.history,
     }
     write_json(out / "report.json", report)
-    plot_history(out / "curve.png", trainer.history, config.target_saving)
+    plot_history(out / "curve.png", trainer.history, run.config.target_saving)
     write_token_pictures(out / "tokens.png", run.game.backbone, policy, final)
     print_result(final, result)
     if final is judge.source:

@@ -18,8 +18,9 @@ from tokenenv.tokens import Tokens
 
 @dataclass(frozen=True)
 class DiffRate(Reducer):
-    """DiffRate (Chen et al., ICCV 2023) with given rates;
-    ``examples/diffrate_search.py`` finds some for a model.
+    """DiffRate (Chen et al., ICCV 2023) with given rates.
+
+    ``examples/diffrate_search.py`` finds rates for a model and a saving.
 
     The visual tokens of a block are sorted by class attention, mean over the heads. The last
     ``prune`` of them are dropped; of the rest the last ``merge`` go to the most similar one of
