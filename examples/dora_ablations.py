@@ -11,15 +11,11 @@ goes to every training, such as ``-- --model deit_tiny_patch16_224 --data imagen
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import statistics
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from repeated import reports, saved, settings, spread, train
 from tqdm import tqdm
 
 SETTINGS = {
@@ -49,7 +45,7 @@ def main() -> None:
     runs = [(row, seed) for seed in range(args.seeds) for row in rows]
     bar = tqdm(total=len(runs), unit="run", smoothing=0)
     with ThreadPoolExecutor(args.jobs) as pool:
-        waiting = [pool.submit(train, row, seed, args.out, args.train) for row, seed in runs]
+        waiting = [pool.submit(train_row, row, seed, args.out, args.train) for row, seed in runs]
         try:
             for done in waiting:
                 done.result()
@@ -58,12 +54,9 @@ def main() -> None:
             pool.shutdown(cancel_futures=True)
             raise
     bar.close()
-    reports = {
-        row: [json.loads((folder(row, seed, args.out) / "report.json").read_text())
-              for seed in range(args.seeds)]
-        for row in rows
-    }  # fmt: skip
-    text = table(reports)
+    text = table(
+        {row: reports([folder(row, s, args.out) for s in range(args.seeds)]) for row in rows}
+    )
     (args.out / "table.md").write_text(text)
     print(text)
 
@@ -73,51 +66,31 @@ def folder(row: str, seed: int, out: Path) -> Path:
     return out / f"{row.replace(', ', '-').replace(' ', '_')}-{seed}"
 
 
-def train(row: str, seed: int, out: Path, options: list[str]) -> None:
-    """Train unless it is done; what is printed goes to ``log.txt`` beside the run."""
-    where = folder(row, seed, out)
-    if (where / "report.json").exists():
-        return
-    where.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "tokenenv.cli", "train", row.split(",")[0]]
-    command += ["--seed", str(seed), "--out", str(where), *options]
-    for setting in SETTINGS[row]:
-        command += ["--set", setting]
-    if (where / "checkpoint.safetensors").exists():
-        command.append("--resume")
-    with open(where / "log.txt", "a") as log:
-        # One thread each: with more, runs beside each other wait for each other.
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False)
-    if done.returncode:
-        raise SystemExit(f"'{row}', seed {seed}, failed: see {where / 'log.txt'}")
+def train_row(row: str, seed: int, out: Path, options: list[str]) -> None:
+    """Train one row with one seed."""
+    options = [f"--seed={seed}", *options, *settings(SETTINGS[row])]
+    train(folder(row, seed, out), row.split(",")[0], options)
 
 
-def table(reports: dict[str, list[dict[str, Any]]]) -> str:
+def table(found: dict[str, list[dict[str, Any]]]) -> str:
     """Mean over seeds, lowest and highest in brackets, as Markdown."""
-    first = next(iter(reports.values()))[0]
+    first = next(iter(found.values()))[0]
     lines = [
-        f"{first['images']} images, frozen {first['model']}, {len(next(iter(reports.values())))} "
+        f"{first['images']} images, frozen {first['model']}, {len(next(iter(found.values())))} "
         "seeds; multiply-adds (1 MAC = 1 FLOP) with the policy's own.",
         "",
         "| variant | MACs saved, % | top-1 lost, pp | same prediction, % | training, s |",
         "|---|---|---|---|---|",
     ]
-    for row, of_seeds in reports.items():
+    for row, of_seeds in found.items():
         cells = [
-            spread([100 * (1 - r["gmacs"] / r["gmacs_dense"]) for r in of_seeds], ".1f"),
+            saved(of_seeds),
             spread([r["top1_dense"] - r["top1"] for r in of_seeds], "+.2f"),
             spread([r["agreement"] for r in of_seeds], ".1f"),
             spread([r["training_seconds"] for r in of_seeds], ".0f"),
         ]
         lines.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def spread(values: list[float], form: str) -> str:
-    """``mean [lowest, highest]``."""
-    mean, low, high = (format(f(values), form) for f in (statistics.mean, min, max))
-    return f"{mean} [{low}, {high}]"
 
 
 if __name__ == "__main__":

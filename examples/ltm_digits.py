@@ -1,7 +1,7 @@
 """LTM on the embedded digits beside the dense model, fine-tuned alike.
 
-    OMP_NUM_THREADS=1 python examples/ltm_digits.py --out runs/ltm-digits
-    OMP_NUM_THREADS=1 python examples/ltm_digits.py --out runs/no-bound -- --set eta=0
+    python examples/ltm_digits.py --out runs/ltm-digits
+    python examples/ltm_digits.py --out runs/no-bound -- --set eta=0
 
 Both rows of the table are ``tokenenv train ltm``, once per seed: same updates, images, order and
 distillation from the model before; the dense one has a ratio of 1. The bound on the information
@@ -13,18 +13,12 @@ such as ``-- --model deit_tiny_patch16_224 --data imagenet/train``.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 from pathlib import Path
-from typing import Any
 
-import torch
-from mstm_ablation import spread
+from repeated import reports, saved, settings, spread, train
 from tqdm import tqdm
 
-from tokenenv.cli import main as tokenenv
-
-ROWS: dict[str, list[str]] = {"dense, fine-tuned": ["--set", "ratio=1"], "LTM": []}
+ROWS: dict[str, list[str]] = {"dense, fine-tuned": ["ratio=1"], "LTM": []}
 
 
 def main() -> None:
@@ -33,10 +27,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("train", nargs="*", help="after --: options of every training")
     args = parser.parse_args()
-    torch.set_num_threads(1)
     runs = [(row, seed) for seed in range(args.seeds) for row in ROWS]
     for row, seed in tqdm(runs, unit="run", smoothing=0):
-        train(folder(args.out, row, seed), [f"--seed={seed}", *args.train, *ROWS[row]])
+        options = [f"--seed={seed}", *args.train, *settings(ROWS[row])]
+        train(folder(args.out, row, seed), "ltm", options)
     lines = table(args.out, args.seeds)
     (args.out / "table.md").write_text(lines)
     print(lines)
@@ -47,20 +41,6 @@ def folder(out: Path, row: str, seed: int) -> Path:
     return out / f"{row.split(',')[0].lower()}-{seed}"
 
 
-def train(where: Path, options: list[str]) -> None:
-    """Train unless it is done; what is printed goes to ``log.txt`` in the run folder."""
-    if (where / "report.json").exists():
-        return
-    where.mkdir(parents=True, exist_ok=True)
-    command = ["train", "ltm", "--out", str(where), *options]
-    if (where / "checkpoint.safetensors").exists():
-        command.append("--resume")
-    with open(where / "log.txt", "a") as log, contextlib.redirect_stdout(log):
-        code = tokenenv(command)
-    if code:
-        raise SystemExit(f"training failed: see {where / 'log.txt'}")
-
-
 def table(out: Path, seeds: int) -> str:
     """Mean over seeds, lowest and highest in brackets, as Markdown."""
     lines = [
@@ -68,14 +48,11 @@ def table(out: Path, seeds: int) -> str:
         "|---|---|---|---|---|",
     ]
     for row in ROWS:
-        reports: list[dict[str, Any]] = [
-            json.loads((folder(out, row, seed) / "report.json").read_text())
-            for seed in range(seeds)
-        ]
-        bounds = [[h["bound"] for h in r["history"] if "bound" in h] for r in reports]
+        runs = reports([folder(out, row, seed) for seed in range(seeds)])
+        bounds = [[h["bound"] for h in r["history"] if "bound" in h] for r in runs]
         cells = [
-            spread([100 * (1 - r["gmacs"] / r["gmacs_dense"]) for r in reports], ".1f"),
-            spread([r["top1"] for r in reports], ".2f"),
+            saved(runs),
+            spread([r["top1"] for r in runs], ".2f"),
             *(spread([b[end] for b in bounds], ".3f") if all(bounds) else "" for end in (0, -1)),
         ]
         lines.append(f"| {row} | {' | '.join(cells)} |")
