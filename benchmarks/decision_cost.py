@@ -3,6 +3,9 @@
 On a CPU, where a call returns when its work is done:
 
     python benchmarks/decision_cost.py tome:r=13 random:keep=0.5..0.9,blocks=3/6/9 --batch 64
+
+A policy plays whatever model is named, also one that it was not trained for: costs of a larger one.
+``--share`` adds the speed-up, and its share of that of a model merely sliced to the same lengths.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from agents.spec import parse_policy
 from tokenenv import attention, episode, reduction
 from tokenenv import backbone as backbone_module
 from tokenenv.backbone import Backbone
+from tokenenv.bench import bench
 from tokenenv.metrics import play
 from tokenenv.models import load_model, untrained_model
 from tokenenv.tokens import Packing
@@ -31,6 +35,7 @@ def main() -> None:
     parser.add_argument("--data", help="folder of images; default: random ones")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--share", action="store_true", help="speed-up and its realised share too")
     args = parser.parse_args()
 
     model = load_model(args.model, args.weights) if args.weights else untrained_model(args.model)
@@ -43,8 +48,8 @@ def main() -> None:
     else:
         size = backbone.model.patch_embed.img_size
         images = torch.randn(args.batch, 3, *size, generator=torch.Generator().manual_seed(0))
-    for what in args.what:
-        policy = parse_policy(what, backbone.depth)
+    policies: dict[str, Any] = {what: parse_policy(what, backbone.depth) for what in args.what}
+    for what, policy in policies.items():
         with torch.inference_mode():
             play(backbone, policy, images)
             rounds = [_shares(backbone, policy, images) for _ in range(args.rounds)]
@@ -53,6 +58,15 @@ def main() -> None:
         for name in rounds[0]:
             share = torch.tensor([shares[name] for shares in rounds]).median()
             print(f"  {name:18}{100 * share:5.1f} %")
+    if args.share:
+        for policy in policies.values():
+            if hasattr(policy, "trained_on"):
+                policy.trained_on = ""
+        for row in bench(backbone, policies, images, rounds=args.rounds)[1:]:
+            print(
+                f"{row.what}: {100 * (1 - row.gmacs / row.gmacs_dense):.1f} % fewer MACs (1 MAC = "
+                f"1 FLOP), {row.speedup:.3f} x, realised share {row.realised_share:.3f}"
+            )
 
 
 def _shares(backbone: Backbone, policy: Any, images: torch.Tensor) -> dict[str, float]:

@@ -1,0 +1,53 @@
+"""What training adds to DORA: the same start untrained, at the same cost.
+
+    python benchmarks/untrained_start.py dora-strict-deit_tiny --data imagenet/train --out untrained
+    tokenenv evaluate untrained --data imagenet/val --json untrained.json
+    tokenenv evaluate dora-strict-deit_tiny --data imagenet/val --json trained.json
+    python benchmarks/compare.py trained.json untrained.json
+
+The start's threshold is set for the saving that the trained policy has on the same training images.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+import agents
+from agents.dora import DoraConfig
+from agents.judgement import calibrate
+from tokenenv import load_backbone, open_source
+from tokenenv.commands.held_back import HeldBack
+
+TRIES = 9  # thresholds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("trained", help="a run of dora, or the name of a shipped one")
+    parser.add_argument("--weights", help="a file; default: timm's download")
+    parser.add_argument("--data", required=True, help="training images")
+    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+
+    trained = agents.load(args.trained)
+    backbone = load_backbone(trained.trained_on, args.weights)
+    source = open_source(args.data, backbone.model, split="train", limit=args.images)
+    judge = HeldBack(backbone, source)
+    wanted = judge(trained).saving
+    torch.manual_seed(args.seed)
+    config = DoraConfig()
+    start = config.policy(config.game(backbone, source), trained.trained_on)
+
+    found = calibrate(start, judge, wanted, TRIES)
+    args.out.mkdir(parents=True, exist_ok=True)
+    start.save(args.out / "policy.safetensors")
+    print(f"saving {found.saving:.1f} %, wanted {wanted:.1f} %: threshold {start.threshold:.3f}")
+
+
+if __name__ == "__main__":
+    main()
