@@ -6,7 +6,14 @@ import os
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from command_line import QUICK
+from safetensors.torch import save_file
+from torch import nn
+
+import tokenenv.embedded  # noqa: F401  (registers digits_vit with timm)
+from tokenenv.cli import main
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores already
     torch.set_num_threads(1)
@@ -20,3 +27,37 @@ def real_data() -> Path:
     if not (folder / "weights").is_dir():
         pytest.skip(f"no real weights and images at {folder}; set TOKENENV_DATA to their folder")
     return folder
+
+
+@pytest.fixture(scope="module")
+def digits_model() -> nn.Module:
+    return timm.create_model("digits_vit")
+
+
+@pytest.fixture(scope="module")
+def imagenet_model() -> nn.Module:
+    return timm.create_model("deit_tiny_patch16_224", depth=1, img_size=32)
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test has a current folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short training run."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    assert main([*QUICK.split(), "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of digits_vit that know nothing."""
+    path = tmp_path_factory.mktemp("weights") / "untrained.safetensors"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_file(timm.create_model("digits_vit").state_dict(), path)
+    return path

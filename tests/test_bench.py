@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import mistake, tree
 from helpers import backbone, needs_compiler
 from PIL import Image
 from test_backbone import family_model, image_for
-from test_cli import mistake, tree
 from torch.testing import assert_close
 
 from agents.policy import Policy
@@ -23,15 +23,12 @@ from tokenenv.cli import main
 from tokenenv.cost import Cost, measured_macs
 from tokenenv.metrics import play
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
 KEYS = {
     "what", "batch", "images_per_s", "speedup", "speedup_q25", "speedup_q75", "gmacs",
     "gmacs_dense", "peak_mib", "slice_speedup", "realised_share",
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 def policies(*names: str) -> dict[str, Policy]:

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import timm
 import torch
+from command_line import fail, mistake, write_digits
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_cli import fail, mistake, write_digits
 
 from agents.heuristics import MergeRandom
 from agents.spec import parse_policy
@@ -30,8 +30,7 @@ WHATS = ["dense", "tome:r=3", "tome:r=6", "random-merge:r=5"]
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def _quick(elsewhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "_SHORTEST", 0.0)
 
 

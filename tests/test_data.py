@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import zlib
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,25 +12,13 @@ import timm
 import torch
 from PIL import Image
 from torch import nn
-from torchvision import datasets
 
 import tokenenv.embedded  # noqa: F401  registers digits_vit
 from tokenenv import pixels
 from tokenenv.data import ImageSource, Stream, open_source
 from tokenenv.errors import UserError
-from tokenenv.labels import map_classes
 
 WNIDS = timm.data.ImageNetInfo("imagenet-1k").label_names()
-
-
-@pytest.fixture(scope="module")
-def digits_model() -> nn.Module:
-    return timm.create_model("digits_vit")
-
-
-@pytest.fixture(scope="module")
-def imagenet_model() -> nn.Module:
-    return timm.create_model("deit_tiny_patch16_224", depth=1, img_size=32)
 
 
 def head(outputs: int, **cfg: object) -> nn.Module:
@@ -438,72 +425,6 @@ def test_a_batch_size_below_one_is_an_error(digits_model: nn.Module) -> None:
         Stream(open_source("digits", digits_model), 0, seed=0)
 
 
-# --- classes and the head ------------------------------------------------------------------
-
-
-def test_wnids_mean_their_rank_on_an_imagenet_head() -> None:
-    assert map_classes([WNIDS[999], WNIDS[2]], head(1000), "it") == [999, 2]
-    twelve = timm.data.ImageNetInfo("imagenet-12k").label_names()
-    assert map_classes([twelve[7000]], head(len(twelve)), "it") == [7000]
-
-
-def test_an_unknown_wnid_is_an_error() -> None:
-    with pytest.raises(UserError, match="n99999999"):
-        map_classes([WNIDS[0], "n99999999"], head(1000), "it")
-
-
-def test_wnids_on_a_head_of_their_own_are_in_order() -> None:
-    assert map_classes(WNIDS[100:300], head(200), "it") == list(range(200))
-
-
-def test_numbers_are_outputs() -> None:
-    assert map_classes(["7", "10", "02"], head(11), "it") == [7, 10, 2]
-    with pytest.raises(UserError, match="'10'"):
-        map_classes(["7", "10", "2"], head(10), "it")
-
-
-def test_a_models_own_labels_are_known() -> None:
-    model = head(3, label_names=("red_fox", "Cat", "dog"), label_descriptions={"dog": "a hound"})
-    assert map_classes(["A Hound", "Red Fox", "cat"], model, "it") == [2, 0, 1]
-    assert map_classes(["CAT"], model, "it") == [1]
-    # Names decide before the order of as many classes does.
-    assert map_classes(["cat", "dog", "red fox"], model, "it") == [1, 2, 0]
-
-
-def test_imagenets_names_are_known() -> None:
-    assert map_classes(["goldfish", "Tinca_tinca", "great white shark"], head(1000), "it") == [
-        1,
-        0,
-        2,
-    ]
-    assert map_classes([("no such", "Tench")], head(1000), "it") == [0]
-
-
-def test_a_name_of_two_outputs_is_none() -> None:
-    with pytest.raises(UserError, match="'crane'"):  # the bird and the machine
-        map_classes(["goldfish", "crane"], head(1000), "it")
-
-
-def test_as_many_classes_as_outputs_are_in_order(tmp_path: Path) -> None:
-    model = timm.create_model("digits_vit", num_classes=3)
-    source = open_source(str(make_folder(tmp_path, {"b": 1, "c": 0, "a": 2})), model)
-    assert source.files == ["a/00.png", "a/01.png", "b/00.png"]
-    assert source.labels.tolist() == [0, 0, 1]
-    assert source.classes.tolist() == [0, 1]
-
-
-def test_classes_that_do_not_fit_are_an_error(tmp_path: Path, digits_model: nn.Module) -> None:
-    make_folder(tmp_path, {"zebra": 1, "1": 1})
-    with pytest.raises(UserError, match=r"2 classes.*10 outputs.*'zebra'.*model trained") as error:
-        open_source(str(tmp_path), digits_model)
-    assert "\n" not in str(error.value)
-
-
-def test_a_model_without_a_head_is_an_error() -> None:
-    with pytest.raises(UserError, match="num_classes=0"):
-        map_classes(["a"], head(0), "it")
-
-
 # --- folders -------------------------------------------------------------------------------
 
 
@@ -562,127 +483,6 @@ def test_unknown_data_is_an_error(digits_model: nn.Module, data: str) -> None:
 def test_digits_need_a_head_of_ten(imagenet_model: nn.Module) -> None:
     with pytest.raises(UserError, match=r"'digits' has 10 classes .* 1000 outputs"):
         open_source("digits", imagenet_model)
-
-
-# --- torchvision's data sets ---------------------------------------------------------------
-
-
-class Stub(datasets.VisionDataset):
-    """Eight images; the subclasses ask for their part as torchvision's data sets do."""
-
-    classes = ("airplane", "automobile", "bird", "cat")
-
-    def __init__(self, root: str, part: str) -> None:
-        super().__init__(root)
-        self.part = part
-        self.targets = [0, 1, 2, 3] * 2
-
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, position: int) -> tuple[Image.Image, int]:
-        shade = (100 if self.part == "train" else 200) + position
-        return Image.new("RGB", (32, 32), (shade,) * 3), self.targets[position]
-
-
-class ByFlag(Stub):
-    def __init__(self, root: str, train: bool = True, download: bool = False) -> None:
-        assert download
-        super().__init__(root, "train" if train else "test")
-
-
-class ByName(Stub):
-    def __init__(self, root: str, split: str = "train") -> None:
-        if split not in ("train", "val"):
-            raise ValueError(f"Unknown value '{split}' for argument split.")
-        super().__init__(root, split)
-
-
-class Unreachable(Stub):
-    def __init__(self, root: str, train: bool = True, download: bool = False) -> None:
-        raise OSError("no\nnetwork")
-
-
-class Unlabelled(Stub):
-    def __init__(self, root: str) -> None:
-        super().__init__(root, "train")
-        self.targets = [{"box": 1}] * 8
-
-
-@pytest.fixture
-def four() -> nn.Module:
-    return timm.create_model("deit_tiny_patch16_224", depth=1, img_size=32, num_classes=4)
-
-
-@pytest.mark.parametrize("stub", [ByFlag, ByName])
-def test_a_named_data_set_gives_the_asked_part(
-    four: nn.Module, monkeypatch: pytest.MonkeyPatch, stub: type[Stub]
-) -> None:
-    monkeypatch.setattr(datasets, "CIFAR10", stub)
-    train = open_source("cifar10:somewhere", four, split="train")
-    test = open_source("CIFAR10", four, split="test")
-    assert (train.name, test.name) == ("CIFAR10:train", "CIFAR10:test")
-    assert train.labels.tolist() == test.labels.tolist() == [0, 1, 2, 3] * 2
-    first, second = (s.batch(all_of(s)).images for s in (train, test))
-    assert (second.mean((1, 2, 3)) > first.mean((1, 2, 3)).max()).all()
-    assert len(set(train.files)) == 8
-
-
-def test_cifar_does_not_fit_an_imagenet_head(
-    imagenet_model: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(datasets, "CIFAR10", ByFlag)
-    with pytest.raises(UserError, match="CIFAR10 has 4 classes and the model's head 1000 outputs"):
-        open_source("CIFAR10", imagenet_model)
-
-
-def test_wnids_of_a_named_data_set_are_used(
-    imagenet_model: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ByFlag, "wnids", WNIDS[500:504], raising=False)
-    monkeypatch.setattr(datasets, "Imagenette", ByFlag)
-    assert open_source("imagenette", imagenet_model).classes.tolist() == [500, 501, 502, 503]
-
-
-def test_a_failed_download_is_one_line(four: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets, "CIFAR10", Unreachable)
-    with pytest.raises(UserError, match=r"CIFAR10.*'here' \(OSError: no network\); check") as error:
-        open_source("CIFAR10:here", four)
-    assert "\n" not in str(error.value)
-
-
-def test_an_unknown_part_is_one_line(four: nn.Module) -> None:
-    with pytest.raises(UserError, match=r"EMNIST cannot be opened .*argument split"):
-        open_source("EMNIST", four)
-
-
-def test_a_data_set_without_labels_is_an_error(
-    four: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(datasets, "VOCDetection", Unlabelled)
-    with pytest.raises(UserError, match="VOCDetection has no class label"):
-        open_source("VOCDetection", four)
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = partial(datasets.FakeData, size=40, image_size=(3, 8, 8))
-    monkeypatch.setattr(datasets, "FakeData", small)
-
-
-def test_a_data_set_of_one_part_is_split(imagenet_model: nn.Module, fake: None) -> None:
-    train = open_source("FakeData", imagenet_model, split="train")
-    test = open_source("fakedata", imagenet_model, split="test")
-    assert (len(train), len(test)) == (32, 8)
-    assert not set(train.files) & set(test.files)
-    again = open_source("FakeData", imagenet_model)
-    one, same = test.batch(all_of(test)), again.batch(all_of(again))
-    assert torch.equal(one.images, same.images)
-
-
-def test_labels_beyond_the_head_are_an_error(four: nn.Module, fake: None) -> None:
-    with pytest.raises(UserError, match="FakeData has label 9 and the model's head 4 outputs"):
-        open_source("FakeData", four)
 
 
 # --- imports -------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from test_cli import mistake, tree
+from command_line import mistake, tree
 from torch.testing import assert_close
 
 import agents
@@ -18,10 +18,7 @@ from tokenenv import UserError
 from tokenenv.cli import main
 from tokenenv.embedded import digits
 
-
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def compressed(spec: str, execution: Any = None) -> tokenenv.CompressedViT:

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_line import mistake
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_cli import mistake
 
 from agents.settings import with_settings
 from agents.spec import parse_policy
