@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,7 +21,9 @@ import torch
 from gymnasium import spaces
 
 import tokenenv.embedded  # noqa: F401  (registers digits_vit)
+from tokenenv import attention
 from tokenenv.backbone import Backbone
+from tokenenv.cost import measured_macs
 from tokenenv.data import ImageSource, open_source
 
 needs_compiler = pytest.mark.skipif(
@@ -48,6 +51,16 @@ def source() -> ImageSource:
 def small(**kwargs: Any) -> dict[str, Any]:
     """Arguments of any face for a game that starts and runs fast."""
     return {"model": backbone(), "data": source()} | kwargs
+
+
+def executed_macs(run: Callable[[], Any]) -> float:
+    """Multiply-adds that ``run()`` executes: torch counts products of matrices, the rest is here.
+
+    The class token's row of attention is a sum of products, with one for each number of the keys.
+    """
+    with mock.patch.object(attention, "first_scores", wraps=attention.first_scores) as rows:
+        counted = measured_macs(run)
+    return counted + sum(call.args[1].numel() for call in rows.call_args_list)
 
 
 def choices(

@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from helpers import executed_macs
 
 from agents.gated import GatedPolicy
 from agents.heuristics import MergeStrongest, TopK
@@ -60,7 +61,7 @@ def test_closed_form_agrees_with_torchs_counter(backbone: Backbone) -> None:
         one = image[None]
         with torch.no_grad():
             episode = play(backbone, policy, one, "padded")
-        counted = measured_macs(lambda one=one: play(backbone, policy, one, "padded"))
+        counted = executed_macs(lambda one=one: play(backbone, policy, one, "padded"))
         lengths = episode.attended, episode.fed
         closed = cost.backbone_macs(*lengths) + cost.decision_macs(policy.rules, policy, *lengths)
         assert closed.item() == pytest.approx(counted, rel=1e-9)
@@ -137,7 +138,7 @@ def test_closed_form_of_decisions_in_the_block_agrees_with_torchs_counter(
     for one in images.split(1):
         with torch.no_grad():
             episode = play(backbone, policy, one, "padded")
-        counted = measured_macs(lambda one=one: play(backbone, policy, one, "padded"))
+        counted = executed_macs(lambda one=one: play(backbone, policy, one, "padded"))
         if kind == "merging":  # three products of width D for each candidate, see "token"
             visual = [int(n) for n in episode.counts[:-1]]
             counted += sum(3 * backbone.dim * -(-n // 2) for n in visual)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import executed_macs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_backbone import family_model, image_for
@@ -21,7 +22,7 @@ from agents.spec import parse_policy
 from tokenenv import UserError, load_backbone, open_source, reduction
 from tokenenv.attention import matrix
 from tokenenv.backbone import Backbone, Context
-from tokenenv.cost import Cost, measured_macs
+from tokenenv.cost import Cost
 from tokenenv.episode import EXECUTIONS, Episode
 from tokenenv.metrics import macs_of, play
 from tokenenv.reducers import ATS, REDUCERS, DiffRate, EViT, PiToMe, Reducer, ZeroTPrune
@@ -280,7 +281,7 @@ def test_nothing_to_do_gives_timms_logits(spec: str, execution: str) -> None:
 
 @pytest.mark.parametrize("kind", ["distilled", "average pooling, no class token"])
 def test_closed_form_agrees_with_torchs_counter(kind: str) -> None:
-    """Products of matrices are counted; DiffRate's last block has one token left to merge into."""
+    """DiffRate's last block has one token left to merge into."""
     backbone = family_model(kind)
     image, cost = image_for(backbone, 1), Cost(backbone)
     specs = [*SPECS, "diffrate:prune=0,merge=20", "zerotprune:keep=0.1,rounds=2"]
@@ -289,7 +290,7 @@ def test_closed_form_agrees_with_torchs_counter(kind: str) -> None:
             continue
         policy = parse_policy(spec, backbone.depth)
         episode = run(backbone, spec, image, "padded")
-        counted = measured_macs(lambda policy=policy: play(backbone, policy, image, "padded"))
+        counted = executed_macs(lambda policy=policy: play(backbone, policy, image, "padded"))
         assert macs_of(episode, policy, cost).item() == pytest.approx(counted, rel=1e-9), spec
 
 

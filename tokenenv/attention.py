@@ -75,8 +75,8 @@ def packed(
         v: values.
         packing: where each image begins and ends.
         bias: ``(B, 1, 1, N)`` what is added to the scores of each image's keys.
-        scores: where not all run at once, this list gets each image's ``(heads, 1, n)`` products of
-            the first token's query and the keys, made while a cache still holds them.
+        scores: where not all run at once, this list gets the ``(n, heads)`` products of each
+            image's first query and its keys, made while a cache still holds them.
 
     Returns:
         ``(T, heads, dim)``.
@@ -105,7 +105,7 @@ def packed(
         row = None if row is None else row[..., : query.shape[1]]
         parts.append(padded(query, key, value, row).flatten(0, 1))
         if scores is not None:
-            scores.extend(map(first_scores, query, key))
+            scores.append(first_scores(query, key).flatten(0, 1))
     return torch.cat(parts)
 
 
@@ -114,8 +114,9 @@ _TOGETHER = 16
 
 
 def first_scores(q: Tensor, k: Tensor) -> Tensor:
-    """One image's ``(n, heads, dim)`` -> ``(heads, 1, n)`` products of its first query and keys."""
-    return torch.bmm(q[:1].transpose(0, 1), k.permute(1, 2, 0))
+    """``(B, n, heads, dim)`` -> ``(B, n, heads)`` products of each image's first query and keys."""
+    # A sum of products reads the keys where they lie; a matrix product would copy them first.
+    return (k.float() * q[:, 0, None].float()).sum(-1)
 
 
 def _has_varlen() -> bool:
@@ -143,17 +144,18 @@ def class_row(
     Returns:
         ``(B, N)`` float32.
     """
-    if packing is None and q.device.type == "cpu" and len(q):
-        # One product of all images would copy the keys on a CPU, at several times the cost.
-        score = torch.stack(list(map(first_scores, q, k)))[:, :, 0]
+    if packing is None and q.device.type == "cpu":
+        starts = range(0, max(1, len(q)), _TOGETHER)  # an empty batch is one empty part
+        parts = [slice(start, start + _TOGETHER) for start in starts]
+        score = torch.cat([first_scores(q[part], k[part]) for part in parts])
     elif packing is None:
-        score = torch.einsum("bhd,bnhd->bhn", q[:, 0], k)
+        score = first_scores(q, k)
     elif scores:
-        score = packing.unpack(torch.cat(scores, 2)[:, 0].T).transpose(1, 2)
+        score = packing.unpack(torch.cat(scores))
     else:
         own = q.index_select(0, packing.ends[:-1]).index_select(0, packing.image)
-        score = packing.unpack((k * own).sum(-1)).transpose(1, 2)
-    return _weights(score[:, :, None], q.shape[-1], mask).mean(1)[:, 0]
+        score = packing.unpack((k.float() * own.float()).sum(-1))
+    return _weights(score.transpose(1, 2)[:, :, None], q.shape[-1], mask).mean(1)[:, 0]
 
 
 def matrix(q: Tensor, k: Tensor, mask: Tensor | None, packing: Packing | None) -> Tensor:

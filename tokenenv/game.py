@@ -138,8 +138,7 @@ class Game:
         self._alive = torch.ones((len(self.images), patches), dtype=torch.bool, device=device)
         self.history: tuple[Tensor, ...] = ()
         self._damage: tuple[Tensor, ...] = ()
-        self._compressed = torch.zeros(len(self.images), device=device)
-        self._finite = torch.ones((), dtype=torch.bool, device=device)
+        self._highest_reward = torch.zeros((), device=device)
         self._known = _native_features(self.native, self.labels)
         return self._observe()
 
@@ -162,9 +161,6 @@ class Game:
         self._alive = episode.tokens.patch_alive()
         self.history = (*self.history, self._alive)
         self._damage = (*self._damage, *self._new_damage())
-        block, depth = self.rules.blocks[step], self.backbone.depth
-        removed = (self.counts[-2] - self.counts[-1]) / self.counts[0]
-        self._compressed = self._compressed + removed * (depth - block) / depth
         outcome = (
             Outcome(episode.logits, self.labels, self.native)
             if episode.logits is not None
@@ -172,13 +168,14 @@ class Game:
         )
         turn = Turn(
             step, self.steps, before, self._alive, self.history, outcome,
-            block, depth, self.counts, self._damage,
+            self.rules.blocks[step], self.backbone.depth, self.counts, self._damage,
         )  # fmt: skip
         reward = self.reward(turn).float()
-        self._finite &= reward.isfinite().all()
+        highest = torch.linalg.vector_norm(reward, torch.inf)  # NaN if one is
+        self._highest_reward = torch.maximum(self._highest_reward, highest)
         if outcome is None:
             return Transition(self._observe(), reward, self._done(False), None)
-        if not self._finite:
+        if not self._highest_reward.isfinite():
             raise UserError(
                 f"the reward {type(self.reward).__name__} gave a value that is not finite: "
                 "check its parameters and that the model's logits are finite"
@@ -225,11 +222,17 @@ class Game:
 
     def _course(self) -> Tensor:
         """``(B, 3)`` compression and damage so far, and what damage costs now."""
-        damage = self._damage[-1] if self._damage else torch.zeros_like(self._compressed)
+        depth, counts = self.backbone.depth, self.counts
+        compressed = self._nothing()
+        for block, before, after in zip(self.rules.blocks, counts, counts[1:], strict=False):
+            compressed = compressed + (before - after) / counts[0] * (depth - block) / depth
+        damage = self._damage[-1] if self._damage else self._nothing()
         penalty = self.reward.penalty / 300 if isinstance(self.reward, Dora) else 0.0
-        return torch.stack(
-            [self._compressed, damage, torch.full_like(self._compressed, penalty)], dim=1
-        )
+        return torch.stack([compressed, damage, torch.full_like(compressed, penalty)], dim=1)
+
+    def _nothing(self) -> Tensor:
+        """``(B,)`` zeros."""
+        return torch.zeros(len(self.images), device=self.backbone.device)
 
     def _new_damage(self) -> tuple[Tensor, ...]:
         """What the last decision did to the images, as the reward measures it; else nothing."""
@@ -243,8 +246,8 @@ class Game:
             return (1 - torch.cosine_similarity(here, there, dim=1),)
         # The terminal form needs no way, only the end.
         if reward.terminal and not episode.done:
-            return (torch.zeros_like(self._compressed),)
-        last = self._damage[-1] if self._damage else torch.zeros_like(self._compressed)
+            return (self._nothing(),)
+        last = self._damage[-1] if self._damage else self._nothing()
         rows = torch.arange(len(last), device=last.device)
         if self.execution != "masked":
             # Elsewhere the device would be waited for. What is known is of the decision before, or,

@@ -34,7 +34,9 @@ def prune(tokens: Tokens, keep: Tensor, least: int = 0) -> Tokens:
         enough = kept.sum(1, keepdim=True) >= least
         kept = torch.where(enough, kept, tokens.visual_alive)
     alive = torch.cat([tokens.alive[:, : tokens.prefix], kept], dim=1)
-    owner = alive.gather(1, tokens.source.clamp(min=0)) & (tokens.source >= 0)
+    owner = kept
+    if tokens.moved:
+        owner = alive.gather(1, tokens.source.clamp(min=0)) & (tokens.source >= 0)
     return replace(
         tokens,
         alive=alive,
@@ -47,14 +49,19 @@ def prune(tokens: Tokens, keep: Tensor, least: int = 0) -> Tokens:
 def compact(tokens: Tokens) -> Tokens:
     """Move the living tokens to the front and cut to the longest image of the batch.
 
-    This is what frees memory and time. It reads one number back from the device. The order of
+    This is what frees memory and time. It reads the lengths back from the device. The order of
     the living tokens is kept; the result is not ragged if all images are equally long.
     """
     if not (tokens.ragged and len(tokens.x)):
         return tokens
     if len(tokens.x) == 1:
         return _compact_one(tokens)
-    shortest, longest = (int(v) for v in torch.stack(tokens.counts().aminmax()).tolist())
+    return _compact_to(tokens, tokens.counts().tolist())
+
+
+def _compact_to(tokens: Tokens, lengths: list[int]) -> Tokens:
+    """:func:`compact` with the numbers of living tokens known."""
+    shortest, longest = min(lengths), max(lengths)
     if shortest == tokens.x.shape[1]:
         return replace(tokens, ragged=False)
     order = _living_first(tokens)
@@ -74,7 +81,7 @@ def pack(tokens: Tokens) -> Tokens:
         return _compact_one(tokens)
     lengths = tokens.counts().tolist()
     if min(lengths) == max(lengths):
-        return compact(tokens)
+        return _compact_to(tokens, lengths)
     return _closed_up(end_to_end(tokens), tuple(lengths))[0]
 
 

@@ -81,7 +81,7 @@ def class_term(turn: Turn, alpha: float, when: ClassReward) -> Tensor:
     ``each`` pays once per decision, those alive after it (the paper's code does that).
     """
     if turn.outcome is None:
-        return torch.zeros_like(turn.after, dtype=torch.float32)
+        return torch.zeros_like(turn.after[:, :1], dtype=torch.float32)
     paid = turn.history if when == "each" else turn.history[-1:]
     share = sum(after / after.sum(1, keepdim=True).clamp(min=1) for after in paid)
     assert isinstance(share, Tensor)

@@ -168,7 +168,7 @@ class TokenPrune:
         whole = normalised[:, 0] if backbone.has_class_token else mean
         progress = whole.new_zeros(batch, len(self.blocks) + 1)
         progress[:, step] = 1.0
-        progress[:, -1] = active.sum(1) / tokens.source.shape[1]
+        progress[:, -1] = moment.counts[-1] / tokens.source.shape[1]
 
         if tokens.source.shape[1] != backbone.patches and {"position", "agent_id"} & set(
             self.features
