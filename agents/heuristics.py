@@ -12,6 +12,7 @@ from torch import Tensor
 from agents.storage import describe, make_rules, write_tensors
 from tokenenv.errors import UserError
 from tokenenv.reducers import Reducer
+from tokenenv.reducers.base import share_of
 from tokenenv.reduction import highest
 from tokenenv.rewards import check_keep
 from tokenenv.rules import LayerMerge, Observation, TokenPrune
@@ -133,7 +134,7 @@ def keep_highest(score: Tensor, active: Tensor, keep: float | Tensor) -> Tensor:
 
     All ``(B, A)``; ``keep``: one ratio, or ``(B, 1)``.
     """
-    count = (active.sum(1, keepdim=True) * keep).ceil()
+    count = share_of(active.sum(1, keepdim=True), keep)
     return highest(score.masked_fill(~active, -torch.inf), count).long()
 
 

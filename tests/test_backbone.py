@@ -1,10 +1,13 @@
 """Nobody decides, nothing changes; and what the stages refuse."""
 
+from unittest import mock
+
 import pytest
 import timm
 import torch
 from torch.testing import assert_close
 
+from tokenenv import backbone as backbone_module
 from tokenenv.backbone import Backbone
 from tokenenv.episode import EXECUTIONS, Episode
 from tokenenv.errors import UserError
@@ -105,6 +108,20 @@ def test_masked_equals(backbone: Backbone, execution: str) -> None:
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
+def test_an_mlp_that_takes_its_tokens_in_parts_is_the_same(
+    backbone: Backbone, execution: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = image_for(backbone, 5)
+    whole = run(backbone, images, by_content, execution)
+    monkeypatch.setattr(backbone_module, "_ROWS", 7)
+    last = backbone.blocks[-1].mlp
+    with mock.patch.object(last, "forward", wraps=last.forward) as mlp:
+        parts = run(backbone, images, by_content, execution)
+    assert_close(parts.logits, whole.logits, atol=1e-5, rtol=0)
+    assert len(mlp.mock_calls) > 1
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
 def test_an_image_does_not_feel_its_neighbours(backbone: Backbone, execution: str) -> None:
     images = image_for(backbone, 6)
     together = run(backbone, images, by_content, execution)
@@ -177,6 +194,7 @@ def test_class_attention_is_the_softmax_row() -> None:
         ("vit_pwee_patch16_reg1_gap_256", {}, "block 0 is a ParallelScalingBlock"),
         ("vit_tiny_patch16_224", {"num_classes": 0}, "no classifier head"),
         ("vit_tiny_patch16_224", {"global_pool": ""}, "global_pool=''"),
+        ("vit_tiny_patch16_224", {"patch_drop_rate": 0.5}, "drops patches while it is trained"),
         ("vit_dwee_patch16_reg1_gap_256", {}, "DiffAttention"),
     ],
 )

@@ -55,6 +55,8 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
         ("train rl4evit --weights gone.safetensors", "'gone.safetensors' does not exist"),
         ("evaluate keep-all --device nonsense", "'nonsense'|--device cpu"),
         ("train rl4evit --device nonsense", "'nonsense'|--device cpu"),
+        ("evaluate keep-all --device meta", "'meta'|--device cpu"),
+        ("evaluate keep-all --model digits_vit_16", "--data: digits, or a folder"),
         # data
         ("evaluate keep-all --data gone", "'gone' is neither a folder"),
         ("train rl4evit --data gone", "'gone' is neither a folder"),
@@ -256,6 +258,24 @@ def test_no_run_at_all(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
         Path(name, "policy.safetensors").write_bytes(content)
         Path(name, "config.json").write_text(config)
         assert f"{name}/config.json" in mistake(f"evaluate {name}", capfd)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("compressed.json", "{bad"),
+        ("compressed.json", "[]"),
+        ("config.json", '{"model": 5, "weights": null}'),
+        ("config.json", '{"model": "digits_vit", "weights": 7}'),
+    ],
+)
+def test_a_damaged_run(
+    name: str, content: str, run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    Path("damaged").mkdir()
+    Path("damaged/policy.safetensors").write_bytes((run / "policy.safetensors").read_bytes())
+    Path("damaged", name).write_text(content)
+    assert f"'damaged/{name}' doesn't say model" in mistake("evaluate damaged", capfd)
 
 
 def test_a_policy_alone_knows_its_model(run: Path) -> None:

@@ -480,6 +480,12 @@ def test_unknown_data_is_an_error(digits_model: nn.Module, data: str) -> None:
         open_source(data, digits_model)
 
 
+@pytest.mark.parametrize("data", ["digits", "FakeData", "."])
+def test_an_unknown_part_is_an_error(digits_model: nn.Module, data: str) -> None:
+    with pytest.raises(UserError, match="split='val': choose from train, test"):
+        open_source(data, digits_model, split="val")
+
+
 def test_digits_need_a_head_of_ten(imagenet_model: nn.Module) -> None:
     with pytest.raises(UserError, match=r"'digits' has 10 classes .* 1000 outputs"):
         open_source("digits", imagenet_model)

@@ -448,6 +448,17 @@ def test_a_count_merges_the_most_similar_pairs(backbone: Backbone, execution: st
 
 
 @EXECUTION
+def test_a_count_goes_on_with_one_token_left_and_no_pair(execution: str) -> None:
+    rules = LayerMerge(tuple(range(6)), "count", grid=(0, 1, 2, 4, 8, 16, 32), shuffle=True)
+    images = source().batch(torch.arange(2)).images
+    episode = Episode(digits_backbone(), rules, images, execution=execution)
+    while not episode.done:
+        most = episode.observe().legal.long().cumsum(2).argmax(2)
+        episode.act(most)
+    assert episode.counts[-1].tolist() == [1, 1]
+
+
+@EXECUTION
 @pytest.mark.parametrize("selector", ["redundancy", "cls_attention"])
 def test_a_count_prunes_by_the_selector(deit: Backbone, selector: str, execution: str) -> None:
     images = image_for(deit, 4)

@@ -13,6 +13,7 @@ from tokenenv import UserError, load_backbone, metrics, open_source
 from tokenenv.cost import Cost
 from tokenenv.rewards import divergence
 from tokenenv.rules import Observation, TokenPrune
+from tokenenv.rules.token_prune import spread_blocks
 
 
 def observation(score: torch.Tensor, active: torch.Tensor) -> Observation:
@@ -62,6 +63,17 @@ def test_specs_spread_blocks_over_the_depth() -> None:
     assert parse_policy("random:keep=0.5", 24).rules.blocks == (6, 12, 18)
     assert parse_policy("norm:keep=0.5,blocks=2/5", 12).rules.blocks == (2, 5)
     assert isinstance(parse_policy("keep-all", 12), KeepAll)
+
+
+def test_a_shallow_model_has_fewer_decisions() -> None:
+    assert [spread_blocks(depth) for depth in (1, 2, 3, 4)] == [(0,), (1,), (1, 2), (1, 2, 3)]
+
+
+@pytest.mark.parametrize(("count", "keep", "stay"), [(50, 0.3, 15), (25, 0.6, 15), (10, 0.25, 3)])
+def test_the_last_digit_of_a_ratio_keeps_no_token_more(count: int, keep: float, stay: int) -> None:
+    alive = torch.ones(1, count, dtype=torch.bool)
+    score = torch.rand(1, count, generator=torch.Generator().manual_seed(0))
+    assert keep_highest(score, alive, keep).sum() == stay
 
 
 def small_policy() -> ActorPolicy:

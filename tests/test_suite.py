@@ -437,6 +437,8 @@ def test_every_task_says_what_it_is(task: Task) -> None:
     if task.embedded:
         opened = open_task(task)
         game = opened.game(batch_size=1)
+        with pytest.raises(UserError, match="has its own model, rules: leave it out"):
+            opened.game(model="digits_vit", rules="token_prune")
         assert (game.agents, game.steps) == (task.agents if task.agents > 1 else 32, task.decisions)
         assert task.random == task.random.strip() and len(opened.test) == task.test_images
 

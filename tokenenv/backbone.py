@@ -177,8 +177,15 @@ class Backbone(nn.Module):
 
     def feed(self, block: int, tokens: Tokens) -> Tokens:
         """MLP and its residual of block ``block``."""
-        parts = _compiled_parts() if self.compiled else _PARTS
-        return tokens.with_x(parts.feed(self.blocks[block], tokens.x))
+        b, rows = self.blocks[block], tokens.rows
+        if self.compiled:
+            x = _compiled_parts().feed(b, tokens.x)
+        elif _worth_parting(rows):
+            parts = [_PARTS.feed(b, part) for part in rows.split(_ROWS)]
+            x = torch.cat(parts).view(tokens.x.shape)
+        else:
+            x = _PARTS.feed(b, tokens.x)
+        return tokens.with_x(x)
 
     def attention_dim(self, block: int) -> int:
         """Width of all heads together in block ``block``."""
@@ -230,6 +237,21 @@ class Backbone(nn.Module):
     def _pools_patches(self) -> bool:
         model = self.model
         return getattr(model, "attn_pool", None) is not None or model.global_pool != "token"
+
+
+_ROWS = 2048
+"""Tokens that an MLP takes at once on a CPU where nothing learns."""
+
+
+def _worth_parting(rows: Tensor) -> bool:
+    """Whether the MLP should take a part of the ``(R, D)`` rows at a time.
+
+    Its hidden layer is four times as wide as its input: of a whole batch that is memory which the
+    system hands out and clears anew in every block, of a part it stays in the caches.
+    """
+    if rows.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return len(rows) > _ROWS
 
 
 def _mean_head(values: Tensor) -> Tensor:
@@ -298,6 +320,8 @@ def check_supported(model: nn.Module) -> None:
             raise refuse(f"block {i} attends with {type(block.attn).__name__}, not Attention")
         if not isinstance(getattr(block.attn.qkv, "weight", None), nn.Parameter):
             raise refuse(f"the linear layers of block {i} are {type(block.attn.qkv).__name__}")
+    if getattr(model.patch_drop, "prob", 0):
+        raise refuse("it drops patches while it is trained: make it with patch_drop_rate=0")
     if not model.num_classes:
         raise refuse("it has no classifier head: make it with num_classes above 0")
     if model.attn_pool is not None:

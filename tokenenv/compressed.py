@@ -94,7 +94,7 @@ class CompressedViT(nn.Module):
     def backbone(self) -> Backbone:
         """The model in stages."""
         known = self.__dict__.get("_stages")
-        # Who puts other modules in, as data parallelism does, has other stages.
+        # With other modules put in, as by quantisation, the stages are others.
         if known is None or known.model is not self.model or known.blocks is not self.model.blocks:
             known = self.__dict__["_stages"] = Backbone(self.model, freeze=False)
         return known

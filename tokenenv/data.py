@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -105,6 +105,8 @@ class ImageSource:
         Raises:
             UserError: they have.
         """
+        if len(self._store.unreadable) < len(self):  # asked before every batch, of any number
+            return
         if len(self.skipped) == len(self):
             reason = self._store.unreadable[self._positions[0]]
             raise UserError(
@@ -329,8 +331,11 @@ def open_source(
         seed: of that draw.
 
     Raises:
-        UserError: there is no such data, it is empty, or its classes do not fit the model's head.
+        UserError: there is no such data or part, it is empty, or its classes do not fit the model's
+            head.
     """
+    if split not in get_args(Split):
+        raise UserError(f"split='{split}': choose from {', '.join(get_args(Split))}")
     if data in (None, "digits"):
         source = _open_digits(model, split)
     elif os.path.isdir(str(data)):

@@ -40,6 +40,8 @@ class Game:
     A fixed roster: an agent that may no longer act stays on it, sees zeros and its action is
     ignored. All images of the batch end together after :attr:`steps` decisions. No Python loop
     over images or agents; with masked execution no host-device sync before the end of an episode.
+    What the dense model says of an image, once computed, is kept on the device: its logits, and
+    for :class:`~tokenenv.rewards.Dora` with ``damage="drift"`` a summary token per decision.
 
     Args:
         backbone: the frozen model.
@@ -150,7 +152,8 @@ class Game:
             action: ``(B, A)`` integers; ignored for agents that are not active.
 
         Raises:
-            UserError: at the end of an episode in which a reward was not finite.
+            UserError: a reward of another shape; at the end of an episode in which one was not
+                finite.
             RuntimeError: called before :meth:`reset` or after the end.
         """
         if self.episode is None or self.episode.done:
@@ -171,6 +174,11 @@ class Game:
             self.rules.blocks[step], self.backbone.depth, self.counts, self._damage,
         )  # fmt: skip
         reward = self.reward(turn).float()
+        if reward.shape not in ((len(before), self.agents), (len(before), 1)):
+            raise UserError(
+                f"the reward {type(self.reward).__name__} has shape {tuple(reward.shape)}: give "
+                f"{(len(before), self.agents)}, or {(len(before), 1)} where agents share it"
+            )
         highest = torch.linalg.vector_norm(reward, torch.inf)  # NaN if one is
         self._highest_reward = torch.maximum(self._highest_reward, highest)
         if outcome is None:

@@ -17,6 +17,8 @@ from tokenenv.backbone import Backbone, check_supported
 from tokenenv.errors import UserError
 
 EMBEDDED = "digits_vit"
+DIGITS_MODELS = (EMBEDDED, "digits_vit_16")
+"""Those whose weights come with the package."""
 
 RANDOM = "random"
 """In place of a weights file: an untrained model."""
@@ -154,9 +156,10 @@ def _classifier(timm, name: str) -> str:  # type: ignore[no-untyped-def]
 
 
 def _pretrained(timm, name: str) -> nn.Module:  # type: ignore[no-untyped-def]
+    disabled = logging.root.manager.disable
     try:
         # timm warns of every retry of a download; the one line below says it all.
-        logging.disable(logging.WARNING)
+        logging.disable(max(disabled, logging.WARNING))
         return timm.create_model(name, pretrained=True).eval()
     except Exception as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
@@ -165,7 +168,7 @@ def _pretrained(timm, name: str) -> nn.Module:  # type: ignore[no-untyped-def]
             "give --weights FILE, or check the network"
         ) from None
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(disabled)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -200,8 +203,8 @@ def check_device(device: str | torch.device) -> torch.device:
     """The device, or a :class:`UserError` where this machine has none such."""
     try:
         place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError):
+        torch.empty(0, device=place).cpu()  # 'meta' has nothing to copy
+    except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(
             f"device '{device}' is not available on this machine: use --device cpu"
         ) from None

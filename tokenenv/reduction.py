@@ -182,7 +182,7 @@ def take(values: Tensor, index: Tensor) -> Tensor:
     batch, count = values.shape[:2]
     first = torch.arange(batch, device=index.device) * count
     row = (index + first[:, None]).flatten()
-    return values.flatten(0, 1).index_select(0, row).view(*index.shape, -1)
+    return values.flatten(0, 1).index_select(0, row).view(*index.shape, values.shape[-1])
 
 
 class Match(NamedTuple):

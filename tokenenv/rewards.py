@@ -68,7 +68,7 @@ class Reward(Protocol):
     """Maps a turn to a reward per agent."""
 
     def __call__(self, turn: Turn) -> Tensor:
-        """Rewards ``(B, A)``, finite."""
+        """Finite rewards ``(B, A)``, or ``(B, 1)`` where all agents of an image share it."""
 
 
 ClassReward = Literal["final", "each"]

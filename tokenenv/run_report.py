@@ -18,9 +18,14 @@ from tokenenv.render import TokenRow, save_token_pictures, to_pixels
 def write_token_pictures(
     path: Path, backbone: Backbone, policy: Decider, source: ImageSource, count: int = 6
 ) -> None:
-    """Draw which tokens the policy keeps or merges, for ``count`` images spread over the source."""
+    """Draw which tokens the policy keeps or merges, for ``count`` images spread over the source.
+
+    Nothing is drawn if none of those can be read.
+    """
     index = torch.linspace(0, len(source) - 1, min(count, len(source))).round().long()
     batch = source.batch(index)
+    if not len(batch.index):
+        return
     images = batch.images.to(backbone.device, backbone.dtype)
     dense = backbone(images).argmax(1)
     episode = Episode(backbone, policy.rules, images, execution="masked")

@@ -17,6 +17,7 @@ from tokenenv.backbone import Backbone
 from tokenenv.data import ImageSource
 from tokenenv.errors import UserError
 from tokenenv.models import (
+    DIGITS_MODELS,
     EMBEDDED,
     Dense,
     check_device,
@@ -56,8 +57,10 @@ def open_dense(args: argparse.Namespace, *, images: bool = True) -> tuple[Dense,
 
 def _check_data(args: argparse.Namespace, name: str, images: bool) -> None:
     if images and args.data is None and name != EMBEDDED:
-        raise UserError(f"model '{name}' needs --data: a folder of class/image")
-    if name != EMBEDDED and args.weights is None:
+        ours = name in DIGITS_MODELS
+        images_of = "digits, or a folder of class/image" if ours else "a folder of class/image"
+        raise UserError(f"model '{name}' needs --data: {images_of}")
+    if name not in DIGITS_MODELS and args.weights is None:
         print(f"loading '{name}' with timm's weights for it; --weights FILE takes others")
 
 

@@ -156,21 +156,29 @@ def trained_on(what: str) -> dict[str, Any]:
         return {}
     config, policy = folder / "config.json", folder / POLICY
     if (folder / CONFIG).is_file():
-        compressed = json.loads((folder / CONFIG).read_text())
-        return {"model": compressed.get("model"), "weights": str(folder / WEIGHTS)}
+        model, _ = _said_in(folder / CONFIG)
+        return {"model": model, "weights": str(folder / WEIGHTS)}
     if not config.is_file():
         return {"model": read_tensors(policy)[1].get("trained_on")}
+    model, weights = _said_in(config)
+    if (folder / MODEL).is_file():
+        return {"model": model, "weights": str(folder / MODEL), "original": weights}
+    return {"model": model, "weights": weights}
+
+
+def _said_in(config: Path) -> tuple[str, str | None]:
+    """Model and weights as the JSON file names them."""
     try:
         found = json.loads(config.read_text())
-        model, weights = found["model"], found["weights"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        model, weights = found["model"], found.get("weights")
+        if not isinstance(model, str) or not isinstance(weights, str | None):
+            raise TypeError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"'{config}' doesn't say model and weights ({type(error).__name__}): "
             "restore it, or give --model and --weights"
         ) from None
-    if (folder / MODEL).is_file():
-        return {"model": model, "weights": str(folder / MODEL), "original": weights}
-    return {"model": model, "weights": weights}
+    return model, weights
 
 
 def _untouched(run: dict[str, Any], args: argparse.Namespace) -> Backbone | None:

@@ -145,6 +145,8 @@ class LayerMergeEnv(GameEnv):
     | `grid` | **tuple** | (0, 2, 4, 8, 12, 16, 24, 32) | pairs for each choice of `"count"` |
     | `features` | **tuple** | similarity, cls_attention, size, token | of `"pairs"`, see above |
     | `proportional` | **bool** | `True` | a merged token weighs in attention as its patches do |
+    | `share` | **bool** | `True` | whether the last four lines of the observation are there |
+    | `shuffle` | **bool** | `False` | split and lay out tokens as ToMe's published code does |
     | `reward` | **str** or Reward | `"dora"` | see Rewards, or any function of a turn |
     | `reward_kwargs` | **dict** | `None` | parameters of a reward given by name |
     | `device` | **str** | `"cpu"` | where to put a model given by name |

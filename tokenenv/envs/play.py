@@ -19,11 +19,21 @@ from tokenenv.rules import LayerMerge, LayerPrune, Observation
 RENDER_MODES = ["human", "rgb_array", "ansi"]
 
 
+def _now(name: str) -> property:
+    """A copy of what is so now, for faces to hand out: whoever gets it may write into it."""
+
+    def get(play: Play) -> Tensor:
+        play._check_started()
+        return play._now[name].clone()
+
+    return property(get)
+
+
 class Play:
     """A game with its observations joined to one array and its illegal actions counted.
 
-    Everything is a tensor on the game's device that autograd can use; nothing makes an
-    accelerator wait.
+    Everything is a tensor on the game's device that autograd can use, and the caller's own;
+    nothing makes an accelerator wait.
 
     Args:
         game: ``B`` images, ``A`` agents each.
@@ -45,7 +55,7 @@ class Play:
             true class; False until the end.
 
     Raises:
-        UserError: unknown render mode.
+        UserError: unknown render mode; later, what is now before the first :meth:`reset`.
     """
 
     def __init__(self, game: Game, render_mode: str | None) -> None:
@@ -55,12 +65,7 @@ class Play:
         self.width = game.agent_dim + game.shared_dim
         rules = game.rules
         self.by_count = isinstance(rules, LayerMerge | LayerPrune) and rules.action == "count"
-        self.active: Tensor
-        self.legal: Tensor
-        self.state: Tensor
-        self.illegal: Tensor
-        self.correct: Tensor
-        self.dense_correct: Tensor
+        self._now: dict[str, Tensor] = {}
         self._seeded = False
         self._sources: list[Tensor] = []
 
@@ -82,9 +87,17 @@ class Play:
         """Whether no order of images was drawn yet."""
         return not self._seeded
 
+    active = _now("active")
+    legal = _now("legal")
+    state = _now("state")
+    illegal = _now("illegal")
+    correct = _now("correct")
+    dense_correct = _now("dense_correct")
+
     @property
     def tokens_left(self) -> Tensor:
         """``(B,)`` int64 visual tokens now."""
+        self._check_started()
         return self.game.counts[-1].clone()
 
     def seed(self, seed: int) -> None:
@@ -97,9 +110,9 @@ class Play:
     def reset(self) -> Tensor:
         """Start the next episodes; returns float32 observations."""
         seen = self.game.reset()
-        self.illegal = torch.zeros_like(seen.active, dtype=torch.int64)
-        self.correct = torch.zeros_like(seen.active[:, 0])
-        self.dense_correct = self.correct
+        wrong = torch.zeros_like(seen.active[:, 0])
+        illegal = torch.zeros_like(seen.active, dtype=torch.int64)
+        self._now = {"illegal": illegal, "correct": wrong, "dense_correct": wrong}
         self._sources = []
         observation = self._take(seen)
         self._show()
@@ -125,8 +138,9 @@ class Play:
         chosen = self._checked(action)
         inside = (chosen >= 0) & (chosen < self.game.actions)
         wanted = torch.where(inside, chosen, 0)
-        allowed = inside & self.legal.gather(2, wanted[..., None])[..., 0]
-        self.illegal = self.illegal + ~allowed
+        now = self._now
+        allowed = inside & now["legal"].gather(2, wanted[..., None])[..., 0]
+        now["illegal"] = now["illegal"] + ~allowed
         transition = self.game.step(torch.where(allowed, wanted, 0))
         if self.render_mode is not None:
             self._sources.append(self.game.episode.tokens.source)
@@ -136,13 +150,11 @@ class Play:
             observation = self._take(transition.observation)
         else:
             assert transition.outcome is not None
-            if self.game.rules.between:
-                self.active = torch.zeros_like(self.active)
-            else:
-                self.active = self.game.history[-1].clone()
-            self.legal = self._legal(None)
-            self.correct = transition.outcome.correct.bool()
-            self.dense_correct = transition.outcome.native.argmax(1) == self.game.labels
+            left = torch.zeros_like(now["active"])
+            now["active"] = left if self.game.rules.between else self.game.history[-1]
+            now["legal"] = self._legal(None)
+            now["correct"] = transition.outcome.correct.bool()
+            now["dense_correct"] = transition.outcome.native.argmax(1) == self.game.labels
             observation = reward.new_zeros(len(reward), *self.observation_space.shape)
         self._show()
         return observation, reward, over
@@ -173,8 +185,8 @@ class Play:
 
     def _take(self, seen: Observation) -> Tensor:
         assert seen.state is not None
-        self.active, self.state = seen.active.clone(), seen.state.float().clone()
-        self.legal = self._legal(seen.legal)
+        self._now |= {"active": seen.active, "state": seen.state.float()}
+        self._now["legal"] = self._legal(seen.legal)
         if self.by_count:
             # Also where nothing can be removed: a value function must know how late it is.
             return torch.cat([seen.agents[:, 0], seen.shared], dim=-1).float()
@@ -184,13 +196,14 @@ class Play:
     def _legal(self, legal: Tensor | None) -> Tensor:
         """``legal``; where the rules tell nothing, all for the active and 0 for the others."""
         if legal is None:
-            more = self.active[..., None].expand(-1, -1, self.game.actions - 1)
+            more = self._now["active"][..., None].expand(-1, -1, self.game.actions - 1)
             return torch.cat([torch.ones_like(more[..., :1]), more], dim=2)
-        return legal.clone()
+        return legal
 
     def _checked(self, action: Any) -> Tensor:
         """``(B, A)`` int64 actions on the game's device."""
-        batch, count = self.active.shape
+        active = self._now["active"]
+        batch, count = active.shape
         shape = (batch,) if self.by_count else (batch, count)
         given = _as_numbers(action)
         if given.shape != shape:
@@ -201,7 +214,7 @@ class Play:
             wrong = (chosen != given) | (chosen < 0) | (chosen >= self.game.actions)
             if wrong.any():
                 raise UserError(f"action {given[wrong][0].item()} is {self._no_action()}")
-        return chosen.to(self.active.device).reshape(batch, count)
+        return chosen.to(active.device).reshape(batch, count)
 
     def _no_action(self) -> str:
         if self.by_count:

@@ -52,6 +52,9 @@ class SB3VecEnv(VecEnv):
     def __init__(
         self, id: str, num_envs: int = 1, *, render_mode: str | None = None, **game: Any
     ) -> None:
+        if "output" in game:
+            given = game["output"]
+            raise UserError(f"output={given!r}: stable-baselines3 takes arrays, leave it out")
         self.envs: GameVectorEnv = ids.vector_class(id)(num_envs, render_mode=render_mode, **game)
         self._actions: NDArray[Any] = np.zeros(0)
         super().__init__(

@@ -197,7 +197,8 @@ class TokenPruneParallelEnv(ParallelEnv[str, Seen, int], EzPickle):
             return {}, {}, {}, {}, {}
         observation, reward, over = self._play.step([self._joint_action(actions)])
         observations, infos = self._reports(observation[0].cpu().numpy())
-        rewards = dict(zip(self.possible_agents, reward[0].tolist(), strict=True))
+        each = reward[0].expand(len(self.possible_agents))
+        rewards = dict(zip(self.possible_agents, each.tolist(), strict=True))
         leaves = self.on_prune == "remove"
         terminations = {
             agent: over or (leaves and not infos[agent]["active_mask"]) for agent in self.agents

@@ -150,8 +150,8 @@ class GameVectorEnv(gym.vector.VectorEnv[Any, Any, Any], EzPickle):
 
     def _masked(self, values: dict[str, Any]) -> dict[str, Any]:
         """Gymnasium's form: beside each key ``_key``, which images it is known of; here all."""
-        every = torch.ones_like(self._play.correct)
-        return values | {f"_{key}": every for key in values}
+        every = self._return.new_ones(self.num_envs, dtype=torch.bool)
+        return values | {f"_{key}": every.clone() for key in values}
 
     def _out(self, value: Any) -> Any:
         """``value`` with its tensors as arrays, unless the output is torch."""

@@ -131,7 +131,7 @@ class Reducer:
         return torch.zeros_like(visual)
 
 
-def share_of(count: Tensor, keep: float) -> Tensor:
+def share_of(count: Tensor, keep: float | Tensor) -> Tensor:
     """``ceil(keep n)``, float64, of numbers of tokens; as :func:`share` rounds."""
     return (count.double() * keep - _ROUNDING).ceil()
 

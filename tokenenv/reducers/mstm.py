@@ -12,7 +12,7 @@ from torch import Tensor
 from tokenenv import reduction
 from tokenenv.backbone import Backbone, Context
 from tokenenv.errors import UserError
-from tokenenv.reducers.base import Reducer
+from tokenenv.reducers.base import Reducer, share_of
 from tokenenv.rewards import check_keep
 from tokenenv.tokens import Tokens
 
@@ -70,7 +70,7 @@ class MSTM(Reducer):
         visual = tokens - backbone.prefix
         pairs = visual * visual  # all of them: which columns are crucial differs by image
         width = backbone.head_dim(block) if self.similarity == "keys" else backbone.dim
-        moves = pairs if self.weight == "soft" else visual - (visual * self.keep).ceil()
+        moves = pairs if self.weight == "soft" else visual - share_of(visual, self.keep)
         return pairs * width + moves * backbone.dim
 
     def reduce(self, tokens: Tokens, context: Context, step: int) -> Tokens:
@@ -78,7 +78,7 @@ class MSTM(Reducer):
         assert context.cls_attention is not None
         prefix, alive = tokens.prefix, tokens.visual_alive
         importance = context.cls_attention[:, prefix:]
-        count = (alive.sum(1, keepdim=True) * self.keep).ceil()
+        count = share_of(alive.sum(1, keepdim=True), self.keep)
         crucial = reduction.highest(importance.masked_fill(~alive, -torch.inf), count) & alive
         cosine = self._cosine(tokens, context).masked_fill(~crucial[:, None], -torch.inf)
         best, nearest = cosine.max(dim=2)

@@ -39,6 +39,19 @@ def redundancy(tokens: Tokens, context: Context) -> Tensor:
     return F.pad(cosine, (0, 1), value=-1.0).amax(2)[..., None]
 
 
+def whole_numbers(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """``(n,)`` int64, kept on the device: a copy from the host would make it wait each time."""
+    if torch.compiler.is_compiling():  # tensors made while torch traces are not real ones
+        return torch.tensor(values, device=device)
+    return _kept_whole_numbers(values, device)
+
+
+@cache
+def _kept_whole_numbers(values: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # autograd may not save what is made in that mode
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+
 def position_code(grid: tuple[int, int], device: torch.device) -> Tensor:
     """``(P, 8)`` sine and cosine of row and column at two wavelengths, row-major patches."""
     if torch.compiler.is_compiling():  # tensors made while torch traces are not real ones

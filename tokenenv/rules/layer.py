@@ -17,7 +17,7 @@ def history(moment: Moment) -> Tensor:
     """``(B, 3)`` N_l / N_0, the share removed by the last decision, earlier interventions.
 
     DORA-pruning's h_l (arXiv 2609.34325): the number of decisions so far that removed something
-    is divided by the number of decisions, so that all three lie in [0, 1].
+    is divided by the number of this decision, from 1, so that all three lie in [0, 1].
     """
     counts = torch.stack(moment.counts, 1).float()
     before, after = counts[:, :-1], counts[:, 1:]

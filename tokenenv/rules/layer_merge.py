@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tokenenv import reduction
@@ -14,7 +15,7 @@ from tokenenv.errors import UserError
 from tokenenv.reduction import Match
 from tokenenv.rules import layer
 from tokenenv.rules.checks import check_blocks, check_features, check_range
-from tokenenv.rules.features import log_relative
+from tokenenv.rules.features import log_relative, whole_numbers
 from tokenenv.rules.observation import Moment, Observation
 from tokenenv.tokens import Tokens
 
@@ -189,7 +190,7 @@ class LayerMerge:
         else:
             active = possible.any(1, keepdim=True)
             own = _curve(match.score, self.grid)[:, None]
-            grid = torch.tensor(self.grid, device=score.device)
+            grid = whole_numbers(self.grid, score.device)
             legal = (grid <= possible.sum(1, keepdim=True))[:, None]
         steps = len(self.blocks)
         shared = own.new_zeros(own.shape[0], 0)
@@ -239,7 +240,7 @@ class LayerMerge:
         if self.action == "pairs":
             accept = action == MERGE
         else:
-            grid = torch.tensor(self.grid, device=action.device)
+            grid = whole_numbers(self.grid, action.device)
             accept = reduction.strongest(moment.match, grid[action])
         merged = reduction.merge(moment.tokens, moment.match, accept)
         return reduction.candidates_first(merged, moment.match) if self.shuffle else merged
@@ -258,8 +259,9 @@ def _curve(score: Tensor, grid: tuple[int, ...]) -> Tensor:
 
     As :func:`scaled`; 0 where there are not so many pairs.
     """
-    ordered = score.sort(1, descending=True).values.clamp(min=-1.0)
-    last = torch.tensor([0, *(count - 1 for count in grid[1:])], device=score.device)
+    # One column more, so that there is a last one where no pair is left.
+    ordered = F.pad(score.sort(1, descending=True).values.clamp(min=-1.0), (0, 1), value=-1.0)
+    last = whole_numbers((0, *(count - 1 for count in grid[1:])), score.device)
     taken = ordered[:, last.clamp(max=ordered.shape[1] - 1)]
     return torch.where((last < ordered.shape[1]) & (taken > -1.0), scaled(taken), 0.0)
 

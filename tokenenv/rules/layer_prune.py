@@ -14,7 +14,7 @@ from tokenenv.errors import UserError
 from tokenenv.reduction import Match
 from tokenenv.rules import layer
 from tokenenv.rules.checks import check_blocks, check_features, check_range
-from tokenenv.rules.features import log_relative, redundancy
+from tokenenv.rules.features import log_relative, redundancy, whole_numbers
 from tokenenv.rules.observation import Moment, Observation
 from tokenenv.tokens import Tokens
 
@@ -171,7 +171,7 @@ class LayerPrune:
             active = room >= self.budget_step
             own = tokens.x.new_zeros(len(alive), 1, 0, dtype=torch.float32)
             budgets = self.budgets(tokens.source.shape[1])
-            legal = (torch.tensor(budgets, device=room.device) <= room.clamp(min=0))[:, None]
+            legal = (whole_numbers(budgets, room.device) <= room.clamp(min=0))[:, None]
         key = layer.mean_key(backbone, context.keys, alive, tokens.prefix)
         shared = [key, layer.one_hot_step(moment, steps), layer.history(moment)]
         return Observation(
@@ -204,7 +204,7 @@ class LayerPrune:
             return reduction.prune(tokens, action != PRUNE, least=LEAST)
         alive = tokens.visual_alive
         room = (alive.sum(1, keepdim=True) - LEAST).clamp(min=0)
-        budgets = torch.tensor(self.budgets(tokens.source.shape[1]), device=action.device)
+        budgets = whole_numbers(self.budgets(tokens.source.shape[1]), action.device)
         score = self._see(self.selector, moment)[..., 0]
         if self.selector == "cls_attention":
             score = -score

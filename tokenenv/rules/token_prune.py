@@ -32,7 +32,11 @@ FEATURES = (
 
 
 def spread_blocks(depth: int, count: int = 3) -> tuple[int, ...]:
-    """``count`` decision blocks spread evenly over ``depth`` blocks: 3, 6, 9 of 12."""
+    """``count`` decision blocks spread evenly over ``depth`` blocks: 3, 6, 9 of 12.
+
+    Fewer where there are not so many after the first.
+    """
+    count = max(1, min(count, depth - 1))
     return tuple(round(depth * (i + 1) / (count + 1)) for i in range(count))
 
 

@@ -57,8 +57,12 @@ class OpenTask:
                 rules and blocks: ``batch_size``, ``reward``, ``reward_kwargs``, ``features`` ...
 
         Raises:
-            UserError: unknown options; later, from ``reset``, when the budget is spent.
+            UserError: unknown options, or the task's own; later, from ``reset``, when the budget is
+                spent.
         """
+        own = sorted(self.options.keys() & options.keys())
+        if own:
+            raise UserError(f"task '{self.spec.name}' has its own {', '.join(own)}: leave it out")
         game = build_game(**self.options, **options)
         start = game.reset
 
