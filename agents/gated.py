@@ -64,7 +64,6 @@ class GatedPolicy(nn.Module):
         self.chooser, self.threshold, self.trained_on = selector, threshold, trained_on
         learned = ("selector",) if selector == "learned" else ()
         self.heads: tuple[str, ...] = ("gate", "budget", *learned)
-        self._dice: torch.Generator | None = None
         key, own, steps = widths["key"], widths["own"], len(rules.blocks)
         budgets = torch.tensor(rules.budgets(widths["patches"])[1:])
         self.register_buffer("budgets", budgets, persistent=False)
@@ -197,7 +196,11 @@ class GatedPolicy(nn.Module):
         z = self._encode(open_)
         budget = self._budget_logits(z, open_, feasible[rows]).argmax(1, keepdim=True)
         count = self.budgets[budget]
-        order = self._scores(z, open_, count).sort(stable=True, dim=1, descending=True).indices
+        score = self._scores(z, open_, count)
+        if self.chooser == "random":  # by the decision alone: nothing that a resumed run must know
+            dice = torch.Generator(score.device).manual_seed(observation.step)
+            score = score + torch.rand(score.shape, generator=dice, device=score.device)
+        order = score.sort(stable=True, dim=1, descending=True).indices
         return action.index_copy(0, rows, self._action(order, count))
 
     def macs(self, agents: Tensor, removed: Tensor) -> Tensor:
@@ -285,8 +288,8 @@ class GatedPolicy(nn.Module):
 
     def _scores(self, z: Tensor, seen: Columns, count: Tensor) -> Tensor:
         """``(B, A)``; the highest leave, those that may not act never do."""
-        if self.chooser == "random":
-            return self._random(seen["active"])
+        if self.chooser == "random":  # who draws adds what is random
+            return z.new_zeros(seen["active"].shape).masked_fill(~seen["active"], _NEVER)
         direct = (seen["agents"] @ self.skip(self._split(seen)[1])[..., None])[..., 0]
         if self.chooser == "redundancy":
             return direct.masked_fill(~seen["active"], _NEVER)
@@ -294,13 +297,6 @@ class GatedPolicy(nn.Module):
         told = z[:, 1:] + self.count((count / living).float())[:, None]
         score = self.selector(told)[..., 0] + direct
         return score.masked_fill(~seen["active"], _NEVER)
-
-    def _random(self, active: Tensor) -> Tensor:
-        """``(B, A)`` draws of a generator of its own."""
-        if self._dice is None:
-            self._dice = torch.Generator(active.device).manual_seed(0)
-        score = torch.rand(active.shape, generator=self._dice, device=active.device)
-        return score.masked_fill(~active, _NEVER)
 
     def _action(self, order: Tensor, count: Tensor) -> Tensor:
         leaves = torch.arange(order.shape[1], device=order.device) < count

@@ -152,7 +152,7 @@ class MergeStrongest(_Free):
 
     def __post_init__(self) -> None:
         for r in self._schedule:
-            _check_pairs(r)
+            check_pairs(r)
         if len(self._schedule) != len(self.rules.blocks):
             raise UserError(
                 f"r={'/'.join(map(str, self._schedule))} gives {len(self._schedule)} numbers for "
@@ -208,7 +208,7 @@ class MergeRandom(_Free):
     _generator: torch.Generator | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        _check_pairs(self.r)
+        check_pairs(self.r)
         self.rules = replace(self.rules, features=("similarity",), share=False)
 
     def act(self, observation: Observation) -> Tensor:
@@ -220,9 +220,11 @@ class MergeRandom(_Free):
         return highest(score.masked_fill(~observation.active, -torch.inf), self.r).long()
 
 
-def _check_pairs(r: int) -> None:
+def check_pairs(r: int) -> int:
+    """``r``; a negative one raises :class:`UserError`."""
     if r < 0:
         raise UserError(f"r={r} pairs to merge: give 0 or more")
+    return r
 
 
 def remake(

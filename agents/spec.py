@@ -13,6 +13,7 @@ from agents.heuristics import (
     Nobody,
     RandomPrune,
     TopK,
+    check_pairs,
     decreasing,
 )
 from agents.policy import Policy, load, shipped
@@ -206,7 +207,7 @@ def _tome(words: _Words, depth: int) -> Policy:
     )
     r: int | tuple[int, ...]
     if words.choice("schedule", "constant", "decreasing") == "decreasing":
-        r = decreasing(words.whole("r"), len(pairs.blocks))
+        r = decreasing(check_pairs(words.whole("r")), len(pairs.blocks))
     else:
         several = words.wholes("r")
         r = several if len(several) > 1 else several[0]

@@ -149,12 +149,13 @@ class Trainer:
     def _save(self, clock: _Clock) -> None:
         """Write the checkpoint, atomically."""
         self.seconds = clock.seconds()
+        orders = self.workers.gather(self.order.state_dict())
         if self.workers.rank:
             return
         tensors: dict[str, Tensor] = {}
         state = {
             "learner": self.learner.state_dict(),
-            "order": self.order.state_dict(),
+            "orders": orders,
             "best_state": self.best_state,
         }
         skeleton = flatten_state("state", state, tensors)
@@ -189,7 +190,10 @@ class Trainer:
             state = unflatten_state(saved["state"], tensors)
             check_same(saved["config"], self.config, self.out)
             self.learner.load_state_dict(state["learner"])
-            self.order.load_state_dict(state["order"])
+            # Of as many processes as before each goes on where it was: who met images that can't
+            # be read is further on. Where all see all images one order is everybody's.
+            orders, rank = state["orders"], self.workers.rank
+            self.order.load_state_dict(orders[rank if len(orders) == self.workers.count else 0])
             self.best_state = state["best_state"]
             self.done, self.seconds = saved["done"], saved["seconds"]
             self.history = saved["history"]

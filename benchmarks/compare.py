@@ -13,10 +13,24 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from tokenenv.errors import UserError, run_script
 from tokenenv.metrics import paired_difference
+
+
+def read_report(path: Path) -> Any:
+    """What ``tokenenv evaluate --json`` wrote."""
+    try:
+        found = json.loads(path.read_text())
+        found["predictions"]  # a report of another command has none
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"'{path}' is no file of tokenenv evaluate --json ({type(error).__name__})"
+        ) from None
+    return found
 
 
 def main() -> None:
@@ -24,7 +38,7 @@ def main() -> None:
     parser.add_argument("first", type=Path)
     parser.add_argument("second", type=Path)
     args = parser.parse_args()
-    reports = [json.loads(path.read_text()) for path in (args.first, args.second)]
+    reports = [read_report(path) for path in (args.first, args.second)]
     rows = [{p["file"]: p for p in report["predictions"]} for report in reports]
     files = sorted(rows[0].keys() & rows[1].keys())
     if not files:
@@ -51,4 +65,4 @@ def interval(first: np.ndarray, second: np.ndarray) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

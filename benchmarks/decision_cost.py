@@ -22,6 +22,8 @@ from tokenenv import attention, episode, reduction
 from tokenenv import backbone as backbone_module
 from tokenenv.backbone import Backbone
 from tokenenv.bench import bench
+from tokenenv.cli import positive
+from tokenenv.errors import run_script
 from tokenenv.metrics import play
 from tokenenv.models import load_model, untrained_model
 from tokenenv.tokens import Packing
@@ -34,7 +36,7 @@ def main() -> None:
     parser.add_argument("--weights", help="default: random ones")
     parser.add_argument("--data", help="folder of images; default: random ones")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--share", action="store_true", help="speed-up and its realised share too")
     args = parser.parse_args()
 
@@ -120,4 +122,4 @@ def _shares(backbone: Backbone, policy: Any, images: torch.Tensor) -> dict[str, 
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -21,24 +21,27 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-import timm
 import torch
 
 from agents import MAPPO, ActorPolicy, MAPPOConfig, PettingZooArena
 from agents.policy import Widths
 from tokenenv import Backbone, Game, TokenPrune, build_game, load_backbone, open_source
+from tokenenv.cli import positive
 from tokenenv.envs.token_prune import parallel_env
 from tokenenv.envs.token_prune_vector import TokenPruneVectorEnv
+from tokenenv.errors import run_script
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="deit_tiny_patch16_224")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=positive, default=64)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=positive, default=9)
     parser.add_argument("--execution", choices=["masked", "padded"], default=None)
-    parser.add_argument("--digits-batch", type=int, default=64, help="images of the second table")
+    parser.add_argument(
+        "--digits-batch", type=positive, default=64, help="images of the second table"
+    )
     args = parser.parse_args()
     overhead(args)
     print()
@@ -47,7 +50,7 @@ def main() -> None:
 
 def overhead(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
-    backbone = Backbone(timm.create_model(args.model)).to(args.device)
+    backbone = load_backbone(args.model, "random", args.device)
     source = open_source("FakeData", backbone.model, limit=2 * args.batch)
     game = build_game(model=backbone, data=source, batch_size=args.batch, execution=args.execution)
     for _ in game.prepare():
@@ -198,4 +201,4 @@ def clock(work: Callable[[], None], device: str) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -26,6 +26,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
     results = [read_result(path) for path in find_results(args.folder)]
+    if not results:
+        parser.error(f"no results of the suite in {args.folder}: give what 'suite run' wrote to")
     for task in TASKS:
         rows = [result for result in results if result.task == task.name]
         if not rows:

@@ -11,6 +11,8 @@ The start's threshold is set for the saving that the trained policy has on the s
 from __future__ import annotations
 
 import argparse
+import json
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -19,9 +21,26 @@ import agents
 from agents.dora import DoraConfig
 from agents.judgement import calibrate
 from tokenenv import load_backbone, open_source
+from tokenenv.cli import positive
+from tokenenv.commands.evaluate import folder_of
 from tokenenv.commands.held_back import HeldBack
+from tokenenv.errors import UserError, run_script
 
 TRIES = 9  # thresholds
+
+
+def as_trained(what: str) -> DoraConfig:
+    """The settings that the run says it was started with."""
+    folder = folder_of(what)
+    path = folder and folder / "config.json"
+    said = json.loads(path.read_text()) if path and path.is_file() else {}
+    if said.get("system") != "dora":
+        raise UserError(f"'{what}' is no run of dora with its config.json: give one, or a shipped")
+    known = {field.name for field in fields(DoraConfig)}
+    settings = {key: value for key, value in said.items() if key in known}
+    return DoraConfig(
+        **{key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()}
+    )
 
 
 def main() -> None:
@@ -29,18 +48,18 @@ def main() -> None:
     parser.add_argument("trained", help="a run of dora, or the name of a shipped one")
     parser.add_argument("--weights", help="a file; default: timm's download")
     parser.add_argument("--data", required=True, help="training images")
-    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--images", type=positive, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
 
     trained = agents.load(args.trained)
+    config = as_trained(args.trained)
     backbone = load_backbone(trained.trained_on, args.weights)
     source = open_source(args.data, backbone.model, split="train", limit=args.images)
     judge = HeldBack(backbone, source)
     wanted = judge(trained).saving
     torch.manual_seed(args.seed)
-    config = DoraConfig()
     start = config.policy(config.game(backbone, source), trained.trained_on)
 
     found = calibrate(start, judge, wanted, TRIES)
@@ -50,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -24,7 +24,9 @@ from tqdm import tqdm
 
 from agents.heuristics import Nobody
 from tokenenv import Backbone, load_backbone, open_source
+from tokenenv.cli import positive
 from tokenenv.cost import Cost
+from tokenenv.errors import run_script
 from tokenenv.metrics import macs_of, play
 from tokenenv.reducers import DiffRate
 
@@ -98,10 +100,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", default="digits_vit", help="default: the embedded one")
     parser.add_argument("--weights", help="a file; default: timm's download")
     parser.add_argument("--data", help="training images; default: digits")
-    parser.add_argument("--images", type=int, default=128)
-    parser.add_argument("--saving", type=float, default=50.0, help="percent of the MACs")
-    parser.add_argument("--step", type=int, default=0, help="default: a 24th of the tokens")
+    parser.add_argument("--images", type=positive, default=128)
+    parser.add_argument("--saving", type=float, default=50.0, help="percent of the MACs, above 0")
+    parser.add_argument("--step", type=positive, help="default: a 24th of the tokens")
     args = parser.parse_args(argv)
+    if not 0 < args.saving < 100:
+        parser.error(f"--saving {args.saving:g}: give percent, between 0 and 100")
 
     backbone = load_backbone(args.model, args.weights)
     source = open_source(args.data, backbone.model, split="train", limit=args.images)
@@ -120,4 +124,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

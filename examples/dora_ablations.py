@@ -18,6 +18,8 @@ from typing import Any
 from repeated import reports, saved, settings, spread, train
 from tqdm import tqdm
 
+from tokenenv.cli import positive
+
 SETTINGS = {
     "dora": [],
     "dora, terminal reward only": ["terminal=True"],
@@ -36,9 +38,9 @@ SETTINGS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=positive, default=3)
     parser.add_argument("--system", choices=("dora", "dora-prune"), help="only this one's rows")
-    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, a core each")
+    parser.add_argument("--jobs", type=positive, default=2, help="trainings at a time, a core each")
     parser.add_argument("train", nargs="*", help="after --: options of every training")
     args = parser.parse_args()
     rows = [row for row in SETTINGS if args.system in (None, row.split(",")[0])]

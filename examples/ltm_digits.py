@@ -18,13 +18,15 @@ from pathlib import Path
 from repeated import reports, saved, settings, spread, train
 from tqdm import tqdm
 
+from tokenenv.cli import positive
+
 ROWS: dict[str, list[str]] = {"dense, fine-tuned": ["ratio=1"], "LTM": []}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/ltm-digits"))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=positive, default=3)
     parser.add_argument("train", nargs="*", help="after --: options of every training")
     args = parser.parse_args()
     runs = [(row, seed) for seed in range(args.seeds) for row in ROWS]

@@ -16,6 +16,8 @@ from pathlib import Path
 from repeated import reports, saved, settings, spread, train
 from tqdm import tqdm
 
+from tokenenv.cli import positive
+
 ROWS = {
     "top-k by class attention (none)": ("mstm", ["merge=false", "multi_scale=false"]),
     "mergence": ("mstm", ["multi_scale=false"]),
@@ -28,7 +30,7 @@ ROWS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/mstm-ablation"))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=positive, default=3)
     parser.add_argument("--keep", default="0.7", help="share of the tokens kept at each stage")
     parser.add_argument("train", nargs="*", help="after --: options of every training")
     args = parser.parse_args()

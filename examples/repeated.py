@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -15,16 +16,22 @@ def train(where: Path, system: str, options: list[str]) -> None:
     """``tokenenv train`` in a process of its own, unless it is done; a broken one goes on.
 
     Args:
-        where: the run folder; what is printed goes to ``log.txt`` there.
+        where: the run folder; what is printed goes to ``log.txt`` there, and the options to
+            ``options.txt``.
         system: what is trained.
         options: of the command, but ``--out`` and ``--resume``.
 
     Raises:
-        SystemExit: the training failed.
+        SystemExit: the training failed, or what lies there was trained with other options.
     """
-    if (where / "report.json").exists():
-        return
     where.mkdir(parents=True, exist_ok=True)
+    words, known = shlex.join([system, *options]), where / "options.txt"
+    if known.exists() and known.read_text() != words:
+        raise SystemExit(f"{where} holds a training of '{known.read_text()}': give another --out")
+    known.write_text(words)
+    report = where / "report.json"
+    if report.exists() and not json.loads(report.read_text())["stopped_early"]:
+        return
     command = [sys.executable, "-m", "tokenenv", "train", system, "--out", str(where), *options]
     if (where / "checkpoint.safetensors").exists():
         command.append("--resume")

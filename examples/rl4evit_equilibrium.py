@@ -25,6 +25,7 @@ from tqdm import tqdm
 from agents import MAPPO, ActorPolicy, MAPPOConfig
 from agents.policy import Widths
 from tokenenv import AlphaBeta, Backbone, build_game, load_backbone
+from tokenenv.cli import positive
 
 BETA = 0.1
 
@@ -59,8 +60,8 @@ def kept_and_right(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="equilibrium.png", help="picture to write")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--updates", type=int, default=80)
+    parser.add_argument("--seeds", type=positive, default=3)
+    parser.add_argument("--updates", type=positive, default=80)
     args = parser.parse_args()
     backbone = load_backbone()
     patches = backbone.patches

@@ -18,6 +18,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from agents.sb3 import SB3Policy
 from tokenenv import metrics, open_source
+from tokenenv.cli import positive
 from tokenenv.envs.sb3 import SB3VecEnv
 
 ALGORITHMS = {"ppo": PPO, "maskable": MaskablePPO}
@@ -42,9 +43,9 @@ class Curve(BaseCallback):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--algorithm", choices=list(ALGORITHMS), default="maskable")
-    parser.add_argument("--updates", type=int, default=20)
+    parser.add_argument("--updates", type=positive, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num-envs", type=int, default=64, help="images in a batch")
+    parser.add_argument("--num-envs", type=positive, default=64, help="images in a batch")
     args = parser.parse_args()
     envs = SB3VecEnv("tokenenv/LayerMerge-v0", num_envs=args.num_envs)
     game = envs.envs.game

@@ -404,6 +404,8 @@ def backbone_state() -> dict[str, Tensor]:
         ("mstm --set keep=1.5", "keep=1.5"),
         ("mstm --set lr=nan", "lr=nan"),
         ("mstm --set ema=1", "ema=1"),
+        ("mstm --set optimizer=adahessian", "optimizer=adahessian needs second derivatives"),
+        ("mstm --set optimizer=adafactorbv", "optimizer=adafactorbv has a state"),
         ("mstm --set batch=8 --set accumulate=3", "accumulate=3"),
         ("mstm --set batch=5000", "batch=5000"),
         ("mstm --set batch=6 --set accumulate=2 --set mixup=0.8", "even"),
@@ -424,6 +426,12 @@ def test_bad_settings_are_named(
     assert named in error
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_training_that_diverges_ends_in_words(tmp_path: Path, capsys: Any) -> None:
+    words = "train evit --images 60 --set batch=8 --set updates=6 --set lr=1e4 --set clip=1e9"
+    assert main([*words.split(), "--out", str(tmp_path / "run")]) == 2
+    assert "training diverged (loss nan): use a smaller learning rate" in capsys.readouterr().err
 
 
 def test_labels_that_do_not_fit_are_named(tmp_path: Path, capsys: Any) -> None:

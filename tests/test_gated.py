@@ -169,6 +169,19 @@ def test_so_many_distinct_living_tokens_are_drawn(backbone: Backbone, selector: 
     assert len(counts) > 5
 
 
+def test_a_random_selector_leaves_nothing_that_a_resumed_run_must_know(backbone: Backbone) -> None:
+    game, policy, _ = pruner(backbone, initial_gate=0.9, selector="random")
+    columns, generator = half_pruned(game), torch.Generator()
+    seen = game._observe()
+    policy.threshold = 0.0
+    first = policy.act(seen)
+    drawn = [policy.draw(columns, generator.manual_seed(1))[0] for _ in range(2)]
+    assert torch.equal(policy.act(seen), first) and (first == 0).any(1).all()
+    assert torch.equal(*drawn)
+    gone = policy.draw(columns, generator.manual_seed(2))[0]
+    assert not torch.equal(gone, drawn[0])
+
+
 @pytest.mark.parametrize("left", [4, 5, 6])
 def test_a_gate_without_a_budget_stays_closed(backbone: Backbone, left: int) -> None:
     game, policy, _ = pruner(backbone)

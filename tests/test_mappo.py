@@ -7,6 +7,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from helpers import small
 from pettingzoo import ParallelEnv
 from torch.testing import assert_close
 
@@ -16,6 +17,7 @@ from agents.networks import SharedMLP, ValueNorm
 from agents.policy import ActorPolicy, Widths
 from agents.ppo import centre_groups, normalise_advantage, policy_loss, value_loss
 from agents.rollout import advantages
+from tokenenv import token_prune_v0
 from tokenenv.errors import UserError
 from tokenenv.rules import TokenPrune
 
@@ -439,6 +441,43 @@ def test_value_norm_keeps_a_small_spread_around_a_large_mean() -> None:
     for _ in range(20):
         norm.update(torch.tensor([999.99, 1000.01]), torch.ones(2, dtype=torch.bool))
     assert_close(norm.normalise(torch.tensor(1000.01)).item(), 1.0, atol=0.05, rtol=0)
+
+
+def test_actions_may_start_at_another_number_than_0() -> None:
+    class Shifted(Identity):
+        def action_space(self, agent):
+            return gymnasium.spaces.Discrete(2, start=1)
+
+        def step(self, actions):
+            return super().step({agent: action - 1 for agent, action in actions.items()})
+
+    arena, plain = PettingZooArena(Shifted, 2, seed=3), PettingZooArena(Identity, 2, seed=3)
+    arena.reset(), plain.reset()
+    ones = torch.ones(2, arena.agents, dtype=torch.long)
+    assert torch.equal(arena.step(ones).reward, plain.step(ones).reward)
+
+
+def test_who_stays_but_may_not_act_is_inactive() -> None:
+    arena = PettingZooArena(
+        lambda: token_prune_v0.parallel_env(max_cycles=2, mask_in="info", **small()), 2
+    )
+    seen = arena.reset()
+    assert seen.active.all() and seen.legal.all()
+    keep = torch.ones(2, arena.agents, dtype=torch.long)
+    keep[:, :10] = 0
+    seen = arena.step(keep).observation
+    assert not seen.active[:, :10].any() and seen.active[:, 10:].all()
+    assert seen.legal[..., 0].all() and torch.equal(seen.legal[..., 1], seen.active)
+
+
+@pytest.mark.parametrize("space", [gymnasium.spaces.MultiBinary(2), gymnasium.spaces.Box(0, 1)])
+def test_other_actions_are_refused(space: gymnasium.Space) -> None:
+    class Other(Identity):
+        def action_space(self, agent):
+            return space
+
+    with pytest.raises(UserError, match="'a_0' needs the same Discrete action space"):
+        PettingZooArena(Other, 1)
 
 
 def test_spaces_must_agree() -> None:

@@ -28,7 +28,8 @@ from agents.storage import (
     write_json,
     write_tensors,
 )
-from agents.training import CHECKPOINT, Trainer
+from agents.training import CHECKPOINT, Trainer, _Clock
+from agents.workers import ALONE
 from tokenenv import metrics
 from tokenenv.cli import main
 from tokenenv.commands import run_folder
@@ -145,6 +146,35 @@ def test_a_run_killed_while_it_writes_the_checkpoint_resumes_exactly(
     assert again.done == 2 * (save - 2)
     again.run()
     assert same(ending(tmp_path), unbroken)
+
+
+class Two:
+    """Workers as one of two processes sees them."""
+
+    count = 2
+
+    def __init__(self, rank: int, told: list[Any]) -> None:
+        self.rank, self.told = rank, told
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, *self.told]
+
+
+def test_each_process_goes_on_with_its_own_order(tmp_path: Path) -> None:
+    first = trainer(tmp_path)
+    first.workers, first.updates = ALONE, 0
+    first.run()  # judges the start
+    further = {**first.order.state_dict(), "position": 17}
+    first.workers = Two(0, [further])
+    first._save(_Clock(0.0, 0))
+    for rank, position in ((0, first.order.state_dict()["position"]), (1, 17)):
+        other = trainer(tmp_path)
+        other.workers = Two(rank, [])
+        other.resume()
+        assert other.order.state_dict()["position"] == position
+    alone = trainer(tmp_path)
+    alone.resume()
+    assert alone.order.state_dict()["position"] != 17
 
 
 def test_a_finished_run_resumes_to_itself(tmp_path: Path, unbroken: Any) -> None:

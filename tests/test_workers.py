@@ -289,8 +289,10 @@ def same_run(one: str, two: str) -> None:
     (saved, state), (other, theirs) = ending(one), ending(two)
     assert saved["done"] == other["done"] == 4
     close(state["learner"], theirs["learner"])
-    assert state["order"]["stream"] == theirs["order"]["stream"]
-    assert state["order"]["price"] == pytest.approx(theirs["order"]["price"])
+    first, *others = state["orders"] + theirs["orders"]
+    for order in others:
+        assert order["stream"] == first["stream"]
+        assert order["price"] == pytest.approx(first["price"])
     for mine, other_row in zip(saved["history"], other["history"], strict=True):
         assert mine == pytest.approx(other_row, abs=1e-4, rel=1e-4)
 

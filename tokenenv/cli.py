@@ -76,7 +76,7 @@ def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     _add_model_options(train)
     train.add_argument("--out", metavar="DIR", help="run folder (default: a new one under runs/)")
-    train.add_argument("--images", type=_positive, metavar="N", help="use N images of --data")
+    train.add_argument("--images", type=positive, metavar="N", help="use N images of --data")
     train.add_argument("--seed", type=_seed, default=0, metavar="S", help="default: 0")
     train.add_argument("--resume", action="store_true", help="go on with the run in --out")
     train.add_argument(
@@ -117,8 +117,8 @@ def _add_evaluate(commands: argparse._SubParsersAction[_Parser]) -> None:
         help=_WHAT,
     )
     _add_model_options(evaluate)
-    evaluate.add_argument("--limit", type=_positive, metavar="N", help="at most N images")
-    evaluate.add_argument("--batch", type=_positive, default=64, metavar="N", help="default: 64")
+    evaluate.add_argument("--limit", type=positive, metavar="N", help="at most N images")
+    evaluate.add_argument("--batch", type=positive, default=64, metavar="N", help="default: 64")
     evaluate.add_argument(
         "--restrict",
         action="store_true",
@@ -167,8 +167,8 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
     bench.add_argument(
         "--batch", type=_batches, default="1,8,64", metavar="N,N", help="default: 1,8,64"
     )
-    bench.add_argument("--threads", type=_positive, metavar="N", help="default: torch's choice")
-    bench.add_argument("--rounds", type=_positive, default=7, metavar="N", help="default: 7")
+    bench.add_argument("--threads", type=positive, metavar="N", help="default: torch's choice")
+    bench.add_argument("--rounds", type=positive, default=7, metavar="N", help="default: 7")
     _add_execution(bench)
     bench.add_argument(
         "--compile",
@@ -201,7 +201,7 @@ def _add_compare(commands: argparse._SubParsersAction[_Parser]) -> None:
         help=f"{_WHAT}; key=1|2|3 is a sweep",
     )
     _add_model_options(compare)
-    compare.add_argument("--limit", type=_positive, metavar="N", help="at most N images")
+    compare.add_argument("--limit", type=positive, metavar="N", help="at most N images")
     compare.add_argument(
         "--batch",
         type=_batches,
@@ -209,7 +209,7 @@ def _add_compare(commands: argparse._SubParsersAction[_Parser]) -> None:
         metavar="N,N",
         help="batch sizes to time; default: 1,64",
     )
-    compare.add_argument("--rounds", type=_positive, default=5, metavar="N", help="default: 5")
+    compare.add_argument("--rounds", type=positive, default=5, metavar="N", help="default: 5")
     compare.add_argument(
         "--out", default="compare", metavar="DIR", help="folder to write; default: compare"
     )
@@ -294,12 +294,13 @@ def _add_model_options(parser: argparse.ArgumentParser, *, images: bool = True) 
     parser.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda ...; default: cpu")
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number from 1, as argparse's ``type``."""
     return _whole(text, 1, 2**31 - 1)
 
 
 def _batches(text: str) -> list[int]:
-    return [_positive(part) for part in text.split(",")]
+    return [positive(part) for part in text.split(",")]
 
 
 def _seeds(text: str) -> list[int]:

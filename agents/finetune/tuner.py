@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -110,7 +111,11 @@ class FineTuner:
         return averaged
 
     def update(self) -> dict[str, float]:
-        """One step of the optimiser; returns means over the images that this process saw."""
+        """One step of the optimiser; returns means over the images that this process saw.
+
+        Raises:
+            UserError: the loss is not finite any more.
+        """
         config, parts = self.config, self.config.accumulate
         if self.clean is not None:
             self.student.before(self.done, self.clean, config)
@@ -134,6 +139,10 @@ class FineTuner:
         # All at once: every number read back makes an accelerator wait.
         rows = torch.stack([torch.stack([*numbers.values(), norm]) for numbers in seen])
         means = dict(zip([*seen[0], "gradient_norm"], rows.mean(0).tolist(), strict=True))
+        if self.workers.agree(not math.isfinite(means["loss"])):
+            raise self.workers.mistake(
+                f"training diverged (loss {means['loss']:g}): use a smaller learning rate"
+            )
         return {**means, "lr": self._optimizer.param_groups[0]["lr"]}
 
     def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -196,7 +205,23 @@ def _optimizer(student: Trainee, config: FineTuneConfig) -> torch.optim.Optimize
             f"optimizer={config.optimizer} is none of timm's: choose such as adamw, lamb or lion"
         )
     groups = student.groups(config.weight_decay, config.added_rate)
-    return create_optimizer_v2(groups, config.optimizer, lr=config.lr)
+    try:
+        optimizer = create_optimizer_v2(groups, config.optimizer, lr=config.lr)
+    except (AssertionError, ImportError) as error:  # a package or a GPU that is not there
+        raise UserError(
+            f"optimizer={config.optimizer} can't be had here ({error}): choose such as adamw"
+        ) from None
+    if getattr(optimizer, "is_second_order", False):
+        raise UserError(
+            f"optimizer={config.optimizer} needs second derivatives, which are not computed here: "
+            "choose such as adamw"
+        )
+    if any(isinstance(value, torch.dtype) for value in optimizer.defaults.values()):
+        raise UserError(
+            f"optimizer={config.optimizer} has a state that no checkpoint can hold: "
+            "choose such as adamw"
+        )
+    return optimizer
 
 
 def half_precision(amp: str, device: torch.device) -> torch.dtype | None:
