@@ -81,7 +81,7 @@ class PPOConfig:
 
     Attributes:
         steps: rollout length T per update; an episode of the token game is shorter.
-        epochs, minibatches: passes over a rollout, parts per pass.
+        epochs, minibatches: passes over a rollout, parts per pass (on-policy: 15 and 1).
         gamma, lam: discount and GAE's lambda. gamma 1: an episode has a handful of steps.
         clip: PPO's epsilon, for the ratio and for the value change (normalised units).
         actor_lr, critic_lr: Adam, epsilon 1e-5.

@@ -114,6 +114,7 @@ def test_an_mlp_that_takes_its_tokens_in_parts_is_the_same(
     images = image_for(backbone, 5)
     whole = run(backbone, images, by_content, execution)
     monkeypatch.setattr(backbone_module, "_ROWS", 7)
+    monkeypatch.setattr(backbone_module, "_NUMBERS", 0)
     last = backbone.blocks[-1].mlp
     with mock.patch.object(last, "forward", wraps=last.forward) as mlp:
         parts = run(backbone, images, by_content, execution)

@@ -113,6 +113,10 @@ _TOGETHER = 16
 """Images of one length in a call on a CPU: more don't fit its caches, fewer waste calls."""
 
 
+_IN_CACHE = 4096
+"""Images times width of their heads whose products with the first query stay in the caches."""
+
+
 def first_scores(q: Tensor, k: Tensor) -> Tensor:
     """``(B, n, heads, dim)`` -> ``(B, n, heads)`` products of each image's first query and keys."""
     # A sum of products reads the keys where they lie; a matrix product would copy them first.
@@ -145,8 +149,9 @@ def class_row(
         ``(B, N)`` float32.
     """
     if packing is None and q.device.type == "cpu":
-        starts = range(0, max(1, len(q)), _TOGETHER)  # an empty batch is one empty part
-        parts = [slice(start, start + _TOGETHER) for start in starts]
+        few = max(_TOGETHER, _IN_CACHE // (q.shape[-2] * q.shape[-1]))
+        starts = range(0, max(1, len(q)), few)  # an empty batch is one empty part
+        parts = [slice(start, start + few) for start in starts]
         score = torch.cat([first_scores(q[part], k[part]) for part in parts])
     elif packing is None:
         score = first_scores(q, k)

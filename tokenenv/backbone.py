@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -181,8 +182,8 @@ class Backbone(nn.Module):
         if self.compiled:
             x = _compiled_parts().feed(b, tokens.x)
         elif _worth_parting(rows):
-            parts = [_PARTS.feed(b, part) for part in rows.split(_ROWS)]
-            x = torch.cat(parts).view(tokens.x.shape)
+            parts = rows.tensor_split(math.ceil(len(rows) / _ROWS))
+            x = torch.cat([_PARTS.feed(b, part) for part in parts]).view(tokens.x.shape)
         else:
             x = _PARTS.feed(b, tokens.x)
         return tokens.with_x(x)
@@ -239,8 +240,8 @@ class Backbone(nn.Module):
         return getattr(model, "attn_pool", None) is not None or model.global_pool != "token"
 
 
-_ROWS = 2048
-"""Tokens that an MLP takes at once on a CPU where nothing learns."""
+_ROWS, _NUMBERS = 2048, 2**18
+"""Tokens that an MLP takes at once on a CPU where nothing learns; below so many numbers, all."""
 
 
 def _worth_parting(rows: Tensor) -> bool:
@@ -251,7 +252,7 @@ def _worth_parting(rows: Tensor) -> bool:
     """
     if rows.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    return len(rows) > _ROWS
+    return len(rows) > _ROWS and rows.numel() > _NUMBERS
 
 
 def _mean_head(values: Tensor) -> Tensor:
