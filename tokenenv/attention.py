@@ -120,7 +120,7 @@ _IN_CACHE = 4096
 def first_scores(q: Tensor, k: Tensor) -> Tensor:
     """``(B, n, heads, dim)`` -> ``(B, n, heads)`` products of each image's first query and keys."""
     # A sum of products reads the keys where they lie; a matrix product would copy them first.
-    return (k.float() * q[:, 0, None].float()).sum(-1)
+    return torch.linalg.vecdot(k.float(), q[:, 0, None].float())
 
 
 def _has_varlen() -> bool:
