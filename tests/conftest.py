@@ -61,3 +61,12 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         save_file(timm.create_model("digits_vit").state_dict(), path)
     return path
+
+
+@pytest.fixture
+def one_thread():  # type: ignore[no-untyped-def]
+    """Sums in the same order, whatever else the machine does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

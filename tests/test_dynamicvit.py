@@ -19,14 +19,7 @@ from tokenenv import attention
 from tokenenv.errors import UserError
 from tokenenv.metrics import play
 
-
-@pytest.fixture(autouse=True)
-def one_thread():  # type: ignore[no-untyped-def]
-    """Sums in the same order, whatever else the machine does."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_gated_attention_is_masked_attention_where_decisions_are_hard() -> None:

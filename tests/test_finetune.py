@@ -31,16 +31,9 @@ from tokenenv.commands import finetune
 from tokenenv.data import Batch, Stream
 from tokenenv.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL: dict[str, Any] = {"updates": 8, "batch": 8, "lr": 1e-3, "blocks": (1, 3), "keep": 0.5}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():  # type: ignore[no-untyped-def]
-    """Sums in the same order, whatever else the machine does."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Fixed:

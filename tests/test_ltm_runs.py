@@ -27,16 +27,9 @@ from tokenenv.data import Batch, Stream
 from tokenenv.errors import UserError
 from tokenenv.models import Dense, check_name, load_model, untrained_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL: dict[str, Any] = {"updates": 8, "batch": 8, "lr": 1e-3, "ratio": 0.5, "evaluate_every": 4}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():  # type: ignore[no-untyped-def]
-    """Sums in the same order, whatever else the machine does."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def teacher() -> Dense:
