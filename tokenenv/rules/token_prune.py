@@ -164,7 +164,10 @@ class TokenPrune:
         """What the agents see, over the ``N - prefix`` visual tokens as they lie."""
         tokens, step, context = moment.tokens, moment.step, moment.context
         batch, active = tokens.x.shape[0], tokens.visual_alive
-        normalised = backbone.normalised(self.blocks[step], tokens.x).float()
+        # Where nothing else is read only the class token needs the LayerNorm.
+        every = {"token", "similarity"} & set(self.features) or not backbone.has_class_token
+        seen = tokens.x if every else tokens.x[:, :1]
+        normalised = backbone.normalised(self.blocks[step], seen).float()
         visual = normalised[:, tokens.prefix :]
         mean = visual.new_zeros(batch, 0)
         if "similarity" in self.features or not backbone.has_class_token:
@@ -189,7 +192,7 @@ class TokenPrune:
                 code = position_code(backbone.grid, tokens.x.device)
                 own.append(tokens.from_patches(code.expand(batch, -1, -1)))
             elif name == "progress":
-                own.append(progress[:, None].expand(-1, visual.shape[1], -1))
+                own.append(progress[:, None].expand(-1, active.shape[1], -1))
             elif name == "cls_attention":
                 assert context.cls_attention is not None
                 own.append(log_relative(context.cls_attention[:, tokens.prefix :], active))
