@@ -284,6 +284,28 @@ def evaluate_model(
     )
 
 
+@torch.inference_mode()
+def dense_predictions(
+    model: Backbone | Dense,
+    source: ImageSource,
+    *,
+    batch_size: int = 64,
+    progress: Callable[[int], object] = lambda n: None,
+) -> Tensor:
+    """``(len(source),)`` which class the dense model says each image is; -1: unreadable.
+
+    ``progress``: called with the number of images done since.
+    """
+    found = torch.full((len(source),), -1)
+    for index in torch.arange(len(source)).split(batch_size):
+        batch = source.batch(index)
+        if len(batch.index):
+            images = batch.images.to(model.device, model.dtype)
+            found[batch.index] = model(images).argmax(1).cpu()
+            progress(len(batch.index))
+    return found
+
+
 def dense_macs(model: Backbone | Dense, shape: Sequence[int]) -> float:
     """Multiply-adds of a dense model for one image of ``shape (C, H, W)``."""
     return Cost(model).dense() if isinstance(model, Backbone) else model_macs(model, shape)

@@ -204,7 +204,6 @@ def _evaluate(
                 bar.set_postfix_str(f"within a point: {best.what} saves {best.saved:.1f} %")
 
 
-@torch.inference_mode()
 def _dense(
     done: dict[str, metrics.Evaluation],
     backbone: Backbone | Dense,
@@ -212,18 +211,11 @@ def _dense(
     bar: tqdm[Any],
 ) -> Tensor:
     """``(len(source),)`` the dense model's predictions, as some row has them; -1: unreadable."""
-    found = torch.full((len(source),), -1)
     if done:
         known = next(iter(done.values()))
-        return found.index_put((known.index,), known.dense)
+        return torch.full((len(source),), -1).index_put((known.index,), known.dense)
     bar.set_description(DENSE)
-    for index in torch.arange(len(source)).split(_BATCH):
-        batch = source.batch(index)
-        if len(batch.index):
-            images = batch.images.to(backbone.device, backbone.dtype)
-            found[batch.index] = backbone(images).argmax(1).cpu()
-            bar.update(len(batch.index))
-    return found
+    return metrics.dense_predictions(backbone, source, batch_size=_BATCH, progress=bar.update)
 
 
 def _time(

@@ -168,16 +168,9 @@ def has_threshold(policy: Decider) -> bool:
     return hasattr(policy, "threshold") and getattr(policy, "actions", 2) == 2
 
 
-@torch.inference_mode()
 def dense_predictions(opened: OpenTask) -> Tensor:
     """``(len(test),)`` what the dense model says of the test images; -1: unreadable."""
-    found = torch.full((len(opened.test),), -1)
-    backbone = opened.backbone
-    for index in torch.arange(len(opened.test)).split(_BATCH):
-        batch = opened.test.batch(index)
-        if len(batch.index):
-            images = batch.images.to(backbone.device, backbone.dtype)
-            found[batch.index] = backbone(images).argmax(1).cpu()
+    found = metrics.dense_predictions(opened.backbone, opened.test, batch_size=_BATCH)
     opened.test.check_readable()
     return found
 
