@@ -31,7 +31,7 @@ from tokenenv.embedded import WEIGHTS, digits
 pytestmark = pytest.mark.usefixtures("elsewhere")
 KEYS = {
     "model", "data", "images", "skipped", "top1", "top1_dense", "agreement", "gmacs",
-    "gmacs_dense", "tokens", "images_per_s", "images_per_s_dense", "predictions",
+    "gmacs_dense", "tokens", "images_per_s", "images_per_s_dense", "dtype", "predictions",
 }  # fmt: skip
 
 
@@ -155,7 +155,7 @@ def test_a_dora_run_holds_what_is_promised_and_evaluates_to_its_report(
         with Image.open(Path("r", name)) as image:
             assert len(image.getcolors(2**20) or range(99)) > 20  # not a blank sheet
     found = evaluation("r")
-    for key in KEYS - {"predictions", "images_per_s", "images_per_s_dense"}:
+    for key in KEYS - {"dtype", "predictions", "images_per_s", "images_per_s_dense"}:
         assert found[key] == report[key], key
     # Tokens leave between the attention and the MLP of the two blocks, nowhere else.
     tokens = found["tokens"]
@@ -255,7 +255,7 @@ def test_a_run_evaluates_to_its_own_report(run: Path) -> None:
         evaluation(str(run)),
         json.loads((run / "report.json").read_text()),
     )
-    for key in KEYS - {"predictions", "images_per_s", "images_per_s_dense"}:
+    for key in KEYS - {"dtype", "predictions", "images_per_s", "images_per_s_dense"}:
         assert found[key] == report[key], key
 
 

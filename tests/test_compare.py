@@ -211,6 +211,7 @@ def test_unreadable_images_are_left_out(capsys: pytest.CaptureFixture[str]) -> N
         ("--model test_vit --weights other.safetensors --data images", "has model 'digits_vit'"),
         ("--weights changed.safetensors", "has weights "),
         ("--data images", "has data 'digits:test', not 'images'"),
+        ("--dtype bfloat16", "has dtype 'float32', not 'bfloat16'"),
     ],
 )
 def test_other_conditions_are_refused(

@@ -117,6 +117,7 @@ def _add_evaluate(commands: argparse._SubParsersAction[_Parser]) -> None:
         help=_WHAT,
     )
     _add_model_options(evaluate)
+    _add_dtype(evaluate)
     evaluate.add_argument("--limit", type=positive, metavar="N", help="at most N images")
     evaluate.add_argument("--batch", type=positive, default=64, metavar="N", help="default: 64")
     evaluate.add_argument(
@@ -142,6 +143,7 @@ def _add_compress(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     compress.add_argument("what", metavar="WHAT", help=_WHAT)
     _add_model_options(compress, images=False)
+    _add_dtype(compress)
     _add_execution(compress)
     compress.add_argument("--out", metavar="DIR", required=True, help="a new folder")
     compress.add_argument(
@@ -164,6 +166,7 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     bench.add_argument("what", metavar="WHAT", nargs="+", help=_WHAT)
     _add_model_options(bench)
+    _add_dtype(bench)
     bench.add_argument(
         "--batch", type=_batches, default="1,8,64", metavar="N,N", help="default: 1,8,64"
     )
@@ -201,6 +204,7 @@ def _add_compare(commands: argparse._SubParsersAction[_Parser]) -> None:
         help=f"{_WHAT}; key=1|2|3 is a sweep",
     )
     _add_model_options(compare)
+    _add_dtype(compare)
     compare.add_argument("--limit", type=positive, metavar="N", help="at most N images")
     compare.add_argument(
         "--batch",
@@ -292,6 +296,15 @@ def _add_model_options(parser: argparse.ArgumentParser, *, images: bool = True) 
             help="folder of class/image, or a torchvision data set such as CIFAR10:ROOT",
         )
     parser.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda ...; default: cpu")
+
+
+def _add_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="what all models compute in; default: float32",
+    )
 
 
 def positive(text: str) -> int:

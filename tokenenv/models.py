@@ -54,7 +54,10 @@ class Dense(nn.Module):
 
 
 def load_backbone(
-    name: str = EMBEDDED, weights: str | None = None, device: str | torch.device = "cpu"
+    name: str = EMBEDDED,
+    weights: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Backbone:
     """A frozen backbone.
 
@@ -65,12 +68,13 @@ def load_backbone(
             it. ``random``: :func:`untrained_model`. Without one the embedded model takes its own
             weights and any other model those that timm publishes for it (downloaded by timm).
         device: where to put it.
+        dtype: what it computes in; policies decide in float32 all the same.
 
     Raises:
         UserError: unknown or unsupported model, missing or mismatching weights, no such device.
     """
     place = check_device(device)
-    return Backbone(load_model(name, weights)).to(place)
+    return Backbone(load_model(name, weights)).to(place, dtype)
 
 
 def load_model(

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
             backbone, name = open_dense(args, images=False)
         images, origin = _images(args, backbone, name)
         compiled = args.compile if args.compile is not None else backbone.device.type == "cuda"
-        how = f"{args.device}{', compiled' if compiled else ''}"
+        how = f"{args.device}, {args.dtype}{', compiled' if compiled else ''}"
         print(
             f"{name}, {origin}, {how}, {torch.get_num_threads()} threads, "
             f"torch {torch.__version__}, median of {args.rounds} rounds (1 MAC = 1 FLOP)"

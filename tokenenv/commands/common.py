@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -31,7 +32,7 @@ _TUNED_NOTE = "1 MAC = 1 FLOP, policy included, fine-tuned backbone"
 
 
 def open_backbone(args: argparse.Namespace, *, images: bool = True) -> tuple[Backbone, str]:
-    """The model that ``--model``, ``--weights`` and ``--device`` ask for, and its name.
+    """The model that ``--model``, ``--weights``, ``--device``, ``--dtype`` name, and its name.
 
     ``images``: whether the command needs images, which only the embedded model brings along.
 
@@ -41,7 +42,7 @@ def open_backbone(args: argparse.Namespace, *, images: bool = True) -> tuple[Bac
     name = args.model or EMBEDDED
     check_name(name)
     _check_data(args, name, images)
-    return load_backbone(name, args.weights, args.device), name
+    return load_backbone(name, args.weights, args.device, precision(args)), name
 
 
 def open_dense(args: argparse.Namespace, *, images: bool = True) -> tuple[Dense, str]:
@@ -52,7 +53,14 @@ def open_dense(args: argparse.Namespace, *, images: bool = True) -> tuple[Dense,
     check_name(name, check_family)
     _check_data(args, name, images)
     place = check_device(args.device)
-    return Dense(load_model(name, args.weights, check=check_family)).to(place), name
+    model = load_model(name, args.weights, check=check_family)
+    return Dense(model).to(place, precision(args)), name
+
+
+def precision(args: argparse.Namespace) -> torch.dtype:
+    """What ``--dtype`` asks for; float32 of a command that has no such option."""
+    found: torch.dtype = getattr(torch, getattr(args, "dtype", "float32"))
+    return found
 
 
 def _check_data(args: argparse.Namespace, name: str, images: bool) -> None:

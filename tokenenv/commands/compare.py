@@ -82,10 +82,11 @@ def run(args: argparse.Namespace) -> int:
     with writable_folder(out):  # before minutes of work
         backbone, name, entries = _open(args, whats)
         source = open_source(args.data, backbone.model, split="test", limit=args.limit)
-        state = State(out, conditions(name, backbone.model, source))
+        state = State(out, conditions(name, backbone, source))
         print(f"comparing {len(entries)} rows on {name}: {len(source)} images of {source.name}")
         print(_HEADER)
-        timing = f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        timing = f"{args.device}, {args.dtype}, {torch.get_num_threads()} threads, "
+        timing += f"torch {torch.__version__}"
         timing += f", median of {args.rounds} rounds"
         done: dict[str, metrics.Evaluation] = {}
         times: dict[int, list[Speed]] = {}
@@ -149,7 +150,7 @@ def _entry(what: str, backbone: Backbone, name: str) -> _Entry:
         if not own.is_file():
             raise UserError(f"run '{folder}' was fine-tuned and '{own}' is missing: restore it")
         digest.update(own.read_bytes())
-        plays_on = load_backbone(name, str(own), backbone.device)
+        plays_on = load_backbone(name, str(own), backbone.device, backbone.dtype)
     fit(policy, plays_on, name)
     return _Entry(what, f"{what} {digest.hexdigest()}", (policy, plays_on), not tuned)
 
@@ -234,7 +235,7 @@ def _time(
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    images = images.to(backbone.device, backbone.dtype)
+    images = images.to(backbone.device)
     merged = {entry.what: entry.player for entry in entries if isinstance(entry.player, LTM)}
     played = {entry.what: entry.player for entry in entries if isinstance(entry.player, tuple)}
     for batch in args.batch:

@@ -28,6 +28,8 @@ def run(args: argparse.Namespace) -> int:
                 f"'{args.what}' is a model already, whose tokens merge by themselves: "
                 f"tokenenv.ltm.load_ltm('{args.what}') gives it"
             )
+        if args.export and args.dtype != "float32":
+            raise UserError(f"--export writes float32 only, not {args.dtype}: leave --dtype out")
         adopt(args, args.what)
         backbone, name = open_backbone(args, images=False)
         fast = compress(backbone.model, parse_policy(args.what, backbone.depth), args.execution)

@@ -22,6 +22,7 @@ from tokenenv.commands.common import (
     open_backbone,
     open_dense,
     parameters_json,
+    precision,
     print_parameters,
     print_result,
     report_skipped,
@@ -49,7 +50,7 @@ def evaluate(args: argparse.Namespace) -> int:
         if more:
             print_parameters(more)
         if args.json:
-            report = {**evaluation_json(name, source, result), **more}
+            report = {**evaluation_json(name, source, result), "dtype": args.dtype, **more}
             if not frozen:
                 report["frozen"] = False
             write_json(Path(args.json), {**report, "predictions": _predictions(source, result)})
@@ -100,7 +101,8 @@ def _merged(
 
 def _images(args: argparse.Namespace, model: nn.Module, name: str) -> ImageSource:
     source = open_source(args.data, model, split="test", limit=args.limit)
-    print(f"evaluating {args.what} on {name}: {len(source)} images of {source.name}")
+    dtype = "" if args.dtype == "float32" else f" in {args.dtype}"
+    print(f"evaluating {args.what} on {name}{dtype}: {len(source)} images of {source.name}")
     return source
 
 
@@ -186,7 +188,7 @@ def _untouched(run: dict[str, Any], args: argparse.Namespace) -> Backbone | None
     if "original" not in run:
         return None
     try:
-        return load_backbone(run["model"], run["original"], args.device)
+        return load_backbone(run["model"], run["original"], args.device, precision(args))
     except UserError as error:
         print(f"the model before fine-tuning is out of reach ({error})")
         print("so 'dense' is the fine-tuned model of which no token leaves")

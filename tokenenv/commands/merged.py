@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from agents.spec import split_name
+from tokenenv.commands.common import precision
 from tokenenv.errors import UserError
 from tokenenv.ltm.model import LTM
 from tokenenv.ltm.storage import CONFIG, load_ltm
@@ -31,7 +32,7 @@ def is_merged(what: str) -> bool:
 
 
 def open_merged(args: argparse.Namespace, whats: Sequence[str]) -> dict[str, LTM]:
-    """Load those of ``whats`` that are such models, on ``--device``.
+    """Load those of ``whats`` that are such models, on ``--device``, in ``--dtype``.
 
     ``--model`` and ``--weights``, where they are not given, become the timm model that the first
     of them was made of, and the weights that its training started from.
@@ -49,7 +50,7 @@ def open_merged(args: argparse.Namespace, whats: Sequence[str]) -> dict[str, LTM
             )
         if args.model is None:
             args.model, args.weights = started["model"], args.weights or started["weights"]
-        found[what] = load_ltm(what, args.device)
+        found[what] = load_ltm(what, args.device).to(precision(args))
     return found
 
 

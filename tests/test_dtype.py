@@ -1,0 +1,125 @@
+"""``--dtype``: every model of a command computes in it, policies decide in float32 all the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import evaluation, mistake, write_digits
+from safetensors.torch import load_file, save_file
+
+import tokenenv
+from tokenenv import ltm
+from tokenenv.cli import main
+from tokenenv.embedded import WEIGHTS
+from tokenenv.models import load_model
+
+pytestmark = pytest.mark.usefixtures("elsewhere", "one_thread")
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[torch.dtype]]:
+    """What went into models since, and what came out of their blocks' linear layers.
+
+    Of batches: a single image is what a model is tried on while it is loaded.
+    """
+    seen: dict[str, set[torch.dtype]] = {"in": set(), "out": set()}
+    embed, linear = torch.nn.Conv2d.forward, torch.nn.functional.linear
+
+    def watched(self: Any, images: torch.Tensor) -> torch.Tensor:
+        if len(images) > 1:
+            seen["in"].add(images.dtype)
+        return embed(self, images)
+
+    def watched_linear(x: torch.Tensor, *args: Any) -> torch.Tensor:
+        out = linear(x, *args)
+        if out.shape[-1] == 3 * 48 and len(x) > 1:  # queries, keys, values of the embedded model
+            seen["out"].add(out.dtype)
+        return out
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", watched)
+    monkeypatch.setattr(torch.nn.functional, "linear", watched_linear)
+    return seen
+
+
+def forget(used: dict[str, set[torch.dtype]]) -> None:
+    """What was run to prepare a test."""
+    for seen in used.values():
+        seen.clear()
+
+
+def tuned_run(folder: Path) -> None:
+    """A fine-tuned run with the embedded model's own weights."""
+    assert main(["compress", "tome:r=4", "--out", "kept"]) == 0
+    folder.mkdir()
+    Path("kept/policy.safetensors").rename(folder / "policy.safetensors")
+    start = {"model": "digits_vit", "weights": str(WEIGHTS), "frozen": False}
+    (folder / "config.json").write_text(json.dumps(start))
+    save_file(load_file(WEIGHTS), folder / "model.safetensors")
+
+
+BFLOAT = {"in": {torch.bfloat16}, "out": {torch.bfloat16}}
+
+
+@pytest.mark.parametrize("what", ["tome:r=8", "cls-attention:keep=0.5", "tuned"])
+def test_evaluate(
+    what: str, used: dict[str, set[torch.dtype]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    if what == "tuned":
+        tuned_run(Path("tuned"))
+    whole = evaluation(f"{what} --limit 60")
+    forget(used)
+    half = evaluation(f"{what} --limit 60 --dtype bfloat16")
+    assert used == BFLOAT
+    assert (whole["dtype"], half["dtype"]) == ("float32", "bfloat16")
+    assert "in bfloat16" in capsys.readouterr().out
+    assert half["gmacs"] == pytest.approx(whole["gmacs"], rel=0.01)
+    pairs = zip(whole["predictions"], half["predictions"], strict=True)
+    assert sum(a["reduced"] == b["reduced"] for a, b in pairs) >= 57
+
+
+def test_bench(used: dict[str, set[torch.dtype]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "tome:r=8", "--batch", "2", "--rounds", "1", "--dtype", "bfloat16"]) == 0
+    assert used == BFLOAT
+    assert "cpu, bfloat16" in capsys.readouterr().out
+
+
+def test_compare(used: dict[str, set[torch.dtype]]) -> None:
+    tuned_run(Path("tuned"))
+    forget(used)
+    command = "compare tuned tome:r=8 --limit 20 --batch 2 --rounds 1 --dtype bfloat16"
+    assert main(command.split()) == 0
+    assert used == BFLOAT
+    assert "bfloat16" in json.loads(Path("compare/table.json").read_text())["timing"]
+
+
+def test_models_with_ltm_blocks(used: dict[str, set[torch.dtype]]) -> None:
+    ltm.save_ltm(ltm.ltm(load_model("digits_vit"), ratio=0.5), "merged")
+    write_digits(Path("images"), 20)
+    forget(used)
+    for command in (
+        "evaluate merged --data images --dtype bfloat16",
+        "bench merged --batch 2 --rounds 1 --dtype bfloat16",
+        "compare merged --data images --batch 2 --rounds 1 --dtype bfloat16",
+    ):
+        assert main(command.split()) == 0
+        assert used == BFLOAT, command
+
+
+def test_compress(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["compress", "tome:r=8", "--out", "fast", "--dtype", "bfloat16"]) == 0
+    fast = tokenenv.load_compressed("fast")
+    assert fast.backbone.dtype is torch.bfloat16
+    images = torch.rand(3, 1, 8, 8, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        assert fast(images).dtype is torch.bfloat16
+    error = mistake("compress tome:r=8 --out b --export b.onnx --dtype bfloat16", capfd)
+    assert "--export writes float32 only, not bfloat16" in error
+
+
+@pytest.mark.parametrize("command", ["evaluate keep-all", "bench keep-all"])
+def test_an_unknown_one(command: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert "float8" in mistake(f"{command} --dtype float8", capfd)
