@@ -141,7 +141,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert min(image.size) > 300
         assert len(image.getcolors(2**20) or range(99)) > 20
     out = capsys.readouterr().out
-    assert "5 images of digits:test, cpu, 1 threads" in out
+    assert "5 images of digits:test, cpu, float32, 1 threads" in out
     assert f"{rows[1]['gmacs']:.4f}" in out and "b.png" in out
 
 
