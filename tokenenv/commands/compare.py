@@ -82,7 +82,8 @@ def run(args: argparse.Namespace) -> int:
     with writable_folder(out):  # before minutes of work
         backbone, name, entries = _open(args, whats)
         source = open_source(args.data, backbone.model, split="test", limit=args.limit)
-        state = State(out, conditions(name, backbone, source))
+        # Before the weights, which are others in another precision.
+        state = State(out, {"dtype": args.dtype, **conditions(name, backbone.model, source)})
         print(f"comparing {len(entries)} rows on {name}: {len(source)} images of {source.name}")
         print(_HEADER)
         timing = f"{args.device}, {args.dtype}, {torch.get_num_threads()} threads, "
@@ -235,7 +236,7 @@ def _time(
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    images = images.to(backbone.device)
+    images = images.to(backbone.device, backbone.dtype)
     merged = {entry.what: entry.player for entry in entries if isinstance(entry.player, LTM)}
     played = {entry.what: entry.player for entry in entries if isinstance(entry.player, tuple)}
     for batch in args.batch:

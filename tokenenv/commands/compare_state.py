@@ -8,29 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from agents.storage import read_tensors, write_json, write_tensors
 from tokenenv._version import __version__
-from tokenenv.backbone import Backbone
 from tokenenv.bench import Speed
 from tokenenv.data import ImageSource
 from tokenenv.errors import UserError
 from tokenenv.metrics import Evaluation
-from tokenenv.models import Dense
 
 _TENSORS = ("labels", "dense", "reduced", "losses", "macs", "lengths", "index")
 _NUMBERS = ("dense_macs", "seconds", "dense_seconds")
 
 
-def conditions(model: str, network: Backbone | Dense, source: ImageSource) -> dict[str, Any]:
+def conditions(model: str, network: nn.Module, source: ImageSource) -> dict[str, Any]:
     """What all rows of a comparison have in common, in an order fit for messages."""
     names = json.dumps([source.files, source.labels.tolist()])
     return {
         "tokenenv": __version__,
         "model": model,
-        "dtype": str(network.dtype).removeprefix("torch."),
-        "weights": fingerprint(network.model.state_dict()),
+        "weights": fingerprint(network.state_dict()),
         "data": source.name,
         "images": len(source),
         "files": hashlib.sha256(names.encode()).hexdigest()[:16],
