@@ -42,6 +42,8 @@ import tokenenv.embedded  # noqa: F401  (registers digits_vit)
 from tokenenv import Backbone, Game, ImageSource, build_game, load_backbone, open_source
 from tokenenv.envs.token_prune import parallel_env
 from tokenenv.envs.token_prune_vector import TokenPruneVectorEnv
+from tokenenv.errors import run_script
+from tokenenv.models import check_dtype
 
 ID = "tokenenv/TokenPrune-v0"
 EVERY_BLOCK = ("token", "position", "progress")
@@ -63,6 +65,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=0.5, help="of each contestant per round")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", help="also bfloat16, float16")
     parser.add_argument("--json", help="file to write all numbers to")
     parser.add_argument("--quick", action="store_true", help="two batches, two rounds: a test")
     args = parser.parse_args()
@@ -79,9 +82,12 @@ def main() -> None:
             open(args.json, "a").close()  # before minutes of work
         except OSError as error:
             parser.error(f"--json {args.json}: {error.strerror}")
-    print(f"digits_vit, {args.device}, {torch.get_num_threads()} threads, {args.rounds} rounds")
+    print(
+        f"digits_vit, {args.device}, {args.dtype}, {torch.get_num_threads()} threads, "
+        f"{args.rounds} rounds"
+    )
     torch.manual_seed(0)
-    backbone = load_backbone(device=args.device)
+    backbone = load_backbone(device=args.device, dtype=args.dtype)
     limit = 8 if args.quick else None
     source = open_source("digits", backbone.model, split="train", limit=limit)
     single = [naive(backbone, source), petting_zoo(backbone, source)]
@@ -99,8 +105,9 @@ def main() -> None:
     tokens = [of_side(side, args) for side in sides]
     if args.json:
         made = {
-            "device": args.device, "threads": torch.get_num_threads(), "rounds": args.rounds,
-            "torch": torch.__version__, "rows": rows, "images": images, "tokens": tokens,
+            "device": args.device, "dtype": args.dtype, "threads": torch.get_num_threads(),
+            "rounds": args.rounds, "torch": torch.__version__, "rows": rows, "images": images,
+            "tokens": tokens,
         }  # fmt: skip
         with open(args.json, "w") as file:
             json.dump(made, file, indent=1)
@@ -357,7 +364,8 @@ def grown(rows: list[dict[str, Any]], *names: str) -> dict[str, dict[int, float]
 
 def of_side(side: int, args: argparse.Namespace) -> dict[str, float]:
     """Game and bare ViT on images of ``side`` pixels, a token each, eight at a time."""
-    backbone = Backbone(timm.create_model("digits_vit", img_size=side)).to(args.device)
+    backbone = Backbone(timm.create_model("digits_vit", img_size=side))
+    backbone = backbone.to(args.device, check_dtype(args.dtype))
     source = open_source("digits", backbone.model, split="train", limit=16)
     game = build_game(model=backbone, data=source, batch_size=8)
     for _ in game.prepare():
@@ -381,4 +389,4 @@ def of_side(side: int, args: argparse.Namespace) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gymnasium
+import numpy as np
 import pytest
 import torch
 from command_line import evaluation, mistake, write_digits
@@ -15,6 +17,7 @@ import tokenenv
 from tokenenv import ltm
 from tokenenv.cli import main
 from tokenenv.embedded import WEIGHTS
+from tokenenv.envs.vector import GameVectorEnv
 from tokenenv.models import load_model
 
 pytestmark = pytest.mark.usefixtures("elsewhere", "one_thread")
@@ -120,6 +123,48 @@ def test_compress(capfd: pytest.CaptureFixture[str]) -> None:
     assert "--export writes float32 only, not bfloat16" in error
 
 
-@pytest.mark.parametrize("command", ["evaluate keep-all", "bench keep-all"])
+@pytest.mark.parametrize("system", ["rl4evit", "dora", "dora-prune"])
+def test_train(
+    system: str, used: dict[str, set[torch.dtype]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = (
+        f"train {system} --images 40 --set updates=1 --set batch=16 --set evaluate_every=1 "
+        "--set calibrate=1 --out run"
+    )
+    assert main([*command.split(), "--dtype", "bfloat16"]) == 0
+    assert used == BFLOAT
+    assert json.loads(Path("run/config.json").read_text())["dtype"] == "bfloat16"
+    learned = load_file("run/policy.safetensors")
+    assert {t.dtype for t in learned.values() if t.is_floating_point()} == {torch.float32}
+    error = mistake(f"{command} --resume", capfd)
+    assert "dtype=float32" in error
+    assert "bfloat16" in error
+
+
+def test_fine_tuning_has_its_own_half_precision(capfd: pytest.CaptureFixture[str]) -> None:
+    assert "--set amp=bfloat16" in mistake("train mstm --out run --dtype bfloat16", capfd)
+
+
+@pytest.mark.parametrize("name", ["TokenPrune", "LayerMerge", "LayerPrune"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_environments(name: str, dtype: str, used: dict[str, set[torch.dtype]]) -> None:
+    envs = gymnasium.make_vec(f"tokenenv/{name}-v0", num_envs=8, dtype=dtype)
+    seen, _ = envs.reset(seed=0)
+    assert isinstance(envs, GameVectorEnv)
+    for _ in range(envs.max_cycles):
+        assert seen.dtype == np.float32
+        assert np.isfinite(seen).all()
+        seen, rewards, *_ = envs.step(envs.action_space.sample())
+        assert np.isfinite(rewards).all()
+    half = {getattr(torch, dtype)}
+    assert used == {"in": half, "out": half}
+
+
+def test_an_environment_of_an_unknown_one() -> None:
+    with pytest.raises(tokenenv.UserError, match="'float64': choose from float32, bfloat16"):
+        gymnasium.make("tokenenv/TokenPrune-v0", dtype="float64")
+
+
+@pytest.mark.parametrize("command", ["evaluate keep-all", "bench keep-all", "train dora"])
 def test_an_unknown_one(command: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert "float8" in mistake(f"{command} --dtype float8", capfd)

@@ -75,6 +75,7 @@ def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="; ".join(f"{name}: {words}" for name, words in SUMMARIES.items()),
     )
     _add_model_options(train)
+    _add_dtype(train)
     train.add_argument("--out", metavar="DIR", help="run folder (default: a new one under runs/)")
     train.add_argument("--images", type=positive, metavar="N", help="use N images of --data")
     train.add_argument("--seed", type=_seed, default=0, metavar="S", help="default: 0")
@@ -303,7 +304,7 @@ def _add_dtype(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         default="float32",
-        help="what all models compute in; default: float32",
+        help="what all models compute in, policies never; default: float32",
     )
 
 

@@ -20,6 +20,9 @@ EMBEDDED = "digits_vit"
 DIGITS_MODELS = (EMBEDDED, "digits_vit_16")
 """Those whose weights come with the package."""
 
+DTYPES = ("float32", "bfloat16", "float16")
+"""What a backbone may compute in."""
+
 RANDOM = "random"
 """In place of a weights file: an untrained model."""
 
@@ -57,7 +60,7 @@ def load_backbone(
     name: str = EMBEDDED,
     weights: str | None = None,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: str | torch.dtype = "float32",
 ) -> Backbone:
     """A frozen backbone.
 
@@ -68,13 +71,14 @@ def load_backbone(
             it. ``random``: :func:`untrained_model`. Without one the embedded model takes its own
             weights and any other model those that timm publishes for it (downloaded by timm).
         device: where to put it.
-        dtype: what it computes in; policies decide in float32 all the same.
+        dtype: what it computes in, one of :data:`DTYPES`; policies decide in float32 all the same.
 
     Raises:
-        UserError: unknown or unsupported model, missing or mismatching weights, no such device.
+        UserError: unknown or unsupported model, missing or mismatching weights, no such device or
+            dtype.
     """
-    place = check_device(device)
-    return Backbone(load_model(name, weights)).to(place, dtype)
+    place, precision = check_device(device), check_dtype(dtype)
+    return Backbone(load_model(name, weights)).to(place, precision)
 
 
 def load_model(
@@ -213,6 +217,15 @@ def check_device(device: str | torch.device) -> torch.device:
             f"device '{device}' is not available on this machine: use --device cpu"
         ) from None
     return place
+
+
+def check_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The type that a name of :data:`DTYPES` means, or a :class:`UserError`."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise UserError(f"dtype '{name}': choose from {', '.join(DTYPES)}")
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 def import_timm():  # type: ignore[no-untyped-def]

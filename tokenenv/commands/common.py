@@ -22,6 +22,7 @@ from tokenenv.models import (
     EMBEDDED,
     Dense,
     check_device,
+    check_dtype,
     check_name,
     load_backbone,
     load_model,
@@ -59,8 +60,7 @@ def open_dense(args: argparse.Namespace, *, images: bool = True) -> tuple[Dense,
 
 def precision(args: argparse.Namespace) -> torch.dtype:
     """What ``--dtype`` asks for; float32 of a command that has no such option."""
-    found: torch.dtype = getattr(torch, getattr(args, "dtype", "float32"))
-    return found
+    return check_dtype(getattr(args, "dtype", "float32"))
 
 
 def _check_data(args: argparse.Namespace, name: str, images: bool) -> None:

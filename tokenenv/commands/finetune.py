@@ -72,6 +72,11 @@ class _Run:
 
 
 def _build(args: argparse.Namespace, config: FineTuneConfig, workers: Workers, out: Path) -> _Run:
+    if args.dtype != "float32":
+        raise UserError(
+            f"fine-tuning keeps its weights in float32, not {args.dtype}: leave --dtype out, and "
+            "use --set amp=bfloat16 or amp=float16 for mixed precision"
+        )
     teacher, name = open_dense(args) if config.any_family else open_backbone(args)
     source = open_images(args, teacher)
     fit, held_back = source.split(config.held_back, seed=args.seed)

@@ -157,6 +157,7 @@ def description(
         "data": source.name,
         "images": len(source),
         "seed": args.seed,
+        "dtype": args.dtype,
         **json.loads(json.dumps(dataclasses.asdict(config))),
     }
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, Literal
 
+import torch
+
 from tokenenv.backbone import Backbone
 from tokenenv.data import ImageSource, Split, open_source
 from tokenenv.episode import Execution
@@ -51,6 +53,7 @@ def build_game(
     reward: RewardName | Reward | None = None,
     reward_kwargs: dict[str, Any] | None = None,
     device: str = "cpu",
+    dtype: str | torch.dtype = "float32",
     execution: Execution | None = None,
     batch_size: int = 1,
     repeats: int = 1,
@@ -77,6 +80,8 @@ def build_game(
             the equilibrium share of tokens of RL4EViT's code), and keep-target's ``targets``,
             ``0.7 ** (i + 1)`` after decision ``i``.
         device: where to put a model given by name; a ready backbone stays where it is.
+        dtype: what a model given by name computes in: ``float32``, ``bfloat16`` or ``float16``;
+            observations and rewards are float32 all the same.
         execution: ``masked``, ``padded`` or ``packed``; None takes what suits the device.
         batch_size: images per episode, repeats counted.
         repeats: how many times in a row each image is in the batch.
@@ -89,7 +94,7 @@ def build_game(
         UserError: a value that is unknown or doesn't go with the others.
     """
     if isinstance(model, str):
-        backbone = load_backbone(model, weights, device)
+        backbone = load_backbone(model, weights, device, dtype)
     elif weights is None:
         backbone = model
     else:

@@ -150,6 +150,7 @@ class LayerMergeEnv(GameEnv):
     | `reward` | **str** or Reward | `"dora"` | see Rewards, or any function of a turn |
     | `reward_kwargs` | **dict** | `None` | parameters of a reward given by name |
     | `device` | **str** | `"cpu"` | where to put a model given by name |
+    | `dtype` | **str** | `"float32"` | what it computes in: also `"bfloat16"`, `"float16"` |
     | `execution` | **str** | `None` | `"masked"`, `"padded"`, `"packed"`; None: by device |
     | `render_mode` | **str** | `None` | `"human"` (printed), `"rgb_array"`, `"ansi"` |
 
