@@ -24,7 +24,7 @@ class DiffRate(Reducer):
 
     The visual tokens of a block are sorted by class attention, mean over the heads. The last
     ``prune`` of them are dropped; of the rest the last ``merge`` go to the most similar one of
-    those before them, by the cosine of their embeddings, as a mean by size (section 3.2).
+    those before them, by the cosine of their embeddings, as a mean by size (Figure 3a).
     Attention is proportional, as ToMe's. One visual token is always left.
 
     Attributes:
