@@ -30,7 +30,7 @@ class _Common:
         updates: rollouts of ``batch`` images and their PPO epochs.
         batch: images per rollout.
         repeats: how often each image is in a batch, see :class:`~agents.ppo.PPOConfig`.
-        blocks: decision blocks; empty: all.
+        blocks: decision blocks; empty: all (``dora``: but those that ``skip`` leaves out).
         damage: ``divergence``, the KL of the logits if nobody decided after this block, or
             ``drift`` of the class token, see :class:`~tokenenv.rewards.Dora`.
         terminal: pay for damage at the end only, without dense credit.
@@ -147,6 +147,8 @@ class DoraConfig(_Common):
     a quarter of ``divergence`` there and trained no worse policy.
 
     Attributes:
+        skip: share of the model's blocks, counted from the first, in which nobody decides where
+            ``blocks`` is empty. A decision costs most there and merges least.
         features: what the agent sees of a candidate pair, see
             :class:`~tokenenv.rules.LayerMerge`.
         hidden: widths of the actor's hidden layers.
@@ -160,6 +162,7 @@ class DoraConfig(_Common):
     """
 
     damage: Damage = "drift"
+    skip: float = 0.25
     target_saving: float = 36.0
     lr: float = 3e-3
     features: tuple[str, ...] = ("similarity", "cls_attention", "size", "token")
@@ -173,15 +176,17 @@ class DoraConfig(_Common):
         return cls(
             updates=120, batch=128, held_back=0.3, evaluate_every=10, damage="divergence",
             penalty=120.0, target_saving=73.0, lr=1e-3, initial_merge=0.95, lean=(0.0, 4.0, 0.8),
+            skip=0.0,
         )  # fmt: skip
 
     def game(self, backbone: Backbone, source: ImageSource) -> Game:
         """The game to learn from."""
+        later = range(int(self.skip * backbone.depth), backbone.depth)
         return build_game(
             rules="layer_merge",
             model=backbone,
             data=source,
-            blocks=self.blocks or None,
+            blocks=self.blocks or tuple(later),
             features=self.features,
             reward=self._reward(),
             batch_size=self.batch,

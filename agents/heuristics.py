@@ -175,9 +175,10 @@ class MergeStrongest(_Free):
 def decreasing(r: int, blocks: int) -> tuple[int, ...]:
     """ToMe's decreasing schedule (section 4): from ``2 r`` pairs in the first block to none.
 
-    As many in all as ``r`` in every block, but for rounding.
+    Rounded down, as the published code does: so a little fewer in all than ``r`` in every block.
     """
-    return tuple(round(2 * r * (1 - i / max(blocks - 1, 1))) for i in range(blocks))
+    last = max(blocks - 1, 1)
+    return tuple(2 * r * (last - i) // last for i in range(blocks))
 
 
 @dataclass

@@ -36,6 +36,7 @@ _FROM_ZERO: Check = (lambda v: v >= 0, "at least 0")
 _POSITIVE: Check = (lambda v: v > 0, "greater than 0")
 _PERCENT: Check = (lambda v: 0 < v < 100, "between 0 and 100")
 _SHARE: Check = (lambda v: 0 <= v <= 1, "from 0 to 1")
+_NOT_ALL: Check = (lambda v: 0 <= v < 1, "from 0 to below 1")
 _PART: Check = (lambda v: 0 < v < 1, "between 0 and 1")
 _CHECKS: dict[str, Check] = {
     **dict.fromkeys(("updates", "batch", "repeats", "evaluate_every"), _FROM_ONE),
@@ -47,7 +48,7 @@ _CHECKS: dict[str, Check] = {
     **dict.fromkeys(("logit_loss", "token_loss"), _FROM_ZERO),
     **dict.fromkeys(("gamma", "lam", "target_drop", "hflip", "ratio"), _SHARE),
     "eta": _FROM_ZERO,
-    **dict.fromkeys(("warmup", "ema", "smoothing"), (lambda v: 0 <= v < 1, "from 0 to below 1")),
+    **dict.fromkeys(("warmup", "ema", "smoothing", "skip"), _NOT_ALL),
     **dict.fromkeys(("keep", "crop"), (lambda v: 0 < v <= 1, "above 0 and at most 1")),
     "added_rate": _POSITIVE,
     **dict.fromkeys(("held_back", "initial_keep", "initial_merge", "initial_gate"), _PART),

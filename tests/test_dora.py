@@ -184,6 +184,25 @@ def test_the_papers_learning_rates() -> None:
 SETTINGS = {
     "blocks": (2, 5), "batch": 32, "repeats": 4, "penalty": 20.0, "lr": 1e-2, "minibatches": 2,
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "blocks"),
+    [
+        ({}, range(3, 12)),
+        ({"skip": 0.0}, range(12)),
+        ({"skip": 0.99}, [11]),
+        ({"blocks": (0, 5)}, [0, 5]),
+    ],
+)
+def test_who_decides_where_no_blocks_are_named(
+    backbone: Backbone, settings: Any, blocks: Any
+) -> None:
+    game = DoraConfig(**settings).game(backbone, digits_source())
+    assert game.rules.blocks == tuple(blocks)
+    assert DoraConfig.for_digits().game(backbone, digits_source()).steps == 12
+
+
 CONFIGS = pytest.mark.parametrize("config", [DoraConfig, DoraPruneConfig])
 
 

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_line import mistake
 from helpers import backbone, same, source, start
 from PIL import Image
 from torch import Tensor
@@ -29,6 +31,7 @@ from agents.workers import Workers
 from tokenenv.cli import build_parser, main
 from tokenenv.commands import finetune
 from tokenenv.data import Batch, Stream
+from tokenenv.embedded import WEIGHTS
 from tokenenv.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -339,9 +342,34 @@ def test_a_run_folder_evaluates_to_its_report(
         assert found[key] == report[key], key
     # Compared with the model before, which had no second scale.
     assert report["gmacs_dense"] == pytest.approx(0.026460768)
-    # --model alone does not make it another model.
-    assert main(["evaluate", str(run), "--model", "digits_vit", "--json", f"{tmp_path}/s"]) == 0
-    assert json.loads((tmp_path / "s").read_text())["predictions"] == found["predictions"]
+    # Neither --model nor --weights, those it started from, make it another model.
+    for more in (["--model", "digits_vit"], ["--weights", str(WEIGHTS)]):
+        assert main(["evaluate", str(run), *more, "--json", f"{tmp_path}/s"]) == 0
+        assert json.loads((tmp_path / "s").read_text())["predictions"] == found["predictions"]
+
+
+@pytest.mark.parametrize("command", ["evaluate RUN", "bench RUN --batch 1", "compress RUN --out f"])
+def test_a_run_is_no_other_model(
+    command: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = command.replace("RUN", str(run))
+    error = mistake(f"{words} --model vit_tiny_patch16_224 --weights random", capfd)
+    assert "a digits_vit was fine-tuned there, not a vit_tiny_patch16_224" in error
+    shutil.copytree(run, "broken")
+    Path("broken/model.safetensors").unlink()
+    error = mistake(command.replace("RUN", "broken"), capfd)
+    assert "'broken' was fine-tuned and 'broken/model.safetensors' is missing" in error
+
+
+def test_a_run_by_two_paths_is_one_row(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.parent)
+    command = "compare mstm/ ./mstm ././mstm/ --limit 8 --batch 1 --rounds 1 --out"
+    assert main([*command.split(), str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert [row["what"] for row in rows] == ["dense", "./mstm"]  # mstm is the method
 
 
 def test_a_run_is_compressed_with_its_own_weights(run: Path, tmp_path: Path) -> None:
@@ -364,8 +392,6 @@ def test_resuming_a_finished_run_changes_nothing(run: Path) -> None:
 
 
 def test_two_fine_tuned_backbones_are_not_one(run: Path, tmp_path: Path, capsys: Any) -> None:
-    import shutil
-
     shutil.copytree(run, tmp_path / "other")
     assert main(["bench", str(run), str(tmp_path / "other"), "--batch", "1"]) == 2
     assert "one at a time" in capsys.readouterr().err

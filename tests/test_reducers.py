@@ -315,7 +315,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
 
 
 def test_schedules_of_tome() -> None:
-    assert decreasing(8, 12) == (16, 15, 13, 12, 10, 9, 7, 6, 4, 3, 1, 0)
+    assert decreasing(8, 12) == (16, 14, 13, 11, 10, 8, 7, 5, 4, 2, 1, 0)
     backbone = family_model("deit")
     images = image_for(backbone, 1)
     assert [int(n) for n in run(backbone, "tome:r=5/4/0/1", images, "padded").counts] == [
@@ -346,6 +346,7 @@ def test_a_reducer_survives_the_disk(spec: str, tmp_path) -> None:
         ("evit:keep=0.5,blocks=3/3", "strictly increasing"),
         ("pitome:keep=0.4", "half of the tokens merge at most"),
         ("pitome:keep=0.9,alpha=0", "alpha=0 must be above 0"),
+        ("pitome:keep=0.9,alpha=inf", "alpha=inf must be above 0, and finite"),
         ("ats", "needs tokens="),
         ("ats:tokens=0", "tokens=0/0/0: give whole numbers from 1"),
         ("ats:tokens=9/8", "2 numbers for 3 blocks"),
@@ -421,16 +422,24 @@ def published_tome(backbone: Backbone, images: torch.Tensor, r: int) -> torch.Te
             for _, a, b in chosen:
                 total[b], count[b] = total[b] + size[i, a] * x[i, a], count[b] + size[i, a]
             gone = {a for _, a, _ in chosen}
-            rest = [n for n in one if n not in gone] + two
+            left = [n for n in one if n not in gone]
+            if not prefix:  # only with a class token does the published code sort them again
+                left.sort(key=lambda n: -best[n][0])
+            rest = left + two
             rest = sorted(n for n in rest if n < prefix) + [n for n in rest if n >= prefix]
             new_x.append(torch.stack([total[n] / count[n] for n in rest]))
             new_size.append(torch.stack([count[n] for n in rest]))
         x, size = torch.stack(new_x), torch.stack(new_size)
         x = x + block.ls2(block.mlp(block.norm2(x)))
-    return model.forward_head(model.norm(x))
+    x = model.norm(x)
+    if not prefix:  # average pooling, in proportion to the sizes
+        return model.head(model.fc_norm((x * size).sum(1) / size.sum(1)))
+    return model.forward_head(x)
 
 
-@pytest.mark.parametrize("kind", ["deit", "distilled", "registers (DINOv2)"])
+@pytest.mark.parametrize(
+    "kind", ["deit", "distilled", "registers (DINOv2)", "average pooling, no class token"]
+)
 def test_tome_is_the_published_one(kind: str) -> None:
     backbone = family_model(kind)
     images = image_for(backbone, 3)

@@ -129,7 +129,7 @@ class Backbone(nn.Module):
             matrix: whether it shall hold the whole attention, which is computed once more beside
                 the fused kernel.
             proportional: whether a merged token weighs as many keys as the patches it stands for
-                (ToMe's proportional attention, section 3.3: softmax(q k + log size)).
+                (ToMe's proportional attention, equation 1: softmax(q k + log size)).
 
         Returns:
             The tokens between attention and MLP, and the context.

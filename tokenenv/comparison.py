@@ -243,8 +243,8 @@ class Comparison:
                 ],
             ),
             f"Hypervolume: MACs saved when 0 to {TOLERATED:g} points of top-1 may be lost, "
-            f"averaged (reference point: 0 % saved, top-1 {self.dense.top1 - TOLERATED:.2f} %). "
-            "More rows can only cover more.",
+            f"averaged (reference point: 0 % saved, top-1 {self.dense.top1 - TOLERATED:.2f} %); "
+            "points won over the dense model come on top. More rows can only cover more.",
             _table(
                 "method | backbone | rows | hypervolume %",
                 [

@@ -202,7 +202,7 @@ class Match(NamedTuple):
 def bipartite_match(tokens: Tokens, metric: Tensor, first: int = 0) -> Match:
     """Best partner of every second visual token among the other visual tokens.
 
-    ToMe, Bolya et al. 2023, section 3.2: living visual tokens are split alternately into A and B;
+    ToMe, Bolya et al. 2023, section 3: living visual tokens are split alternately into A and B;
     each token of A proposes its most similar token of B. Prefix tokens take no part.
 
     Args:
@@ -285,12 +285,19 @@ def candidates_first(tokens: Tokens, match: Match) -> Tokens:
     """Put the living candidates of a match before the other living visual tokens.
 
     So ToMe's published code lays them out after a merge, which decides who meets whom in the next
-    block. Each of the two groups keeps its order; dead tokens come last.
+    block. Each of the two groups keeps its order, but without prefix tokens the candidates lie as
+    there: the most similar first. Dead tokens come last.
     """
     candidate = torch.zeros_like(tokens.alive).scatter(1, match.token, True)
     group = torch.where(tokens.alive, 2 - candidate.long(), 3)
     group[:, : tokens.prefix] = 0
-    order = torch.sort(group, dim=1, stable=True).indices
+    if tokens.prefix:
+        order = torch.sort(group, dim=1, stable=True).indices
+    else:
+        score = torch.zeros_like(tokens.size).scatter(1, match.token, match.score)
+        falling = torch.sort(score, dim=1, descending=True, stable=True).indices
+        ranks = torch.sort(group.gather(1, falling), dim=1, stable=True).indices
+        order = falling.gather(1, ranks)
     return replace(_compacted(tokens, order, order.shape[1]), x=take(tokens.x, order))
 
 
@@ -300,7 +307,7 @@ def merge(tokens: Tokens, match: Match, accept: Tensor, weight: Tensor | None = 
     Nothing moves, but packed tokens close up: they read their lengths back from the device.
 
     The merged embedding is the weighted mean of all tokens that meet in a partner; sizes add up
-    and every patch of a merged token follows it (ToMe, section 3.2; weights: size by default).
+    and every patch of a merged token follows it (ToMe, section 3; weights: size by default).
 
     Args:
         tokens: ``(B, N)`` tokens.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
-import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from agents.policy import Policy
-from agents.spec import parse_policy, split_name
+from agents.spec import HEURISTICS, parse_policy, split_name
 from agents.storage import write_bytes, write_json
 from tokenenv import metrics
 from tokenenv.backbone import Backbone
@@ -28,9 +28,9 @@ from tokenenv.commands.common import (
     writable_folder,
 )
 from tokenenv.commands.compare_state import State, conditions
-from tokenenv.commands.evaluate import fit, folder_of, trained_on
+from tokenenv.commands.evaluate import check_same_model, fit, folder_of, trained_on
 from tokenenv.commands.merged import open_merged
-from tokenenv.commands.run_folder import MODEL
+from tokenenv.commands.run_folder import MODEL, POLICY
 from tokenenv.comparison import (
     TOLERATED,
     Comparison,
@@ -77,7 +77,7 @@ class _Entry:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
-    whats = list(dict.fromkeys(one for what in args.what for one in expand(what)))
+    whats = list(dict.fromkeys(_plain(one) for what in args.what for one in expand(what)))
     out, args.batch = Path(args.out), list(dict.fromkeys(args.batch))
     with writable_folder(out):  # before minutes of work
         backbone, name, entries = _open(args, whats)
@@ -104,11 +104,22 @@ def run(args: argparse.Namespace) -> int:
                 f"{len(done)} of {len(entries)} rows are evaluated; the same command goes on"
             ) from None
         comparison = _write(out, entries, done, times, name, source, timing)
-        print(f"hypervolume, MACs saved for 0 to {TOLERATED:g} points of top-1, averaged, %:")
+        print(
+            f"hypervolume, MACs saved for 0 to {TOLERATED:g} points of top-1, averaged; points won "
+            "over dense come on top, %:"
+        )
         for method, covered in comparison.covered().items():
             print(f"  {method:46}{covered:8.2f}")
         print(f"the tables are in {out}/table.md, .csv and .json, the picture in {out}/pareto.png")
     return 0
+
+
+def _plain(what: str) -> str:
+    """A folder in its shortest form: ``runs/a/`` is ``./runs/a``, and no row of its own."""
+    if what in HEURISTICS or not Path(what).is_dir():
+        return what
+    folder = os.path.normpath(what)
+    return os.path.join(".", folder) if folder in HEURISTICS else folder
 
 
 def _open(args: argparse.Namespace, whats: list[str]) -> tuple[Backbone | Dense, str, list[_Entry]]:
@@ -139,32 +150,18 @@ def _entry(what: str, backbone: Backbone, name: str) -> _Entry:
     """Parse a WHAT, check that it fits, and load its own backbone where it was fine-tuned.
 
     Raises:
-        UserError: it can't be parsed, doesn't fit, or its backbone is missing.
+        UserError: it can't be parsed, doesn't fit, or its backbone is missing or another model.
     """
-    policy, folder = parse_policy(what, backbone.depth), folder_of(what)
-    plays_on, tuned, digest = backbone, False, hashlib.sha256()
+    policy, folder, known = parse_policy(what, backbone.depth), folder_of(what), trained_on(what)
+    plays_on, tuned, digest = backbone, "original" in known, hashlib.sha256()
     if folder is not None:
-        digest.update((folder / "policy.safetensors").read_bytes())
-        tuned = _fine_tuned(folder)
-    if folder is not None and tuned:
-        own = folder / "model.safetensors"
-        if not own.is_file():
-            raise UserError(f"run '{folder}' was fine-tuned and '{own}' is missing: restore it")
-        digest.update(own.read_bytes())
-        plays_on = load_backbone(name, str(own), backbone.device, backbone.dtype)
+        digest.update((folder / POLICY).read_bytes())
+    if tuned:
+        check_same_model([what], known, name)
+        digest.update(Path(known["weights"]).read_bytes())
+        plays_on = load_backbone(name, known["weights"], backbone.device, backbone.dtype)
     fit(policy, plays_on, name)
     return _Entry(what, f"{what} {digest.hexdigest()}", (policy, plays_on), not tuned)
-
-
-def _fine_tuned(folder: Path) -> bool:
-    """Whether a run says that it trained its backbone too; runs that say nothing did not."""
-    for file in (folder / "config.json", folder / "report.json"):
-        try:
-            if json.loads(file.read_text()).get("frozen") is False:
-                return True
-        except (OSError, ValueError, AttributeError):  # not a run's
-            continue
-    return False
 
 
 def _evaluate(

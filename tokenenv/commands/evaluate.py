@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,14 +126,14 @@ def writable_file(path: str | None, option: str = "--json") -> Any:
 def adopt(args: argparse.Namespace, *whats: str) -> dict[str, Any]:
     """Fill in ``--model`` and ``--weights`` where a run or a shipped policy knows them.
 
-    A run that fine-tuned its backbone goes before one that did not, and brings its weights even
-    where ``--model`` is given.
+    A run that fine-tuned its backbone goes before one that did not, and brings its own weights:
+    ``--weights`` are then those of the model that it started from.
 
     Returns:
         What :func:`trained_on` says of the one that was followed; empty if none was.
 
     Raises:
-        UserError: two runs fine-tuned a backbone, each its own.
+        UserError: two runs fine-tuned a backbone, each its own; or one did, of another ``--model``.
     """
     runs = [found for found in map(trained_on, whats) if found]
     tuned = {found["weights"]: found for found in runs if "original" in found}
@@ -140,11 +141,29 @@ def adopt(args: argparse.Namespace, *whats: str) -> dict[str, Any]:
         raise UserError(
             f"{' and '.join(whats)}: each fine-tuned a backbone of its own, take one at a time"
         )
-    known = next(iter([*tuned.values(), *runs]), {})
-    if args.model is None or tuned:
-        args.model = args.model or known.get("model")
-        args.weights = args.weights or known.get("weights")
+    if tuned:
+        (known,) = tuned.values()
+        check_same_model(whats, known, args.model)
+        known["original"] = args.weights or known["original"]
+        args.model, args.weights = known["model"], known["weights"]
+        return known
+    known = next(iter(runs), {})
+    if args.model is None:
+        args.model, args.weights = known.get("model"), args.weights or known.get("weights")
     return known
+
+
+def check_same_model(whats: Sequence[str], known: dict[str, Any], model: str | None) -> None:
+    """Check that ``--model``, if given, is what a run fine-tuned.
+
+    Raises:
+        UserError: it is another one.
+    """
+    if model is not None and model.split(".")[0] != known["model"].split(".")[0]:
+        raise UserError(
+            f"{' and '.join(whats)}: a {known['model']} was fine-tuned there, not a {model}: take "
+            "that model"
+        )
 
 
 def trained_on(what: str) -> dict[str, Any]:
@@ -152,6 +171,9 @@ def trained_on(what: str) -> dict[str, Any]:
 
     ``weights`` are the run's own where it fine-tuned the backbone, and ``original``, which only
     then is there, those that it started from.
+
+    Raises:
+        UserError: the folder doesn't say, or its own weights are missing.
     """
     folder = folder_of(what)
     if folder is None:
@@ -163,9 +185,23 @@ def trained_on(what: str) -> dict[str, Any]:
     if not config.is_file():
         return {"model": read_tensors(policy)[1].get("trained_on")}
     model, weights = _said_in(config)
-    if (folder / MODEL).is_file():
-        return {"model": model, "weights": str(folder / MODEL), "original": weights}
+    own = folder / MODEL
+    if own.is_file():
+        return {"model": model, "weights": str(own), "original": weights}
+    if _fine_tuned(folder):
+        raise UserError(f"run '{folder}' was fine-tuned and '{own}' is missing: restore it")
     return {"model": model, "weights": weights}
+
+
+def _fine_tuned(folder: Path) -> bool:
+    """Whether a run says that it trained its backbone too; runs that say nothing did not."""
+    for file in (folder / "config.json", folder / "report.json"):
+        try:
+            if json.loads(file.read_text()).get("frozen") is False:
+                return True
+        except (OSError, ValueError, AttributeError):  # not a run's
+            continue
+    return False
 
 
 def _said_in(config: Path) -> tuple[str, str | None]:

@@ -163,6 +163,8 @@ def settings(task: Task, system: str, **changed: Any) -> Any:
     cls = SYSTEMS[system]()
     preset = cls.for_digits() if task.embedded else cls()
     updates = task.budget // preset.batch
+    if system == "dora":
+        changed = {"skip": 0.0, **changed}  # a task without blocks of its own is played in all
     return dataclasses.replace(
         preset,
         updates=updates,
@@ -188,6 +190,7 @@ def _trained(system: str, **changed: Any) -> Learn:
             weights=args.weights,
             data=args.data or task.data,
             device=args.device,
+            dtype="float32",
             out=str(folder),
             images=None,
             seed=seed,

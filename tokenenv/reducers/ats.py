@@ -24,6 +24,7 @@ class ATS(Reducer):
     (2K - 1)/2K (section 3.2). A token that is drawn several times stays once: images whose
     significance lies in few tokens keep few.
 
+    The published code sorts the tokens by significance before the sum, the paper's equations don't.
     The paper computes the attention rows of the sampled tokens only; here those of the others are
     computed, counted and thrown away.
 

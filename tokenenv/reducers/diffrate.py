@@ -25,7 +25,8 @@ class DiffRate(Reducer):
     The visual tokens of a block are sorted by class attention, mean over the heads. The last
     ``prune`` of them are dropped; of the rest the last ``merge`` go to the most similar one of
     those before them, by the cosine of their embeddings, as a mean by size (Figure 3a).
-    Attention is proportional, as ToMe's. One visual token is always left.
+    Attention is proportional, as ToMe's. One visual token is always left. The published code takes
+    plain means, and lets who merges count by its size times the cosine.
 
     Attributes:
         blocks: indices of the blocks where tokens go.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -52,8 +53,8 @@ class PiToMe(Reducer):
             raise UserError(
                 f"keep={self.keep:g}: half of the tokens merge at most, give {LEAST} to 1"
             )
-        if not self.alpha > 0.0:
-            raise UserError(f"alpha={self.alpha:g} must be above 0")
+        if not 0.0 < self.alpha < math.inf:
+            raise UserError(f"alpha={self.alpha:g} must be above 0, and finite")
 
     def check(self, backbone: Backbone) -> None:
         """Raise :class:`UserError` where this doesn't fit the backbone."""
