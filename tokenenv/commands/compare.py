@@ -86,9 +86,10 @@ def run(args: argparse.Namespace) -> int:
         state = State(out, {"dtype": args.dtype, **conditions(name, backbone.model, source)})
         print(f"comparing {len(entries)} rows on {name}: {len(source)} images of {source.name}")
         print(_HEADER)
-        timing = f"{args.device}, {args.dtype}, {torch.get_num_threads()} threads, "
-        timing += f"torch {torch.__version__}"
-        timing += f", median of {args.rounds} rounds"
+        timing = (
+            f"{args.device}, {args.dtype}, {torch.get_num_threads()} threads, "
+            f"torch {torch.__version__}, median of {args.rounds} rounds"
+        )
         done: dict[str, metrics.Evaluation] = {}
         times: dict[int, list[Speed]] = {}
         try:
@@ -115,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _plain(what: str) -> str:
-    """A folder in its shortest form: ``runs/a/`` is ``./runs/a``, and no row of its own."""
+    """A folder by one name: ``./runs/a/`` is ``runs/a``; ``./evit`` stays, ``evit`` is a method."""
     if what in HEURISTICS or not Path(what).is_dir():
         return what
     folder = os.path.normpath(what)
