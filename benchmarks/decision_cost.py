@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from agents.spec import parse_policy
-from tokenenv import attention, episode, reduction
-from tokenenv import backbone as backbone_module
+from tokenenv import attention, blocks, episode, reduction
 from tokenenv.backbone import Backbone
 from tokenenv.bench import bench
 from tokenenv.cli import positive
@@ -103,7 +102,7 @@ def _shares(backbone: Backbone, policy: Any, images: torch.Tensor) -> dict[str, 
         (type(policy), "act", "policy"),
         (attention, "class_row", "class attention"),
         (attention, "first_scores", "class attention"),
-        (backbone_module, "_mean_head", "mean keys"),
+        (blocks, "mean_head", "mean keys"),
         (Packing, "unpack", "pack, unpack"),
         (reduction, "pack", "pack, unpack"),
         (episode.reduction, "compact", "pack, unpack"),

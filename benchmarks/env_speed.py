@@ -14,7 +14,8 @@ of a training. The contestants:
 - tensor game: nobody prunes, so that as much is computed as in the bare ViT. Three decisions, or
   "every block": ``blocks=range(12)``, without the feature of attention, which block 0 doesn't have.
 - VectorEnv, TorchRLEnv: nobody prunes.
-- tensor game, random: all draw keep or prune, as in the naive loop, with which it is compared.
+- tensor game, random: all draw keep or prune, as in the naive loop, with which it is compared; with
+  three decisions and with one in every block.
 - naive loop: one image at a time through PettingZoo's parallel env, ``action_space.sample()`` for
   each agent. "PettingZoo, one image": nobody prunes, with actions made beforehand.
 - VMAS (``pip install vmas``) and MPE2 through SuperSuit (``pip install mpe2 supersuit``): both
@@ -90,11 +91,16 @@ def main() -> None:
     backbone = load_backbone(device=args.device, dtype=args.dtype)
     limit = 8 if args.quick else None
     source = open_source("digits", backbone.model, split="train", limit=limit)
-    single = [naive(backbone, source), petting_zoo(backbone, source)]
+    often = {"blocks": tuple(range(backbone.depth)), "features": EVERY_BLOCK}
+    single = [
+        naive("naive loop", backbone, source),
+        naive("naive loop, every block", backbone, source, **often),
+        petting_zoo(backbone, source),
+    ]
     rows, rivals = [], others()
     print(f"{'':36}{'agent-steps/s':>15}{'(quartiles)':>27}{'images/s':>11}")
     for batch in batches:
-        contestants = [*of_batch(backbone, source, batch), *single]
+        contestants = [*of_batch(backbone, source, batch, often), *single]
         contestants += [Contestant(name, batch, 0, make(batch)) for name, make in rivals]
         measured = measure(contestants, args.rounds, args.seconds, args.device)
         rows += report(contestants, measured)
@@ -121,17 +127,17 @@ def numbers(parser: argparse.ArgumentParser, option: str, text: str) -> list[int
 
 
 # Who plays ----------------------------------------------------------------------------------------
-def of_batch(backbone: Backbone, source: ImageSource, batch: int) -> list[Contestant]:
-    game = opened(backbone, source, batch)
-    blocks = tuple(range(backbone.depth))
-    often = opened(backbone, source, batch, blocks=blocks, features=EVERY_BLOCK)
-    made = [
-        bare(backbone, game, "bare ViT"),
-        Contestant("tensor game", batch, batch, keeping(game)),
-        bare(backbone, often, "bare ViT, every block"),
-        Contestant("tensor game, every block", batch, batch, keeping(often)),
-        Contestant("tensor game, random", batch, batch, drawing(game)),
-    ]
+def of_batch(
+    backbone: Backbone, source: ImageSource, batch: int, often: dict[str, Any]
+) -> list[Contestant]:
+    made = []
+    for ending, kwargs in (("", {}), (", every block", often)):
+        game = opened(backbone, source, batch, **kwargs)
+        made += [
+            bare(backbone, game, f"bare ViT{ending}"),
+            Contestant(f"tensor game{ending}", batch, batch, keeping(game)),
+            Contestant(f"tensor game, random{ending}", batch, batch, drawing(game)),
+        ]
     for output in ("torch", "numpy"):
         env = TokenPruneVectorEnv(batch, model=backbone, data=source, output=output)
         made.append(Contestant(f"VectorEnv ({output})", batch, batch, vector(env)))
@@ -215,8 +221,8 @@ def torchrl(backbone: Backbone, source: ImageSource, batch: int) -> Callable[[],
     return play
 
 
-def naive(backbone: Backbone, source: ImageSource) -> Contestant:
-    env = parallel_env(model=backbone, data=source)
+def naive(name: str, backbone: Backbone, source: ImageSource, **kwargs: Any) -> Contestant:
+    env = parallel_env(model=backbone, data=source, **kwargs)
 
     def play() -> int:
         _, infos = env.reset()
@@ -227,7 +233,7 @@ def naive(backbone: Backbone, source: ImageSource) -> Contestant:
             _, _, _, _, infos = env.step(actions)
         return decided
 
-    return Contestant("naive loop, one image", 1, 1, prepared(env, play))
+    return Contestant(f"{name}, one image", 1, 1, prepared(env, play))
 
 
 def petting_zoo(backbone: Backbone, source: ImageSource) -> Contestant:
@@ -337,7 +343,7 @@ def report(
 
 
 def summary(measured: dict[str, list[tuple[float, float]]], batch: int) -> str:
-    """Shares of the limit and the ratio to the naive loop, each round by round."""
+    """Shares of the limit and the ratios to the naive loop, each round by round."""
 
     def ratio(one: str, other: str) -> str:
         pairs = zip(measured[one], measured[other], strict=True)
@@ -347,7 +353,8 @@ def summary(measured: dict[str, list[tuple[float, float]]], batch: int) -> str:
     return (
         f"  batch {batch}: share of the limit {ratio('tensor game', 'bare ViT')}, every block "
         f"{ratio('tensor game, every block', 'bare ViT, every block')}; over the naive loop "
-        f"{ratio('tensor game, random', 'naive loop, one image')}"
+        f"{ratio('tensor game, random', 'naive loop, one image')}, every block "
+        f"{ratio('tensor game, random, every block', 'naive loop, every block, one image')}"
     )
 
 

@@ -7,11 +7,11 @@ import timm
 import torch
 from torch.testing import assert_close
 
-from tokenenv import backbone as backbone_module
+from tokenenv import blocks
 from tokenenv.backbone import Backbone
 from tokenenv.episode import EXECUTIONS, Episode
 from tokenenv.errors import UserError
-from tokenenv.rules import TokenPrune
+from tokenenv.rules import LayerMerge, TokenPrune
 
 # One of each kind, narrowed and shortened so that the suite stays fast.
 SMALL = {"embed_dim": 64, "depth": 4, "num_heads": 4, "num_classes": 7, "img_size": 112}
@@ -108,18 +108,47 @@ def test_masked_equals(backbone: Backbone, execution: str) -> None:
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
-def test_an_mlp_that_takes_its_tokens_in_parts_is_the_same(
+def test_a_block_that_takes_its_tokens_in_portions_is_the_same(
     backbone: Backbone, execution: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = image_for(backbone, 5)
     whole = run(backbone, images, by_content, execution)
-    monkeypatch.setattr(backbone_module, "_ROWS", 7)
-    monkeypatch.setattr(backbone_module, "_NUMBERS", 0)
-    last = backbone.blocks[-1].mlp
-    with mock.patch.object(last, "forward", wraps=last.forward) as mlp:
+    monkeypatch.setattr(blocks, "_ROWS", 7)
+    monkeypatch.setattr(blocks, "_NUMBERS", 0)
+    last = backbone.blocks[-1]
+    with (
+        mock.patch.object(last.mlp, "forward", wraps=last.mlp.forward) as mlp,
+        mock.patch.object(last.attn.qkv, "forward", wraps=last.attn.qkv.forward) as qkv,
+    ):
         parts = run(backbone, images, by_content, execution)
     assert_close(parts.logits, whole.logits, atol=1e-5, rtol=0)
-    assert len(mlp.mock_calls) > 1
+    assert len(mlp.mock_calls) > 1 and len(qkv.mock_calls) > 1
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("proportional", [False, True])
+@pytest.mark.parametrize("rows", [1, 7, 40])
+def test_portions_tell_decisions_the_same(
+    execution: str, proportional: bool, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = family_model("deit")
+    rules = LayerMerge((0, 1))
+    with torch.no_grad():
+        episode = Episode(backbone, rules, image_for(backbone, 7), execution=execution)
+        accept = torch.arange(99) < torch.tensor([0, 3, 99, 0, 11, 99, 5])[:, None]
+        episode.act(accept[:, : rules.agents(backbone)].long())
+    tokens = episode.tokens
+    assert tokens.ragged and tokens.merged
+    wanted = dict.fromkeys(("keys", "mean_keys", "cls_attention", "value_norms", "matrix"), True)
+    with torch.no_grad():
+        whole, told = backbone.attend(1, tokens, proportional=proportional, **wanted)
+        monkeypatch.setattr(blocks, "_ROWS", rows)
+        monkeypatch.setattr(blocks, "_NUMBERS", 0)
+        parts, heard = backbone.attend(1, tokens, proportional=proportional, **wanted)
+    assert_close(parts.x, whole.x)
+    for name, values in vars(told).items():
+        assert values is not None
+        assert_close(getattr(heard, name), values, msg=name)
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)

@@ -215,14 +215,15 @@ def test_the_class_row_is_the_matrixs_first() -> None:
     mask = alive[:, None, None]
     packing = Packing((7, 1, 4), alive.flatten().nonzero()[:, 0])
     q, k, v = (torch.randn(12, 2, 5, generator=generator) for _ in range(3))
-    scores: list[Tensor] = []
-    attention.packed(q, k, v, packing, None, scores)
-    whole = attention.matrix(q, k, mask, packing)[:, :, 0].mean(1)
-    for made in (scores, None):
-        row = attention.class_row(q, k, mask, packing, made)
+    apart, keys = packing.unpack(q), packing.unpack(k)
+    whole = attention.matrix(apart, keys, mask)[:, :, 0].mean(1)
+    one_by_one = attention.one_by_one(q, k, v, packing.lengths, None, scores=True)[1]
+    assert one_by_one is not None
+    for packed in (one_by_one, attention.first_scores(q, k, packing)):
+        row = attention.class_row(packing.unpack(packed), 5, mask)
         assert_close(row, whole)
         assert (row[~alive] == 0).all()
-    assert_close(attention.class_row(packing.unpack(q), packing.unpack(k), mask, None), whole)
+    assert_close(attention.class_row(attention.first_scores(apart, keys), 5, mask), whole)
 
 
 def test_who_may_not_act_does_not_change_the_others() -> None:

@@ -298,7 +298,7 @@ def test_the_whole_attention_is_that_of_the_class_row_and_of_torch() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 6, 3, 4, generator=generator) for _ in range(3))
     mask = torch.tensor([[1, 1, 0, 1, 1, 0], [1] * 6], dtype=torch.bool)[:, None, None]
-    weights = matrix(q, k, mask, None)
+    weights = matrix(q, k, mask)
     expected = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), mask)
     assert_close(weights @ v.transpose(1, 2), expected)
     assert not weights[0, :, :, [2, 5]].any()

@@ -27,7 +27,7 @@ from tokenenv.errors import UserError
 from tokenenv.models import load_backbone
 from tokenenv.suite import report, results, tasks
 from tokenenv.suite.opened import OpenTask, open_task, spread
-from tokenenv.suite.results import Point, Result, hits, references, unpack_hits
+from tokenenv.suite.results import Point, Result, hits, read_result, references, unpack_hits
 from tokenenv.suite.tasks import POINTS, TASKS, Task, find_task
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -287,6 +287,23 @@ def test_mistakes(
 ) -> None:
     own_learners(tmp_path, monkeypatch)
     assert words in mistake(f"suite {command}", capfd)
+
+
+def test_a_learner_may_train_in_half_precision(capfd: pytest.CaptureFixture[str]) -> None:
+    command = "run tiny-prune-v0 --learner untrained --learner mappo --seeds 3 --dtype bfloat16"
+    assert run(command) == 0
+    found = kept()
+    assert found["tiny-prune-v0-untrained-3"]["conditions"]["learnt_in"] == "float32"
+    assert found["tiny-prune-v0-mappo-3"]["conditions"]["learnt_in"] == "bfloat16"
+    config = json.loads(Path("suite/runs/tiny-prune-v0-mappo-3/config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    again = "suite run tiny-prune-v0 --learner mappo --seeds 3"
+    assert "was made with learnt_in=bfloat16 and now it is float32" in mistake(again, capfd)
+    path = Path("suite/results/tiny-prune-v0/tiny-prune-v0-untrained-3.json")
+    older = json.loads(path.read_text())
+    del older["conditions"]["learnt_in"]  # kept before one could choose
+    path.write_text(json.dumps(older))
+    assert read_result(path).conditions["learnt_in"] == "float32"
 
 
 def test_results_under_other_conditions_are_refused(capfd: pytest.CaptureFixture[str]) -> None:

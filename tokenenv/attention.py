@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
@@ -55,19 +56,11 @@ def gated(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     return (weight.to(v.dtype) @ v).transpose(1, 2)
 
 
-def packed(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    packing: Packing,
-    bias: Tensor | None,
-    scores: list[Tensor] | None = None,
-) -> Tensor:
-    """Attention of images that lie end to end, each among its own tokens.
+def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, bias: Tensor | None) -> Tensor:
+    """Attention of images that lie end to end, each among its own tokens, on a GPU.
 
-    On a CPU image by image, a few at a time where all are equally long; on a GPU then all at once,
-    else by one kernel of variable length, where the tensors are of half precision, no key has a
-    bias and torch has that kernel (2.10).
+    Equally long images all at once; others by one kernel of variable length, where the tensors are
+    of half precision, no key has a bias and torch has that kernel (2.10), else one by one.
 
     Args:
         q: ``(T, heads, dim)`` queries; ``k``, ``v`` likewise.
@@ -75,15 +68,12 @@ def packed(
         v: values.
         packing: where each image begins and ends.
         bias: ``(B, 1, 1, N)`` what is added to the scores of each image's keys.
-        scores: where not all run at once, this list gets the ``(n, heads)`` products of each
-            image's first query and its keys, made while a cache still holds them.
 
     Returns:
         ``(T, heads, dim)``.
     """
     longest = max(packing.lengths)
-    even = min(packing.lengths) == longest
-    if even and q.device.type != "cpu":
+    if min(packing.lengths) == longest:
         q, k, v = (t.unflatten(0, (-1, longest)) for t in (q, k, v))
         return padded(q, k, v, bias).flatten(0, 1)
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and bias is None and _has_varlen():
@@ -93,32 +83,69 @@ def packed(
         out = varlen_attn(q, k, v, ends, ends, longest, longest)
         assert isinstance(out, Tensor)
         return out
+    return one_by_one(q, k, v, packing.lengths, bias)[0]
+
+
+def one_by_one(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Sequence[int],
+    bias: Tensor | None,
+    *,
+    scores: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of images that lie end to end, image by image, as is fastest on a CPU.
+
+    A few at a time where all are equally long.
+
+    Args:
+        q: as for :func:`packed`.
+        k: keys.
+        v: values.
+        lengths: of the images.
+        bias: as for :func:`packed`, N at least the longest.
+        scores: whether to make :func:`first_scores` too, while a cache still holds the keys.
+
+    Returns:
+        ``(T, heads, dim)``, and ``(T, heads)`` the scores or None.
+    """
+    longest = max(lengths)
+    even = min(lengths) == longest
     queries, keys, values = (
         t.unflatten(0, (-1, longest)).split(_TOGETHER)
         if even
-        else [image[None] for image in t.split(packing.lengths)]
+        else [image[None] for image in t.split(lengths)]
         for t in (q, k, v)
     )
     rows = itertools.repeat(None) if bias is None else bias.split(_TOGETHER if even else 1)
-    parts = []
+    out, products = [], []
     for query, key, value, row in zip(queries, keys, values, rows, strict=False):
         row = None if row is None else row[..., : query.shape[1]]
-        parts.append(padded(query, key, value, row).flatten(0, 1))
-        if scores is not None:
-            scores.append(first_scores(query, key).flatten(0, 1))
-    return torch.cat(parts)
+        out.append(padded(query, key, value, row).flatten(0, 1))
+        if scores:
+            products.append(first_scores(query, key).flatten(0, 1))
+    return torch.cat(out), torch.cat(products) if scores else None
 
 
 _TOGETHER = 16
 """Images of one length in a call on a CPU: more don't fit its caches, fewer waste calls."""
 
 
-_IN_CACHE = 4096
-"""Images times width of their heads whose products with the first query stay in the caches."""
+def first_scores(q: Tensor, k: Tensor, packing: Packing | None = None) -> Tensor:
+    """Products of each image's first query with its keys.
 
+    Args:
+        q: ``(B, N, heads, dim)`` queries, packed ``(T, heads, dim)``.
+        k: keys, likewise.
+        packing: how the tokens are packed.
 
-def first_scores(q: Tensor, k: Tensor) -> Tensor:
-    """``(B, n, heads, dim)`` -> ``(B, n, heads)`` products of each image's first query and keys."""
+    Returns:
+        ``(B, N, heads)`` float32, packed ``(T, heads)``.
+    """
+    if packing is not None:
+        own = q.index_select(0, packing.ends[:-1]).index_select(0, packing.image)
+        return (k.float() * own.float()).sum(-1)
     # A sum of products reads the keys where they lie; a matrix product would copy them first.
     return torch.linalg.vecdot(k.float(), q[:, 0, None].float())
 
@@ -127,56 +154,33 @@ def _has_varlen() -> bool:
     return find_spec("torch.nn.attention.varlen") is not None
 
 
-def class_row(
-    q: Tensor,
-    k: Tensor,
-    mask: Tensor | None,
-    packing: Packing | None,
-    scores: list[Tensor] | None = None,
-) -> Tensor:
+def class_row(score: Tensor, width: int, mask: Tensor | None) -> Tensor:
     """Attention of the class token, mean over the heads.
 
     Dead keys leave the softmax of every head; masking after the mean would be another number.
 
     Args:
-        q: ``(B, N, heads, dim)`` queries, the class token's first; packed: ``(T, heads, dim)``.
-        k: keys, likewise.
+        score: ``(B, N, heads)`` what :func:`first_scores` gives where that is the class token.
+        width: of a head.
         mask: as for :func:`padded`.
-        packing: how the tokens are packed; None while they are not.
-        scores: what :func:`packed` put there, if anything.
 
     Returns:
         ``(B, N)`` float32.
     """
-    if packing is None and q.device.type == "cpu":
-        few = max(_TOGETHER, _IN_CACHE // (q.shape[-2] * q.shape[-1]))
-        starts = range(0, max(1, len(q)), few)  # an empty batch is one empty part
-        parts = [slice(start, start + few) for start in starts]
-        score = torch.cat([first_scores(q[part], k[part]) for part in parts])
-    elif packing is None:
-        score = first_scores(q, k)
-    elif scores:
-        score = packing.unpack(torch.cat(scores))
-    else:
-        own = q.index_select(0, packing.ends[:-1]).index_select(0, packing.image)
-        score = packing.unpack((k.float() * own.float()).sum(-1))
-    return _weights(score.transpose(1, 2)[:, :, None], q.shape[-1], mask).mean(1)[:, 0]
+    return _weights(score.transpose(1, 2)[:, :, None], width, mask).mean(1)[:, 0]
 
 
-def matrix(q: Tensor, k: Tensor, mask: Tensor | None, packing: Packing | None) -> Tensor:
+def matrix(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     """The whole attention of a block, as nobody but a graph method needs it.
 
     Args:
-        q: as for :func:`class_row`.
-        k: keys, likewise.
+        q: ``(B, N, heads, dim)`` queries; ``k`` likewise.
+        k: keys.
         mask: as for :func:`padded`.
-        packing: how the tokens are packed; None while they are not.
 
     Returns:
         ``(B, heads, N, N)`` float32, from query to key; 0 for dead keys, anything for dead queries.
     """
-    if packing is not None:
-        q, k = packing.unpack(q), packing.unpack(k)
     return _weights(torch.einsum("bnhd,bmhd->bhnm", q, k), q.shape[-1], mask)
 
 

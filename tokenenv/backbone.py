@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from tokenenv import attention
+from tokenenv import attention, blocks
+from tokenenv.blocks import Wanted
 from tokenenv.errors import UserError
 from tokenenv.reduction import unpack
 from tokenenv.tokens import Tokens
@@ -142,28 +140,24 @@ class Backbone(nn.Module):
                 "cls_attention needs a class token and this model has none: "
                 "choose features or a policy without it"
             )
-        b = self.blocks[block]
-        attn = b.attn
+        b, packing = self.blocks[block], tokens.packing
         bias = tokens.size_bias if proportional else None
         mask = tokens.key_mask if bias is None else bias
-        parts = _compiled_parts() if self.compiled else _PARTS
-        h, q, k, v = parts.enter(b, tokens.x)
-        scores: list[Tensor] | None = [] if cls_attention else None
-        if tokens.packing is None:
-            drop = attn.attn_drop.p if attn.training else 0.0
-            out = attention.padded(q, k, v, mask, drop)
-        else:
-            out = attention.packed(q, k, v, tokens.packing, bias, scores)
-        x = parts.leave(b, tokens.x, h, out)
-        packing = tokens.packing
-        as_they_lie = packing.unpack if packing is not None else lambda values: values
-        row = attention.class_row(q, k, mask, packing, scores) if cls_attention else None
-        return tokens.with_x(x), Context(
-            keys=as_they_lie(k).transpose(1, 2) if keys else None,
-            mean_keys=as_they_lie(_mean_head(k)) if mean_keys else None,
-            cls_attention=row,
-            value_norms=as_they_lie(v.flatten(-2).float().norm(dim=-1)) if value_norms else None,
-            attention=attention.matrix(q, k, mask, packing) if matrix else None,
+        want = Wanted(matrix, keys or matrix, mean_keys, value_norms, cls_attention)
+        ran = blocks.attend(self._parts, b, tokens, mask if packing is None else bias, want)
+
+        def lay(values: Tensor | None) -> Tensor | None:
+            return values if packing is None or values is None else packing.unpack(values)
+
+        q, k, scores = lay(ran.queries), lay(ran.keys), lay(ran.scores)
+        return tokens.with_x(ran.x), Context(
+            keys=k.transpose(1, 2) if keys and k is not None else None,
+            mean_keys=lay(ran.mean_keys),
+            cls_attention=attention.class_row(scores, self.head_dim(block), mask)
+            if scores is not None
+            else None,
+            value_norms=lay(ran.value_norms),
+            attention=attention.matrix(q, k, mask) if q is not None and k is not None else None,
         )
 
     def attend_gated(self, block: int, tokens: Tokens, keep: Tensor) -> Tokens:
@@ -173,20 +167,16 @@ class Backbone(nn.Module):
         ``alive``. See :func:`tokenenv.attention.gated`.
         """
         b = self.blocks[block]
-        h, q, k, v = _enter(b, tokens.x)
-        return tokens.with_x(_leave(b, tokens.x, h, attention.gated(q, k, v, keep)))
+        h, q, k, v = blocks.PLAIN.enter(b, tokens.x)
+        return tokens.with_x(blocks.PLAIN.leave(b, tokens.x, h, attention.gated(q, k, v, keep)))
 
     def feed(self, block: int, tokens: Tokens) -> Tokens:
         """MLP and its residual of block ``block``."""
-        b, rows = self.blocks[block], tokens.rows
-        if self.compiled:
-            x = _compiled_parts().feed(b, tokens.x)
-        elif _worth_parting(rows):
-            parts = rows.tensor_split(math.ceil(len(rows) / _ROWS))
-            x = torch.cat([_PARTS.feed(b, part) for part in parts]).view(tokens.x.shape)
-        else:
-            x = _PARTS.feed(b, tokens.x)
-        return tokens.with_x(x)
+        return tokens.with_x(blocks.feed(self._parts, self.blocks[block], tokens))
+
+    @property
+    def _parts(self) -> blocks.Parts:
+        return blocks.compiled_parts() if self.compiled else blocks.PLAIN
 
     def attention_dim(self, block: int) -> int:
         """Width of all heads together in block ``block``."""
@@ -238,65 +228,6 @@ class Backbone(nn.Module):
     def _pools_patches(self) -> bool:
         model = self.model
         return getattr(model, "attn_pool", None) is not None or model.global_pool != "token"
-
-
-_ROWS, _NUMBERS = 2048, 2**18
-"""Tokens that an MLP takes at once on a CPU where nothing learns; below so many numbers, all."""
-
-
-def _worth_parting(rows: Tensor) -> bool:
-    """Whether the MLP should take a part of the ``(R, D)`` rows at a time.
-
-    Its hidden layer is four times as wide as its input: of a whole batch that is memory which the
-    system hands out and clears anew in every block, of a part it stays in the caches.
-    """
-    if rows.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return False
-    return len(rows) > _ROWS and rows.numel() > _NUMBERS
-
-
-def _mean_head(values: Tensor) -> Tensor:
-    """``(..., heads, dim)`` -> ``(..., dim)``: ``mean(-2)``, which takes a CPU twice as long."""
-    first, *others = values.unbind(-2)
-    return sum(others, first) / values.shape[-2]
-
-
-class _Parts(NamedTuple):
-    """What a block does to each token on its own: to ``(B, N, D)`` and ``(T, D)`` alike."""
-
-    enter: Callable[[Any, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
-    leave: Callable[[Any, Tensor, Tensor, Tensor], Tensor]
-    feed: Callable[[Any, Tensor], Tensor]
-
-
-def _enter(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(..., D)`` -> normalised ``(..., D)`` and queries, keys, values ``(..., heads, dim)``."""
-    attn, h = block.attn, block.norm1(x)
-    q, k, v = attn.qkv(h).unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(-3)
-    return h, attn.q_norm(q), attn.k_norm(k), v
-
-
-def _leave(block: Any, x: Tensor, h: Tensor, out: Tensor) -> Tensor:
-    """The residual after attention gave ``out (..., heads, dim)``."""
-    attn = block.attn
-    out = attn.norm(out.flatten(-2))
-    if getattr(attn, "gate", None) is not None:
-        out = out * attn.gate(h).sigmoid()
-    return x + block.drop_path1(block.ls1(attn.proj_drop(attn.proj(out))))
-
-
-def _feed(block: Any, x: Tensor) -> Tensor:
-    """MLP and its residual."""
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-
-
-_PARTS = _Parts(_enter, _leave, _feed)
-
-
-@cache
-def _compiled_parts() -> _Parts:
-    enter, leave, feed = (cast(Any, torch.compile(part, dynamic=True)) for part in _PARTS)
-    return _Parts(enter, leave, feed)
 
 
 def check_supported(model: nn.Module) -> None:

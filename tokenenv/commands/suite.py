@@ -112,7 +112,8 @@ def _run_task(
     }
     missing = []
     for learner in learners:
-        now = {**common, "code": learner.code}
+        learnt_in = args.dtype if learner.trains else "float32"
+        now = {**common, "code": learner.code, "learnt_in": learnt_in}
         for seed in _seeds(args.seeds, task, learner):
             path = _place(out, task, learner, seed)
             if path.is_file():

@@ -49,6 +49,7 @@ class Learner:
         summary: one line.
         rules: the games it plays; empty: all.
         deterministic: one seed says it all.
+        trains: in the precision that ``--dtype`` names; the others have no use for it.
         code: fingerprint of a user's own; results of another are not taken for this one's.
     """
 
@@ -57,6 +58,7 @@ class Learner:
     summary: str = ""
     rules: tuple[str, ...] = ()
     deterministic: bool = False
+    trains: bool = False
     code: str = ""
 
     def check(self, task: Task) -> None:
@@ -190,7 +192,7 @@ def _trained(system: str, **changed: Any) -> Learn:
             weights=args.weights,
             data=args.data or task.data,
             device=args.device,
-            dtype="float32",
+            dtype=args.dtype,
             out=str(folder),
             images=None,
             seed=seed,
@@ -258,9 +260,10 @@ BUILT_IN = (
         _trained("rl4evit", centralised=False),
         "RL4EViT's preset without the centralised critic",
         ("token_prune",),
+        trains=True,
     ),
-    Learner("mappo", _trained("rl4evit"), "RL4EViT's preset", ("token_prune",)),
-    Learner("dora", _trained("dora"), "DORA's preset, PPO", ("layer_merge",)),
+    Learner("mappo", _trained("rl4evit"), "RL4EViT's preset", ("token_prune",), trains=True),
+    Learner("dora", _trained("dora"), "DORA's preset, PPO", ("layer_merge",), trains=True),
     Learner(
         "sb3-ppo",
         _sb3,

@@ -56,7 +56,8 @@ class Result:
 
     Attributes:
         task, learner, seed: which.
-        conditions: under which it was made: the task's settings, package version, weights, images.
+        conditions: under which it was made: the task's settings, package version, weights, images,
+            the precision in which the model was played to learn.
         seconds: that it took.
         classes: outputs of the model's head.
         images: readable test images.
@@ -124,7 +125,8 @@ def from_json(found: Any, where: Path) -> Result:
     """
     try:
         points = tuple(Point(**point) for point in found["points"])
-        made = Result(**{**found, "points": points})
+        conditions = {"learnt_in": "float32", **found["conditions"]}  # once there was no other
+        made = Result(**{**found, "points": points, "conditions": conditions})
         _check(made)
         _ = made.area  # all numbers are finite
         return made
