@@ -1,0 +1,178 @@
+"""Learners of the suite: built in, and of one's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import mistake
+from suite_tasks import TINY, elsewhere, kept, run  # noqa: F401
+
+from tokenenv.suite.results import read_result
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def test_ctrl_c_in_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Any] = []
+
+    def stopped(args: Any) -> int:
+        asked.append(args)
+        Path(args.out, "checkpoint.safetensors").touch()
+        return 130
+
+    monkeypatch.setattr("tokenenv.commands.train.train", stopped)
+    for _ in range(2):
+        assert run("run tiny-prune-v0 --learner ippo --seeds 0") == 130
+        assert "the same command goes on" in capsys.readouterr().err
+    assert [args.resume for args in asked] == [False, True]
+    assert "centralised=False" in asked[0].settings and not kept()
+
+
+def test_a_trained_learner_keeps_the_budget_and_resumes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("run tiny-prune-v0 --learner mappo --seeds 3") == 0
+    folder = Path("suite/runs/tiny-prune-v0-mappo-3")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["updates"] * config["batch"] == TINY.budget
+    assert config["seed"] == 3 and config["target_saving"] == pytest.approx(57)
+    before = kept()["tiny-prune-v0-mappo-3"]
+    # Stopped after training, while points were read: the run in its folder goes on.
+    Path("suite/results/tiny-prune-v0/tiny-prune-v0-mappo-3.json").unlink()
+    assert run("run tiny-prune-v0 --learner mappo --seeds 3") == 0
+    assert kept()["tiny-prune-v0-mappo-3"]["points"] == before["points"]
+
+
+def test_a_learner_of_your_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(REPOSITORY))
+    learner = "examples.suite_own_learner:learn"
+    assert run(f"run tiny-prune-v0 --learner {learner} --seeds 0") == 0
+    (found,) = kept().values()
+    assert found["learner"] == learner and len(found["points"]) > 2
+
+
+OWN = """
+import functools
+import agents
+def none(task, seed): return None
+def nan(task, seed): return [float("nan")]
+def many(task, seed): return [agents.parse_policy("random:keep=0.5", 12)] * 11
+def empty(task, seed): return []
+def merges(task, seed): return agents.parse_policy("tome:r=3", 12)
+def elsewhere(task, seed): return agents.parse_policy("random:keep=0.5,blocks=1", 12)
+def greedy(task, seed):
+    game = task.game(batch_size=200)
+    for _ in range(2):
+        game.reset()
+class Broken:
+    rules = agents.parse_policy("norm:keep=0.5", 12).rules
+    def act(self, observation): return observation.active.long()
+    def macs(self, agents, removed): return agents * float("nan")
+def broken(task, seed): return Broken()
+number = 5
+def keeps(keep, task, seed): return agents.parse_policy(f"random:keep={keep}", 12)
+partial = functools.partial(keeps, 0.5)
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("none", "returned None: return a policy"),
+        ("nan", "returned nan: return a policy"),
+        ("many", "returned 11 policies: return 1 to 10"),
+        ("empty", "returned 0 policies: return 1 to 10"),
+        ("merges", "under LayerMerge"),
+        ("elsewhere", "at blocks 1 does not play"),
+        ("greedy", "plays 400 episodes of 'tiny-prune-v0', whose budget is 256"),
+        ("broken", "not finite or negative"),
+        ("missing", "can't be imported"),
+        ("number", "'number' is 5, no function"),
+    ],
+)
+def test_mistakes_of_a_learner_of_your_own(
+    function: str,
+    words: str,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own_learners(tmp_path, monkeypatch)
+    command = f"suite run tiny-prune-v0 --learner own_learners:{function} --seeds 0"
+    assert words in mistake(command, capfd)
+
+
+def own_learners(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    monkeypatch.delitem(__import__("sys").modules, "own_learners", raising=False)
+    monkeypatch.syspath_prepend(str(folder))
+    Path("own_learners.py").write_text(OWN)
+    Path("slip.py").write_text("def learn(:")
+
+
+def test_a_learner_that_is_no_plain_function(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_learners(tmp_path, monkeypatch)
+    command = "run tiny-prune-v0 --learner own_learners:partial --seeds 0"
+    assert run(command) == 0
+    (found,) = kept().values()
+    assert found["conditions"]["code"]  # another source is another learner
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("run digits --learner random", "unknown task 'digits': choose from digits-prune-v0"),
+        ("run digits-prune-v9 --learner random", "this one has 'digits-prune-v0'"),
+        ("run tiny-prune-v0 --learner x", "unknown learner 'x': choose from random, heuristic"),
+        ("run tiny-prune-v0 --learner no.such:f", "can't be imported"),
+        ("run tiny-prune-v0 --learner :f", "'' is no module's name"),
+        ("run tiny-prune-v0 --learner ..up:f", "'..up' is no module's name"),
+        ("run tiny-prune-v0 --learner slip:learn", "invalid syntax (slip.py, line 1)"),
+        ("run tiny-prune-v0 --learner dora", "choose from random, heuristic, untrained, ippo"),
+        ("run tiny-merge-v0 --learner mappo", "choose from random, heuristic, untrained, dora"),
+        ("run tiny-prune-v0 --learner dora-deit_tiny", "under LayerMerge"),
+        (
+            "run deit-tiny-prune-v0 --learner random",
+            "give --data DIR to learn from and --test-data",
+        ),
+        ("run tiny-prune-v0 --learner random --data x", "leave --weights, --data and --test-data"),
+        ("run tiny-prune-v0", "--learner"),
+        ("run tiny-prune-v0 --learner random --seeds a", "no whole number"),
+        ("score nowhere", "'nowhere' holds no results"),
+        ("plot nowhere", "'nowhere' holds no results"),
+        ("draw", "invalid choice"),
+    ],
+)
+def test_mistakes(
+    command: str,
+    words: str,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own_learners(tmp_path, monkeypatch)
+    assert words in mistake(f"suite {command}", capfd)
+
+
+def test_a_learner_may_train_in_half_precision(capfd: pytest.CaptureFixture[str]) -> None:
+    command = "run tiny-prune-v0 --learner untrained --learner mappo --seeds 3 --dtype bfloat16"
+    assert run(command) == 0
+    found = kept()
+    assert found["tiny-prune-v0-untrained-3"]["conditions"]["learnt_in"] == "float32"
+    assert found["tiny-prune-v0-mappo-3"]["conditions"]["learnt_in"] == "bfloat16"
+    config = json.loads(Path("suite/runs/tiny-prune-v0-mappo-3/config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    again = "suite run tiny-prune-v0 --learner mappo --seeds 3"
+    assert "was made with learnt_in=bfloat16 and now it is float32" in mistake(again, capfd)
+    path = Path("suite/results/tiny-prune-v0/tiny-prune-v0-untrained-3.json")
+    older = json.loads(path.read_text())
+    del older["conditions"]["learnt_in"]  # kept before one could choose
+    path.write_text(json.dumps(older))
+    assert read_result(path).conditions["learnt_in"] == "float32"
