@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import pickle
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch.testing import assert_close
 import agents
 import tokenenv
 from agents.policy import ActorPolicy, Widths, shipped
-from tokenenv import Backbone, UserError
+from tokenenv import Backbone, UserError, blocks
 from tokenenv.data import open_source
 from tokenenv.episode import EXECUTIONS
 from tokenenv.metrics import evaluate, play
@@ -151,6 +152,38 @@ TINY = "deit_tiny_patch16_224"
 
 
 @needs_compiler
+def test_every_kind_of_block_has_compiled_parts_of_its_own() -> None:
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    graphs = [0]
+    for width in (24, 36, 48, 60, 72):  # torch gives a function up at its eighth graph
+        options = {"embed_dim": width, "depth": 2, "num_heads": 3, "img_size": 64, "patch_size": 8}
+        fast = compressed("norm:keep=0.5,blocks=1", timm.create_model(TINY, **options))
+        compiled = torch.compile(fast)
+        with torch.inference_mode():
+            for batch in (5, 1):
+                images = torch.randn(batch, 3, 64, 64)
+                assert_close(compiled(images), fast(images), atol=1e-4, rtol=0)
+        graphs.append(counters["stats"]["unique_graphs"])
+    made = [after - before for before, after in itertools.pairwise(graphs)]
+    assert made[0] >= 3 and made == [made[0]] * 5
+
+
+def test_stochastic_depth_draws_for_whole_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = timm.create_model(TINY, depth=2, drop_path_rate=0.5)
+    fast = compressed("keep-all", model).train()
+    monkeypatch.setattr(blocks, "_ROWS", 500)
+    monkeypatch.setattr(blocks, "_NUMBERS", 0)
+    with torch.no_grad():
+        tokens = fast.backbone.embed(torch.randn(16, 3, 224, 224))
+        for after in (fast.backbone.feed(1, tokens), fast.backbone.attend(1, tokens)[0]):
+            dropped = (after.x == tokens.x).all(-1)
+            assert (dropped.all(1) | ~dropped.any(1)).all() and len(dropped.unique()) == 2
+
+
+@needs_compiler
 def test_compiled_once_for_all_blocks_and_lengths() -> None:
     from torch._dynamo.utils import counters
 
@@ -229,6 +262,22 @@ def test_what_is_saved_is_the_model_as_it_is(tmp_path: Path) -> None:
         assert torch.equal(back(images), fast(images))
     state = load_file(tmp_path / "b/model.safetensors")
     assert state.keys() == fast.model.state_dict().keys()
+
+
+def test_drop_rates_are_saved(tmp_path: Path) -> None:
+    rates = {"drop_rate": 0.1, "pos_drop_rate": 0.2, "proj_drop_rate": 0.3}
+    rates |= {"attn_drop_rate": 0.4, "drop_path_rate": 0.5}
+    compressed("norm:keep=0.7", deit(img_size=64, **rates)).save(tmp_path / "a")
+    back = tokenenv.load_compressed(tmp_path / "a").model
+    assert back.head_drop.p == 0.1 and back.pos_drop.p == 0.2
+    for block, rate in zip(back.blocks[1:], torch.linspace(0, 0.5, 12)[1:].tolist(), strict=True):
+        assert block.attn.proj_drop.p == block.mlp.drop2.p == 0.3
+        assert block.attn.attn_drop.p == 0.4
+        assert block.drop_path1.drop_prob == pytest.approx(rate)
+    model = deit(img_size=64, drop_path_rate=0.5)
+    model.blocks[-1].drop_path1.drop_prob = 0.0
+    with pytest.raises(UserError, match="can't be read back"):
+        compressed("norm:keep=0.7", model).save(tmp_path / "b")
 
 
 class NoSave:

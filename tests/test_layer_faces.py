@@ -390,6 +390,25 @@ def test_mistakes_at_creation(kwargs: dict[str, Any], message: str) -> None:
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("one", [1, 1.0, True, np.float32(1), np.array(1), torch.tensor(1)])
+def test_a_whole_number_is_an_action_in_whatever_form(one: Any) -> None:
+    rewards = []
+    for action in (1, one):
+        env = layer_merge_v0.parallel_env(**small())
+        env.reset(seed=0)
+        _, reward, *_ = env.step(dict.fromkeys(env.agents, action))
+        rewards.append(reward["layer_0"])
+    assert rewards[0] == rewards[1] != 0
+
+
+@pytest.mark.parametrize("action", [1.5, np.nan, -1, 8, 1e30, np.array([1]), "1", None, 1j])
+def test_anything_else_is_no_action(action: Any) -> None:
+    env = layer_merge_v0.parallel_env(**small())
+    env.reset(seed=0)
+    with pytest.raises(UserError, match="of 'layer_0' is out of range: choose 0 to 7"):
+        env.step({"layer_0": action})
+
+
 def test_mistakes_in_play() -> None:
     turns, cycles = (
         face(**small(max_cycles=2))

@@ -176,7 +176,10 @@ class Backbone(nn.Module):
 
     @property
     def _parts(self) -> blocks.Parts:
-        return blocks.compiled_parts() if self.compiled else blocks.PLAIN
+        if not self.compiled:
+            return blocks.PLAIN
+        heads = self.blocks[0].attn.num_heads
+        return blocks.compiled_parts((self.dim, heads, self.dtype, self.device.type))
 
     def attention_dim(self, block: int) -> int:
         """Width of all heads together in block ``block``."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from functools import cache
+from types import FunctionType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -48,9 +49,14 @@ PLAIN = Parts(_enter, _leave, _feed)
 
 
 @cache
-def compiled_parts() -> Parts:
-    """:data:`PLAIN` through ``torch.compile``."""
-    enter, leave, feed = (cast(Any, torch.compile(part, dynamic=True)) for part in PLAIN)
+def compiled_parts(kind: tuple[Hashable, ...]) -> Parts:
+    """:data:`PLAIN` through ``torch.compile``, for one ``kind`` of blocks.
+
+    Each kind has functions of its own: torch counts the graphs of a function, and compiles no more
+    of them from a limit on.
+    """
+    copies = (FunctionType(part.__code__.replace(), part.__globals__) for part in PLAIN)
+    enter, leave, feed = (cast(Any, torch.compile(part, dynamic=True)) for part in copies)
     return Parts(enter, leave, feed)
 
 
@@ -100,7 +106,7 @@ def attend(parts: Parts, block: Any, tokens: Tokens, mask: Tensor | None, want: 
     ``mask`` as for :func:`tokenenv.attention.padded`; of packed tokens only float.
     """
     packing = tokens.packing
-    if parts is not PLAIN or not worth_parting(tokens.rows):
+    if not _in_portions(parts, block, tokens):
         lengths = None if packing is None else packing.lengths
         return _attend(parts, block, _Images(tokens.x, mask, lengths, packing), want)
     portions = _padded_portions if packing is None else _packed_portions
@@ -137,9 +143,9 @@ def _attend(parts: Parts, block: Any, images: _Images, want: Wanted) -> Attended
 
 def feed(parts: Parts, block: Any, tokens: Tokens) -> Tensor:
     """MLP and its residual, in portions where that is faster; as :attr:`Tokens.x`."""
-    rows = tokens.rows
-    if parts is not PLAIN or not worth_parting(rows):
+    if not _in_portions(parts, block, tokens):
         return parts.feed(block, tokens.x)
+    rows = tokens.rows
     portions = rows.tensor_split(math.ceil(len(rows) / _ROWS))
     return torch.cat([parts.feed(block, rows) for rows in portions]).view(tokens.x.shape)
 
@@ -148,14 +154,18 @@ _ROWS, _NUMBERS = 2048, 2**18
 """Tokens that a block takes at once on a CPU where nothing learns; below so many numbers, all."""
 
 
-def worth_parting(rows: Tensor) -> bool:
-    """Whether a block should take a portion of the ``(R, D)`` rows at a time.
+def _in_portions(parts: Parts, block: Any, tokens: Tokens) -> bool:
+    """Whether a block should take a portion of the tokens at a time.
 
     Queries, keys and values together are three times as wide as its input and the MLP's hidden
     layer four times: of a whole batch that is memory which the system hands out and clears anew in
-    every block, of a portion it stays in the caches.
+    every block, of a portion it stays in the caches. In training stochastic depth draws for whole
+    images, and a graph of the portions would keep all that memory.
     """
-    if rows.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    rows = tokens.rows
+    if parts is not PLAIN or rows.device.type != "cpu" or block.training:
+        return False
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     return len(rows) > _ROWS and rows.numel() > _NUMBERS
 

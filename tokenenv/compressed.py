@@ -55,14 +55,16 @@ def compress(
 class CompressedViT(nn.Module):
     """A timm Vision Transformer whose tokens leave on the way; made by :func:`compress`.
 
-    It takes and gives what the timm model does. Its parameters are the timm model's own, below
-    ``model``; the policy's are not among them: they stay float32 and are not trained with it.
+    It takes and gives what the timm model does, but no ``attn_mask``. Its parameters are the timm
+    model's own, below ``model``; the policy's are not among them: they stay float32 and are not
+    trained with it.
 
     In ``train`` mode tokens are only hidden (masked execution), so that shapes stay fixed, and
     logits have a gradient in the model's parameters; the policy's decisions have none.
 
     ``torch.compile`` compiles what a block does to each token, once for all lengths and blocks;
-    attention's own kernel and the decisions between stay as they are.
+    attention's own kernel and the decisions between stay as they are, and so does all in ``train``
+    mode, where the probability of stochastic depth is another in every block.
 
     Args:
         model: as for :func:`compress`.
@@ -192,6 +194,7 @@ class CompressedViT(nn.Module):
                 "in_chans": model.patch_embed.proj.in_channels,
                 "global_pool": model.global_pool,
                 "dynamic_img_size": bool(model.dynamic_img_size),
+                **_drop_rates(model),
             },
             "dtype": str(self.backbone.dtype).removeprefix("torch."),
             "execution": self.execution,
@@ -218,7 +221,8 @@ class CompressedViT(nn.Module):
         image = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         image = image.to(self.backbone.device, self.backbone.dtype)
         model = copy.deepcopy(self.model).eval()
-        if not torch.allclose(model(image), twin.model(image), rtol=1e-3, atol=1e-4):
+        same = torch.allclose(model(image), twin.model(image), rtol=1e-3, atol=1e-4)
+        if not same or _dropped(model) != _dropped(twin.model):
             raise UserError(words)
 
     def _play(self, x: Tensor) -> Episode:
@@ -227,7 +231,7 @@ class CompressedViT(nn.Module):
     # Lengths are data: a trace of it all would break or be made anew at every decision.
     @torch.compiler.disable
     def _play_outside(self, x: Tensor, compiled: bool) -> Episode:
-        self.backbone.compiled = compiled
+        self.backbone.compiled = compiled and not self.training
         execution = self.execution or default_execution(self.backbone.device)
         return play(self.backbone, self.policy, x, "masked" if self.training else execution)
 
@@ -240,6 +244,24 @@ class CompressedViT(nn.Module):
     def _place_policy(self) -> None:
         if isinstance(self.policy, nn.Module):
             self.policy.to(self.backbone.device).eval()
+
+
+def _dropped(model: nn.Module) -> list[float]:
+    """Every probability of dropout and of stochastic depth; 0 where there is neither."""
+    known = (m.__dict__.get("p", m.__dict__.get("drop_prob", 0.0)) for m in model.modules())
+    return [float(rate or 0.0) for rate in known]
+
+
+def _drop_rates(model: Any) -> dict[str, float]:
+    """What only matters in training, by the names of timm's arguments."""
+    last = model.blocks[-1]
+    return {
+        "drop_rate": model.head_drop.p,
+        "pos_drop_rate": model.pos_drop.p,
+        "proj_drop_rate": last.attn.proj_drop.p,
+        "attn_drop_rate": last.attn.attn_drop.p,
+        "drop_path_rate": getattr(last.drop_path1, "drop_prob", 0.0),
+    }
 
 
 def load_compressed(folder: str | Path, device: str | torch.device = "cpu") -> CompressedViT:

@@ -105,7 +105,7 @@ from numpy.typing import NDArray
 from pettingzoo import AECEnv, ParallelEnv
 
 from tokenenv.envs.build import RulesName
-from tokenenv.envs.play import RENDER_MODES, check_choice, open_play
+from tokenenv.envs.play import RENDER_MODES, check_choice, one_choice, open_play
 from tokenenv.envs.token_prune import MaskIn, Seen
 from tokenenv.errors import UserError
 
@@ -192,16 +192,20 @@ class _Layers(EzPickle):
         agent = self.possible_agents[self._turn]
         if agent not in actions:
             raise UserError(f"no action for '{agent}': it is its turn")
-        given = {name: actions[name] for name in self.agents if name in actions}
-        for name, action in given.items():
-            if not self.action_space(name).contains(action):
+        given: dict[str, int] = {}
+        for name in self.agents:
+            if name not in actions:
+                continue
+            chosen = one_choice(actions[name], self.game.actions)
+            if chosen is None:
                 raise UserError(
-                    f"action {action!r} of '{name}' is out of range: choose 0 to "
+                    f"action {actions[name]!r} of '{name}' is out of range: choose 0 to "
                     f"{self.game.actions - 1}"
                 )
-        for name, action in given.items():
-            self._illegal[name] += int(not self._mask(name)[int(action)])
-        observation, reward, over = self._play.step([int(actions[agent])])
+            given[name] = chosen
+        for name, chosen in given.items():
+            self._illegal[name] += int(not self._mask(name)[chosen])
+        observation, reward, over = self._play.step([given[agent]])
         self._view = observation[0].cpu().numpy()
         self._turn += 1
         return float(reward[0].sum()), over

@@ -225,7 +225,9 @@ class Play:
 
     def _check_started(self) -> None:
         if self.game.episode is None:
-            raise UserError("no episode was started: call reset() first")
+            raise UserError(
+                "no episode was started: call reset() first (a copy of an environment has none)"
+            )
 
     def _show(self) -> None:
         if self.render_mode == "human":
@@ -282,6 +284,16 @@ def _as_numbers(action: Any) -> Tensor:
             # torch compares no unsigned integers but bytes with others.
             return torch.as_tensor(given.astype(np.int64) if given.dtype.kind == "u" else given)
     raise UserError(f"action of {type(action).__name__} does not hold whole numbers only")
+
+
+def one_choice(action: Any, choices: int) -> int | None:
+    """One agent's action, a number in whatever form, as an int; None if it is no legal value."""
+    try:
+        given = _as_numbers(action)
+    except UserError:
+        return None
+    value = given.item() if given.shape == () else -1
+    return int(value) if 0 <= value < choices and value == int(value) else None
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
