@@ -154,6 +154,7 @@ def test_hits_survive(right: list[bool]) -> None:
 
 def made(learner: str, seed: int, points: list[Point], **changed: Any) -> Result:
     conditions = {"task": TINY.settings(), "weights": "w", "images": 8, "files": "f"}
+    conditions |= {"code": "", "learnt_in": "float32", "learnt_from": "l"}
     conditions |= {"tokenenv": "0"} | changed
     dense = hits(np.array([True] * 7 + [False]))
     return Result(TINY.name, learner, seed, conditions, 1.0, 10, 8, dense, tuple(points))
@@ -187,6 +188,13 @@ def test_scores_of_made_up_results() -> None:
     several = report.make_report([*own, made("other", 0, oracle, tokenenv="1")])
     assert any("results of tokenenv 0, 1; this is" in note for note in several.notes)
     assert found.as_markdown().count("\n| `") == 3
+    for how in ({"code": "b"}, {"learnt_in": "bfloat16"}, {"learnt_from": "others"}):
+        two = [made("other", 0, oracle), made("other", 1, oracle, **how)]
+        with pytest.raises(UserError, match=r"'other' seed 1 .* remove one of them and run it"):
+            report.make_report([*own, *two])
+        other = report.make_report([*own, two[1]])  # another learner's may differ
+        halved = [note for note in other.notes if "learnt in bfloat16, measured" in note]
+        assert bool(halved) == ("learnt_in" in how)
 
 
 def test_marl_eval_gets_the_seeds_of_the_task() -> None:

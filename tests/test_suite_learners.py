@@ -37,7 +37,7 @@ def test_a_trained_learner_keeps_the_budget_and_resumes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("run tiny-prune-v0 --learner mappo --seeds 3") == 0
-    folder = Path("suite/runs/tiny-prune-v0-mappo-3")
+    (folder,) = Path("suite/runs").glob("tiny-prune-v0-mappo-3-*")
     config = json.loads((folder / "config.json").read_text())
     assert config["updates"] * config["batch"] == TINY.budget
     assert config["seed"] == 3 and config["target_saving"] == pytest.approx(57)
@@ -75,6 +75,16 @@ class Broken:
     def macs(self, agents, removed): return agents * float("nan")
 def broken(task, seed): return Broken()
 number = 5
+def ruleless(task, seed):
+    policy = Broken()
+    policy.rules = None
+    return policy
+def spoils(task, seed):
+    next(task.backbone.model.parameters()).data.mul_(0.5)
+    return agents.parse_policy("norm:keep=0.5", 12)
+def half(task, seed):
+    task.game(batch_size=4, dtype="bfloat16").reset()
+    return keeps(0.5, task, seed)
 def keeps(keep, task, seed): return agents.parse_policy(f"random:keep={keep}", 12)
 partial = functools.partial(keeps, 0.5)
 """
@@ -91,6 +101,8 @@ partial = functools.partial(keeps, 0.5)
         ("elsewhere", "at blocks 1 does not play"),
         ("greedy", "plays 400 episodes of 'tiny-prune-v0', whose budget is 256"),
         ("broken", "not finite or negative"),
+        ("ruleless", "return a policy, with rules, act and macs"),
+        ("spoils", "changed the weights of 'digits_vit', which stay frozen"),
         ("missing", "can't be imported"),
         ("number", "'number' is 5, no function"),
     ],
@@ -123,6 +135,17 @@ def test_a_learner_that_is_no_plain_function(
     assert run(command) == 0
     (found,) = kept().values()
     assert found["conditions"]["code"]  # another source is another learner
+    assert found["conditions"]["learnt_in"] == "float32"
+
+
+def test_a_learner_of_your_own_may_play_in_half_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_learners(tmp_path, monkeypatch)
+    for _ in range(2):  # the second time it is kept
+        assert run("run tiny-prune-v0 --learner own_learners:half --seeds 0") == 0
+    (found,) = kept().values()
+    assert found["conditions"]["learnt_in"] == "bfloat16"
 
 
 @pytest.mark.parametrize(
@@ -167,10 +190,18 @@ def test_a_learner_may_train_in_half_precision(capfd: pytest.CaptureFixture[str]
     found = kept()
     assert found["tiny-prune-v0-untrained-3"]["conditions"]["learnt_in"] == "float32"
     assert found["tiny-prune-v0-mappo-3"]["conditions"]["learnt_in"] == "bfloat16"
-    config = json.loads(Path("suite/runs/tiny-prune-v0-mappo-3/config.json").read_text())
-    assert config["dtype"] == "bfloat16"
-    again = "suite run tiny-prune-v0 --learner mappo --seeds 3"
-    assert "was made with learnt_in=bfloat16 and now it is float32" in mistake(again, capfd)
+    (folder,) = Path("suite/runs").glob("tiny-prune-v0-mappo-3-*")
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    again = "run tiny-prune-v0 --learner mappo --seeds 3"
+    assert "was made with learnt_in=bfloat16 and now" in mistake(f"suite {again}", capfd)
+    # What it says helps: the run of before is not gone on with.
+    Path("suite/results/tiny-prune-v0/tiny-prune-v0-mappo-3.json").unlink()
+    assert run(again) == 0 and len(list(Path("suite/runs").iterdir())) == 2
+    assert kept()["tiny-prune-v0-mappo-3"]["conditions"]["learnt_in"] == "float32"
+    # As it is: what it learnt in is in its folder.
+    assert run(f"run tiny-prune-v0 --learner {folder} --out other") == 0
+    (frozen,) = Path("other/results/tiny-prune-v0").iterdir()
+    assert json.loads(frozen.read_text())["conditions"]["learnt_in"] == "bfloat16"
     path = Path("suite/results/tiny-prune-v0/tiny-prune-v0-untrained-3.json")
     older = json.loads(path.read_text())
     del older["conditions"]["learnt_in"]  # kept before one could choose

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import re
 import time
 from pathlib import Path
@@ -13,7 +15,7 @@ from tqdm import tqdm
 
 from agents.storage import write_bytes, write_json
 from tokenenv.commands.common import report_skipped, writable_folder
-from tokenenv.commands.compare_state import conditions
+from tokenenv.commands.compare_state import conditions, fingerprint
 from tokenenv.commands.evaluate import writable_file
 from tokenenv.commands.suite_learners import BUILT_IN, Learner, find_learner
 from tokenenv.errors import UserError
@@ -112,8 +114,10 @@ def _run_task(
     }
     missing = []
     for learner in learners:
-        learnt_in = args.dtype if learner.trains else "float32"
-        now = {**common, "code": learner.code, "learnt_in": learnt_in}
+        now = {**common, "code": learner.code}
+        learnt_in = args.dtype if learner.trains else learner.learnt_in
+        if learnt_in:
+            now["learnt_in"] = learnt_in
         for seed in _seeds(args.seeds, task, learner):
             path = _place(out, task, learner, seed)
             if path.is_file():
@@ -123,7 +127,10 @@ def _run_task(
     if missing:
         dense = dense_predictions(opened)
     for number, (learner, seed, path, now) in enumerate(missing, 1):
-        result = _run_one(opened, learner, seed, dense, out / "runs" / path.stem, args, now)
+        # Only a run under the same conditions is gone on with.
+        digest = hashlib.sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()[:8]
+        folder = out / "runs" / f"{path.stem}-{digest}"
+        result = _run_one(opened, learner, seed, dense, folder, args, now)
         write_json(path, result.as_json())
         _print_result(result, f"{number}/{len(missing)}, {result.seconds:.0f} s")
     report_skipped(test)
@@ -140,9 +147,14 @@ def _run_one(
 ) -> Result:
     """Let a learner learn, and read its points."""
     task, start = opened.spec, time.perf_counter()
-    opened.played = 0
+    opened.played, opened.learnt_in = 0, set()
     policies = learner.learn(opened, seed, folder, args)
     opened.check_budget()
+    if fingerprint(opened.backbone.model.state_dict()) != now["weights"]:
+        raise UserError(
+            f"learner '{learner.name}' changed the weights of '{task.model}', which stay frozen in "
+            "the suite: let it work on a copy"
+        )
     for policy in policies.values():
         opened.check_policy(policy)
         if isinstance(policy, torch.nn.Module):
@@ -160,7 +172,7 @@ def _run_one(
         task.name,
         learner.name,
         seed,
-        now,
+        {"learnt_in": " and ".join(sorted(opened.learnt_in)) or "float32", **now},
         round(time.perf_counter() - start, 1),
         opened.backbone.classes,
         int((dense >= 0).sum()),

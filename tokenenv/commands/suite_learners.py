@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import importlib
 import inspect
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -50,6 +51,7 @@ class Learner:
         rules: the games it plays; empty: all.
         deterministic: one seed says it all.
         trains: in the precision that ``--dtype`` names; the others have no use for it.
+        learnt_in: the precision of those others; empty: that of the games it opens.
         code: fingerprint of a user's own; results of another are not taken for this one's.
     """
 
@@ -59,6 +61,7 @@ class Learner:
     rules: tuple[str, ...] = ()
     deterministic: bool = False
     trains: bool = False
+    learnt_in: str = "float32"
     code: str = ""
 
     def check(self, task: Task) -> None:
@@ -85,7 +88,15 @@ def find_learner(name: str) -> Learner:
     folder = folder_of(name)
     if folder is not None:
         digest = hashlib.sha256((folder / "policy.safetensors").read_bytes()).hexdigest()[:16]
-        return Learner(name, lambda *_: {"policy": load(name)}, deterministic=True, code=digest)
+        config = folder / "config.json"  # a shipped policy has none
+        known = json.loads(config.read_text()) if config.is_file() else {"dtype": "unknown"}
+        return Learner(
+            name,
+            lambda *_: {"policy": load(name)},
+            deterministic=True,
+            learnt_in=known.get("dtype", "float32"),
+            code=digest,
+        )
     if ":" in name:
         return _own(name)
     known = ", ".join(learner.name for learner in BUILT_IN)
@@ -117,7 +128,7 @@ def _own(name: str) -> Learner:
 
     source = _source_file(function, module)
     code = hashlib.sha256(Path(source).read_bytes()).hexdigest()[:16] if source else ""
-    return Learner(name, learn, code=code)
+    return Learner(name, learn, learnt_in="", code=code)
 
 
 def _source_file(function: Any, module: ModuleType) -> str | None:
@@ -136,7 +147,8 @@ def checked(name: str, returned: Any) -> Policies:
     """
     several = list(returned) if isinstance(returned, list | tuple) else [returned]
     for policy in several:
-        if not all(hasattr(policy, part) for part in ("rules", "act", "macs")):
+        whole = all(hasattr(policy, part) for part in ("rules", "act", "macs"))
+        if not (whole and hasattr(policy.rules, "blocks")):
             raise UserError(
                 f"learner '{name}' returned {policy!r:.60}: return a policy, with rules, act and "
                 "macs, or a list of policies"

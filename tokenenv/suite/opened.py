@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import filecmp
 import itertools
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tokenenv.envs.build import build_game, build_rules
 from tokenenv.errors import UserError
 from tokenenv.game import Game
 from tokenenv.metrics import Decider
-from tokenenv.models import load_backbone
+from tokenenv.models import check_dtype, load_backbone
 from tokenenv.suite.results import Point, hits
 from tokenenv.suite.tasks import POINTS, Task
 
@@ -41,6 +42,7 @@ class OpenTask:
         train: images to learn from, as often as it likes.
         test: images that points are read on; nobody learns from them.
         played: episodes that :meth:`game`'s games have started.
+        learnt_in: the precisions of those games.
     """
 
     spec: Task
@@ -48,11 +50,14 @@ class OpenTask:
     train: ImageSource
     test: ImageSource
     played: int = 0
+    learnt_in: set[str] = field(default_factory=set)
 
-    def game(self, **options: Any) -> Game:
+    def game(self, dtype: str = "float32", **options: Any) -> Game:
         """The task's game on the training images; every episode counts against the budget.
 
         Args:
+            dtype: what its model computes in, a copy where it is another than float32, in which
+                policies are measured.
             **options: what :func:`~tokenenv.envs.build.build_game` takes beside model, images,
                 rules and blocks: ``batch_size``, ``reward``, ``reward_kwargs``, ``features`` ...
 
@@ -63,7 +68,11 @@ class OpenTask:
         own = sorted(self.options.keys() & options.keys())
         if own:
             raise UserError(f"task '{self.spec.name}' has its own {', '.join(own)}: leave it out")
-        game = build_game(**self.options, **options)
+        model = self.backbone
+        if dtype != "float32":
+            model = copy.deepcopy(model).to(check_dtype(dtype))
+        game = build_game(**self.options | {"model": model}, **options)
+        self.learnt_in.add(str(game.backbone.dtype).removeprefix("torch."))
         start = game.reset
 
         def reset() -> Any:

@@ -18,6 +18,9 @@ from tokenenv.suite.tasks import TASKS, Task, find_task
 _SAME = ("weights", "images", "files")
 """What results of one task must have in common beside its settings."""
 
+_LEARNT = ("code", "learnt_in", "learnt_from")
+"""And those of one learner."""
+
 
 @dataclass(frozen=True)
 class Yardstick:
@@ -200,7 +203,14 @@ def make_report(results: Iterable[Result]) -> Report:
     part = sorted({r.label for r in rows if 2 <= len(r.results) < r.task.seeds})
     if part:
         notes.append(f"not all of their task's seeds, a rough interval: {', '.join(part)}")
+    for dtype in sorted({_learnt_in(row) for row in rows} - {"float32"}):
+        labels = ", ".join(sorted({row.label for row in rows if _learnt_in(row) == dtype}))
+        notes.append(f"learnt in {dtype}, measured in float32: {labels}")
     return Report(tuple(rows), yardsticks, tuple(notes))
+
+
+def _learnt_in(row: Row) -> str:
+    return str(row.results[0].conditions["learnt_in"])
 
 
 def make_yardstick(task: Task, results: Sequence[Result]) -> Yardstick:
@@ -240,8 +250,12 @@ def _conditions(result: Result) -> dict[str, Any]:
 
 
 def _check_alike(task: Task, results: Sequence[Result]) -> None:
-    """Raise :class:`UserError` where results are of other settings, weights or images, or twice."""
+    """Raise :class:`UserError` where results are of other settings, weights or images, or twice.
+
+    And where the seeds of one learner differ in how it learnt.
+    """
     seen: set[tuple[str, int]] = set()
+    firsts: dict[str, Result] = {}
     for result in results:
         what = f"'{result.learner}' seed {result.seed} on '{task.name}'"
         if (result.learner, result.seed) in seen:
@@ -251,14 +265,18 @@ def _check_alike(task: Task, results: Sequence[Result]) -> None:
             raise UserError(
                 f"{what} was made under other settings of the task: remove it and run it again"
             )
-        for key in _SAME:
-            first = results[0]
-            if result.conditions.get(key) != first.conditions.get(key):
-                raise UserError(
-                    f"{what} was made with {key}={result.conditions.get(key)} and "
-                    f"'{first.learner}' seed {first.seed} with {first.conditions.get(key)}: "
-                    "compare results of the same model and images"
-                )
+        own = firsts.setdefault(result.learner, result)
+        for first, keys, remedy in (
+            (results[0], _SAME, "compare results of the same model and images"),
+            (own, _LEARNT, "remove one of them and run it again"),
+        ):
+            for key in keys:
+                here, there = result.conditions.get(key), first.conditions.get(key)
+                if here != there:
+                    raise UserError(
+                        f"{what} was made with {key}={here} and '{first.learner}' seed "
+                        f"{first.seed} with {there}: {remedy}"
+                    )
 
 
 def _words(interval: Interval) -> str:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tokenenv.errors import UserError
 from tokenenv.suite.score import Front, front
-from tokenenv.suite.tasks import find_task
+from tokenenv.suite.tasks import POINTS, find_task
 
 REFERENCE = Path(__file__).parent / "reference"
 """A file for each task that has reference results."""
@@ -58,7 +58,7 @@ class Result:
         task, learner, seed: which.
         conditions: under which it was made: the task's settings, package version, weights, images,
             the precision in which the model was played to learn.
-        seconds: that it took.
+        seconds: that it took, since it was last taken up.
         classes: outputs of the model's head.
         images: readable test images.
         dense: which of them the dense model gets right, see :func:`hits`.
@@ -143,9 +143,11 @@ def _check(made: Result) -> None:
     """Raise TypeError or ValueError where scoring would fail, or would score what can't be."""
     if not (made.points and isinstance(made.conditions, dict)):
         raise TypeError("no points")
-    if not (isinstance(made.learner, str) and isinstance(made.seed, int)):
+    if not (isinstance(made.learner, str) and _whole(made.seed)):
         raise TypeError(f"learner {made.learner!r:.40}, seed {made.seed!r:.40}")
-    if made.classes < 1 or made.images < 1:
+    if len(made.points) > POINTS:
+        raise ValueError(f"{len(made.points)} points, and {POINTS} are allowed")
+    if not (_whole(made.classes, 1) and _whole(made.images, 1)):
         raise ValueError(f"{made.images} images of {made.classes} classes")
     plan = made.learner in (RANDOM, HEURISTIC) and not made.seed
     for packed in (made.dense, *(point.right for point in made.points if point.right or plan)):
@@ -153,6 +155,10 @@ def _check(made: Result) -> None:
             raise ValueError(f"which images are right is not said of {made.images}")
     if max(point.top1 for point in made.points) > 1:
         raise ValueError("a top-1 above 1")
+
+
+def _whole(value: Any, least: int = 0) -> bool:
+    return type(value) is int and least <= value < 2**32
 
 
 def read_result(path: Path) -> Result:
