@@ -192,20 +192,21 @@ def make_report(results: Iterable[Result]) -> Report:
             )
             shipped = []
         yard = yardsticks[task.name] = make_yardstick(task, shipped or mine)
-        rows += sorted(_rows(task, [*shipped, *mine], yard), key=lambda row: row.interval.iqm)
+        found = sorted(_rows(task, [*shipped, *mine], yard), key=lambda row: row.interval.iqm)
+        rows += found
         versions = sorted({result.version for result in mine})
         if set(versions) - {__version__}:
             made = ", ".join(versions)
             notes.append(f"{task.name}: results of tokenenv {made}; this is {__version__}")
+        for dtype in sorted({_learnt_in(row) for row in found} - {"float32"}):
+            labels = ", ".join(row.label for row in found if _learnt_in(row) == dtype)
+            notes.append(f"{task.name}: learnt in {dtype}, measured in float32: {labels}")
     few = sorted({row.label for row in rows if len(row.results) < 2})
     if few:
         notes.append(f"no interval with fewer than 2 seeds: {', '.join(few)}")
     part = sorted({r.label for r in rows if 2 <= len(r.results) < r.task.seeds})
     if part:
         notes.append(f"not all of their task's seeds, a rough interval: {', '.join(part)}")
-    for dtype in sorted({_learnt_in(row) for row in rows} - {"float32"}):
-        labels = ", ".join(sorted({row.label for row in rows if _learnt_in(row) == dtype}))
-        notes.append(f"learnt in {dtype}, measured in float32: {labels}")
     return Report(tuple(rows), yardsticks, tuple(notes))
 
 
