@@ -105,7 +105,7 @@ def _draw_intervals(axis: Any, rows: Sequence[tuple[str, Interval, str, bool]]) 
     axis.set_yticks(range(len(rows)), [label for label, *_ in rows], fontsize=8)
     axis.set_ylim(-0.6, len(rows) - 0.4)
     axis.axvline(0, color="0.6", lw=1, zorder=0)
-    axis.set_xlabel("score, IQM and 95 % interval; random 0, oracle 1")
+    axis.set_xlabel("score, IQM and 95 % interval; random 0, oracle 1", fontsize=9)
     axis.grid(alpha=0.3, axis="x")
 
 
