@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 # Not a whole number, out of range, or of another shape.
 BAD: tuple[Any, ...] = (
     float("nan"), float("inf"), -1, 10**6, 10**30, 0.5, "keep", None, [[[1]]], {}, object(), 1j,
-    np.uint64(99), np.nan, torch.tensor(float("nan")), torch.tensor([1, 0]),
+    np.uint64(99), np.nan, torch.tensor(float("nan")), torch.ones(1, 2, 1),
 )  # fmt: skip
 
 
