@@ -226,6 +226,24 @@ def test_the_class_row_is_the_matrixs_first() -> None:
     assert_close(attention.class_row(attention.first_scores(apart, keys), 5, mask), whole)
 
 
+@pytest.mark.parametrize("lengths", [(4, 4, 4), (7, 1, 4)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_what_a_gpu_runs_is_what_a_cpu_runs(lengths: tuple[int, ...], biased: bool) -> None:
+    generator = torch.Generator().manual_seed(2)
+    alive = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    packing = Packing(lengths, alive.flatten().nonzero()[:, 0])
+    q, k, v = (torch.randn(12, 2, 5, generator=generator) for _ in range(3))
+    bias = torch.rand(3, 1, 1, max(lengths), generator=generator) if biased else None
+    ours, scores = attention.one_by_one(q, k, v, lengths, bias, scores=True)
+    assert_close(attention.packed(q, k, v, packing, bias), ours)
+    assert scores is not None
+    assert_close(attention.first_scores(q, k, packing), scores)
+    # A known answer: padded, with the dead keys masked.
+    mask = alive[:, None, None] if bias is None else bias.masked_fill(~alive[:, None, None], -1e9)
+    apart = attention.padded(*(packing.unpack(t) for t in (q, k, v)), mask)
+    assert_close(ours, apart[alive])
+
+
 def test_who_may_not_act_does_not_change_the_others() -> None:
     policy = agents.load("dora-deit_tiny")
     assert isinstance(policy, ActorPolicy)

@@ -90,6 +90,16 @@ partial = functools.partial(keeps, 0.5)
 """
 
 
+@pytest.fixture
+def own_learners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules to import from the current folder."""
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    monkeypatch.delitem(__import__("sys").modules, "own_learners", raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("own_learners.py").write_text(OWN)
+    Path("slip.py").write_text("def learn(:")
+
+
 @pytest.mark.parametrize(
     ("function", "words"),
     [
@@ -108,29 +118,13 @@ partial = functools.partial(keeps, 0.5)
     ],
 )
 def test_mistakes_of_a_learner_of_your_own(
-    function: str,
-    words: str,
-    capfd: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    function: str, words: str, capfd: pytest.CaptureFixture[str], own_learners: None
 ) -> None:
-    own_learners(tmp_path, monkeypatch)
     command = f"suite run tiny-prune-v0 --learner own_learners:{function} --seeds 0"
     assert words in mistake(command, capfd)
 
 
-def own_learners(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.dont_write_bytecode", True)
-    monkeypatch.delitem(__import__("sys").modules, "own_learners", raising=False)
-    monkeypatch.syspath_prepend(str(folder))
-    Path("own_learners.py").write_text(OWN)
-    Path("slip.py").write_text("def learn(:")
-
-
-def test_a_learner_that_is_no_plain_function(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own_learners(tmp_path, monkeypatch)
+def test_a_learner_that_is_no_plain_function(own_learners: None) -> None:
     command = "run tiny-prune-v0 --learner own_learners:partial --seeds 0"
     assert run(command) == 0
     (found,) = kept().values()
@@ -138,10 +132,7 @@ def test_a_learner_that_is_no_plain_function(
     assert found["conditions"]["learnt_in"] == "float32"
 
 
-def test_a_learner_of_your_own_may_play_in_half_precision(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own_learners(tmp_path, monkeypatch)
+def test_a_learner_of_your_own_may_play_in_half_precision(own_learners: None) -> None:
     for _ in range(2):  # the second time it is kept
         assert run("run tiny-prune-v0 --learner own_learners:half --seeds 0") == 0
     (found,) = kept().values()
@@ -174,13 +165,8 @@ def test_a_learner_of_your_own_may_play_in_half_precision(
     ],
 )
 def test_mistakes(
-    command: str,
-    words: str,
-    capfd: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    command: str, words: str, capfd: pytest.CaptureFixture[str], own_learners: None
 ) -> None:
-    own_learners(tmp_path, monkeypatch)
     assert words in mistake(f"suite {command}", capfd)
 
 
@@ -202,6 +188,10 @@ def test_a_learner_may_train_in_half_precision(capfd: pytest.CaptureFixture[str]
     assert run(f"run tiny-prune-v0 --learner {folder} --out other") == 0
     (frozen,) = Path("other/results/tiny-prune-v0").iterdir()
     assert json.loads(frozen.read_text())["conditions"]["learnt_in"] == "bfloat16"
+    (folder / "config.json").write_text("{")  # only the policy is needed
+    assert run(f"run tiny-prune-v0 --learner {folder} --out third") == 0
+    (frozen,) = Path("third/results/tiny-prune-v0").iterdir()
+    assert json.loads(frozen.read_text())["conditions"]["learnt_in"] == "unknown"
     path = Path("suite/results/tiny-prune-v0/tiny-prune-v0-untrained-3.json")
     older = json.loads(path.read_text())
     del older["conditions"]["learnt_in"]  # kept before one could choose

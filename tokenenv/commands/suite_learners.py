@@ -88,13 +88,11 @@ def find_learner(name: str) -> Learner:
     folder = folder_of(name)
     if folder is not None:
         digest = hashlib.sha256((folder / "policy.safetensors").read_bytes()).hexdigest()[:16]
-        config = folder / "config.json"  # a shipped policy has none
-        known = json.loads(config.read_text()) if config.is_file() else {"dtype": "unknown"}
         return Learner(
             name,
             lambda *_: {"policy": load(name)},
             deterministic=True,
-            learnt_in=known.get("dtype", "float32"),
+            learnt_in=_learnt_in(folder),
             code=digest,
         )
     if ":" in name:
@@ -104,6 +102,14 @@ def find_learner(name: str) -> Learner:
         f"unknown learner '{name}': choose from {known}, a shipped policy, a run folder or "
         "module:function"
     )
+
+
+def _learnt_in(folder: Path) -> str:
+    """What a run's config says; those that say nothing are from when there was no choice."""
+    try:
+        return str(json.loads((folder / "config.json").read_text()).get("dtype", "float32"))
+    except (OSError, ValueError, AttributeError):
+        return "unknown"
 
 
 def _own(name: str) -> Learner:
