@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -45,11 +45,35 @@ class Widths:
     state: int
 
 
+Decide = Literal["threshold", "systematic"]
+"""How probabilities become decisions, see :class:`ActorPolicy`."""
+
 _ILLEGAL = -1e9
+_UNIT = 2**20  # probabilities are counted in these, since sums of whole numbers are exact
+
+
+def systematic(chance: Tensor, active: Tensor) -> Tensor:
+    """Choose as often as ``chance`` says and as evenly as can be: systematic sampling.
+
+    Along the row of those that may act (tokens lie row by row of the image) chances add up; whoever
+    lifts the sum over the next whole number, less a half, is chosen. So of any stretch of the row
+    as many are chosen as its chances sum to, give or take one (Madow 1949, "On the theory of
+    systematic sampling, II"; the first pick is not drawn but in the middle).
+
+    Args:
+        chance: ``(B, A)`` probabilities.
+        active: ``(B, A)`` bool.
+
+    Returns:
+        ``(B, A)`` bool. A chance of 1 is always taken, one of 0 never.
+    """
+    units = (chance.double() * _UNIT).round().long() * active
+    reached = units.cumsum(1) + _UNIT // 2
+    return reached // _UNIT > (reached - units) // _UNIT
 
 
 class ActorPolicy(nn.Module):
-    """One perceptron shared by all agents, which act where it is sure enough.
+    """One perceptron shared by all agents, which says how likely each acts.
 
     Under rules that prune the last action is to keep, under rules that merge it is to merge.
 
@@ -62,7 +86,12 @@ class ActorPolicy(nn.Module):
         hidden: widths of the hidden layers.
         actions: number of actions.
         initial: probability of the last action before training.
-        threshold: the last action is taken where its probability is at least this.
+        threshold: the probability from which on the last action is taken.
+        decide: how probabilities become decisions where there are two actions. ``threshold``: each
+            agent by itself. ``systematic``: as many agents act as the probabilities sum to, spread
+            over the image (:func:`systematic`); the threshold then shifts their log-odds, 0.5 by
+            nothing. It plays what was trained, where agents were right to be unsure: of equal
+            tokens that may go, every second one goes, not all or none.
         trained_on: name of the backbone, for the error message when it doesn't fit.
     """
 
@@ -77,11 +106,15 @@ class ActorPolicy(nn.Module):
         actions: int = 2,
         initial: float = 0.5,
         threshold: float = 0.5,
+        decide: Decide = "threshold",
         trained_on: str = "",
     ) -> None:
         super().__init__()
         self.rules, self.widths, self.hidden = rules, widths, tuple(hidden)
         self.actions, self.threshold, self.trained_on = actions, threshold, trained_on
+        if decide not in get_args(Decide):
+            raise UserError(f"decide='{decide}': choose from {', '.join(get_args(Decide))}")
+        self.decide = decide
         self.actor = SharedMLP(widths.own, widths.shared, hidden, actions, gain=0.01)
         self.skip = nn.Linear(widths.own, 1, bias=False)
         nn.init.zeros_(self.skip.weight)
@@ -151,26 +184,31 @@ class ActorPolicy(nn.Module):
     @torch.no_grad()
     def act(self, observation: Observation) -> Tensor:
         """The deterministic decision, ``(B, A)``."""
-        own, shared, active = observation.agents, observation.shared, observation.active
-        if observation.legal is not None:
-            return self._choose(self.logits(own, shared).masked_fill(~observation.legal, _ILLEGAL))
-        if active.device.type != "cpu" or len(active) == 1:
-            return self._choose(self.logits(own, shared))
+        if self.actions != 2:
+            return self._legal_logits(observation).argmax(-1)
+        odds, bar = self._odds(observation), torch.logit(torch.tensor(self.threshold)).item()
+        if self.decide == "threshold":
+            return (odds >= bar).long()
+        return systematic((odds - bar).sigmoid(), observation.active).long()
+
+    def _legal_logits(self, observation: Observation) -> Tensor:
+        logits = self.logits(observation.agents, observation.shared)
+        if observation.legal is None:
+            return logits
+        return logits.masked_fill(~observation.legal, _ILLEGAL)
+
+    def _odds(self, observation: Observation) -> Tensor:
+        """``(B, A)`` log-odds of the second of two actions."""
+        active = observation.active
+        if observation.legal is not None or active.device.type != "cpu" or len(active) == 1:
+            return _difference(self._legal_logits(observation))
         # No work for those that may not act. Elsewhere the device would be waited for.
         some = active.flatten().nonzero()[:, 0]
         image = some.div(active.shape[1], rounding_mode="floor")
-        logits = self.logits(
-            own.flatten(0, 1).index_select(0, some)[:, None], shared.index_select(0, image)
-        )
-        action = torch.zeros(active.numel(), dtype=torch.long)
-        return action.index_copy_(0, some, self._choose(logits)[:, 0]).view_as(active)
-
-    def _choose(self, logits: Tensor) -> Tensor:
-        """``(..., A, actions)`` -> ``(..., A)`` the decision."""
-        if self.actions != 2:
-            return logits.argmax(-1)
-        keep = logits[..., 1] - logits[..., 0]
-        return (keep >= torch.logit(torch.tensor(self.threshold)).item()).long()
+        own = observation.agents.flatten(0, 1).index_select(0, some)[:, None]
+        found = _difference(self.logits(own, observation.shared.index_select(0, image)))
+        odds = found.new_full((active.numel(),), -torch.inf)
+        return odds.index_copy_(0, some, found[:, 0]).view_as(active)
 
     def macs(self, agents: Tensor, removed: Tensor) -> Tensor:
         """Multiply-adds of one decision of ``agents`` agents that removed so many tokens."""
@@ -194,12 +232,18 @@ class ActorPolicy(nn.Module):
             "hidden": list(self.hidden),
             "actions": self.actions,
             "threshold": self.threshold,
+            "decide": self.decide,
             "trained_on": self.trained_on,
         }
 
     def save(self, path: Path) -> None:
         """Write weights and config into one safetensors file, atomically."""
         write_tensors(path, dict(self.state_dict()), self.config())
+
+
+def _difference(logits: Tensor) -> Tensor:
+    """``(..., 2)`` -> ``(...)`` log-odds."""
+    return logits[..., 1] - logits[..., 0]
 
 
 def load_policy(path: Path) -> Policy:

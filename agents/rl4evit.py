@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from agents.judgement import Judgement
 from agents.mappo import MAPPO, MAPPOConfig
-from agents.policy import ActorPolicy, Widths
+from agents.policy import ActorPolicy, Decide, Widths
 from agents.settings import check_settings
 from agents.workers import ALONE, Workers
 from tokenenv.backbone import Backbone
@@ -50,6 +50,8 @@ class RL4EViTConfig:
             (``cooperative``, ``alpha_beta``), see :class:`~tokenenv.rewards.ClosedLoop`.
         target_saving: percent of the multiply-adds that the policy shall save there.
         calibrate: bisection steps for the policy's threshold at the end; 0 leaves it at 0.5.
+        decide: how the deterministic policy decides, by ``threshold`` or ``systematic`` sampling,
+            see :class:`~agents.policy.ActorPolicy`.
 
     Raises:
         UserError: a value out of its range.
@@ -89,6 +91,7 @@ class RL4EViTConfig:
     closed_loop: bool = True
     target_saving: float = 26.5
     calibrate: int = 6
+    decide: Decide = "threshold"
 
     target_drop: ClassVar[float] = 0.0
 
@@ -104,7 +107,8 @@ class RL4EViTConfig:
         """Settings for the embedded model.
 
         Its class attention does not tell which tokens matter (pruning by it loses as much as
-        pruning at random), so the policy does not lean on it.
+        pruning at random), so the policy does not lean on it. Many pixels are worth the same:
+        that enough stay everywhere matters more than which.
         """
         return cls(
             updates=100,
@@ -116,6 +120,7 @@ class RL4EViTConfig:
             held_back=0.3,
             evaluate_every=10,
             target_saving=38.0,
+            decide="systematic",
         )
 
     @staticmethod
@@ -174,6 +179,7 @@ class RL4EViTConfig:
             Widths(game.agent_dim, game.shared_dim, game.state_dim),
             hidden=self.hidden,
             initial=self.initial_keep,
+            decide=self.decide,
             trained_on=model,
         )
         layout = game.rules.layout(game.backbone)
