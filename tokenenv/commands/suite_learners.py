@@ -241,8 +241,11 @@ def _untrained(opened: OpenTask, seed: int, *_: Any) -> Policies:
     return {"policy": config.policy(game, task.model).eval()}
 
 
-def _sb3(opened: OpenTask, seed: int, *_: Any) -> Policies:
-    """stable-baselines3's PPO on the game of one agent per block, once for each penalty."""
+def _sb3(opened: OpenTask, seed: int, _folder: Path, args: argparse.Namespace) -> Policies:
+    """stable-baselines3's PPO on the game of one agent per block, once for each penalty.
+
+    Damage is what DORA's preset for the task takes for it.
+    """
     from tokenenv.envs.sb3 import SB3VecEnv  # says what to install
 
     from agents.sb3 import SB3Policy  # isort: skip
@@ -251,9 +254,12 @@ def _sb3(opened: OpenTask, seed: int, *_: Any) -> Policies:
     task, images = opened.spec, 64
     episodes = task.budget // len(SB3_PENALTIES) // images * images
     options = {k: v for k, v in opened.options.items() if k != "rules"}
+    options["model"] = opened.model_in(args.dtype)
+    damage = settings(task, "dora" if task.rules == "layer_merge" else "dora-prune").damage
     policies: Policies = {}
     for penalty in SB3_PENALTIES:
-        envs = SB3VecEnv(task.environment, images, reward_kwargs={"penalty": penalty}, **options)
+        reward = {"penalty": penalty, "damage": damage}
+        envs = SB3VecEnv(task.environment, images, reward_kwargs=reward, **options)
         game = envs.envs.game
         learner = PPO(
             "MlpPolicy", envs, n_steps=game.steps, batch_size=game.steps * images // 4,
@@ -287,6 +293,7 @@ BUILT_IN = (
         _sb3,
         "stable-baselines3's PPO on counts (extra sb3)",
         ("layer_merge", "layer_prune"),
+        trains=True,
     ),
 )
 """By name; every one keeps the task's budget."""

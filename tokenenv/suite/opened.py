@@ -68,10 +68,7 @@ class OpenTask:
         own = sorted(self.options.keys() & options.keys())
         if own:
             raise UserError(f"task '{self.spec.name}' has its own {', '.join(own)}: leave it out")
-        model = self.backbone
-        if dtype != "float32":
-            model = copy.deepcopy(model).to(check_dtype(dtype))
-        game = build_game(**self.options | {"model": model}, **options)
+        game = build_game(**self.options | {"model": self.model_in(dtype)}, **options)
         self.learnt_in.add(str(game.backbone.dtype).removeprefix("torch."))
         start = game.reset
 
@@ -82,6 +79,12 @@ class OpenTask:
 
         game.reset = reset  # type: ignore[method-assign]
         return game
+
+    def model_in(self, dtype: str) -> Backbone:
+        """The backbone; a copy of it where ``dtype`` is another than float32."""
+        if dtype == "float32":
+            return self.backbone
+        return copy.deepcopy(self.backbone).to(check_dtype(dtype))
 
     @property
     def options(self) -> dict[str, Any]:
