@@ -119,7 +119,7 @@ class RL4EViTConfig:
             lr=3e-3,
             held_back=0.3,
             evaluate_every=10,
-            target_saving=38.0,
+            target_saving=55.0,
             decide="systematic",
         )
 
