@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokenenv.backbone import Backbone
@@ -23,12 +24,12 @@ class Costed(Protocol):
 def measured_macs(run: Callable[[], Any]) -> float:
     """Multiply-adds of matrix products and convolutions that ``run()`` really executes.
 
-    torch's own counter, which counts 2 per multiply-add. In some releases (2.13) it misses fused
-    attention on a CPU.
+    torch's own counter, which counts 2 per multiply-add. In some releases (2.13, 2.14) it misses
+    fused attention on a CPU, so attention runs as the matrix products it is made of.
     """
     counter = FlopCounterMode(display=False)
     # The counter can't look inside inference tensors.
-    with torch.no_grad(), counter:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         run()
     return counter.get_total_flops() / 2
 
