@@ -67,7 +67,7 @@ def systematic(chance: Tensor, active: Tensor) -> Tensor:
     Returns:
         ``(B, A)`` bool. A chance of 1 is always taken, one of 0 never.
     """
-    units = (chance.double() * _UNIT).round().long() * active
+    units = (chance.float() * _UNIT).round().long() * active  # times a power of two: exact
     reached = units.cumsum(1) + _UNIT // 2
     return reached // _UNIT > (reached - units) // _UNIT
 

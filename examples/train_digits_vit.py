@@ -7,8 +7,7 @@ Choices are made on training images held back; the run that writes the weights t
 and looks at the 600 test images once, at its end, for the accuracy it writes into the file.
 
 Each training step drops a random 0 to 30 % of the pixels' tokens (none at test time). It
-regularises. A model that never missed a token is no more sensitive to random pruning, see
-docs/results.md.
+regularises.
 """
 
 from __future__ import annotations

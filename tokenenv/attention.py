@@ -26,15 +26,15 @@ def padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float 
     Returns:
         ``(B, N, heads, dim)``.
     """
-    if mask is not None and mask.dtype != torch.bool:
+    added = mask is not None and mask.dtype != torch.bool
+    if mask is not None and added:
         mask = mask.to(q.dtype)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if mask is not None and isinstance(k.shape[2], torch.SymInt):
-        # A number of tokens that only the image tells: some releases of torch can't export the
-        # fused call, which asks whether it is 1 and the mask to be broadcast.
+    if added and isinstance(k.shape[2], torch.SymInt):
+        # A number of tokens that only the image tells: torch 2.14 can't export the fused call,
+        # which asks whether it is 1 and the mask to be broadcast.
         score = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
-        added = mask if mask.dtype != torch.bool else torch.where(mask, 0.0, -torch.inf)
-        return ((score + added).softmax(-1) @ v).transpose(1, 2)
+        return ((score + mask).softmax(-1) @ v).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout).transpose(1, 2)
 
 

@@ -258,7 +258,7 @@ def _add_suite(commands: argparse._SubParsersAction[_Parser]) -> None:
     run.add_argument("--data", metavar="DIR", help="photographs to learn from, for those tasks")
     run.add_argument("--test-data", metavar="DIR", help="other photographs to test on, for those")
     run.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda ...; default: cpu")
-    _add_dtype(run, "what learners that train do so in; tests are in float32")
+    _add_dtype(run, "what learners train in; tests are in float32")
     score = actions.add_parser("score", help="tables of scores, beside the reference results")
     plot = actions.add_parser("plot", help="fronts and intervals of the scores as a picture")
     for reader in (score, plot):
