@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from torch import nn
 
 import tokenenv.embedded  # noqa: F401  (registers digits_vit with timm)
 from tokenenv.cli import main
+
+# A shell starts what runs in its background deaf to Ctrl-C, which tests raise.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores already
     torch.set_num_threads(1)
