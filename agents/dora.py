@@ -179,6 +179,13 @@ class DoraConfig(_Common):
             skip=0.0,
         )  # fmt: skip
 
+    @classmethod
+    def for_large_digits(cls) -> DoraConfig:
+        """Settings for the embedded model of 256 tokens: most merge early, so it decides there."""
+        return dataclasses.replace(
+            cls.for_digits(), updates=40, target_saving=82.0, blocks=(0, 1, 2, 3, 4, 5)
+        )
+
     def game(self, backbone: Backbone, source: ImageSource) -> Game:
         """The game to learn from."""
         later = range(int(self.skip * backbone.depth), backbone.depth)
@@ -227,7 +234,7 @@ class DoraPruneConfig(_Common):
         width: of the actor's encoder; 0: a sixth of the model's, as in the paper.
         initial_gate: probability of an open gate before training.
         initial_budget: number of tokens that leave by an open gate before training, give or take
-            a third.
+            a third; one for all decision blocks, or one for each.
         lean: how fast the log-odds of leaving fall with class attention before training, and
             rise with redundancy, where those are seen.
         selector: ``learned``; or ``random``, or ``redundancy`` (the most similar leave), in its
@@ -241,9 +248,15 @@ class DoraPruneConfig(_Common):
     budget_step: int = 2
     width: int = 0
     initial_gate: float = 0.2
-    initial_budget: float = 12.0
+    initial_budget: tuple[float, ...] = (12.0,)
     lean: tuple[float, float] = (2.0, 20.0)
     selector: Literal["learned", "random", "redundancy"] = "learned"
+
+    @staticmethod
+    def implied(given: dict[str, Any]) -> dict[str, Any]:
+        """Budgets of a preset's blocks don't fit other blocks."""
+        start = {"initial_budget": (12.0,)} if "blocks" in given else {}
+        return {**_Common.implied(given), **start}
 
     def learner(
         self,
@@ -259,12 +272,24 @@ class DoraPruneConfig(_Common):
 
     @classmethod
     def for_digits(cls) -> DoraPruneConfig:
-        """Settings for the embedded model."""
+        """Settings for the embedded model. Where it starts from was chosen on training images."""
         return cls(
             updates=60, batch=128, repeats=8, held_back=0.3, evaluate_every=10, penalty=150.0,
             target_saving=70.0, lr=1e-3, features=("cls_attention", "redundancy"),
-            initial_gate=0.9, initial_budget=10.0, lean=(0.0, 40.0),
+            initial_gate=0.9, blocks=(0, 2, 4, 5), initial_budget=(15.0, 23.0, 9.0, 13.0),
+            lean=(0.0, 40.0),
         )  # fmt: skip
+
+    @classmethod
+    def for_large_digits(cls) -> DoraPruneConfig:
+        """Settings for the embedded model of 256 tokens, of which more are redundant."""
+        return dataclasses.replace(
+            cls.for_digits(),
+            updates=40,
+            target_saving=82.0,
+            blocks=(0, 2, 4),
+            initial_budget=(120.0, 70.0, 30.0),
+        )
 
     def game(self, backbone: Backbone, source: ImageSource) -> Game:
         """The game to learn from."""
@@ -285,6 +310,12 @@ class DoraPruneConfig(_Common):
         """An untrained policy for ``game``; initialised from torch's global generator."""
         assert isinstance(game.rules, LayerPrune)
         steps, layout = len(game.rules.blocks), game.rules.layout(game.backbone)
+        if len(self.initial_budget) not in (1, steps):
+            raise UserError(
+                f"initial_budget={'/'.join(f'{n:g}' for n in self.initial_budget)} is for "
+                f"{len(self.initial_budget)} decision blocks and there are {steps}: give one "
+                "number for all of them, or one for each"
+            )
         policy = GatedPolicy(
             game.rules,
             {

@@ -39,7 +39,7 @@ class GatedPolicy(nn.Module):
         width: of the encoder; the paper's is 128 for a model of width 768.
         initial_gate: probability of an open gate before training.
         initial_budget: number of tokens that leave by an open gate before training, give or take
-            a third.
+            a third; one for all blocks, or one for each.
         selector: ``learned``; ``random`` draws instead, ``redundancy`` only reads :meth:`lean_on`.
         threshold: the gate is open where its probability is at least this.
         trained_on: name of the backbone, for the error message when it doesn't fit.
@@ -54,7 +54,7 @@ class GatedPolicy(nn.Module):
         *,
         width: int = 32,
         initial_gate: float = 0.2,
-        initial_budget: float = 12.0,
+        initial_budget: tuple[float, ...] = (12.0,),
         selector: str = "learned",
         threshold: float = 0.5,
         trained_on: str = "",
@@ -85,12 +85,14 @@ class GatedPolicy(nn.Module):
         self.count = nn.Linear(1, width, bias=False)
         self.selector = nn.Sequential(nn.Linear(width, 64), nn.SiLU(), nn.Linear(64, 1))
         self.skip = nn.Linear(steps, own, bias=False)
-        nn.init.zeros_(self.budget_block.weight)
         nn.init.zeros_(self.skip.weight)
+        near = torch.tensor(initial_budget).expand(steps)
+        with torch.no_grad():
+            self.budget_block.weight.copy_(-(((budgets[:, None] - near) * 3 / near) ** 2) / 2)
         closed = torch.logit(torch.tensor(initial_gate)).item()
         for module, bias in (
             (self.gate, closed),
-            (self.budget, -(((budgets - initial_budget) * 3 / initial_budget) ** 2) / 2),
+            (self.budget, 0.0),
             (self.selector, 0.0),
         ):
             _start_at(module, bias)

@@ -13,13 +13,16 @@ from tokenenv.errors import UserError
 
 
 class Settings(Protocol):
-    """A frozen dataclass of settings with defaults."""
+    """A frozen dataclass of settings with defaults, which are for an ImageNet model."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @classmethod
     def for_digits(cls) -> Settings:
-        """The settings for the embedded model."""
+        """The settings for the embedded models.
+
+        Where four times the tokens need others the class has a ``for_large_digits`` beside it.
+        """
 
     @staticmethod
     def implied(given: dict[str, Any]) -> dict[str, Any]:
@@ -42,7 +45,7 @@ _CHECKS: dict[str, Check] = {
     **dict.fromkeys(("updates", "batch", "repeats", "evaluate_every"), _FROM_ONE),
     **dict.fromkeys(("epochs", "minibatches", "critic_width", "budget_step"), _FROM_ONE),
     **dict.fromkeys(("alpha", "beta", "entropy", "calibrate", "critic_depth", "width"), _FROM_ZERO),
-    **dict.fromkeys(("lr", "critic_lr", "clip", "penalty", "initial_budget"), _POSITIVE),
+    **dict.fromkeys(("lr", "critic_lr", "clip", "penalty"), _POSITIVE),
     **dict.fromkeys(("accumulate",), _FROM_ONE),
     **dict.fromkeys(("min_lr", "weight_decay", "mixup", "cutmix", "class_loss"), _FROM_ZERO),
     **dict.fromkeys(("logit_loss", "token_loss"), _FROM_ZERO),
@@ -53,9 +56,28 @@ _CHECKS: dict[str, Check] = {
     "added_rate": _POSITIVE,
     **dict.fromkeys(("held_back", "initial_keep", "initial_merge", "initial_gate"), _PART),
     "target_saving": _PERCENT,
+    "initial_budget": (
+        lambda v: bool(v) and all(math.isfinite(n) and n > 0 for n in v),
+        "one or more numbers greater than 0, such as 12 or 40/20/10",
+    ),
     "hidden": (lambda v: bool(v) and min(v) >= 1, "one or more widths, such as 64/64"),
     "features": (bool, "one or more names, separated by slashes"),
 }
+
+
+def preset(cls: type[C], model: str | None) -> C:
+    """The settings that a system starts from on a model; None is the embedded one."""
+    from tokenenv.models import DIGITS_MODELS, EMBEDDED  # heavy: a command's help does without
+
+    if model not in (None, *DIGITS_MODELS):
+        return cls()
+    made = cls.for_digits() if model in (None, EMBEDDED) else _for_large_digits(cls)
+    return typing.cast(C, made)
+
+
+def _for_large_digits(cls: type[Settings]) -> Settings:
+    make: Callable[[], Settings] = getattr(cls, "for_large_digits", cls.for_digits)
+    return make()
 
 
 def check_settings(config: Any) -> None:
@@ -91,12 +113,13 @@ def with_settings(config: C, settings: list[str]) -> C:
 
 def settings_help(cls: type[Settings]) -> str:
     """Every setting with its default, then what each of them means."""
-    digits = vars(cls.for_digits())
-    defaults = [
-        f"  {key}={_text(value)}"
-        + (f"  (embedded model: {_text(digits[key])})" if digits[key] != value else "")
-        for key, value in vars(cls()).items()
-    ]
+    small, large = vars(cls.for_digits()), vars(_for_large_digits(cls))
+    defaults = []
+    for key, value in vars(cls()).items():
+        words = "embedded model" if small[key] == large[key] else "embedded models"
+        told = " and ".join(dict.fromkeys((_text(small[key]), _text(large[key]))))
+        other = f"  ({words}: {told})" if {small[key], large[key]} != {value} else ""
+        defaults.append(f"  {key}={_text(value)}{other}")
     meanings = [
         inspect.cleandoc(c.__doc__ or "").partition("Attributes:\n")[2].partition("\n\n")[0]
         for c in reversed(cls.__mro__)

@@ -105,7 +105,9 @@ def test_doras_settings_are_listed(
 ) -> None:
     assert main(["train", system, "--list-settings"]) == 0
     listed = capsys.readouterr().out
-    for words in (line, "updates=240  (embedded model: ", meaning, "price of damage before"):
+    for words in (line, "batch=64  (embedded model: 128)", meaning, "price of damage before"):
+        assert words in listed
+    for words in ("updates=240  (embedded models: ", " and 40)\n"):
         assert words in listed
     assert not Path("runs").exists()
 
@@ -248,6 +250,12 @@ def test_runs_without_a_name_are_numbered(monkeypatch: pytest.MonkeyPatch) -> No
 
 def touch(out: Path) -> None:
     (out / "file").touch()
+
+
+def test_both_embedded_models_bring_their_images_along() -> None:
+    for model in ("digits_vit", "digits_vit_16"):
+        found = evaluation(f"keep-all --model {model} --limit 20")
+        assert (found["data"], found["images"]) == ("digits:test", 20)
 
 
 def test_a_run_evaluates_to_its_own_report(run: Path) -> None:

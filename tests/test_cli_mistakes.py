@@ -56,7 +56,6 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
         ("evaluate keep-all --device nonsense", "'nonsense'|--device cpu"),
         ("train rl4evit --device nonsense", "'nonsense'|--device cpu"),
         ("evaluate keep-all --device meta", "'meta'|--device cpu"),
-        ("evaluate keep-all --model digits_vit_16", "--data: digits, or a folder"),
         # data
         ("evaluate keep-all --data gone", "'gone' is neither a folder"),
         ("train rl4evit --data gone", "'gone' is neither a folder"),
@@ -144,6 +143,12 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
         ("train dora-prune --set lean=1", "lean=1|2 values, each a number"),
         ("train dora-prune --set lean=1/2/3", "lean=1/2/3|2 values, each a number"),
         ("train dora-prune --set initial_gate=0", "initial_gate=0.0|between 0 and 1"),
+        ("train dora-prune --set initial_budget=9/0", "initial_budget=9.0/0.0|greater than 0"),
+        ("train dora-prune --set initial_budget=nan", "initial_budget=nan|greater than 0"),
+        (
+            "train dora-prune --set initial_budget=9/8",
+            "initial_budget=9/8 is for 2 decision blocks and there are 4|one for each",
+        ),
         # places
         ("train rl4evit --resume", "--resume needs --out"),
         ("train rl4evit --out new --resume", "nothing to resume in 'new'"),

@@ -17,11 +17,12 @@ from torch.testing import assert_close
 
 import agents
 from agents.dora import DoraConfig, DoraPruneConfig
+from agents.rl4evit import RL4EViTConfig
 from agents.gated import GatedPolicy
 from agents.policy import load_policy
 from agents.ppo import PPO, centre_groups, normalise_advantage, surgery
 from agents.rollout import Columns
-from agents.settings import with_settings
+from agents.settings import preset, with_settings
 from agents.storage import read_tensors, write_tensors
 from agents.training import Trainer
 from tokenenv import UserError, load_backbone
@@ -321,6 +322,24 @@ def test_a_target_drop_is_measured_at_the_threshold_of_training() -> None:
     assert with_settings(DoraConfig(), ["target_drop=0.01"]).calibrate == 0
     assert with_settings(DoraConfig(), ["target_drop=0.01", "calibrate=3"]).calibrate == 3
     assert with_settings(DoraConfig(), ["target_saving=20"]).calibrate == DoraConfig().calibrate
+
+
+def test_what_a_system_starts_from_depends_on_the_model() -> None:
+    assert preset(DoraPruneConfig, "vit_tiny_patch16_224") == DoraPruneConfig()
+    assert preset(DoraPruneConfig, None) == DoraPruneConfig.for_digits()
+    assert preset(DoraPruneConfig, "digits_vit") == DoraPruneConfig.for_digits()
+    assert preset(DoraPruneConfig, "digits_vit_16") == DoraPruneConfig.for_large_digits()
+    # Digits of either size are one and the same to those that know nothing else.
+    assert preset(RL4EViTConfig, "digits_vit_16") == RL4EViTConfig.for_digits()
+
+
+def test_budgets_of_the_presets_blocks_go_when_blocks_are_named() -> None:
+    start = DoraPruneConfig.for_digits()
+    assert len(start.initial_budget) == len(start.blocks) > 1
+    other = with_settings(start, ["blocks=3/5"])
+    assert (other.blocks, len(other.initial_budget)) == ((3, 5), 1)
+    assert with_settings(start, ["blocks=3/5", "initial_budget=7/6"]).initial_budget == (7.0, 6.0)
+    assert with_settings(start, ["lr=0.1"]).initial_budget == start.initial_budget
 
 
 def test_the_critic_of_the_selector_is_told_how_many_leave(backbone: Backbone) -> None:

@@ -49,7 +49,7 @@ def pruner(
     """A small game of pruning, and an actor whose decisions depend on the image."""
     options = {
         "blocks": BLOCKS, "batch": 12, "repeats": 1, "epochs": 1, "minibatches": 1,
-        "initial_gate": 0.5, "initial_budget": 40.0, "width": 16,
+        "initial_gate": 0.5, "initial_budget": (40.0,), "width": 16,
     } | kwargs  # fmt: skip
     config = DoraPruneConfig(**options)
     torch.manual_seed(0)
@@ -59,6 +59,25 @@ def pruner(
     for parameter in policy.parameters():
         parameter.data += noise * torch.randn_like(parameter)
     return game, policy, config
+
+
+@pytest.mark.parametrize("budgets", [(8.0,), (20.0, 6.0, 12.0, 4.0)])
+def test_training_starts_near_the_given_budgets(
+    backbone: Backbone, budgets: tuple[float, ...]
+) -> None:
+    game, policy, _ = pruner(backbone, noise=0.0, initial_gate=0.999, initial_budget=budgets)
+    generator, observation = torch.Generator().manual_seed(3), game.reset()
+    took, drawn = [], []
+    for _ in BLOCKS:
+        assert observation is not None
+        action = policy.act(observation)
+        (leave,) = set((action == 0).sum(1).tolist())
+        took.append(leave)
+        _, choice = policy.draw(columns(observation), generator)
+        drawn.append(policy.budgets[choice["budget"]].float().mean().item())
+        observation = game.step(action).observation
+    assert took == [int(b) for b in (budgets * 4)[:4]]
+    assert drawn == pytest.approx(took, rel=0.35)
 
 
 def half_pruned(game: Game) -> Columns:

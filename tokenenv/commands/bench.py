@@ -22,7 +22,7 @@ from tokenenv.commands.evaluate import adopt, fit, writable_file
 from tokenenv.commands.merged import open_merged
 from tokenenv.data import open_source
 from tokenenv.errors import UserError
-from tokenenv.models import EMBEDDED, Dense
+from tokenenv.models import DIGITS_MODELS, Dense
 from tokenenv.pixels import Preprocess
 
 
@@ -95,7 +95,7 @@ def _images(args: argparse.Namespace, backbone: Backbone | Dense, name: str) -> 
     """As many as the largest batch, or as there are, and where they are from."""
     count = max(args.batch)
     place = backbone.device
-    if args.data is None and name != EMBEDDED:
+    if args.data is None and name not in DIGITS_MODELS:
         generator = torch.Generator().manual_seed(0)
         images = torch.randn((count, *Preprocess(backbone.model).shape), generator=generator)
         return images.to(place, backbone.dtype), "random images"

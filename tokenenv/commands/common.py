@@ -35,7 +35,7 @@ _TUNED_NOTE = "1 MAC = 1 FLOP, policy included, fine-tuned backbone"
 def open_backbone(args: argparse.Namespace, *, images: bool = True) -> tuple[Backbone, str]:
     """The model that ``--model``, ``--weights``, ``--device``, ``--dtype`` name, and its name.
 
-    ``images``: whether the command needs images, which only the embedded model brings along.
+    ``images``: whether the command needs images, which only the embedded models bring along.
 
     Raises:
         UserError: unknown, unsupported or unreadable, or a model without images of its own.
@@ -64,11 +64,11 @@ def precision(args: argparse.Namespace) -> torch.dtype:
 
 
 def _check_data(args: argparse.Namespace, name: str, images: bool) -> None:
-    if images and args.data is None and name != EMBEDDED:
-        ours = name in DIGITS_MODELS
-        images_of = "digits, or a folder of class/image" if ours else "a folder of class/image"
-        raise UserError(f"model '{name}' needs --data: {images_of}")
-    if name not in DIGITS_MODELS and args.weights is None:
+    if name in DIGITS_MODELS:
+        return
+    if images and args.data is None:
+        raise UserError(f"model '{name}' needs --data: a folder of class/image")
+    if args.weights is None:
         print(f"loading '{name}' with timm's weights for it; --weights FILE takes others")
 
 

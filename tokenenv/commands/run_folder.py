@@ -13,14 +13,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from agents.settings import with_settings
+from agents.settings import preset, with_settings
 from agents.training import CHECKPOINT, Trainer
 from agents.workers import Workers, join
 from tokenenv.backbone import Backbone
 from tokenenv.commands.common import writable_folder
 from tokenenv.data import ImageSource, open_source
 from tokenenv.errors import UserError
-from tokenenv.models import EMBEDDED, RANDOM, Dense
+from tokenenv.models import RANDOM, Dense
 
 POLICY = "policy.safetensors"
 MODEL = "model.safetensors"
@@ -56,8 +56,7 @@ def launch(
     Returns:
         The exit status, 130 after Ctrl-C.
     """
-    preset = system() if args.model not in (None, EMBEDDED) else system.for_digits()
-    config = with_settings(preset, args.settings)
+    config = with_settings(preset(system, args.model), args.settings)
     with (
         join(args.device) as (workers, args.device),
         workers.quiet(),
