@@ -17,10 +17,10 @@ from torch.testing import assert_close
 
 import agents
 from agents.dora import DoraConfig, DoraPruneConfig
-from agents.rl4evit import RL4EViTConfig
 from agents.gated import GatedPolicy
 from agents.policy import load_policy
 from agents.ppo import PPO, centre_groups, normalise_advantage, surgery
+from agents.rl4evit import RL4EViTConfig
 from agents.rollout import Columns
 from agents.settings import preset, with_settings
 from agents.storage import read_tensors, write_tensors

@@ -76,7 +76,8 @@ def gated(backbone: Backbone, **kwargs: Any) -> GatedPolicy:
     rules = prune_rules(backbone)
     own, shared = rules.agent_dim(backbone), rules.shared_dim(backbone)
     widths = {"key": shared - len(BLOCKS) - 3, "own": own, "patches": backbone.patches}
-    policy = GatedPolicy(rules, widths, width=16, initial_gate=0.6, initial_budget=(20.0,), **kwargs)
+    kwargs = {"initial_gate": 0.6, "initial_budget": (20.0,)} | kwargs
+    policy = GatedPolicy(rules, widths, width=16, **kwargs)
     return shake(policy, 0.5)
 
 
