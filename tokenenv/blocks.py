@@ -150,7 +150,7 @@ def feed(parts: Parts, block: Any, tokens: Tokens) -> Tensor:
     return torch.cat([parts.feed(block, rows) for rows in portions]).view(tokens.x.shape)
 
 
-_ROWS, _NUMBERS = 2048, 2**18
+_ROWS, _NUMBERS = 2048, 2**17
 """Tokens that a block takes at once on a CPU where nothing learns; below so many numbers, all."""
 
 
