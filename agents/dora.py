@@ -11,7 +11,7 @@ from agents.gated import GatedPolicy
 from agents.judgement import Judgement
 from agents.policy import ActorPolicy, Widths
 from agents.ppo import PPO, PPOConfig
-from agents.settings import check_settings
+from agents.settings import check_settings, word
 from agents.workers import ALONE, Workers
 from tokenenv.backbone import Backbone
 from tokenenv.data import ImageSource
@@ -82,8 +82,7 @@ class _Common:
     def __post_init__(self) -> None:
         check_settings(self)
 
-    @staticmethod
-    def implied(given: dict[str, Any]) -> dict[str, Any]:
+    def implied(self, given: dict[str, Any]) -> dict[str, Any]:
         """Settings that those ``given`` bring with them: the drop is measured at threshold 0.5."""
         return {"calibrate": 0} if given.get("target_drop") else {}
 
@@ -234,7 +233,8 @@ class DoraPruneConfig(_Common):
         width: of the actor's encoder; 0: a sixth of the model's, as in the paper.
         initial_gate: probability of an open gate before training.
         initial_budget: number of tokens that leave by an open gate before training, give or take
-            a third; one for all decision blocks, or one for each.
+            a third; one for all decision blocks, or one for each. Where ``blocks`` are others than
+            those that a list is for, all start from its mean unless told.
         lean: how fast the log-odds of leaving fall with class attention before training, and
             rise with redundancy, where those are seen.
         selector: ``learned``; or ``random``, or ``redundancy`` (the most similar leave), in its
@@ -252,11 +252,11 @@ class DoraPruneConfig(_Common):
     lean: tuple[float, float] = (2.0, 20.0)
     selector: Literal["learned", "random", "redundancy"] = "learned"
 
-    @staticmethod
-    def implied(given: dict[str, Any]) -> dict[str, Any]:
-        """Budgets of a preset's blocks don't fit other blocks."""
-        start = {"initial_budget": (12.0,)} if "blocks" in given else {}
-        return {**_Common.implied(given), **start}
+    def implied(self, given: dict[str, Any]) -> dict[str, Any]:
+        """A budget for each of these blocks doesn't fit others: there all start from the mean."""
+        fits = given.get("blocks", self.blocks) == self.blocks
+        mean = sum(self.initial_budget) / len(self.initial_budget)
+        return {**super().implied(given), **({} if fits else {"initial_budget": (mean,)})}
 
     def learner(
         self,
@@ -312,7 +312,7 @@ class DoraPruneConfig(_Common):
         steps, layout = len(game.rules.blocks), game.rules.layout(game.backbone)
         if len(self.initial_budget) not in (1, steps):
             raise UserError(
-                f"initial_budget={'/'.join(f'{n:g}' for n in self.initial_budget)} is for "
+                f"initial_budget={word(self.initial_budget)} is for "
                 f"{len(self.initial_budget)} decision blocks and there are {steps}: give one "
                 "number for all of them, or one for each"
             )

@@ -123,8 +123,7 @@ class RL4EViTConfig:
             decide="systematic",
         )
 
-    @staticmethod
-    def implied(given: dict[str, Any]) -> dict[str, Any]:
+    def implied(self, given: dict[str, Any]) -> dict[str, Any]:
         """Settings that those ``given`` bring with them.
 
         RL4EViT's reward comes with a price of its own, which stays where it is unless asked.

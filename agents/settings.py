@@ -24,9 +24,8 @@ class Settings(Protocol):
         Where four times the tokens need others the class has a ``for_large_digits`` beside it.
         """
 
-    @staticmethod
-    def implied(given: dict[str, Any]) -> dict[str, Any]:
-        """Settings that those ``given`` bring with them."""
+    def implied(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Settings that those ``given`` in place of these bring with them."""
 
 
 C = TypeVar("C", bound=Settings)
@@ -82,12 +81,15 @@ def _for_large_digits(cls: type[Settings]) -> Settings:
 
 def check_settings(config: Any) -> None:
     """Raise :class:`UserError` where a setting is out of its range."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for key, value in vars(config).items():
         fits, words = _CHECKS.get(key, (lambda v: True, ""))
+        if isinstance(defaults[key], tuple) and not isinstance(value, tuple):
+            fits, words = (lambda v: False), f"a tuple, such as {defaults[key]}"
         if isinstance(value, float) and not math.isfinite(value):
             fits, words = (lambda v: False), "a finite number"
         if not fits(value):
-            raise UserError(f"{key}={_text(value)} doesn't do: it must be {words}")
+            raise UserError(f"{key}={word(value)} doesn't do: it must be {words}")
 
 
 def with_settings(config: C, settings: list[str]) -> C:
@@ -113,13 +115,17 @@ def with_settings(config: C, settings: list[str]) -> C:
 
 def settings_help(cls: type[Settings]) -> str:
     """Every setting with its default, then what each of them means."""
-    small, large = vars(cls.for_digits()), vars(_for_large_digits(cls))
+    from tokenenv.models import DIGITS_MODELS
+
+    presets = {name: vars(preset(cls, name)) for name in DIGITS_MODELS}
     defaults = []
     for key, value in vars(cls()).items():
-        words = "embedded model" if small[key] == large[key] else "embedded models"
-        told = " and ".join(dict.fromkeys((_text(small[key]), _text(large[key]))))
-        other = f"  ({words}: {told})" if {small[key], large[key]} != {value} else ""
-        defaults.append(f"  {key}={_text(value)}{other}")
+        models: dict[str, list[str]] = {}
+        for name, settings in presets.items():
+            models.setdefault(word(settings[key]) or "empty", []).append(name)
+        told = "; ".join(f"{' and '.join(names)}: {text}" for text, names in models.items())
+        other = f"  ({told})" if any(each[key] != value for each in presets.values()) else ""
+        defaults.append(f"  {key}={word(value)}{other}")
     meanings = [
         inspect.cleandoc(c.__doc__ or "").partition("Attributes:\n")[2].partition("\n\n")[0]
         for c in reversed(cls.__mro__)
@@ -134,10 +140,10 @@ def _hints(cls: type[Settings]) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
-def _text(value: Any) -> str:
+def word(value: Any) -> str:
     """A value as ``--set`` takes it."""
-    if isinstance(value, tuple):
-        return "/".join(map(_text, value))
+    if isinstance(value, tuple | list):
+        return "/".join(map(word, value))
     return str(value).lower() if isinstance(value, bool) else f"{value}"
 
 
@@ -164,7 +170,7 @@ def _describe(hint: Any) -> str:
     if origin is tuple and args[-1] is not Ellipsis:
         return f"{len(args)} values, each {_describe(args[0])}, separated by slashes"
     if origin is tuple:
-        return f"a list of {_describe(args[0])}, such as a/b/c"
+        return f"one value or several separated by slashes, each {_describe(args[0])}"
     if origin is Literal:
         return " or ".join(args)
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from agents.judgement import Judge, Judgement
+from agents.settings import word
 from agents.storage import flatten_state, read_tensors, unflatten_state, write_tensors
 from agents.workers import ALONE, Workers
 from tokenenv.errors import UserError
@@ -205,12 +206,16 @@ class Trainer:
 
 
 def check_same(saved: dict[str, Any], now: dict[str, Any], out: Path) -> None:
-    """Raise :class:`UserError` naming the first setting that differs."""
+    """Raise :class:`UserError` naming the first setting that differs.
+
+    A number is the same as a list of it: some settings once took only one.
+    """
     for key in sorted(saved.keys() | now.keys()):
-        if saved.get(key) != now.get(key):
+        before, after = saved.get(key), now.get(key)
+        if not (before == after or [before] == after or before == [after]):
             raise UserError(
-                f"cannot resume '{out}' with {key}={now.get(key)}: it was started with "
-                f"{key}={saved.get(key)}; use the same settings or another --out"
+                f"cannot resume '{out}' with {key}={word(after)}: it was started with "
+                f"{key}={word(before)}; use the same settings or another --out"
             )
 
 

@@ -81,6 +81,15 @@ def test_version_and_envs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "tokenenv/TokenPrune-v0" in capsys.readouterr().out
 
 
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    command = [sys.executable, "-m", "tokenenv", "train", "dora", "--list-settings"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        assert run.stdout is not None
+        run.stdout.close()
+        assert run.stderr is not None
+        assert (run.stderr.read(), run.wait()) == (b"", 141)
+
+
 def test_settings_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "rl4evit", "--list-settings"]) == 0
     listed = capsys.readouterr().out
@@ -105,10 +114,12 @@ def test_doras_settings_are_listed(
 ) -> None:
     assert main(["train", system, "--list-settings"]) == 0
     listed = capsys.readouterr().out
-    for words in (line, "batch=64  (embedded model: 128)", meaning, "price of damage before"):
+    for words in (line, meaning, "price of damage before"):
         assert words in listed
-    for words in ("updates=240  (embedded models: ", " and 40)\n"):
-        assert words in listed
+    assert "  batch=64  (digits_vit and digits_vit_16: 128)\n" in listed
+    assert "  updates=240  (digits_vit: " in listed
+    assert "; digits_vit_16: 40)\n" in listed
+    assert ("  blocks=  (digits_vit: empty; digits_vit_16: 0/" in listed) == (system == "dora")
     assert not Path("runs").exists()
 
 

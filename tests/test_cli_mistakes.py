@@ -100,7 +100,10 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
         ("train rl4evit --set updates=1.5", "updates=1.5|a whole number"),
         ("train rl4evit --set share=maybe", "share=maybe|true or false"),
         ("train rl4evit --set reward=gold", "reward=gold|cooperative or alpha_beta"),
-        ("train rl4evit --set hidden=a/b", "hidden=a/b|a list of a whole number"),
+        (
+            "train rl4evit --set hidden=a/b",
+            "hidden=a/b|one value or several|each a whole number",
+        ),
         ("train rl4evit --set beta=nan", "beta=nan|a finite number"),
         ("train rl4evit --set alpha=inf", "alpha=inf|a finite number"),
         ("train rl4evit --set lr=0", "lr=0.0|greater than 0"),
@@ -117,7 +120,7 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
         ("train rl4evit --set features=smell", "unknown feature 'smell'"),
         ("train rl4evit --set blocks=3/3", "blocks=3/3"),
         ("train rl4evit --set blocks=40", "block 40 is out of range"),
-        ("train rl4evit --set blocks=x", "blocks=x|a list of a whole number"),
+        ("train rl4evit --set blocks=x", "blocks=x|separated by slashes, each a whole number"),
         ("train rl4evit --set batch=5000", "batch=5000|--set batch="),
         ("train rl4evit --set batch=10 --set repeats=4", "10|multiple of repeats=4"),
         ("train rl4evit --set reward=keep_target --set targets=0/0.5", "keep ratio 0"),
@@ -143,11 +146,15 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
         ("train dora-prune --set lean=1", "lean=1|2 values, each a number"),
         ("train dora-prune --set lean=1/2/3", "lean=1/2/3|2 values, each a number"),
         ("train dora-prune --set initial_gate=0", "initial_gate=0.0|between 0 and 1"),
+        (
+            "train dora-prune --set initial_budget=many",
+            "initial_budget=many|one value or several separated by slashes, each a number",
+        ),
         ("train dora-prune --set initial_budget=9/0", "initial_budget=9.0/0.0|greater than 0"),
         ("train dora-prune --set initial_budget=nan", "initial_budget=nan|greater than 0"),
         (
             "train dora-prune --set initial_budget=9/8",
-            "initial_budget=9/8 is for 2 decision blocks and there are 4|one for each",
+            "initial_budget=9.0/8.0 is for 2 decision blocks and there are 4|one for each",
         ),
         # places
         ("train rl4evit --resume", "--resume needs --out"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -324,6 +325,13 @@ def test_a_target_drop_is_measured_at_the_threshold_of_training() -> None:
     assert with_settings(DoraConfig(), ["target_saving=20"]).calibrate == DoraConfig().calibrate
 
 
+def test_a_setting_of_many_values_is_a_tuple() -> None:
+    with pytest.raises(UserError, match=r"initial_budget=12.0.*a tuple, such as \(12.0,\)"):
+        DoraPruneConfig(initial_budget=12.0)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"hidden=32.*a tuple"):
+        DoraConfig(hidden=32)  # type: ignore[arg-type]
+
+
 def test_what_a_system_starts_from_depends_on_the_model() -> None:
     assert preset(DoraPruneConfig, "vit_tiny_patch16_224") == DoraPruneConfig()
     assert preset(DoraPruneConfig, None) == DoraPruneConfig.for_digits()
@@ -333,11 +341,15 @@ def test_what_a_system_starts_from_depends_on_the_model() -> None:
     assert preset(RL4EViTConfig, "digits_vit_16") == RL4EViTConfig.for_digits()
 
 
-def test_budgets_of_the_presets_blocks_go_when_blocks_are_named() -> None:
-    start = DoraPruneConfig.for_digits()
-    assert len(start.initial_budget) == len(start.blocks) > 1
-    other = with_settings(start, ["blocks=3/5"])
-    assert (other.blocks, len(other.initial_budget)) == ((3, 5), 1)
+def test_other_blocks_than_the_presets_start_from_the_mean_of_its_budgets() -> None:
+    start = dataclasses.replace(
+        DoraPruneConfig(), blocks=(0, 2, 4), initial_budget=(120.0, 70.0, 20.0)
+    )
+    for blocks in ("3/5", "0/2/5", ""):
+        assert with_settings(start, [f"blocks={blocks}"]).initial_budget == (70.0,)
+    assert with_settings(start, ["blocks=0/2/4"]) == start
+    assert with_settings(start, ["blocks=", "target_drop=0.01"]).calibrate == 0
+    assert with_settings(DoraPruneConfig(), ["blocks=3"]).initial_budget == (12.0,)
     assert with_settings(start, ["blocks=3/5", "initial_budget=7/6"]).initial_budget == (7.0, 6.0)
     assert with_settings(start, ["lr=0.1"]).initial_budget == start.initial_budget
 

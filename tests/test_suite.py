@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from suite_tasks import TINY, TINY_MERGE, elsewhere, kept, run  # noqa: F401
 
-from agents.settings import with_settings
+from agents.settings import with_settings, word
 from agents.spec import parse_policy
 from agents.systems import SYSTEMS
 from tokenenv import metrics, open_source
@@ -266,7 +266,7 @@ def test_every_task_says_what_it_is(task: Task) -> None:
     config = suite_learners.settings(task, system)
     assert config.updates * config.batch <= task.budget < (config.updates + 1) * config.batch
     # As words of the command line and back.
-    words = [f"{key}={suite_learners._word(value)}" for key, value in vars(config).items()]
+    words = [f"{key}={word(value)}" for key, value in vars(config).items()]
     assert with_settings(SYSTEMS[system]()(), words) == config
     if task.embedded:
         opened = open_task(task)

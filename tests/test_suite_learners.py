@@ -30,7 +30,7 @@ def test_ctrl_c_in_training(
         assert run("run tiny-prune-v0 --learner ippo --seeds 0") == 130
         assert "the same command goes on" in capsys.readouterr().err
     assert [args.resume for args in asked] == [False, True]
-    assert "centralised=False" in asked[0].settings and not kept()
+    assert "centralised=false" in asked[0].settings and not kept()
 
 
 def test_a_trained_learner_keeps_the_budget_and_resumes(

@@ -28,7 +28,7 @@ from agents.storage import (
     write_json,
     write_tensors,
 )
-from agents.training import CHECKPOINT, Trainer, _Clock
+from agents.training import CHECKPOINT, Trainer, _Clock, check_same
 from agents.workers import ALONE
 from tokenenv import metrics
 from tokenenv.cli import main
@@ -234,6 +234,17 @@ def test_resuming_with_another_setting_names_it(tmp_path: Path) -> None:
         trainer(tmp_path, beta=0.5).resume()
     with pytest.raises(UserError, match=r"new=1.*started with new=None"):
         trainer(tmp_path, new=1).resume()
+
+
+def test_a_number_and_a_list_of_it_are_one_setting() -> None:
+    out = Path("run")
+    check_same({"initial_budget": 12.0}, {"initial_budget": [12.0]}, out)
+    check_same({"initial_budget": [12.0]}, {"initial_budget": 12.0}, out)
+    for now in ([12.0, 12.0], [], [11.0], 11.0, None):
+        with pytest.raises(UserError, match=r"with initial_budget=12.0; use the same"):
+            check_same({"initial_budget": 12.0}, {"initial_budget": now}, out)
+    with pytest.raises(UserError, match=r"'run' with blocks=3/5: .* with blocks=0/2/4;"):
+        check_same({"blocks": [0, 2, 4]}, {"blocks": [3, 5]}, out)
 
 
 def test_resuming_nothing_or_rubbish_is_one_line(tmp_path: Path) -> None:

@@ -283,7 +283,8 @@ def _add_model_options(parser: argparse.ArgumentParser, *, images: bool = True) 
     parser.add_argument(
         "--model",
         metavar="NAME",
-        help="any timm ViT (default: embedded digits); for LTM also a Swin, MobileViT or "
+        help="any timm ViT, or digits_vit (the default) or digits_vit_16, which come with weights "
+        "and digits of their own, as 64 or 256 tokens; for LTM also a Swin, MobileViT or "
         "EfficientViT",
     )
     parser.add_argument(
@@ -339,17 +340,27 @@ def _whole(text: str, low: int, high: int) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; 0 on success, 2 for a user's mistake, 130 after Ctrl-C."""
+    """Run one command.
+
+    Returns:
+        0 on success, 2 for a user's mistake, 130 after Ctrl-C, 141 if nobody reads what it prints.
+    """
     args = build_parser().parse_args(argv)
     try:
         _check_torchrun(args.command)
-        return _run(args)
+        status = _run(args)
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"tokenenv: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         print("; ".join(["tokenenv: interrupted", *interrupt.args]), file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # Whoever read the output, such as head, has gone. Python writes what is left at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _check_torchrun(command: str) -> None:

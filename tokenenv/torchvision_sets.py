@@ -53,7 +53,7 @@ def open_named(data: str, split: str) -> NamedSet:
     if name.lower() not in known:
         raise UserError(
             f"data '{data}' is neither a folder nor a torchvision data set (NAME or NAME:ROOT); "
-            "check the path, or leave it out for the embedded digits"
+            "check the path, or leave it out where the model has digits of its own"
         )
     name = known[name.lower()]
     dataset, has_parts = _construct(getattr(datasets, name), name, root or "data", split)

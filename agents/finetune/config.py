@@ -103,8 +103,7 @@ class FineTuneConfig:
         """Settings for the embedded model."""
         return cls(**DIGITS)
 
-    @staticmethod
-    def implied(given: dict[str, Any]) -> dict[str, Any]:
+    def implied(self, given: dict[str, Any]) -> dict[str, Any]:
         """None brings others with it."""
         return {}
 

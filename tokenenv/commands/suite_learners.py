@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from agents.policy import load
-from agents.settings import preset
+from agents.settings import preset, word
 from agents.spec import parse_policy
 from agents.systems import SYSTEMS
 from agents.training import CHECKPOINT
@@ -222,9 +222,7 @@ def _trained(system: str, **changed: Any) -> Learn:
             images=None,
             seed=seed,
             resume=(folder / CHECKPOINT).is_file(),
-            settings=[
-                f"{k}={_word(v)}" for k, v in vars(settings(task, system, **changed)).items()
-            ],
+            settings=[f"{k}={word(v)}" for k, v in vars(settings(task, system, **changed)).items()],
         )
         with open(folder / "train.log", "a") as log, contextlib.redirect_stdout(log):
             status = train(run)
@@ -233,10 +231,6 @@ def _trained(system: str, **changed: Any) -> Learn:
         return {"policy": load(folder)}
 
     return learn
-
-
-def _word(value: Any) -> str:
-    return "/".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _untrained(opened: OpenTask, seed: int, *_: Any) -> Policies:
