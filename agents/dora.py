@@ -20,6 +20,7 @@ from tokenenv.errors import UserError
 from tokenenv.game import Game
 from tokenenv.rewards import ClosedLoop, Damage, Dora, PenaltyLoop
 from tokenenv.rules import LayerPrune
+from tokenenv.rules.layer_prune import LEAST
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class _Common:
         repeats: how often each image is in a batch, see :class:`~agents.ppo.PPOConfig`.
         blocks: decision blocks; empty: all (``dora``: but those that ``skip`` leaves out).
         damage: ``divergence``, the KL of the logits if nobody decided after this block, or
-            ``drift`` of the class token, see :class:`~tokenenv.rewards.Dora`.
+            ``drift`` of the class token, which grows far faster and wants a ``penalty`` of its own,
+            see :class:`~tokenenv.rewards.Dora`.
         terminal: pay for damage at the end only, without dense credit.
         penalty: price of damage before training.
         closed_loop: whether it follows the policy on the held-back images.
@@ -238,7 +240,8 @@ class DoraPruneConfig(_Common):
         lean: how fast the log-odds of leaving fall with class attention before training, and
             rise with redundancy, where those are seen.
         selector: ``learned``; or ``random``, or ``redundancy`` (the most similar leave), in its
-            place, for comparison.
+            place, for comparison. Random draws again at every size of a batch: which tokens leave
+            also depends on an image's place in it.
 
     Raises:
         UserError: a value out of its range.
@@ -315,6 +318,12 @@ class DoraPruneConfig(_Common):
                 f"initial_budget={word(self.initial_budget)} is for "
                 f"{len(self.initial_budget)} decision blocks and there are {steps}: give one "
                 "number for all of them, or one for each"
+            )
+        most = game.backbone.patches - LEAST
+        if max(self.initial_budget) > most:
+            raise UserError(
+                f"initial_budget={word(self.initial_budget)} is more than can leave: of "
+                f"{game.backbone.patches} tokens {LEAST} stay, so give at most {most}"
             )
         policy = GatedPolicy(
             game.rules,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -17,7 +18,10 @@ class SB3Policy:
     """A trained ``MlpPolicy`` that chooses counts, for :func:`tokenenv.metrics.evaluate`.
 
     It decides deterministically. In place of an illegal action 0 is played, as by the
-    environments; MaskablePPO is told what is legal.
+    environments; a learner that asks for masks, as MaskablePPO, is told what is legal.
+
+    What is saved of a learner doesn't say that ``VecNormalize`` scaled what it saw, or which counts
+    its actions stand for: of one loaded without its environment only the shapes are compared.
 
     Args:
         learner: trained on ``tokenenv/LayerMerge-v0`` or ``tokenenv/LayerPrune-v0``.
@@ -25,7 +29,8 @@ class SB3Policy:
             :class:`~tokenenv.envs.sb3.SB3VecEnv`.
 
     Raises:
-        UserError: its spaces are not those of the game, or it is no multilayer perceptron.
+        UserError: its spaces or rules are not those of the game, it saw scaled observations, or it
+            is no multilayer perceptron.
 
     Example:
         >>> from stable_baselines3 import PPO
@@ -59,23 +64,31 @@ class SB3Policy:
                 f"the learner chooses from {acts} and the game takes Discrete({game.actions}): "
                 "give the game that it was trained on"
             )
-        if learner.get_vec_normalize_env() is not None:
+        played = _game_of(learner)
+        if played is not None and played.rules != rules:
+            raise UserError(
+                f"the learner was trained with {played.rules} and the game has {rules}: "
+                "give the game that it was trained on"
+            )
+        normalised = learner.get_vec_normalize_env()
+        if normalised is not None and normalised.norm_obs:
             raise UserError(
                 "the learner saw observations that VecNormalize scaled, which the game does not "
-                "show: train it without"
+                "show: train it without, or with norm_obs=False"
             )
         self.rules, self._learner = rules, learner
         self.trained_on = game.backbone.architecture
         network = getattr(learner.policy, "mlp_extractor", None)
-        if network is None or list(learner.policy.features_extractor.parameters()):
+        remembers = hasattr(learner.policy, "lstm_actor")
+        if network is None or remembers or list(learner.policy.features_extractor.parameters()):
             raise UserError(
                 f"the cost of {type(learner.policy).__name__} is not known: train 'MlpPolicy' "
-                "with an actor-critic algorithm"
+                "with an actor-critic algorithm that has no memory"
             )
         parts = (network.policy_net, learner.policy.action_net)
         layers = [m for part in parts for m in part.modules() if isinstance(m, nn.Linear)]
         self._macs = sum(layer.weight.numel() for layer in layers)
-        self._masks = type(learner).__name__ == "MaskablePPO"
+        self._masks = "action_masks" in inspect.signature(learner.predict).parameters
 
     def act(self, observation: Observation) -> Tensor:
         """``(B, 1)`` int64 choices."""
@@ -90,3 +103,11 @@ class SB3Policy:
     def macs(self, agents: Tensor, removed: Tensor) -> Tensor:
         """Multiply-adds of one decision."""
         return torch.full_like(agents, self._macs)
+
+
+def _game_of(learner: Any) -> Game | None:
+    """What a learner's environment plays, if it still has one that lies in this process."""
+    env = learner.get_env()
+    envs = getattr(getattr(env, "unwrapped", None), "envs", None)
+    one = envs[0].unwrapped if isinstance(envs, list) else envs
+    return getattr(one, "game", None)

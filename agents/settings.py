@@ -44,7 +44,8 @@ _CHECKS: dict[str, Check] = {
     **dict.fromkeys(("updates", "batch", "repeats", "evaluate_every"), _FROM_ONE),
     **dict.fromkeys(("epochs", "minibatches", "critic_width", "budget_step"), _FROM_ONE),
     **dict.fromkeys(("alpha", "beta", "entropy", "calibrate", "critic_depth", "width"), _FROM_ZERO),
-    **dict.fromkeys(("lr", "critic_lr", "clip", "penalty"), _POSITIVE),
+    **dict.fromkeys(("lr", "critic_lr", "clip"), _POSITIVE),
+    "penalty": (lambda v: 0 < v <= 1e6, "above 0 and at most 1e6"),
     **dict.fromkeys(("accumulate",), _FROM_ONE),
     **dict.fromkeys(("min_lr", "weight_decay", "mixup", "cutmix", "class_loss"), _FROM_ZERO),
     **dict.fromkeys(("logit_loss", "token_loss"), _FROM_ZERO),
@@ -56,8 +57,8 @@ _CHECKS: dict[str, Check] = {
     **dict.fromkeys(("held_back", "initial_keep", "initial_merge", "initial_gate"), _PART),
     "target_saving": _PERCENT,
     "initial_budget": (
-        lambda v: bool(v) and all(math.isfinite(n) and n > 0 for n in v),
-        "one or more numbers greater than 0, such as 12 or 40/20/10",
+        lambda v: bool(v) and min(v) >= 1,
+        "one or more numbers from 1, such as 12 or 40/20/10",
     ),
     "hidden": (lambda v: bool(v) and min(v) >= 1, "one or more widths, such as 64/64"),
     "features": (bool, "one or more names, separated by slashes"),
@@ -84,12 +85,16 @@ def check_settings(config: Any) -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for key, value in vars(config).items():
         fits, words = _CHECKS.get(key, (lambda v: True, ""))
+        numbers = value if isinstance(value, tuple) else (value,)
+        problem = ""
         if isinstance(defaults[key], tuple) and not isinstance(value, tuple):
-            fits, words = (lambda v: False), f"a tuple, such as {defaults[key]}"
-        if isinstance(value, float) and not math.isfinite(value):
-            fits, words = (lambda v: False), "a finite number"
-        if not fits(value):
-            raise UserError(f"{key}={word(value)} doesn't do: it must be {words}")
+            problem = f"a tuple, such as {defaults[key]}"
+        elif any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            problem = "a finite number" if len(numbers) == 1 else "finite numbers"
+        elif not fits(value):
+            problem = words
+        if problem:
+            raise UserError(f"{key}={word(value)} doesn't do: it must be {problem}")
 
 
 def with_settings(config: C, settings: list[str]) -> C:

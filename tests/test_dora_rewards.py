@@ -280,7 +280,9 @@ def test_the_penalty_loop_by_hand(
         (lambda: Dora(damage="none"), "damage='none': choose 'drift' or 'divergence'"),
         (lambda: Dora(tau=0), "tau=0 must be greater than 0"),
         (lambda: Dora(kappa=-1), "kappa=-1 must be greater than 0"),
-        (lambda: Dora(bend=-1), "bend=-1 must be at least 0"),
+        (lambda: Dora(penalty=-5), "penalty=-5 must be a finite number from 0"),
+        (lambda: Dora(efficiency=math.nan), "efficiency=nan must be a finite number from 0"),
+        (lambda: Dora(bend=-1), "bend=-1 must be a finite number from 0"),
     ],
 )
 def test_bad_parameters(build: Any, words: str) -> None:

@@ -100,4 +100,6 @@ def test_mistakes(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     before = tree(Path.cwd())
     with pytest.raises(UserError, match=r"pip install 'tokenenv\[export\]'"):
         tokenenv.export_onnx(compressed("norm:keep=0.5,blocks=2"), "x.onnx")
+    error = mistake("compress norm:keep=0.5 --out x --export x.onnx", capfd)
+    assert "needs the package 'onnxscript'" in error or "needs the package 'onnx'" in error
     assert tree(Path.cwd()) == before

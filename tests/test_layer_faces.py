@@ -319,9 +319,39 @@ def test_learners_of_another_game_are_refused() -> None:
     with pytest.raises(UserError, match=r"chooses from Discrete\(.*the game takes Discrete"):
         pruner = sb3.PPO("MlpPolicy", envs[PRUNE], device="cpu")
         SB3Policy(pruner, SB3VecEnv(PRUNE, 2, budget_step=4, **small(max_cycles=2)).envs.game)
+    with pytest.raises(UserError, match=r"trained with LayerMerge\(.*the game has LayerMerge\("):
+        SB3Policy(learner, SB3VecEnv(MERGE, 2, **small(blocks=(0, 2))).envs.game)
+    with pytest.raises(UserError, match=r"trained with LayerMerge\("):
+        alone = sb3.PPO("MlpPolicy", make(MERGE, max_cycles=2), device="cpu")
+        SB3Policy(alone, SB3VecEnv(MERGE, 2, **small(blocks=(0, 2))).envs.game)
+    rewards_alone = sb3.common.vec_env.VecNormalize(envs[MERGE], norm_obs=False)
+    SB3Policy(sb3.PPO("MlpPolicy", rewards_alone, device="cpu"), envs[MERGE].envs.game)
     critic_only = sb3.DQN("MlpPolicy", make(MERGE, max_cycles=2), buffer_size=10, device="cpu")
     with pytest.raises(UserError, match="the cost of DQNPolicy is not known: train 'MlpPolicy'"):
         SB3Policy(critic_only, make(MERGE, max_cycles=2).unwrapped.game)
+
+
+def test_learners_of_other_algorithms() -> None:
+    contrib = pytest.importorskip("sb3_contrib")
+    from agents.sb3 import SB3Policy
+    from tokenenv.envs.sb3 import SB3VecEnv
+
+    envs = SB3VecEnv(MERGE, 2, **small(max_cycles=2))
+    remembers = contrib.RecurrentPPO("MlpLstmPolicy", envs, n_steps=2, batch_size=4, device="cpu")
+    with pytest.raises(UserError, match=r"RecurrentActorCriticPolicy is not known.*no memory"):
+        SB3Policy(remembers, envs.envs.game)
+
+    class Own(contrib.MaskablePPO):
+        """Somebody's variant."""
+
+    learner = Own("MlpPolicy", envs, n_steps=2, batch_size=4, device="cpu")
+    with torch.no_grad():  # many pairs at every decision, more than there are at the second
+        learner.policy.action_net.weight.zero_()
+        learner.policy.action_net.bias.copy_(torch.arange(float(envs.action_space.n)))
+    game = envs.envs.game
+    envs.reset()
+    counts = metrics.play(game.backbone, SB3Policy(learner, game), game.images).counts
+    assert (counts[-1] < counts[-2]).all(), "without its mask an illegal count is played as 0"
 
 
 def test_stable_baselines_vec_env_is_the_vector_env() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import logging
 import tempfile
 import warnings
@@ -15,6 +16,15 @@ import torch
 
 from tokenenv.compressed import CompressedViT
 from tokenenv.errors import UserError
+
+
+def check_export() -> None:
+    """Raise :class:`UserError` where a package that the export needs is missing."""
+    for name in ("onnx", "onnxscript"):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"the export needs the package '{name}': pip install 'tokenenv[export]'"
+            )
 
 
 def export_onnx(fast: CompressedViT, path: str | Path) -> None:
@@ -36,6 +46,7 @@ def export_onnx(fast: CompressedViT, path: str | Path) -> None:
     path = Path(path)
     if path.is_dir() or not path.parent.is_dir():  # before a minute of work
         raise UserError(f"cannot write '{path}': give the name of a file in a folder that exists")
+    check_export()
     fast = copy.deepcopy(fast).cpu().eval()
     patches = fast.model.patch_embed
     shape = (1, patches.proj.in_channels, *patches.img_size)
@@ -52,10 +63,6 @@ def export_onnx(fast: CompressedViT, path: str | Path) -> None:
                 verbose=False,
                 custom_translation_table={torch.ops.aten.sort.stable: _stable_sort()},
             )
-    except ImportError as error:
-        raise UserError(
-            f"the export needs the package '{error.name}': pip install 'tokenenv[export]'"
-        ) from None
     except (torch.onnx.OnnxExporterError, torch._dynamo.exc.TorchDynamoException) as error:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(

@@ -222,8 +222,9 @@ class Dora:
         for name in ("tau", "kappa"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name}={getattr(self, name):g} must be greater than 0")
-        if self.bend < 0:
-            raise UserError(f"bend={self.bend:g} must be at least 0")
+        for name in ("efficiency", "penalty", "bend"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name}={getattr(self, name):g} must be a finite number from 0")
 
     def __call__(self, turn: Turn) -> Tensor:
         """Rewards ``(B, 1)``."""

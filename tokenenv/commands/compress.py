@@ -11,7 +11,7 @@ from tokenenv.commands.evaluate import adopt, writable_file
 from tokenenv.commands.merged import is_merged
 from tokenenv.compressed import CONFIG, compress
 from tokenenv.errors import UserError
-from tokenenv.export import export_onnx
+from tokenenv.export import check_export, export_onnx
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,6 +30,8 @@ def run(args: argparse.Namespace) -> int:
             )
         if args.export and args.dtype != "float32":
             raise UserError(f"--export writes float32 only, not {args.dtype}: leave --dtype out")
+        if args.export:
+            check_export()
         adopt(args, args.what)
         backbone, name = open_backbone(args, images=False)
         fast = compress(backbone.model, parse_policy(args.what, backbone.depth), args.execution)

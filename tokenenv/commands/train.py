@@ -72,6 +72,12 @@ def _build(args: argparse.Namespace, config: Config, workers: Workers, out: Path
     backbone, name = open_backbone(args)
     source = open_images(args, backbone)
     fit, held_back = source.split(config.held_back, seed=args.seed)
+    if config.batch % config.repeats:
+        more = -(-config.batch // config.repeats) * config.repeats
+        raise UserError(
+            f"batch={config.batch} holds each image repeats={config.repeats} times, which doesn't "
+            f"divide it: use --set batch={more}"
+        )
     if config.batch < config.repeats * workers.count:
         raise UserError(
             f"batch={config.batch} with repeats={config.repeats} has too few images for "

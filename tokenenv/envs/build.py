@@ -135,7 +135,10 @@ def build_rules(
     known = [field.name for field in fields(cls) if field.name != "blocks"]
     for key in settings:
         if key not in known:
-            raise UserError(f"unknown argument '{key}': the rules take {', '.join(known)}")
+            raise UserError(
+                f"unknown argument '{key}': the rules take {', '.join(known)}; what a reward takes "
+                "goes into reward_kwargs={...}"
+            )
     # Lists come from JSON and from users; rules are hashable.
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
     made: TokenPrune | LayerMerge | LayerPrune = cls(
