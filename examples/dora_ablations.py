@@ -3,7 +3,8 @@
     python examples/dora_ablations.py --out runs/ablations --seeds 3 --jobs 2
 
 Every row of the table is ``tokenenv train`` with one thing changed, once per seed; the threshold of
-each trained policy is then set for the same saving, so that rows differ in accuracy alone. Runs
+each trained policy is then set for the same saving, as nearly as it allows: rows that differ in it
+still don't compare in accuracy alone. Runs
 that are finished are not repeated: the same command goes on where it stopped. What follows ``--``
 goes to every training, such as ``-- --model deit_tiny_patch16_224 --data imagenet/train``.
 """
