@@ -257,9 +257,10 @@ class DoraPruneConfig(_Common):
 
     def implied(self, given: dict[str, Any]) -> dict[str, Any]:
         """A budget for each of these blocks doesn't fit others: there all start from the mean."""
-        fits = given.get("blocks", self.blocks) == self.blocks
-        mean = sum(self.initial_budget) / len(self.initial_budget)
-        return {**super().implied(given), **({} if fits else {"initial_budget": (mean,)})}
+        implied = super().implied(given)
+        if given.get("blocks", self.blocks) != self.blocks:
+            implied["initial_budget"] = (sum(self.initial_budget) / len(self.initial_budget),)
+        return implied
 
     def learner(
         self,

@@ -342,6 +342,8 @@ def test_what_a_system_starts_from_depends_on_the_model() -> None:
 
 
 def test_other_blocks_than_the_presets_start_from_the_mean_of_its_budgets() -> None:
+    for made in (DoraPruneConfig.for_digits(), DoraPruneConfig.for_large_digits()):
+        assert len(made.initial_budget) == len(made.blocks) > 1
     start = dataclasses.replace(
         DoraPruneConfig(), blocks=(0, 2, 4), initial_budget=(120.0, 70.0, 20.0)
     )
