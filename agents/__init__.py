@@ -7,12 +7,12 @@ from typing import Any
 __all__ = ["MAPPO", "ActorPolicy", "MAPPOConfig", "PettingZooArena", "load", "parse_policy"]
 
 _HOME = {
-    "MAPPO": "agents.mappo",
-    "MAPPOConfig": "agents.mappo",
-    "ActorPolicy": "agents.policy",
-    "load": "agents.policy",
-    "parse_policy": "agents.spec",
-    "PettingZooArena": "agents.arena",
+    "MAPPO": "agents.learners.mappo",
+    "MAPPOConfig": "agents.learners.mappo",
+    "ActorPolicy": "agents.policies.actor",
+    "load": "agents.policies.actor",
+    "parse_policy": "agents.policies.words",
+    "PettingZooArena": "agents.learners.arena",
 }
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from tokenenv.errors import UserError, run_script
-from tokenenv.metrics import paired_difference
+from tokenenv.measure.evaluation import paired_difference
 
 
 def read_report(path: Path) -> Any:

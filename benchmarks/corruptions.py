@@ -44,16 +44,16 @@ from compare import interval
 from torch import Tensor
 from tqdm import tqdm
 
-from agents.policy import Policy
-from agents.spec import parse_policy
-from agents.storage import write_json
-from tokenenv import metrics
-from tokenenv.backbone import Backbone
-from tokenenv.commands.common import MAC_NOTE, open_backbone, report_skipped
-from tokenenv.commands.evaluate import fit, writable_file
+from agents.policies.actor import Policy
+from agents.policies.words import parse_policy
+from tokenenv.cli.common import MAC_NOTE, open_backbone, report_skipped
+from tokenenv.cli.evaluate import fit, writable_file
 from tokenenv.data import ImageSource, open_source
+from tokenenv.data.pixels import one_line
 from tokenenv.errors import UserError
-from tokenenv.pixels import one_line
+from tokenenv.measure import evaluation as metrics
+from tokenenv.storage import write_json
+from tokenenv.vit.backbone import Backbone
 
 CORRUPTIONS = (
     "gaussian_noise",

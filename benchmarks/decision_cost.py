@@ -17,15 +17,16 @@ from typing import Any
 
 import torch
 
-from agents.spec import parse_policy
-from tokenenv import attention, blocks, episode, reduction
-from tokenenv.backbone import Backbone
-from tokenenv.bench import bench
-from tokenenv.cli import positive
+from agents.policies.words import parse_policy
+from tokenenv.cli.main import positive
 from tokenenv.errors import run_script
-from tokenenv.metrics import play
-from tokenenv.models import load_model, untrained_model
-from tokenenv.tokens import Packing
+from tokenenv.game import episode
+from tokenenv.measure.evaluation import play
+from tokenenv.measure.speed import bench
+from tokenenv.vit import attention, blocks, reduction
+from tokenenv.vit.backbone import Backbone
+from tokenenv.vit.load import load_model, untrained_model
+from tokenenv.vit.tokens import Packing
 
 
 def main() -> None:

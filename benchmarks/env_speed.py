@@ -39,12 +39,12 @@ import numpy as np
 import timm
 import torch
 
-import tokenenv.embedded  # noqa: F401  (registers digits_vit)
+import tokenenv.vit.digits  # noqa: F401  (registers digits_vit)
 from tokenenv import Backbone, Game, ImageSource, build_game, load_backbone, open_source
 from tokenenv.envs.token_prune import parallel_env
 from tokenenv.envs.token_prune_vector import TokenPruneVectorEnv
 from tokenenv.errors import run_script
-from tokenenv.models import check_dtype
+from tokenenv.vit.load import check_dtype
 
 ID = "tokenenv/TokenPrune-v0"
 EVERY_BLOCK = ("token", "position", "progress")

@@ -47,12 +47,12 @@ from torch import nn
 from tqdm import tqdm
 
 from agents import MAPPO, ActorPolicy, MAPPOConfig, PettingZooArena
-from agents.policy import Widths
-from agents.storage import write_json
-from tokenenv.commands.common import writable_folder
+from agents.policies.actor import Widths
+from tokenenv.cli.common import writable_folder
+from tokenenv.data.pixels import one_line
 from tokenenv.errors import UserError
-from tokenenv.pixels import one_line
-from tokenenv.rules import Observation, TokenPrune
+from tokenenv.game.rules import Observation, TokenPrune
+from tokenenv.storage import write_json
 
 TASKS = ("simple_spread_v3", "simple_reference_v3")
 CYCLES = 25

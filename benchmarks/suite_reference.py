@@ -15,7 +15,7 @@ import argparse
 import json
 from pathlib import Path
 
-from agents.storage import write_bytes
+from tokenenv.storage import write_bytes
 from tokenenv.suite.report import make_yardstick
 from tokenenv.suite.results import REFERENCE, find_results, read_result
 from tokenenv.suite.tasks import TASKS

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 
 import agents
-from agents.dora import DoraConfig
-from agents.judgement import calibrate
+from agents.systems.dora import DoraConfig
+from agents.training.held_back import HeldBack
+from agents.training.judgement import calibrate
 from tokenenv import load_backbone, open_source
-from tokenenv.cli import positive
-from tokenenv.commands.evaluate import folder_of
-from tokenenv.commands.held_back import HeldBack
+from tokenenv.cli.evaluate import folder_of
+from tokenenv.cli.main import positive
 from tokenenv.errors import UserError, run_script
 
 TRIES = 9  # thresholds

@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from agents.heuristics import Nobody
+from agents.policies.heuristics import Nobody
 from tokenenv import Backbone, load_backbone, open_source
-from tokenenv.cli import positive
-from tokenenv.cost import Cost
+from tokenenv.cli.main import positive
 from tokenenv.errors import run_script
-from tokenenv.metrics import macs_of, play
+from tokenenv.game.cost import Cost
+from tokenenv.measure.evaluation import macs_of, play
 from tokenenv.reducers import DiffRate
 
 

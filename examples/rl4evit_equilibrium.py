@@ -23,9 +23,9 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from agents import MAPPO, ActorPolicy, MAPPOConfig
-from agents.policy import Widths
+from agents.policies.actor import Widths
 from tokenenv import AlphaBeta, Backbone, build_game, load_backbone
-from tokenenv.cli import positive
+from tokenenv.cli.main import positive
 
 BETA = 0.1
 

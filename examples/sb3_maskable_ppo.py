@@ -16,10 +16,11 @@ from sb3_contrib import MaskablePPO
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 
-from agents.sb3 import SB3Policy
-from tokenenv import metrics, open_source
-from tokenenv.cli import positive
+from agents.policies.sb3 import SB3Policy
+from tokenenv import open_source
+from tokenenv.cli.main import positive
 from tokenenv.envs.sb3 import SB3VecEnv
+from tokenenv.measure import evaluation as metrics
 
 ALGORITHMS = {"ppo": PPO, "maskable": MaskablePPO}
 

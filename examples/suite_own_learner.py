@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from agents import MAPPO, ActorPolicy, MAPPOConfig
-from agents.policy import Widths
+from agents.policies.actor import Widths
 from tokenenv.suite.opened import OpenTask
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import tokenenv.embedded  # registers digits_vit
+import tokenenv.vit.digits  # registers digits_vit
 from tokenenv.data import Batch, ImageSource, Stream, open_source
 
 BATCH = 64
@@ -92,7 +92,7 @@ def accuracy(model: nn.Module, source: ImageSource) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=tokenenv.embedded.WEIGHTS)
+    parser.add_argument("--out", type=Path, default=tokenenv.vit.digits.WEIGHTS)
     parser.add_argument("--epochs", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

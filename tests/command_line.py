@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tokenenv.cli import main
-from tokenenv.embedded import digits
+from tokenenv.cli.main import main
+from tokenenv.vit.digits import digits
 
 QUICK = (
     "train rl4evit --images 60 --set updates=3 --set evaluate_every=1 --set batch=8 "

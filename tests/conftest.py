@@ -13,8 +13,8 @@ from command_line import QUICK
 from safetensors.torch import save_file
 from torch import nn
 
-import tokenenv.embedded  # noqa: F401  (registers digits_vit with timm)
-from tokenenv.cli import main
+import tokenenv.vit.digits  # noqa: F401  (registers digits_vit with timm)
+from tokenenv.cli.main import main
 
 # A shell starts what runs in its background deaf to Ctrl-C, which tests raise.
 signal.signal(signal.SIGINT, signal.default_int_handler)

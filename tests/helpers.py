@@ -20,11 +20,11 @@ import timm
 import torch
 from gymnasium import spaces
 
-import tokenenv.embedded  # noqa: F401  (registers digits_vit)
-from tokenenv import attention
-from tokenenv.backbone import Backbone
-from tokenenv.cost import measured_macs
+import tokenenv.vit.digits  # noqa: F401  (registers digits_vit)
 from tokenenv.data import ImageSource, open_source
+from tokenenv.game.cost import measured_macs
+from tokenenv.vit import attention
+from tokenenv.vit.backbone import Backbone
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"

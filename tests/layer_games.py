@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tokenenv.backbone import Backbone
-from tokenenv.episode import Episode
-from tokenenv.rules import LayerMerge, LayerPrune, Observation
+from tokenenv.game.episode import Episode
+from tokenenv.game.rules import LayerMerge, LayerPrune, Observation
+from tokenenv.vit.backbone import Backbone
 
 BLOCKS = (0, 1, 3)
 EXECUTION = pytest.mark.parametrize("execution", ["masked", "padded"])

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tokenenv.cli import main
-from tokenenv.commands import suite
+from tokenenv.cli import suite
+from tokenenv.cli.main import main
 from tokenenv.suite import report, tasks
 from tokenenv.suite.tasks import TASKS, Task, find_task
 

@@ -7,11 +7,11 @@ import timm
 import torch
 from torch.testing import assert_close
 
-from tokenenv import blocks
-from tokenenv.backbone import Backbone
-from tokenenv.episode import EXECUTIONS, Episode
 from tokenenv.errors import UserError
-from tokenenv.rules import LayerMerge, TokenPrune
+from tokenenv.game.episode import EXECUTIONS, Episode
+from tokenenv.game.rules import LayerMerge, TokenPrune
+from tokenenv.vit import blocks
+from tokenenv.vit.backbone import Backbone
 
 # One of each kind, narrowed and shortened so that the suite stays fast.
 SMALL = {"embed_dim": 64, "depth": 4, "num_heads": 4, "num_classes": 7, "img_size": 112}
@@ -191,7 +191,7 @@ def test_pruned_tokens_have_no_influence(backbone: Backbone) -> None:
     with torch.inference_mode():
         tokens = backbone.embed(images)
         keep = torch.rand(2, backbone.patches, generator=torch.Generator().manual_seed(2)) < 0.6
-        from tokenenv import reduction
+        from tokenenv.vit import reduction
 
         def finish(tokens):
             for block in range(backbone.depth):

@@ -14,7 +14,7 @@ from helpers import moves, rounds, same, small
 
 from tokenenv import UserError, layer_prune_v0, token_prune_v0
 from tokenenv.envs.sb3 import SB3VecEnv
-from tokenenv.rewards import Dora, Turn
+from tokenenv.game.rewards import Dora, Turn
 
 IDS = ("TokenPrune", "LayerMerge", "LayerPrune")
 

@@ -18,11 +18,11 @@ from helpers import PLAYS, same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import tokenenv.embedded  # noqa: F401  (registers digits_vit)
-from tokenenv.backbone import Backbone
+import tokenenv.vit.digits  # noqa: F401  (registers digits_vit)
 from tokenenv.data import ImageSource, open_source
 from tokenenv.envs.ids import IDS, EnvId
 from tokenenv.errors import UserError
+from tokenenv.vit.backbone import Backbone
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

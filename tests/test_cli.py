@@ -19,14 +19,14 @@ from command_line import QUICK, Failed, evaluation, fail, mistake, write_digits
 from PIL import Image
 from safetensors.torch import save_file
 
-from agents.mappo import MAPPO
-from agents.policy import shipped
-from agents.rl4evit import RL4EViTConfig
-from agents.storage import read_tensors
-from agents.training import CHECKPOINT, Trainer
-from tokenenv import metrics
-from tokenenv.cli import main
-from tokenenv.embedded import WEIGHTS, digits
+from agents.learners.mappo import MAPPO
+from agents.policies.actor import shipped
+from agents.systems.rl4evit import RL4EViTConfig
+from agents.training.trainer import CHECKPOINT, Trainer
+from tokenenv.cli.main import main
+from tokenenv.measure import evaluation as metrics
+from tokenenv.storage import read_tensors
+from tokenenv.vit.digits import WEIGHTS, digits
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 KEYS = {
@@ -55,7 +55,7 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_help_imports_no_model_library() -> None:
     code = (
-        "import sys\nfrom tokenenv.cli import main\n"
+        "import sys\nfrom tokenenv.cli.main import main\n"
         "names = 'train evaluate bench compare compress envs'.split()\n"
         "for words in ([], *([name] for name in names)):\n"
         "    try: main([*words, '--help'])\n"
@@ -253,7 +253,7 @@ def test_a_share_is_held_back(
 
 
 def test_runs_without_a_name_are_numbered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenenv.commands.train._train", lambda args, run, out: touch(out))
+    monkeypatch.setattr("tokenenv.cli.train._train", lambda args, run, out: touch(out))
     for number in range(3):
         assert main(["train", "rl4evit"]) == 0
         assert Path(f"runs/rl4evit-{number}/file").exists()
@@ -351,7 +351,7 @@ def test_shipped_policies_are_known_by_name(name: str) -> None:
 
 
 def read_tensors_of(name: str) -> dict[str, Any]:
-    from agents.policy import SHIPPED
+    from agents.policies.actor import SHIPPED
 
     return read_tensors(SHIPPED / name / "policy.safetensors")[1]
 

@@ -15,13 +15,13 @@ from command_line import QUICK, evaluation, fail, mistake, tree, write_digits
 from PIL import Image
 from safetensors.torch import save_file
 
-from agents.rl4evit import RL4EViTConfig
-from agents.storage import read_tensors
-from agents.training import CHECKPOINT
-from tokenenv import metrics
-from tokenenv.cli import main
-from tokenenv.commands import common
-from tokenenv.embedded import WEIGHTS
+from agents.systems.rl4evit import RL4EViTConfig
+from agents.training.trainer import CHECKPOINT
+from tokenenv.cli import common
+from tokenenv.cli.main import main
+from tokenenv.measure import evaluation as metrics
+from tokenenv.storage import read_tensors
+from tokenenv.vit.digits import WEIGHTS
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

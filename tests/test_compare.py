@@ -17,12 +17,13 @@ from command_line import fail, mistake, write_digits
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from agents.heuristics import MergeRandom
-from agents.spec import parse_policy
-from tokenenv import bench, metrics
-from tokenenv.cli import main
-from tokenenv.embedded import WEIGHTS
-from tokenenv.rules import LayerMerge
+from agents.policies.heuristics import MergeRandom
+from agents.policies.words import parse_policy
+from tokenenv.cli.main import main
+from tokenenv.game.rules import LayerMerge
+from tokenenv.measure import evaluation as metrics
+from tokenenv.measure import speed as bench
+from tokenenv.vit.digits import WEIGHTS
 
 FILES = {"table.md", "table.csv", "table.json", "pareto.png", "state"}
 SMALL = "compare 'tome:r=3|6' random-merge:r=5 {} --limit 30 --batch 1,5 --rounds 1"
@@ -109,7 +110,7 @@ def test_after_ctrl_c_the_same_command_goes_on(
     assert untimed(table) == untimed(whole)
 
     monkeypatch.setattr(metrics, "evaluate", fail)
-    monkeypatch.setattr("tokenenv.commands.compare.bench", fail)
+    monkeypatch.setattr("tokenenv.cli.compare.bench", fail)
     before = {name: Path("compare", name).read_bytes() for name in FILES - {"state"}}
     again = compare(SMALL)
     assert again == table
@@ -126,7 +127,7 @@ def test_ctrl_c_while_timing_keeps_the_batch_sizes_done(
             signal.raise_signal(signal.SIGINT)
         return measured(*args, **options)
 
-    monkeypatch.setattr("tokenenv.commands.compare.bench", press)
+    monkeypatch.setattr("tokenenv.cli.compare.bench", press)
     assert main(shlex.split(SMALL.format(""))) == 130
     assert "3 of 3 rows are evaluated" in capsys.readouterr().err
     part = json.loads(Path("compare/table.json").read_text())
@@ -177,8 +178,8 @@ def test_a_fine_tuned_run_plays_on_its_own_backbone(capsys: pytest.CaptureFixtur
 
 
 def test_the_sweep_of_a_runs_threshold() -> None:
-    from agents.policy import ActorPolicy, Widths
-    from tokenenv.models import load_backbone
+    from agents.policies.actor import ActorPolicy, Widths
+    from tokenenv.vit.load import load_backbone
 
     backbone, rules = load_backbone(), LayerMerge((1, 4), features=("similarity",))
     widths = Widths(rules.agent_dim(backbone), rules.shared_dim(backbone), 0)
@@ -266,7 +267,7 @@ def test_backbones_of_their_own_on_the_clock() -> None:
     """A policy that brings a shorter model costs what that model costs."""
     from helpers import backbone
 
-    from tokenenv.backbone import Backbone
+    from tokenenv.vit.backbone import Backbone
 
     short = Backbone(timm.create_model("digits_vit", depth=2))
     policies = {name: parse_policy("tome:r=3", 2) for name in ("own", "shared")}

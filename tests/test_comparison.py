@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from agents.policy import ActorPolicy
-from agents.spec import parse_policy
-from tokenenv.bench import Speed
-from tokenenv.comparison import (
+from agents.policies.actor import ActorPolicy
+from agents.policies.words import parse_policy
+from tokenenv.errors import UserError
+from tokenenv.measure.comparison import (
     Comparison,
     Row,
     best_row,
@@ -29,9 +29,9 @@ from tokenenv.comparison import (
     methods,
     pareto_front,
 )
-from tokenenv.errors import UserError
-from tokenenv.metrics import Evaluation, paired_difference
-from tokenenv.pareto import picture, swept
+from tokenenv.measure.evaluation import Evaluation, paired_difference
+from tokenenv.measure.pareto import picture, swept
+from tokenenv.measure.speed import Speed
 
 
 @pytest.mark.parametrize(

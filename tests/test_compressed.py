@@ -20,13 +20,14 @@ from torch.testing import assert_close
 
 import agents
 import tokenenv
-from agents.policy import ActorPolicy, Widths, shipped
-from tokenenv import Backbone, UserError, blocks
+from agents.policies.actor import ActorPolicy, Widths, shipped
+from tokenenv import Backbone, UserError
 from tokenenv.data import open_source
-from tokenenv.episode import EXECUTIONS
-from tokenenv.metrics import evaluate, play
-from tokenenv.models import load_model
-from tokenenv.rules import TokenPrune
+from tokenenv.game.episode import EXECUTIONS
+from tokenenv.game.rules import TokenPrune
+from tokenenv.measure.evaluation import evaluate, play
+from tokenenv.vit import blocks
+from tokenenv.vit.load import load_model
 
 SPECS = ("norm:keep=0.6,blocks=1/2", "tome:r=5", "merge-above:similarity=0.8")
 
@@ -37,7 +38,7 @@ def model_and_images(kind: str = "deit", batch: int = 4) -> tuple[nn.Module, tor
 
 
 def digits() -> nn.Module:
-    import tokenenv.embedded  # noqa: F401
+    import tokenenv.vit.digits  # noqa: F401
 
     return timm.create_model("digits_vit", pretrained=True)
 

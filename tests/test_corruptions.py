@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from tokenenv import metrics, pixels
-from tokenenv.data import ImageSource, open_source
+from tokenenv.data import ImageSource, open_source, pixels
 from tokenenv.errors import UserError
+from tokenenv.measure import evaluation as metrics
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 MODEL = "test_vit"  # timm's smallest ViT, 160 x 160 pixels

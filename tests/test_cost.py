@@ -5,13 +5,13 @@ import timm
 import torch
 from helpers import executed_macs
 
-from agents.gated import GatedPolicy
-from agents.heuristics import MergeStrongest, TopK
-from agents.policy import ActorPolicy, Widths
-from tokenenv.backbone import Backbone
-from tokenenv.cost import Cost, measured_macs
-from tokenenv.metrics import Decider, play
-from tokenenv.rules import LayerMerge, LayerPrune, TokenPrune
+from agents.policies.actor import ActorPolicy, Widths
+from agents.policies.gated import GatedPolicy
+from agents.policies.heuristics import MergeStrongest, TopK
+from tokenenv.game.cost import Cost, measured_macs
+from tokenenv.game.rules import LayerMerge, LayerPrune, TokenPrune
+from tokenenv.measure.evaluation import Decider, play
+from tokenenv.vit.backbone import Backbone
 
 
 @pytest.mark.parametrize(

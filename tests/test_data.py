@@ -12,9 +12,8 @@ from image_folders import corrupt, make_folder, save
 from PIL import Image
 from torch import nn
 
-import tokenenv.embedded  # noqa: F401  registers digits_vit
-from tokenenv import pixels
-from tokenenv.data import ImageSource, open_source
+import tokenenv.vit.digits  # noqa: F401  registers digits_vit
+from tokenenv.data import ImageSource, open_source, pixels
 from tokenenv.errors import UserError
 
 WNIDS = timm.data.ImageNetInfo("imagenet-1k").label_names()

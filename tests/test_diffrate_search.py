@@ -13,10 +13,10 @@ import pytest
 import torch
 from helpers import DEPTH, backbone, source
 
-from agents.heuristics import Nobody
-from agents.spec import parse_policy
-from tokenenv.cost import Cost
-from tokenenv.metrics import evaluate
+from agents.policies.heuristics import Nobody
+from agents.policies.words import parse_policy
+from tokenenv.game.cost import Cost
+from tokenenv.measure.evaluation import evaluate
 from tokenenv.reducers import DiffRate
 
 NOTHING = DiffRate(tuple(range(DEPTH)), (0,) * DEPTH, (0,) * DEPTH)

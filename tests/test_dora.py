@@ -17,20 +17,20 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import agents
-from agents.dora import DoraConfig, DoraPruneConfig
-from agents.gated import GatedPolicy
-from agents.policy import load_policy
-from agents.ppo import PPO, centre_groups, normalise_advantage, surgery
-from agents.rl4evit import RL4EViTConfig
-from agents.rollout import Columns
-from agents.settings import preset, with_settings
-from agents.storage import read_tensors, write_tensors
-from agents.training import Trainer
+from agents.learners.ppo import PPO, centre_groups, normalise_advantage, surgery
+from agents.learners.rollout import Columns
+from agents.policies.actor import load_policy
+from agents.policies.gated import GatedPolicy
+from agents.systems.dora import DoraConfig, DoraPruneConfig
+from agents.systems.rl4evit import RL4EViTConfig
+from agents.systems.settings import preset, with_settings
+from agents.training.held_back import HeldBack
+from agents.training.trainer import Trainer
 from tokenenv import UserError, load_backbone
-from tokenenv.backbone import Backbone
-from tokenenv.commands.held_back import HeldBack
-from tokenenv.commands.train import _Market
-from tokenenv.rules import LayerPrune
+from tokenenv.cli.train import _Market
+from tokenenv.game.rules import LayerPrune
+from tokenenv.storage import read_tensors, write_tensors
+from tokenenv.vit.backbone import Backbone
 
 
 @pytest.fixture(scope="module")

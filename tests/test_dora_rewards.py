@@ -11,13 +11,13 @@ from helpers import source as digits_source
 from torch import Tensor
 from torch.testing import assert_close
 
-from agents.dora import DoraConfig, DoraPruneConfig
-from agents.judgement import Judgement
+from agents.systems.dora import DoraConfig, DoraPruneConfig
+from agents.training.judgement import Judgement
 from tokenenv import UserError, build_game, load_backbone
-from tokenenv.backbone import Backbone
-from tokenenv.episode import Episode
 from tokenenv.game import Game
-from tokenenv.rewards import Dora, Outcome, PenaltyLoop, Turn
+from tokenenv.game.episode import Episode
+from tokenenv.game.rewards import Dora, Outcome, PenaltyLoop, Turn
+from tokenenv.vit.backbone import Backbone
 
 BLOCKS = (1, 4, 7, 11)
 PENALTY = 300.0

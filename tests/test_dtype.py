@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import tokenenv
 from tokenenv import ltm
-from tokenenv.cli import main
-from tokenenv.embedded import WEIGHTS
+from tokenenv.cli.main import main
 from tokenenv.envs.vector import GameVectorEnv
-from tokenenv.models import load_model
+from tokenenv.vit.digits import WEIGHTS
+from tokenenv.vit.load import load_model
 
 pytestmark = pytest.mark.usefixtures("elsewhere", "one_thread")
 

@@ -12,12 +12,12 @@ from helpers import backbone, source
 from test_finetune import SMALL, tuner
 from torch import Tensor
 
-from agents.dynamicvit import DynamicViTPolicy
 from agents.finetune.config import DynamicViTConfig
-from agents.policy import load_policy
-from tokenenv import attention
+from agents.policies.actor import load_policy
+from agents.policies.dynamicvit import DynamicViTPolicy
 from tokenenv.errors import UserError
-from tokenenv.metrics import play
+from tokenenv.measure.evaluation import play
+from tokenenv.vit import attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,7 +60,7 @@ def test_soft_play_is_the_masked_game_of_the_same_decisions(
         drawn.append((torch.rand(chances.shape[:-1], generator=rng) < 0.7).long())
         return torch.nn.functional.one_hot(drawn[-1], 2).float() + 0 * chances
 
-    monkeypatch.setattr("agents.dynamicvit.F.gumbel_softmax", draw)
+    monkeypatch.setattr("agents.policies.dynamicvit.F.gumbel_softmax", draw)
     tokens, keep, shortfall = policy.soft_play(backbone(), batch)
     seen: list[Tensor] = []
 

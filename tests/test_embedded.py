@@ -9,8 +9,8 @@ from safetensors import safe_open
 from torch import nn
 
 from tokenenv.data import open_source
-from tokenenv.embedded import WEIGHTS, digits
 from tokenenv.errors import UserError
+from tokenenv.vit.digits import WEIGHTS, digits
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from torch.testing import assert_close
 import agents
 import tokenenv
 from tokenenv import UserError
-from tokenenv.cli import main
-from tokenenv.embedded import digits
+from tokenenv.cli.main import main
+from tokenenv.vit.digits import digits
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

@@ -28,12 +28,14 @@ from pettingzoo.test import (
 from pettingzoo.test.state_test import state_test
 
 import tokenenv
-from agents.spec import parse_policy
-from tokenenv import UserError, render, run_report, token_prune_v0
-from tokenenv.envs.build import build_game
+from agents.policies.words import parse_policy
+from tokenenv import UserError, token_prune_v0
 from tokenenv.envs.token_prune_gym import TokenPruneEnv
 from tokenenv.envs.token_prune_vector import TokenPruneVectorEnv
-from tokenenv.rewards import AlphaBeta, Cooperative, KeepTarget, Turn
+from tokenenv.game import render
+from tokenenv.game.build import build_game
+from tokenenv.game.rewards import AlphaBeta, Cooperative, KeepTarget, Turn
+from tokenenv.measure import token_pictures as run_report
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -25,14 +25,14 @@ from agents.finetune.config import DynamicViTConfig, EViTConfig, FineTuneConfig,
 from agents.finetune.losses import logit_loss, token_loss
 from agents.finetune.student import Played, Student
 from agents.finetune.tuner import FineTuner, half_precision
-from agents.policy import load_policy
-from agents.storage import flatten_state, read_tensors, unflatten_state, write_tensors
+from agents.policies.actor import load_policy
 from agents.workers import Workers
-from tokenenv.cli import build_parser, main
-from tokenenv.commands import finetune
+from tokenenv.cli import finetune
+from tokenenv.cli.main import build_parser, main
 from tokenenv.data import Batch, Stream
-from tokenenv.embedded import WEIGHTS
 from tokenenv.errors import UserError
+from tokenenv.storage import flatten_state, read_tensors, unflatten_state, write_tensors
+from tokenenv.vit.digits import WEIGHTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -408,7 +408,7 @@ def test_a_second_phase_keeps_the_policy(tmp_path: Path) -> None:
 
 
 def backbone_state() -> dict[str, Tensor]:
-    from tokenenv.models import load_backbone
+    from tokenenv.vit.load import load_backbone
 
     return dict(load_backbone().model.state_dict())
 

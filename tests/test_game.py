@@ -7,8 +7,8 @@ import torch
 from torch.testing import assert_close
 
 from tokenenv import Cooperative, UserError, build_game, load_backbone
-from tokenenv.episode import EXECUTIONS
-from tokenenv.rewards import Turn
+from tokenenv.game.episode import EXECUTIONS
+from tokenenv.game.rewards import Turn
 
 
 @pytest.fixture(scope="module")

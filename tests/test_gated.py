@@ -12,13 +12,13 @@ from helpers import source as digits_source
 from torch import Tensor
 from torch.testing import assert_close
 
-from agents.dora import DoraPruneConfig
-from agents.gated import GatedPolicy, plackett_luce
-from agents.rollout import Columns, columns
+from agents.learners.rollout import Columns, columns
+from agents.policies.gated import GatedPolicy, plackett_luce
+from agents.systems.dora import DoraPruneConfig
 from tokenenv import load_backbone
-from tokenenv.backbone import Backbone
 from tokenenv.game import Game
-from tokenenv.rules import LayerPrune
+from tokenenv.game.rules import LayerPrune
+from tokenenv.vit.backbone import Backbone
 
 BLOCKS = (1, 4, 7, 11)
 

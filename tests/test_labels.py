@@ -9,10 +9,10 @@ import timm
 from test_data import head, make_folder
 from torch import nn
 
-import tokenenv.embedded  # noqa: F401  registers digits_vit
+import tokenenv.vit.digits  # noqa: F401  registers digits_vit
 from tokenenv.data import open_source
+from tokenenv.data.labels import map_classes
 from tokenenv.errors import UserError
-from tokenenv.labels import map_classes
 
 WNIDS = timm.data.ImageNetInfo("imagenet-1k").label_names()
 

@@ -15,13 +15,13 @@ from test_backbone import family_model, image_for
 from torch import Tensor
 from torch.testing import assert_close
 
-from agents.heuristics import MergeAbove, MergeRandom, MergeStrongest
-from tokenenv.backbone import Backbone, Context
-from tokenenv.episode import Episode
+from agents.policies.heuristics import MergeAbove, MergeRandom, MergeStrongest
 from tokenenv.errors import UserError
-from tokenenv.rules import LayerMerge, LayerPrune, Moment, Observation
-from tokenenv.rules.layer import history
-from tokenenv.tokens import Tokens
+from tokenenv.game.episode import Episode
+from tokenenv.game.rules import LayerMerge, LayerPrune, Moment, Observation
+from tokenenv.game.rules.layer import history
+from tokenenv.vit.backbone import Backbone, Context
+from tokenenv.vit.tokens import Tokens
 
 
 @pytest.fixture(scope="module", params=KINDS)

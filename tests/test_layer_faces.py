@@ -25,7 +25,8 @@ from pettingzoo.test import (
 from pettingzoo.test.state_test import state_test
 from pettingzoo.utils.conversions import parallel_to_aec
 
-from tokenenv import UserError, build_game, layer_merge_v0, layer_prune_v0, render
+from tokenenv import UserError, build_game, layer_merge_v0, layer_prune_v0
+from tokenenv.game import render
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -326,7 +327,7 @@ def test_mistakes_in_play() -> None:
 @pytest.mark.parametrize(
     "module",
     [*(f"tokenenv.envs.{face}" for face in ("layer", "layer_merge_gym", "layer_prune_gym",
-                                            "layer_vector", "sb3")), "agents.sb3"],
+                                            "layer_vector", "sb3")), "agents.policies.sb3"],
 )  # fmt: skip
 def test_examples_in_the_documentation(module: str) -> None:
     if module.endswith("sb3"):

@@ -29,17 +29,17 @@ from test_reduction import check_invariants
 from torch import Tensor
 from torch.testing import assert_close
 
-from agents.gated import GatedPolicy
-from agents.heuristics import MergeAbove, MergeStrongest
-from agents.policy import ActorPolicy, Widths
-from tokenenv.backbone import Backbone
+from agents.policies.actor import ActorPolicy, Widths
+from agents.policies.gated import GatedPolicy
+from agents.policies.heuristics import MergeAbove, MergeStrongest
 from tokenenv.data import open_source
-from tokenenv.episode import Episode
 from tokenenv.errors import UserError
-from tokenenv.metrics import play
-from tokenenv.models import load_backbone
-from tokenenv.rules import LayerMerge, LayerPrune, Observation
-from tokenenv.tokens import Tokens
+from tokenenv.game.episode import Episode
+from tokenenv.game.rules import LayerMerge, LayerPrune, Observation
+from tokenenv.measure.evaluation import play
+from tokenenv.vit.backbone import Backbone
+from tokenenv.vit.load import load_backbone
+from tokenenv.vit.tokens import Tokens
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-import tokenenv.embedded  # noqa: F401  (registers digits_vit)
+import tokenenv.vit.digits  # noqa: F401  (registers digits_vit)
 from tokenenv import UserError, ltm, open_source
 from tokenenv.ltm.mask import merge
 from tokenenv.ltm.model import evaluating

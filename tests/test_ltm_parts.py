@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import tokenenv.embedded  # noqa: F401  (registers digits_vit)
+import tokenenv.vit.digits  # noqa: F401  (registers digits_vit)
 from tokenenv import UserError, ltm, open_source
 from tokenenv.ltm import bound as ib
 from tokenenv.ltm.mask import (

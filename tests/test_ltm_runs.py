@@ -19,13 +19,14 @@ from torch import Tensor
 
 from agents.finetune.ltm import LTMConfig, LTMStudent
 from agents.finetune.tuner import FineTuner
-from agents.storage import flatten_state, read_tensors, unflatten_state, write_tensors
-from tokenenv import ltm, metrics
-from tokenenv.cli import main
-from tokenenv.cost import Cost
+from tokenenv import ltm
+from tokenenv.cli.main import main
 from tokenenv.data import Batch, Stream
 from tokenenv.errors import UserError
-from tokenenv.models import Dense, check_name, load_model, untrained_model
+from tokenenv.game.cost import Cost
+from tokenenv.measure import evaluation as metrics
+from tokenenv.storage import flatten_state, read_tensors, unflatten_state, write_tensors
+from tokenenv.vit.load import Dense, check_name, load_model, untrained_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -322,7 +323,7 @@ def test_torchrun_writes_one_run_and_resumes_it(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[1]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    torchrun += ["--nproc-per-node", "2", "-m", "tokenenv.cli"]
+    torchrun += ["--nproc-per-node", "2", "-m", "tokenenv"]
     for more in ([], ["--resume"]):
         command = [*torchrun, *COMMAND.split(), str(tmp_path / "run"), *more]
         done = subprocess.run(

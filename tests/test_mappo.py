@@ -11,15 +11,15 @@ from helpers import small
 from pettingzoo import ParallelEnv
 from torch.testing import assert_close
 
-from agents.arena import PettingZooArena
-from agents.mappo import MAPPO, MAPPOConfig
-from agents.networks import SharedMLP, ValueNorm
-from agents.policy import ActorPolicy, Widths
-from agents.ppo import centre_groups, normalise_advantage, policy_loss, value_loss
-from agents.rollout import advantages
+from agents.learners.arena import PettingZooArena
+from agents.learners.mappo import MAPPO, MAPPOConfig
+from agents.learners.ppo import centre_groups, normalise_advantage, policy_loss, value_loss
+from agents.learners.rollout import advantages
+from agents.policies.actor import ActorPolicy, Widths
+from agents.policies.networks import SharedMLP, ValueNorm
 from tokenenv import token_prune_v0
 from tokenenv.errors import UserError
-from tokenenv.rules import TokenPrune
+from tokenenv.game.rules import TokenPrune
 
 
 class Identity(ParallelEnv):

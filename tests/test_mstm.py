@@ -15,19 +15,19 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from agents.heuristics import Nobody
-from agents.policy import load_policy
-from agents.spec import parse_policy
-from tokenenv import reduction
-from tokenenv.backbone import Backbone, Context
-from tokenenv.compressed import compress, load_compressed
-from tokenenv.cost import Cost, measured_macs
+from agents.policies.actor import load_policy
+from agents.policies.heuristics import Nobody
+from agents.policies.words import parse_policy
+from tokenenv.deploy.compressed import compress, load_compressed
 from tokenenv.errors import UserError
-from tokenenv.metrics import play
-from tokenenv.models import load_backbone, load_model
-from tokenenv.multiscale import MultiScaleEmbed, add_scale
+from tokenenv.game.cost import Cost, measured_macs
+from tokenenv.measure.evaluation import play
 from tokenenv.reducers import MSTM
-from tokenenv.tokens import Tokens
+from tokenenv.vit import reduction
+from tokenenv.vit.backbone import Backbone, Context
+from tokenenv.vit.load import load_backbone, load_model
+from tokenenv.vit.multiscale import MultiScaleEmbed, add_scale
+from tokenenv.vit.tokens import Tokens
 
 VARIANTS = [
     MSTM((1,), 0.5),

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from agents.ppo import masked_mean, normalise_advantage, policy_loss
-from agents.rollout import advantages
+from agents.learners.ppo import masked_mean, normalise_advantage, policy_loss
+from agents.learners.rollout import advantages
 
 GAMMA, LAM, CLIP = 0.9, 0.8, 0.2
 COPIES, STEPS, AGENTS, ACTIONS, WIDTH = 3, 12, 2, 4, 5

@@ -11,15 +11,16 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import agents
-from agents.heuristics import RandomPrune
-from agents.policy import ActorPolicy
-from agents.spec import parse_policy
-from tokenenv import UserError, attention, reduction
-from tokenenv.backbone import Backbone
-from tokenenv.episode import EXECUTIONS, Episode
-from tokenenv.metrics import play
-from tokenenv.rules import LayerMerge, LayerPrune, Observation, Rules, TokenPrune
-from tokenenv.tokens import Packing, Tokens
+from agents.policies.actor import ActorPolicy
+from agents.policies.heuristics import RandomPrune
+from agents.policies.words import parse_policy
+from tokenenv import UserError
+from tokenenv.game.episode import EXECUTIONS, Episode
+from tokenenv.game.rules import LayerMerge, LayerPrune, Observation, Rules, TokenPrune
+from tokenenv.measure.evaluation import play
+from tokenenv.vit import attention, packing, reduction
+from tokenenv.vit.backbone import Backbone
+from tokenenv.vit.tokens import Packing, Tokens
 
 KINDS = (
     "deit", "layer scale, class token without position", "registers (DINOv2)", "qk-norm",
@@ -146,18 +147,18 @@ def test_packing_and_unpacking_is_compacting() -> None:
     x = torch.randn(3, 9, 4, generator=torch.Generator().manual_seed(0))
     keep = torch.tensor([[0, 0, 0, 0, 0, 0, 0, 0], [1] * 8, [0, 1, 1, 0, 0, 0, 1, 0]]) == 1
     tokens = reduction.prune(Tokens.start(x, prefix=1), keep)
-    packed, compact = reduction.pack(tokens), reduction.compact(tokens)
+    packed, compact = packing.pack(tokens), packing.compact(tokens)
     assert packed.packing is not None
     assert packed.packing.lengths == (1, 9, 4)
     assert torch.equal(packed.x, torch.cat([x[0, :1], x[1], x[2, [0, 2, 3, 7]]]))
-    unpacked = reduction.unpack(packed)
+    unpacked = packing.unpack(packed)
     for name in ("size", "alive", "source"):
         assert torch.equal(getattr(unpacked, name), getattr(compact, name)), name
     assert torch.equal(unpacked.x, compact.x * compact.alive[..., None])
     # Equally long images need no packing.
     even = reduction.prune(Tokens.start(x, prefix=1), torch.arange(8).expand(3, 8) < 5)
-    assert reduction.pack(even).packing is None
-    assert reduction.pack(even).x.shape == (3, 6, 4)
+    assert packing.pack(even).packing is None
+    assert packing.pack(even).x.shape == (3, 6, 4)
 
 
 def test_a_ratio_per_image() -> None:
@@ -183,10 +184,10 @@ def test_a_ratio_per_image() -> None:
 def test_packed_tokens_merge_as_padded_ones_do() -> None:
     generator = torch.Generator().manual_seed(1)
     tokens = Tokens.start(torch.randn(9, 24, 4, generator=generator), prefix=1)
-    packed = reduction.end_to_end(tokens)
+    packed = packing.end_to_end(tokens)
     for step in range(4):
         match = reduction.bipartite_match(tokens, tokens.x)
-        other = reduction.bipartite_match(packed, reduction.unpack(packed).x)
+        other = reduction.bipartite_match(packed, packing.unpack(packed).x)
         possible = match.score.isfinite()
         assert torch.equal(possible, other.score.isfinite())
         assert torch.equal(match.token[possible], other.token[possible])
@@ -195,13 +196,13 @@ def test_packed_tokens_merge_as_padded_ones_do() -> None:
         # The first image merges all it can, the last one nothing.
         share = torch.linspace(1.0, 0.0, 9)[:, None]
         accept = torch.rand(match.score.shape, generator=generator) < share
-        tokens = reduction.compact(reduction.merge(tokens, match, accept))
+        tokens = packing.compact(reduction.merge(tokens, match, accept))
         before = packed.x.clone()
         merged = reduction.merge(packed, other, accept)
         assert torch.equal(packed.x, before), "the tokens of before are someone's still"
         packed = merged
         assert packed.packing is not None and sum(packed.packing.lengths) == len(packed.x)
-        found = reduction.unpack(packed)
+        found = packing.unpack(packed)
         for name in ("size", "alive", "source"):
             assert torch.equal(getattr(found, name), getattr(tokens, name)), (step, name)
         assert_close(found.x[found.alive], tokens.x[tokens.alive])

@@ -6,14 +6,15 @@ import pytest
 import torch
 
 import agents
-from agents.heuristics import KeepAll, RandomPrune, TopK, keep_highest
-from agents.policy import ActorPolicy, Widths, load_policy
-from agents.spec import parse_policy
-from tokenenv import UserError, load_backbone, metrics, open_source
-from tokenenv.cost import Cost
-from tokenenv.rewards import divergence
-from tokenenv.rules import Observation, TokenPrune
-from tokenenv.rules.token_prune import spread_blocks
+from agents.policies.actor import ActorPolicy, Widths, load_policy
+from agents.policies.heuristics import KeepAll, RandomPrune, TopK, keep_highest
+from agents.policies.words import parse_policy
+from tokenenv import UserError, load_backbone, open_source
+from tokenenv.game.checks import spread_blocks
+from tokenenv.game.cost import Cost
+from tokenenv.game.rewards import divergence
+from tokenenv.game.rules import Observation, TokenPrune
+from tokenenv.measure import evaluation as metrics
 
 
 def observation(score: torch.Tensor, active: torch.Tensor) -> Observation:

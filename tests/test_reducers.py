@@ -16,17 +16,18 @@ from test_backbone import family_model, image_for
 from torch import Tensor
 from torch.testing import assert_close
 
-from agents.heuristics import Nobody, decreasing
-from agents.policy import load_policy
-from agents.spec import parse_policy
-from tokenenv import UserError, load_backbone, open_source, reduction
-from tokenenv.attention import matrix
-from tokenenv.backbone import Backbone, Context
-from tokenenv.cost import Cost
-from tokenenv.episode import EXECUTIONS, Episode
-from tokenenv.metrics import macs_of, play
+from agents.policies.actor import load_policy
+from agents.policies.heuristics import Nobody, decreasing
+from agents.policies.words import parse_policy
+from tokenenv import UserError, load_backbone, open_source
+from tokenenv.game.cost import Cost
+from tokenenv.game.episode import EXECUTIONS, Episode
+from tokenenv.measure.evaluation import macs_of, play
 from tokenenv.reducers import ATS, REDUCERS, DiffRate, EViT, PiToMe, Reducer, ZeroTPrune
-from tokenenv.tokens import Tokens
+from tokenenv.vit import reduction
+from tokenenv.vit.attention import matrix
+from tokenenv.vit.backbone import Backbone, Context
+from tokenenv.vit.tokens import Tokens
 
 PREFIX, PATCHES, HEADS = 2, 15, 3
 

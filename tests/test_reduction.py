@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from tokenenv import reduction
-from tokenenv.tokens import Tokens
+from tokenenv.vit import packing, reduction
+from tokenenv.vit.tokens import Tokens
 
 shapes = st.tuples(
     st.integers(1, 3), st.integers(0, 2), st.integers(2, 12), st.integers(0, 2**31 - 1)
@@ -54,7 +54,7 @@ def test_pruning_and_compacting_conserve_patches(shape: tuple[int, int, int, int
         tokens = reduction.prune(tokens, tokens.from_patches(votes))
         pruned = wanted
         check_invariants(tokens, pruned)
-        tokens = reduction.compact(tokens)
+        tokens = packing.compact(tokens)
         check_invariants(tokens, pruned)
         assert torch.equal(tokens.patch_alive(), ~pruned)
         assert tokens.x.shape[1] == int((~pruned).sum(1).max()) + prefix
@@ -80,7 +80,7 @@ def test_merging_conserves_patches_and_the_weighted_sum(shape: tuple[int, int, i
         mean = (total / tokens.size[..., None].clamp(min=1)).double()
         alive = tokens.visual_alive
         assert_close(tokens.visual[alive], mean[:, tokens.prefix :][alive], atol=1e-6, rtol=1e-6)
-        tokens = reduction.compact(tokens)
+        tokens = packing.compact(tokens)
         check_invariants(tokens, nobody)
 
 
@@ -133,5 +133,5 @@ def test_no_image_is_a_batch_too() -> None:
     tokens, generator = make(3, 1, 6, seed=0)
     tokens = reduction.prune(tokens, coin((3, 6), generator))
     none = tokens.select(torch.zeros(0, dtype=torch.long))
-    for layout in (reduction.compact, reduction.pack):
-        assert reduction.unpack(layout(none)).x.shape == (0, 7, 4)
+    for layout in (packing.compact, packing.pack):
+        assert packing.unpack(layout(none)).x.shape == (0, 7, 4)

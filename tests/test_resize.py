@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import tokenenv
-from agents.spec import parse_policy
-from tokenenv import load_backbone, metrics, open_source
-from tokenenv.backbone import Backbone
-from tokenenv.bench import bench
-from tokenenv.cost import Cost, measured_macs
-from tokenenv.episode import EXECUTIONS
+from agents.policies.words import parse_policy
+from tokenenv import load_backbone, open_source
+from tokenenv.game.cost import Cost, measured_macs
+from tokenenv.game.episode import EXECUTIONS
+from tokenenv.measure import evaluation as metrics
+from tokenenv.measure.speed import bench
 from tokenenv.reducers.resize import smaller
+from tokenenv.vit.backbone import Backbone
 
 KINDS = {"deit": 64, "registers (DINOv2)": 70, "layer scale, class token without position": 96,
          "attention pooling (SigLIP)": 48, "register, average pooling": 80,

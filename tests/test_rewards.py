@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from tokenenv.errors import UserError
-from tokenenv.rewards import AlphaBeta, ClosedLoop, Cooperative, KeepTarget, Outcome, Turn
+from tokenenv.game.rewards import AlphaBeta, ClosedLoop, Cooperative, KeepTarget, Outcome, Turn
 
 
 def outcome(correct: list[bool], fidelity_gap: float = 0.0) -> Outcome:

@@ -13,7 +13,8 @@ import pytest
 import torch
 from helpers import PATCHES, same, small
 
-from tokenenv import UserError, metrics
+from tokenenv import UserError
+from tokenenv.measure import evaluation as metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -42,7 +43,7 @@ def test_stable_baselines_vec_env_learns(name: str) -> None:
 @pytest.mark.parametrize("algorithm", ["PPO", "MaskablePPO"])
 def test_what_stable_baselines_trained_is_evaluated_as_it_plays(name: str, algorithm: str) -> None:
     sb3, contrib = pytest.importorskip("stable_baselines3"), pytest.importorskip("sb3_contrib")
-    from agents.sb3 import SB3Policy
+    from agents.policies.sb3 import SB3Policy
     from tokenenv.envs.sb3 import SB3VecEnv
 
     envs = SB3VecEnv(name, 32, max_cycles=4)
@@ -71,7 +72,7 @@ def test_what_stable_baselines_trained_is_evaluated_as_it_plays(name: str, algor
 
 def test_learners_of_another_game_are_refused() -> None:
     sb3 = pytest.importorskip("stable_baselines3")
-    from agents.sb3 import SB3Policy
+    from agents.policies.sb3 import SB3Policy
     from tokenenv.envs.sb3 import SB3VecEnv
 
     envs = {name: SB3VecEnv(name, 2, **small(max_cycles=2)) for name in (TOKENS, MERGE, PRUNE)}
@@ -102,7 +103,7 @@ def test_learners_of_another_game_are_refused() -> None:
 
 def test_learners_of_other_algorithms() -> None:
     contrib = pytest.importorskip("sb3_contrib")
-    from agents.sb3 import SB3Policy
+    from agents.policies.sb3 import SB3Policy
     from tokenenv.envs.sb3 import SB3VecEnv
 
     envs = SB3VecEnv(MERGE, 2, **small(max_cycles=2))

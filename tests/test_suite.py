@@ -17,17 +17,19 @@ from hypothesis import strategies as st
 from PIL import Image
 from suite_tasks import TINY, TINY_MERGE, elsewhere, kept, run  # noqa: F401
 
-from agents.settings import with_settings, word
-from agents.spec import parse_policy
-from agents.systems import SYSTEMS
-from tokenenv import metrics, open_source
-from tokenenv.commands import suite, suite_learners
+from agents.policies.words import parse_policy
+from agents.systems.registry import SYSTEMS
+from agents.systems.settings import with_settings, word
+from tokenenv import open_source
+from tokenenv.cli import suite
 from tokenenv.errors import UserError
-from tokenenv.models import load_backbone
+from tokenenv.measure import evaluation as metrics
+from tokenenv.suite import learners as suite_learners
 from tokenenv.suite import report, results
 from tokenenv.suite.opened import OpenTask, open_task, spread
 from tokenenv.suite.results import Point, Result, hits, references, unpack_hits
 from tokenenv.suite.tasks import POINTS, TASKS, Task, find_task
+from tokenenv.vit.load import load_backbone
 
 SHIPPED = [task for task in TASKS if references(task.name)]
 

@@ -25,7 +25,7 @@ def test_ctrl_c_in_training(
         Path(args.out, "checkpoint.safetensors").touch()
         return 130
 
-    monkeypatch.setattr("tokenenv.commands.train.train", stopped)
+    monkeypatch.setattr("tokenenv.cli.train.train", stopped)
     for _ in range(2):
         assert run("run tiny-prune-v0 --learner ippo --seeds 0") == 130
         assert "the same command goes on" in capsys.readouterr().err

@@ -13,11 +13,12 @@ from torch.testing import assert_close
 
 import agents
 import tokenenv
-from agents.policy import ActorPolicy, Widths, systematic
-from agents.rl4evit import RL4EViTConfig
-from tokenenv import UserError, build_game, load_backbone, metrics, open_source
-from tokenenv.backbone import Backbone
-from tokenenv.rules import Observation, TokenPrune
+from agents.policies.actor import ActorPolicy, Widths, systematic
+from agents.systems.rl4evit import RL4EViTConfig
+from tokenenv import UserError, build_game, load_backbone, open_source
+from tokenenv.game.rules import Observation, TokenPrune
+from tokenenv.measure import evaluation as metrics
+from tokenenv.vit.backbone import Backbone
 
 FEATURES = ("progress", "cls_attention", "norm")
 chances = st.lists(st.tuples(st.integers(0, 1024), st.booleans()), min_size=1, max_size=70)

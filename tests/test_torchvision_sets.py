@@ -12,7 +12,7 @@ from test_data import all_of
 from torch import nn
 from torchvision import datasets
 
-import tokenenv.embedded  # noqa: F401  registers digits_vit
+import tokenenv.vit.digits  # noqa: F401  registers digits_vit
 from tokenenv.data import open_source
 from tokenenv.errors import UserError
 

@@ -16,11 +16,19 @@ import pytest
 import torch
 from helpers import backbone, same, source
 
-from agents.judgement import Judgement, calibrate
-from agents.mappo import MAPPO
-from agents.policy import ActorPolicy, Widths
-from agents.rl4evit import RL4EViTConfig
-from agents.storage import (
+from agents.learners.mappo import MAPPO
+from agents.policies.actor import ActorPolicy, Widths
+from agents.systems.rl4evit import RL4EViTConfig
+from agents.training import run_folder
+from agents.training.judgement import Judgement, calibrate
+from agents.training.trainer import CHECKPOINT, Trainer, _Clock, check_same
+from agents.workers import ALONE
+from tokenenv.cli.main import main
+from tokenenv.errors import UserError
+from tokenenv.game.build import build_game
+from tokenenv.game.rules import TokenPrune
+from tokenenv.measure import evaluation as metrics
+from tokenenv.storage import (
     flatten_state,
     read_tensors,
     unflatten_state,
@@ -28,14 +36,6 @@ from agents.storage import (
     write_json,
     write_tensors,
 )
-from agents.training import CHECKPOINT, Trainer, _Clock, check_same
-from agents.workers import ALONE
-from tokenenv import metrics
-from tokenenv.cli import main
-from tokenenv.commands import run_folder
-from tokenenv.envs.build import build_game
-from tokenenv.errors import UserError
-from tokenenv.rules import TokenPrune
 
 CONFIG = RL4EViTConfig(
     updates=4, batch=8, repeats=2, hidden=(8,), epochs=2, minibatches=2, evaluate_every=2
@@ -426,8 +426,8 @@ COMMAND = (
 )
 KILLED = f"""
 import os, signal
-from agents.mappo import MAPPO
-from tokenenv.cli import main
+from agents.learners.mappo import MAPPO
+from tokenenv.cli.main import main
 
 calls, descend = 0, MAPPO._descend
 

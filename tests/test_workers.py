@@ -19,18 +19,18 @@ from hypothesis import strategies as st
 from test_training import on_call
 from torch.testing import assert_close
 
-from agents.dora import DoraConfig, DoraPruneConfig
-from agents.ppo import PPO
-from agents.rl4evit import RL4EViTConfig
-from agents.rollout import minibatches
-from agents.storage import read_tensors, unflatten_state
-from agents.training import CHECKPOINT
+from agents.learners.ppo import PPO
+from agents.learners.rollout import minibatches
+from agents.systems.dora import DoraConfig, DoraPruneConfig
+from agents.systems.rl4evit import RL4EViTConfig
+from agents.training.trainer import CHECKPOINT
 from agents.workers import ALONE, Rows, Workers
-from tokenenv.cli import build_parser, main
-from tokenenv.commands import train
+from tokenenv.cli import train
+from tokenenv.cli.main import build_parser, main
 from tokenenv.data import Batch, ImageSource, Stream, open_source
+from tokenenv.data.pixels import PixelStore
 from tokenenv.errors import UserError
-from tokenenv.pixels import PixelStore
+from tokenenv.storage import read_tensors, unflatten_state
 
 SMALL: dict[str, Any] = {"batch": 12, "repeats": 2, "epochs": 2, "minibatches": 3, "blocks": (1, 3)}
 CASES: dict[str, tuple[Any, int]] = {
@@ -86,12 +86,12 @@ def flawed() -> ImageSource:
 LEARN = """
 import sys
 import torch
-from agents.rl4evit import RL4EViTConfig
+from agents.systems.rl4evit import RL4EViTConfig
 from agents.workers import join
 from helpers import backbone
 from test_workers import CASES, flawed, learned
-from tokenenv.commands.held_back import HeldBack
-from tokenenv.commands.train import _run_dense_model
+from agents.training.held_back import HeldBack
+from tokenenv.cli.train import _run_dense_model
 from tokenenv.errors import UserError
 torch.set_num_threads(1)
 with join("cpu") as (workers, device):
@@ -239,9 +239,9 @@ COMMAND = (
 RUN = """
 import os, signal, sys
 import torch
-from agents.ppo import PPO
-from tokenenv.cli import main
-from tokenenv.commands import train
+from agents.learners.ppo import PPO
+from tokenenv.cli.main import main
+from tokenenv.cli import train
 
 torch.set_num_threads(1)
 train.final_images = lambda args, backbone, held_back: held_back  # fewer than 600

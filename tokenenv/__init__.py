@@ -17,15 +17,15 @@ from tokenenv.forking import one_thread_in_forked_children
 
 if TYPE_CHECKING:
     from tokenenv import layer_merge_v0, layer_prune_v0, ltm, token_prune_v0
-    from tokenenv.backbone import Backbone
-    from tokenenv.compressed import CompressedViT, compress, load_compressed
     from tokenenv.data import ImageSource, open_source
-    from tokenenv.envs.build import build_game
-    from tokenenv.export import export_onnx
+    from tokenenv.deploy.compressed import CompressedViT, compress, load_compressed
+    from tokenenv.deploy.onnx import export_onnx
     from tokenenv.game import Game
-    from tokenenv.models import load_backbone
-    from tokenenv.rewards import AlphaBeta, Cooperative, Dora, KeepTarget
-    from tokenenv.rules import LayerMerge, LayerPrune, TokenPrune
+    from tokenenv.game.build import build_game
+    from tokenenv.game.rewards import AlphaBeta, Cooperative, Dora, KeepTarget
+    from tokenenv.game.rules import LayerMerge, LayerPrune, TokenPrune
+    from tokenenv.vit.backbone import Backbone
+    from tokenenv.vit.load import load_backbone
 
 __all__ = [
     "AlphaBeta",
@@ -54,22 +54,22 @@ __all__ = [
 ]
 
 _HOME = {
-    "AlphaBeta": "rewards",
-    "Backbone": "backbone",
-    "CompressedViT": "compressed",
-    "Cooperative": "rewards",
-    "Dora": "rewards",
+    "AlphaBeta": "game.rewards",
+    "Backbone": "vit.backbone",
+    "CompressedViT": "deploy.compressed",
+    "Cooperative": "game.rewards",
+    "Dora": "game.rewards",
     "Game": "game",
     "ImageSource": "data",
-    "KeepTarget": "rewards",
-    "LayerMerge": "rules",
-    "LayerPrune": "rules",
-    "TokenPrune": "rules",
-    "build_game": "envs.build",
-    "compress": "compressed",
-    "export_onnx": "export",
-    "load_backbone": "models",
-    "load_compressed": "compressed",
+    "KeepTarget": "game.rewards",
+    "LayerMerge": "game.rules",
+    "LayerPrune": "game.rules",
+    "TokenPrune": "game.rules",
+    "build_game": "game.build",
+    "compress": "deploy.compressed",
+    "export_onnx": "deploy.onnx",
+    "load_backbone": "vit.load",
+    "load_compressed": "deploy.compressed",
     "open_source": "data",
 }
 

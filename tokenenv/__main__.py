@@ -2,7 +2,7 @@
 
 import sys
 
-from tokenenv.cli import main
+from tokenenv.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,18 +8,18 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from agents.dynamicvit import DynamicViTPolicy
 from agents.finetune.student import Student, Trainee
-from agents.heuristics import Nobody
-from agents.settings import check_settings
-from agents.spec import parse_policy
-from tokenenv.backbone import Backbone
+from agents.policies.dynamicvit import DynamicViTPolicy
+from agents.policies.heuristics import Nobody
+from agents.policies.words import parse_policy
+from agents.systems.settings import check_settings
 from tokenenv.errors import UserError
-from tokenenv.metrics import Decider, check_fit
-from tokenenv.multiscale import add_scale
+from tokenenv.game.checks import spread_blocks
+from tokenenv.game.rules import TokenPrune
+from tokenenv.measure.evaluation import Decider, check_fit
 from tokenenv.reducers import MSTM, EViT
-from tokenenv.rules import TokenPrune
-from tokenenv.rules.token_prune import spread_blocks
+from tokenenv.vit.backbone import Backbone
+from tokenenv.vit.multiscale import add_scale
 
 DIGITS: dict[str, Any] = {
     "updates": 300,
@@ -220,7 +220,7 @@ class RL4EViTFineTuneConfig(ReducingConfig):
 
 @dataclass(frozen=True)
 class DynamicViTConfig(ReducingConfig):
-    """What is DynamicViT's own, see :class:`~agents.dynamicvit.DynamicViTPolicy`.
+    """What is DynamicViT's own, see :class:`~agents.policies.dynamicvit.DynamicViTPolicy`.
 
     Attributes:
         keep: share of the tokens that stays at each pruning.

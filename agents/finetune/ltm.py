@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from agents.finetune.config import DIGITS, FineTuneConfig
 from agents.finetune.student import Trainee
-from tokenenv import metrics
 from tokenenv.data import ImageSource
 from tokenenv.errors import UserError
+from tokenenv.game.checks import spread_blocks
 from tokenenv.ltm.block import MaskKind
 from tokenenv.ltm.bound import Level, SeparableBound, label_weight
 from tokenenv.ltm.model import LTM, ltm
 from tokenenv.ltm.storage import write_ltm
-from tokenenv.rules.token_prune import spread_blocks
+from tokenenv.measure import evaluation as metrics
 
 _BATCH = 64  # of the passes that take statistics
 
@@ -104,7 +104,7 @@ class LTMStudent(Trainee):
             yield from stack.masks.parameters()
 
     def measured(self, source: ImageSource, teacher: Any, **options: Any) -> metrics.Evaluation:
-        """:func:`tokenenv.metrics.evaluate_model` of the model as it is."""
+        """:func:`tokenenv.measure.evaluation.evaluate_model` of the model as it is."""
         return metrics.evaluate_model(
             self.model, teacher, source, lengths=self.model.lengths, **options
         )

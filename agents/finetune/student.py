@@ -11,15 +11,15 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from agents.finetune.losses import Played, token_loss
-from agents.storage import write_bytes
-from tokenenv import metrics
-from tokenenv.backbone import Backbone
 from tokenenv.data import ImageSource
-from tokenenv.episode import Execution
-from tokenenv.metrics import Decider, play
-from tokenenv.multiscale import MultiScaleEmbed
-from tokenenv.run_report import write_token_pictures
-from tokenenv.tokens import Tokens
+from tokenenv.game.episode import Execution
+from tokenenv.measure import evaluation as metrics
+from tokenenv.measure.evaluation import Decider, play
+from tokenenv.measure.token_pictures import write_token_pictures
+from tokenenv.storage import write_bytes
+from tokenenv.vit.backbone import Backbone
+from tokenenv.vit.multiscale import MultiScaleEmbed
+from tokenenv.vit.tokens import Tokens
 
 
 class Trainee(nn.Module):
@@ -74,7 +74,7 @@ class Trainee(nn.Module):
         """Go on from :meth:`remembered`."""
 
     def judged(self, clean: ImageSource, held_back: ImageSource) -> dict[str, float]:
-        """Fields of :class:`~agents.judgement.Judgement` that not all trainees have."""
+        """Fields of :class:`~agents.training.judgement.Judgement` that not all trainees have."""
         return {}
 
     def added(self) -> Iterator[nn.Parameter]:
@@ -82,7 +82,7 @@ class Trainee(nn.Module):
         raise NotImplementedError
 
     def measured(self, source: ImageSource, teacher: Any, **options: Any) -> metrics.Evaluation:
-        """:func:`tokenenv.metrics.evaluate` of the model as it is, against its teacher."""
+        """:func:`~tokenenv.measure.evaluation.evaluate` of the model as it is."""
         raise NotImplementedError
 
     def write(self, folder: Path, source: ImageSource) -> None:
@@ -166,7 +166,7 @@ class Student(Trainee):
             yield from self.policy.parameters()
 
     def measured(self, source: ImageSource, teacher: Any, **options: Any) -> metrics.Evaluation:
-        """:func:`tokenenv.metrics.evaluate` under the policy."""
+        """:func:`tokenenv.measure.evaluation.evaluate` under the policy."""
         return metrics.evaluate(self.backbone, self.policy, source, reference=teacher, **options)
 
     def write(self, folder: Path, source: ImageSource) -> None:

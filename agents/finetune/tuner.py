@@ -22,10 +22,10 @@ from agents.finetune.config import FineTuneConfig
 from agents.finetune.losses import logit_loss
 from agents.finetune.student import Trainee
 from agents.workers import ALONE, Workers
-from tokenenv.backbone import Backbone
 from tokenenv.data import Batch, ImageSource
 from tokenenv.errors import UserError
-from tokenenv.models import Dense
+from tokenenv.vit.backbone import Backbone
+from tokenenv.vit.load import Dense
 
 
 class Batches(Protocol):

@@ -117,7 +117,7 @@ class GameTask(Task):
         return GameTaskClass
 
     def get_task(self, config: dict[str, Any] | None = None) -> TaskClass:
-        """The task; ``config``: what :func:`~tokenenv.envs.build.build_game` takes."""
+        """The task; ``config``: what :func:`~tokenenv.game.build.build_game` takes."""
         return GameTaskClass(name=self.name, config=config or {})
 
 

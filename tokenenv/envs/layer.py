@@ -104,10 +104,10 @@ from gymnasium.utils import EzPickle
 from numpy.typing import NDArray
 from pettingzoo import AECEnv, ParallelEnv
 
-from tokenenv.envs.build import RulesName
 from tokenenv.envs.play import RENDER_MODES, check_choice, one_choice, open_play
 from tokenenv.envs.token_prune import MaskIn, Seen
 from tokenenv.errors import UserError
+from tokenenv.game.build import RulesName
 
 
 class _Layers(EzPickle):
@@ -116,7 +116,7 @@ class _Layers(EzPickle):
     Args:
         mask_in: where the action mask is.
         render_mode: ``human``, ``rgb_array``, ``ansi`` or None.
-        **game: what :func:`~tokenenv.envs.build.build_game` takes.
+        **game: what :func:`~tokenenv.game.build.build_game` takes.
 
     Raises:
         UserError: a value that is unknown or doesn't go with the others.

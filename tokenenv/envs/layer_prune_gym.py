@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from tokenenv.envs.build import RulesName
 from tokenenv.envs.single import GameEnv
+from tokenenv.game.build import RulesName
 
 
 class LayerPruneEnv(GameEnv):
@@ -85,7 +85,7 @@ class LayerPruneEnv(GameEnv):
 
     The defaults `efficiency=25, penalty=30, damage="divergence", tau=3, kappa=10, bend=0` and
     `terminal=False` (`True`: the whole penalty at the end) can be changed with `reward_kwargs`.
-    `reward` also takes any function of a turn, see {class}`tokenenv.rewards.Turn`.
+    `reward` also takes any function of a turn, see {class}`tokenenv.game.rewards.Turn`.
 
     ## Starting State
 

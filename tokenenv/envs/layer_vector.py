@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from tokenenv.envs.build import RulesName
 from tokenenv.envs.vector import GameVectorEnv
+from tokenenv.game.build import RulesName
 
 
 class LayerMergeVectorEnv(GameVectorEnv):

@@ -10,11 +10,10 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenenv import render
-from tokenenv.envs.build import RulesName, build_game
 from tokenenv.errors import UserError
-from tokenenv.game import Game
-from tokenenv.rules import LayerMerge, LayerPrune, Observation
+from tokenenv.game import Game, render
+from tokenenv.game.build import RulesName, build_game
+from tokenenv.game.rules import LayerMerge, LayerPrune, Observation
 
 RENDER_MODES = ["human", "rgb_array", "ansi"]
 
@@ -244,7 +243,7 @@ def open_play(
         rules: by name. Rules of one agent per block decide by ``count`` unless ``game`` tells
             another ``action``: a number is what every learner can play.
         render_mode: one of :data:`RENDER_MODES`, or None.
-        game: what :func:`~tokenenv.envs.build.build_game` takes.
+        game: what :func:`~tokenenv.game.build.build_game` takes.
         batch_size: images per episode.
 
     Raises:

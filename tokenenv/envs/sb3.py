@@ -34,7 +34,7 @@ class SB3VecEnv(VecEnv):
         id: a registered id, such as ``tokenenv/LayerMerge-v0``.
         num_envs: number of images B in one batch.
         render_mode: ``human``, ``rgb_array``, ``ansi`` or None, for each image.
-        **game: what :func:`~tokenenv.envs.build.build_game` takes.
+        **game: what :func:`~tokenenv.game.build.build_game` takes.
 
     Raises:
         UserError: stable-baselines3 is not installed, or a value that is unknown or doesn't go

@@ -10,8 +10,8 @@ from gymnasium import spaces
 from gymnasium.utils import EzPickle
 from numpy.typing import NDArray
 
-from tokenenv.envs.build import RulesName
 from tokenenv.envs.play import RENDER_MODES, one_image, open_play
+from tokenenv.game.build import RulesName
 
 
 class GameEnv(gym.Env[NDArray[np.float32], Any], EzPickle):
@@ -19,7 +19,7 @@ class GameEnv(gym.Env[NDArray[np.float32], Any], EzPickle):
 
     Args:
         render_mode: ``human``, ``rgb_array``, ``ansi`` or None.
-        **game: what :func:`~tokenenv.envs.build.build_game` takes.
+        **game: what :func:`~tokenenv.game.build.build_game` takes.
 
     Raises:
         UserError: a value that is unknown or doesn't go with the others.

@@ -114,7 +114,7 @@ class TokenPruneParallelEnv(ParallelEnv[str, Seen, int], EzPickle):
         on_prune: whether a pruned agent stays on the roster or leaves it.
         mask_in: where the action mask is.
         render_mode: ``human``, ``rgb_array``, ``ansi`` or None.
-        **game: what :func:`~tokenenv.envs.build.build_game` takes.
+        **game: what :func:`~tokenenv.game.build.build_game` takes.
 
     Raises:
         UserError: a value that is unknown or doesn't go with the others.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from tokenenv.envs.build import RulesName
 from tokenenv.envs.vector import GameVectorEnv
+from tokenenv.game.build import RulesName
 
 
 class TokenPruneVectorEnv(GameVectorEnv):
@@ -26,7 +26,7 @@ class TokenPruneVectorEnv(GameVectorEnv):
             makes an accelerator wait before the end of an episode. Actions may be either.
         render_mode: ``human``, ``rgb_array``, ``ansi`` or None, for each image.
         max_episode_steps: taken because Gymnasium hands it in; it cannot shorten an episode.
-        **game: what :func:`~tokenenv.envs.build.build_game` takes.
+        **game: what :func:`~tokenenv.game.build.build_game` takes.
 
     Raises:
         UserError: a value that is unknown or doesn't go with the others.

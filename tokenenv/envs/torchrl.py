@@ -49,7 +49,7 @@ class TorchRLEnv(EnvBase):
     Args:
         id: a registered id, such as ``tokenenv/TokenPrune-v0``.
         num_envs: number of images B in one batch.
-        **game: what :func:`~tokenenv.envs.build.build_game` takes.
+        **game: what :func:`~tokenenv.game.build.build_game` takes.
 
     Raises:
         UserError: TorchRL is not installed, or a value that is unknown or doesn't go with the

@@ -13,9 +13,9 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenenv.envs.build import RulesName
 from tokenenv.envs.play import RENDER_MODES, check_choice, open_play
 from tokenenv.errors import UserError
+from tokenenv.game.build import RulesName
 
 
 class GameVectorEnv(gym.vector.VectorEnv[Any, Any, Any], EzPickle):
@@ -35,7 +35,7 @@ class GameVectorEnv(gym.vector.VectorEnv[Any, Any, Any], EzPickle):
             makes an accelerator wait before the end of an episode. Actions may be either.
         render_mode: ``human``, ``rgb_array``, ``ansi`` or None, for each image.
         max_episode_steps: taken because Gymnasium hands it in; it cannot shorten an episode.
-        **game: what :func:`~tokenenv.envs.build.build_game` takes.
+        **game: what :func:`~tokenenv.game.build.build_game` takes.
 
     Raises:
         UserError: a value that is unknown or doesn't go with the others.

@@ -11,8 +11,8 @@ import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from tokenenv.cost import measured_macs
 from tokenenv.errors import UserError
+from tokenenv.game.cost import measured_macs
 from tokenenv.ltm import families
 from tokenenv.ltm.block import MaskKind, Stack
 from tokenenv.ltm.families import WindowStack

@@ -12,7 +12,7 @@ from torch import nn
 
 from tokenenv.errors import UserError
 from tokenenv.ltm.model import LTM, evaluating, ltm
-from tokenenv.models import check_device, import_timm, read_weights
+from tokenenv.vit.load import check_device, import_timm, read_weights
 
 CONFIG, WEIGHTS = "ltm.json", "model.safetensors"
 """What a folder of a saved model holds."""
@@ -71,7 +71,7 @@ def load_ltm(folder: str | Path, device: str | torch.device = "cpu") -> LTM:
             f"'{folder}' holds no LTM model ({CONFIG}: {type(error).__name__}): "
             "give a folder that save_ltm wrote"
         ) from None
-    import tokenenv.embedded  # noqa: F401  (registers digits_vit with timm)
+    import tokenenv.vit.digits  # noqa: F401  (registers digits_vit with timm)
 
     try:
         model = ltm(import_timm().create_model(name, **options), **blocks)

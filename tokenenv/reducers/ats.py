@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import torch
 
-from tokenenv import reduction
-from tokenenv.backbone import Context
 from tokenenv.reducers.base import Reducer, check_numbers
-from tokenenv.tokens import Tokens
+from tokenenv.vit import reduction
+from tokenenv.vit.backbone import Context
+from tokenenv.vit.tokens import Tokens
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenenv.backbone import Backbone, Context
 from tokenenv.errors import UserError
-from tokenenv.rules.checks import check_blocks, check_range
-from tokenenv.rules.observation import Moment, Observation
-from tokenenv.tokens import Tokens
+from tokenenv.game.checks import check_blocks, check_range
+from tokenenv.game.rules.observation import Moment, Observation
+from tokenenv.vit.backbone import Backbone, Context
+from tokenenv.vit.tokens import Tokens
 
 
 @dataclass(frozen=True)
 class Reducer:
-    """A fixed way to reduce tokens, as :class:`~tokenenv.rules.Rules` without agents.
+    """A fixed way to reduce tokens, as :class:`~tokenenv.game.rules.Rules` without agents.
 
     So it runs wherever rules do. A subclass says what it reads of the attention, and gives
     :meth:`reduce`.

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenenv import reduction
-from tokenenv.backbone import Backbone, Context
 from tokenenv.reducers.base import Reducer, check_numbers
-from tokenenv.reduction import Match
-from tokenenv.tokens import Tokens
+from tokenenv.vit import packing, reduction
+from tokenenv.vit.backbone import Backbone, Context
+from tokenenv.vit.reduction import Match
+from tokenenv.vit.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class DiffRate(Reducer):
         rest = (alive.sum(1, keepdim=True) - self.prune[step]).clamp(min=1)
         left = (rest - self.merge[step]).clamp(min=1)
         if self.prune[step]:
-            tokens = reduction.prune(tokens, reduction.inverse(order) < rest)
+            tokens = reduction.prune(tokens, packing.inverse(order) < rest)
         # As many as merge, and as stay, where all tokens live; never fewer than in any image.
         most = max(alive.shape[1] - self.prune[step], 1)
         merging = min(self.merge[step], most - 1)
@@ -72,7 +72,7 @@ class DiffRate(Reducer):
         givers = order.gather(1, place.clamp(max=order.shape[1] - 1))
         takers = order[:, : most - merging]
         visual = F.normalize(tokens.visual.float(), dim=-1)
-        one, other = reduction.take(visual, givers), reduction.take(visual, takers)
+        one, other = packing.take(visual, givers), packing.take(visual, takers)
         staying = torch.arange(takers.shape[1], device=device) < left
         cosine = (one @ other.transpose(1, 2)).masked_fill(~staying[:, None], -torch.inf)
         score, best = cosine.max(2)

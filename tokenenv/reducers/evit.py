@@ -7,11 +7,11 @@ from typing import ClassVar
 
 import torch
 
-from tokenenv import reduction
-from tokenenv.backbone import Context
+from tokenenv.game.checks import check_keep
 from tokenenv.reducers.base import Reducer, share_of
-from tokenenv.rewards import check_keep
-from tokenenv.tokens import Tokens
+from tokenenv.vit import reduction
+from tokenenv.vit.backbone import Context
+from tokenenv.vit.tokens import Tokens
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenenv import reduction
-from tokenenv.backbone import Backbone, Context
 from tokenenv.errors import UserError
 from tokenenv.reducers.base import Reducer, share, share_of
-from tokenenv.reduction import Match
-from tokenenv.tokens import Tokens
+from tokenenv.vit import reduction
+from tokenenv.vit.backbone import Backbone, Context
+from tokenenv.vit.reduction import Match
+from tokenenv.vit.tokens import Tokens
 
 LEAST = 0.5
 """Half of the tokens at most can merge into the other half."""

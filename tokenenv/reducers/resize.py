@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenenv.backbone import Backbone, Context
 from tokenenv.errors import UserError
 from tokenenv.reducers.base import Reducer
-from tokenenv.tokens import Tokens
+from tokenenv.vit.backbone import Backbone, Context
+from tokenenv.vit.tokens import Tokens
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenenv import reduction
-from tokenenv.backbone import Backbone, Context
 from tokenenv.errors import UserError
+from tokenenv.game.checks import check_keep
 from tokenenv.reducers.base import Reducer, share_of
-from tokenenv.rewards import check_keep
-from tokenenv.tokens import Tokens
+from tokenenv.vit import reduction
+from tokenenv.vit.backbone import Backbone, Context
+from tokenenv.vit.tokens import Tokens
 
 
 @dataclass(frozen=True)

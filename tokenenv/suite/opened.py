@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenenv import metrics
-from tokenenv.backbone import Backbone
 from tokenenv.data import ImageSource, open_source
-from tokenenv.envs.build import build_game, build_rules
 from tokenenv.errors import UserError
 from tokenenv.game import Game
-from tokenenv.metrics import Decider
-from tokenenv.models import check_dtype, load_backbone
+from tokenenv.game.build import build_game, build_rules
+from tokenenv.measure import evaluation as metrics
+from tokenenv.measure.evaluation import Decider
 from tokenenv.suite.results import Point, hits
 from tokenenv.suite.tasks import POINTS, Task
+from tokenenv.vit.backbone import Backbone
+from tokenenv.vit.load import check_dtype, load_backbone
 
 _SAMPLE = 128  # training images that tell what a threshold costs
 _WIDEST, _CLOSEST = 16.0, 1e-3  # log-odds of thresholds: from -16 to 16, no closer than this
@@ -58,7 +58,7 @@ class OpenTask:
         Args:
             dtype: what its model computes in, a copy where it is another than float32, in which
                 policies are measured.
-            **options: what :func:`~tokenenv.envs.build.build_game` takes beside model, images,
+            **options: what :func:`~tokenenv.game.build.build_game` takes beside model, images,
                 rules and blocks: ``batch_size``, ``reward``, ``reward_kwargs``, ``features`` ...
 
         Raises:

@@ -24,7 +24,7 @@ class Task:
         name: with its version.
         level: ``easy``, ``medium`` or ``hard``.
         environment: the registered id of the game.
-        rules: what :func:`~tokenenv.envs.build.build_game` calls it.
+        rules: what :func:`~tokenenv.game.build.build_game` calls it.
         blocks: the decision blocks; empty: the game's default.
         model: timm's name of the backbone, which stays frozen.
         data: ``digits``, or empty: photographs that whoever runs the task has to give.

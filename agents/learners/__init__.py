@@ -1,0 +1,1 @@
+"""PPO, MAPPO and what they learn from."""

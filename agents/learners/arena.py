@@ -1,0 +1,199 @@
+"""What a learner plays: the tensor game itself, or PettingZoo environments in its clothes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+from tokenenv.errors import UserError
+from tokenenv.game.rules import Observation
+
+
+class Step(Protocol):
+    """What a step gives back.
+
+    ``observation`` is None when every episode has ended and the arena wants a reset;
+    ``reward`` is ``(B, A)``; ``done`` is ``(B,)`` bool. Where a time limit cuts episodes short,
+    it also has ``cut``, see :class:`PettingZooStep`.
+    """
+
+    @property
+    def observation(self) -> Observation | None: ...  # noqa: D102
+    @property
+    def reward(self) -> Tensor: ...  # noqa: D102
+    @property
+    def done(self) -> Tensor: ...  # noqa: D102
+
+
+class Arena(Protocol):
+    """``B`` copies of a game with ``A`` agents each, in tensors. ``tokenenv.game.Game`` is one."""
+
+    batch_size: int
+    agents: int
+    actions: int
+    agent_dim: int
+    shared_dim: int
+    state_dim: int
+
+    def reset(self) -> Observation:
+        """Start every copy anew."""
+
+    def step(self, action: Tensor) -> Step:
+        """Play ``action (B, A)`` integers in every copy."""
+
+
+@dataclass(frozen=True)
+class PettingZooStep:
+    """A :class:`Step` of :class:`PettingZooArena`.
+
+    Attributes:
+        observation: of the next step; of a new episode where ``done``.
+        reward: ``(B, A)``.
+        done: ``(B,)`` bool, the episode is over.
+        cut: what the agents whose part was truncated in this step saw last, those ``active``; a
+            learner bootstraps from it. None where no agent was truncated.
+    """
+
+    observation: Observation
+    reward: Tensor
+    done: Tensor
+    cut: Observation | None = None
+
+
+class PettingZooArena:
+    """Several copies of any PettingZoo parallel environment as one :class:`Arena`.
+
+    Agents that die leave the dictionaries; here they stay on the roster as inactive agents that
+    see zeros. Inactive is also who stays but may not act: whose info says ``active_mask=False``, as
+    in this project's games; an info's ``action_mask`` says what is legal. A copy whose agents are
+    all gone is reset at once (its ``done`` is True); what was seen last where a time limit cut off
+    is in the step's ``cut``. The critic sees ``env.state()`` where the environment has one, else
+    all agents' views in a row. Copies are seeded ``seed``, ``seed + 1`` ...
+
+    Args:
+        make_env: builds one environment; all agents need the same Box observation and
+            Discrete action space.
+        copies: B.
+        seed: of the first copy.
+        device: where the learner wants its tensors.
+
+    Raises:
+        UserError: for other spaces.
+    """
+
+    def __init__(
+        self, make_env: Callable[[], Any], copies: int, seed: int = 0, device: str = "cpu"
+    ) -> None:
+        self.envs = [make_env() for _ in range(copies)]
+        self.names: list[str] = list(self.envs[0].possible_agents)
+        first = self.names[0]
+        space, actions = self.envs[0].observation_space(first), self.envs[0].action_space(first)
+        for name in self.names:
+            if self.envs[0].observation_space(name) != space or not isinstance(space, spaces.Box):
+                raise UserError(f"agent '{name}' needs the same Box observation space as '{first}'")
+            if self.envs[0].action_space(name) != actions or not isinstance(
+                actions, spaces.Discrete
+            ):
+                raise UserError(f"agent '{name}' needs the same Discrete action space as '{first}'")
+        self.batch_size, self.agents, self.actions = copies, len(self.names), int(actions.n)
+        self.agent_dim = int(np.prod(space.shape))
+        self.shared_dim = 0
+        self._layout = {"observation": slice(0, self.agent_dim)}
+        self._seeds: Sequence[int | None] = [seed + i for i in range(copies)]
+        self._device, self._first_action = torch.device(device), int(actions.start)
+        self._has_state = hasattr(self.envs[0], "state_space")
+        self.state_dim = (
+            int(np.prod(self.envs[0].state_space.shape))
+            if self._has_state
+            else self.agents * self.agent_dim
+        )
+
+    def reset(self) -> Observation:
+        """Start every copy anew; the seeds count for the first reset."""
+        starts = [env.reset(seed=seed) for env, seed in zip(self.envs, self._seeds, strict=True)]
+        self._seen, self._infos = map(list, zip(*starts, strict=True))
+        self._seeds = [None] * len(self.envs)
+        return self._observe()
+
+    def step(self, action: Tensor) -> PettingZooStep:
+        """Play ``action (B, A)``."""
+        rewards = np.zeros((self.batch_size, self.agents), np.float32)
+        done = np.zeros(self.batch_size, bool)
+        moves = action.cpu().numpy() + self._first_action
+        last: list[dict[str, Any]] = [{} for _ in self.envs]
+        truncated: list[set[str]] = [set() for _ in self.envs]
+        state = np.zeros((self.batch_size, self.state_dim), np.float32)
+        for i, env in enumerate(self.envs):
+            living = set(env.agents)
+            chosen = {n: int(moves[i, j]) for j, n in enumerate(self.names) if n in living}
+            seen, reward, ended, cut_off, self._infos[i] = env.step(chosen)
+            rewards[i] = [reward.get(n, 0.0) for n in self.names]
+            self._seen[i] = {n: seen[n] for n in env.agents}
+            truncated[i] = {n for n in living if cut_off[n] and not ended[n]}
+            if truncated[i]:
+                last[i] = seen
+                if self._has_state:
+                    state[i] = np.asarray(env.state(), np.float32).reshape(-1)
+            if not env.agents:
+                done[i] = True
+                self._seen[i], self._infos[i] = env.reset()
+        cut = None
+        if any(truncated):
+            cut = self._frame(last, truncated, state if self._has_state else None)
+        return PettingZooStep(self._observe(), self._there(rewards), self._there(done), cut)
+
+    def _observe(self) -> Observation:
+        state = None
+        if self._has_state:
+            state = np.stack([np.asarray(e.state(), np.float32).reshape(-1) for e in self.envs])
+        acting = [
+            {name for name in seen if info.get(name, {}).get("active_mask", True)}
+            for seen, info in zip(self._seen, self._infos, strict=True)
+        ]
+        return self._frame(self._seen, acting, state, self._legal())
+
+    def _legal(self) -> Tensor | None:
+        """``(B, A, actions)`` bool, what the infos say each may do; None where they don't."""
+        if not any("action_mask" in told for info in self._infos for told in info.values()):
+            return None
+        legal = np.ones((self.batch_size, self.agents, self.actions), bool)
+        for i, info in enumerate(self._infos):
+            for j, name in enumerate(self.names):
+                legal[i, j] = info.get(name, {}).get("action_mask", True)
+        return self._there(legal)
+
+    def _there(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self._device)
+
+    def _frame(
+        self,
+        views: list[dict[str, Any]],
+        acting: Sequence[Container[str]],
+        state: np.ndarray | None,
+        legal: Tensor | None = None,
+    ) -> Observation:
+        """Views of each copy's agents, those of ``acting`` active, in tensors."""
+        own = np.zeros((self.batch_size, self.agents, self.agent_dim), np.float32)
+        active = np.zeros((self.batch_size, self.agents), bool)
+        for i, seen in enumerate(views):
+            for j, name in enumerate(self.names):
+                if name in seen:
+                    own[i, j] = np.asarray(seen[name], np.float32).reshape(-1)
+                active[i, j] = name in acting[i]
+        if state is None:
+            state = own.reshape(self.batch_size, -1)
+        return Observation(
+            agents=self._there(own),
+            shared=torch.zeros(self.batch_size, 0, device=self._device),
+            active=self._there(active),
+            step=0,
+            layout=self._layout,
+            legal=legal,
+            state=self._there(state),
+        )

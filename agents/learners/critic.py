@@ -1,0 +1,113 @@
+"""Critics of one value per image for DORA: they exist in training only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from agents.learners.rollout import Columns
+from tokenenv.game import Game
+
+
+class PrivilegedCritic(nn.Module):
+    """Sees what no agent may: all tokens, the dense model's logits, the course of the episode.
+
+    DORA-pruning's critic (arXiv 2609.34325, "Privileged critic"): tokens projected to ``width``
+    behind a learned value token, ``depth`` pre-LN Transformer blocks; beside them projections of
+    the numbers about the episode and of the dense logits; one value per head of the actor. The
+    value of the selector also sees how many tokens are to leave.
+
+    Args:
+        game: made with ``privileged=True``.
+        heads: the actor's heads; the first needs no choice.
+        width: of the Transformer; the paper's is 256.
+        depth: its blocks; the paper's are 2; 0 leaves the tokens out.
+    """
+
+    def __init__(self, game: Game, heads: Sequence[str], width: int, depth: int) -> None:
+        super().__init__()
+        dim, classes = game.backbone.dim, game.backbone.classes
+        self._logits = slice(game.state_dim - 3 - classes, game.state_dim - 3)
+        self.about = nn.Sequential(nn.Linear(game.state_dim - classes, 64), nn.SiLU())
+        self.native = nn.Sequential(nn.Linear(classes, 64), nn.SiLU())
+        self.value_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
+        self.project = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width))
+        self.prefix = nn.Parameter(torch.zeros(game.backbone.prefix, width))
+        self.place = nn.Linear(64, width)
+        # About 64 numbers a head, as in the paper, where that divides the width.
+        heads_of = max(h for h in range(1, max(1, width // 64) + 1) if width % h == 0)
+        layers = [
+            nn.TransformerEncoderLayer(
+                width, heads_of, 2 * width, 0.0, "gelu", batch_first=True,
+                norm_first=True,
+            )
+            for _ in range(depth)
+        ]  # fmt: skip
+        self.layers = nn.ModuleList(layers)
+        self.norm = nn.LayerNorm(width)
+        read = 128 + (width if depth else 0)
+        self.values = nn.ModuleDict({name: _value(read + (name == "selector")) for name in heads})
+
+    def forward(self, seen: Columns, choice: Columns | None) -> dict[str, Tensor]:
+        """For each head ``(B, 1)``; without a choice for the first one only."""
+        state = seen["state"]
+        logits = state[:, self._logits]
+        rest = torch.cat([state[:, : self._logits.start], state[:, self._logits.stop :]], 1)
+        about = self.about(rest)
+        parts = [about, self.native(logits.log_softmax(1) / 4)]
+        if len(self.layers):
+            parts.append(self._read(seen["tokens"], about))
+        u = torch.cat(parts, 1)
+        values = {}
+        for name, head in self.values.items():
+            if name != "selector":
+                values[name] = head(u)
+            elif choice is not None:
+                values[name] = head(torch.cat([u, choice["share"]], 1))
+        return values
+
+    def _read(self, tokens: Tensor, about: Tensor) -> Tensor:
+        """``(B, N, D)`` -> ``(B, width)`` the value token after the Transformer."""
+        dead = (tokens == 0).all(2)
+        x = self.project(tokens)
+        x = torch.cat([x[:, : len(self.prefix)] + self.prefix, x[:, len(self.prefix) :]], 1)
+        value = self.value_token + self.place(about)[:, None]
+        x = torch.cat([value, x], 1)
+        mask = torch.cat([torch.zeros_like(dead[:, :1]), dead], 1)
+        # A process may have nothing of a minibatch, and torch's attention can't do nothing.
+        for layer in self.layers if len(x) else ():
+            x = layer(x, src_key_padding_mask=mask)
+        return self.norm(x[:, 0])
+
+
+class SymmetricCritic(nn.Module):
+    """Sees no more than the actor: the shared view and the mean of the agents' own. For comparison.
+
+    Args:
+        game: the game.
+        heads: the actor's heads.
+    """
+
+    def __init__(self, game: Game, heads: Sequence[str]) -> None:
+        super().__init__()
+        read = game.agent_dim + game.shared_dim
+        self.values = nn.ModuleDict({name: _value(read + (name == "selector")) for name in heads})
+
+    def forward(self, seen: Columns, choice: Columns | None) -> dict[str, Tensor]:
+        """As :meth:`PrivilegedCritic.forward`."""
+        weight = seen["active"] / seen["active"].sum(1, keepdim=True).clamp(min=1)
+        mean = (seen["agents"] * weight[..., None]).sum(1)
+        u = torch.cat([mean, seen["shared"]], 1)
+        values = {}
+        for name, head in self.values.items():
+            if name != "selector":
+                values[name] = head(u)
+            elif choice is not None:
+                values[name] = head(torch.cat([u, choice["share"]], 1))
+        return values
+
+
+def _value(inputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, 128), nn.SiLU(), nn.Linear(128, 1))

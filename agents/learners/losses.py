@@ -1,0 +1,140 @@
+"""Losses and statistics of PPO over what counts, here or in several processes together."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from agents.learners.rollout import Columns
+from agents.workers import ALONE, Workers
+
+Size = dict[str, Tensor]
+"""Of a minibatch: what :func:`measure` finds."""
+
+
+def measure(mask: Columns, value: Columns, returns: Tensor) -> Size:
+    """How many numbers, and how many values, of each head count; the first's sum of returns.
+
+    ``mask`` and ``value`` are of a rollout, the first head first; ``returns`` as its values.
+    """
+    counts = {name: counting(mask[name], value[name]) for name in mask}
+    first = next(iter(counts.values()))
+    return {
+        **{name: there.sum() for name, there in mask.items()},
+        **{f"values of {name}": there.sum() for name, there in counts.items()},
+        "returns": torch.where(first, returns, 0.0).sum(),
+    }
+
+
+def counting(mask: Tensor, value: Tensor) -> Tensor:
+    """Where a value counts: one per number of the head, or one per copy for all of them."""
+    return mask if mask.shape == value.shape else mask.any(-1, keepdim=True)
+
+
+def surgery(
+    one: tuple[Tensor | None, ...], other: tuple[Tensor | None, ...]
+) -> list[Tensor | None]:
+    """PCGrad (Yu et al. 2020) for two losses: the sum of their gradients without their conflict.
+
+    Each gradient loses its component along the other where the two point apart.
+    """
+    pairs = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
+    dot = sum(((a * b).sum() for a, b in pairs), torch.zeros(()))
+    conflict = torch.as_tensor(dot).clamp(max=0)
+    lengths = [sum((g**2).sum() for g in part if g is not None) for part in (one, other)]
+    result: list[Tensor | None] = []
+    for a, b in zip(one, other, strict=True):
+        if a is None or b is None:
+            result.append(a if b is None else b)
+            continue
+        first = a - conflict / (lengths[1] + 1e-12) * b
+        second = b - conflict / (lengths[0] + 1e-12) * a
+        result.append(first + second)
+    return result
+
+
+def masked_mean(values: Tensor, mask: Tensor, count: Tensor | None = None) -> Tensor:
+    """Mean of ``values`` where ``mask``; 0 where the mask is empty.
+
+    ``count``: of true entries in all processes; what is given back then adds up to the mean.
+    """
+    count = mask.sum() if count is None else count
+    return torch.where(mask, values, 0.0).sum() / count.clamp(min=1)
+
+
+def normalise_advantage(
+    advantage: Tensor,
+    active: Tensor,
+    over: Literal["global", "per_agent"],
+    workers: Workers = ALONE,
+) -> Tensor:
+    """``(T, B, A)`` to mean 0 and spread 1 over the active agents, or over each agent apart.
+
+    Mean and spread are those of all processes.
+    """
+    dims = (0, 1, 2) if over == "global" else (0, 1)
+    count, total = workers.sum(
+        active.sum(dims, keepdim=True), torch.where(active, advantage, 0.0).sum(dims, keepdim=True)
+    )
+    count = count.clamp(min=1)
+    centred = torch.where(active, advantage - total / count, 0.0)
+    (squares,) = workers.sum((centred**2).sum(dims, keepdim=True))
+    return centred / (squares / count + 1e-10).sqrt()
+
+
+def centre_groups(advantage: Tensor, active: Tensor, repeats: int) -> Tensor:
+    """Subtract the mean over the active agents of each ``repeats`` neighbours. ``(T, B, A)``."""
+    groups = (len(advantage), -1, repeats, advantage.shape[2])
+    values, mask = advantage.reshape(groups), active.reshape(groups)
+    count = mask.sum((2, 3), keepdim=True).clamp(min=1)
+    mean = torch.where(mask, values, 0.0).sum((2, 3), keepdim=True) / count
+    return torch.where(mask, values - mean, 0.0).reshape(advantage.shape)
+
+
+def policy_loss(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    advantage: Tensor,
+    active: Tensor,
+    clip: float,
+    count: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7) over active agents.
+
+    Tensors are ``(..., A)``; for ``count`` see :func:`masked_mean`. Returns the loss and the share
+    of clipped ratios.
+    """
+    # An agent that may not act has no meaningful ratio; without this, inf * 0 could be NaN.
+    ratio = torch.where(active, log_prob - old_log_prob, 0.0).exp()
+    surrogate = torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    clipped = masked_mean(((ratio - 1).abs() > clip).float(), active, count)
+    return -masked_mean(surrogate, active, count), clipped.detach()
+
+
+def value_loss(
+    value: Tensor,
+    old_value: Tensor,
+    returns: Tensor,
+    active: Tensor,
+    *,
+    clip: float | None,
+    huber_delta: float,
+    count: Tensor | None = None,
+) -> Tensor:
+    """Squared or Huber error, the larger of unclipped and clipped, over active agents.
+
+    For ``count`` see :func:`masked_mean`.
+    """
+
+    def error(prediction: Tensor) -> Tensor:
+        if huber_delta:
+            return F.huber_loss(prediction, returns, reduction="none", delta=huber_delta)
+        return 0.5 * (prediction - returns) ** 2
+
+    loss = error(value)
+    if clip is not None:
+        loss = torch.max(loss, error(old_value + (value - old_value).clamp(-clip, clip)))
+    return masked_mean(loss, active, count)

@@ -1,0 +1,70 @@
+"""MAPPO (Yu et al. 2022): PPO for many agents that share one actor and one critic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from agents.learners.arena import Arena
+from agents.learners.ppo import PPO, PPOConfig
+from agents.learners.rollout import Columns
+from agents.policies.actor import ActorPolicy
+from agents.policies.networks import SharedMLP
+from agents.workers import ALONE, Workers
+
+
+@dataclass(frozen=True)
+class MAPPOConfig(PPOConfig):
+    """Settings of :class:`MAPPO`.
+
+    Attributes:
+        hidden: widths of the critic's hidden layers.
+        centralised: whether the critic sees the global state; without it this is IPPO.
+    """
+
+    hidden: tuple[int, ...] = (64, 64)
+    centralised: bool = True
+
+
+class MAPPO(PPO):
+    """Trains an :class:`ActorPolicy` in an arena.
+
+    The critic reads the agent's own view and the image's global state (an agent-specific global
+    state); actor and critic have separate Adam optimisers. Agents that may not act count in no
+    loss, no statistic and no advantage.
+
+    Args:
+        policy: the actor to train, in place.
+        arena: the game.
+        config: settings.
+        seed: of action sampling and minibatch order.
+        workers: who trains together, see :class:`~agents.learners.ppo.PPO`.
+    """
+
+    def __init__(
+        self,
+        policy: ActorPolicy,
+        arena: Arena,
+        config: MAPPOConfig,
+        *,
+        seed: int = 0,
+        workers: Workers = ALONE,
+    ) -> None:
+        critic = AgentCritic(policy, config).to(next(policy.parameters()).device)
+        super().__init__(policy, critic, arena, config, seed=seed, workers=workers)
+
+
+class AgentCritic(nn.Module):
+    """A value for each agent, from its own view and the global state."""
+
+    def __init__(self, policy: ActorPolicy, config: MAPPOConfig) -> None:
+        super().__init__()
+        self.centralised = config.centralised
+        state = policy.widths.state if config.centralised else 0
+        self.value = SharedMLP(policy.widths.own, state, config.hidden, 1, gain=1.0)
+
+    def forward(self, seen: Columns, choice: Columns | None) -> dict[str, Tensor]:
+        """``{"action": (B, A)}`` normalised values."""
+        state = seen["state"] if self.centralised else seen["state"][..., :0]
+        return {"action": self.value(seen["agents"], state)[..., 0]}

@@ -1,0 +1,415 @@
+"""PPO (Schulman et al. 2017) for actions of several parts: what MAPPO and DORA have in common."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from agents.learners.arena import Arena, Step
+from agents.learners.losses import (
+    Size,
+    centre_groups,
+    counting,
+    masked_mean,
+    measure,
+    normalise_advantage,
+    policy_loss,
+    surgery,
+    value_loss,
+)
+from agents.learners.rollout import Columns, Rollout, advantages, columns, minibatches, pick, stack
+from agents.policies.networks import ValueNorm
+from agents.workers import ALONE, Rows, Workers
+from tokenenv.errors import UserError
+from tokenenv.game.rules import Observation
+
+
+class Head(NamedTuple):
+    """One part of an action: ``(B, K)`` log-probabilities, entropies, and whether they count."""
+
+    log_prob: Tensor
+    entropy: Tensor
+    mask: Tensor
+
+
+class Actor(Protocol):
+    """A policy that can be trained."""
+
+    heads: tuple[str, ...]
+
+    def draw(self, seen: Columns, generator: torch.Generator, rows: Rows) -> tuple[Tensor, Columns]:
+        """Actions ``(B, A)`` for the game, and what was drawn, for :meth:`score`."""
+
+    def score(self, seen: Columns, choice: Columns) -> dict[str, Head]:
+        """Every head's log-probability of ``choice``."""
+
+    def kept(self, action: Tensor) -> Tensor:
+        """Bool, as ``action``: which actions keep what they decide about."""
+
+    def rates(self) -> Iterable[tuple[list[nn.Parameter], float]]:
+        """Parameters and their share of the learning rate."""
+
+    def shared(self) -> tuple[list[nn.Parameter], tuple[str, str]] | None:
+        """Parameters that two heads share, whose gradients may be at odds; or None."""
+
+    def parameters(self) -> Iterable[nn.Parameter]: ...  # noqa: D102
+    def state_dict(self) -> Mapping[str, Any]: ...  # noqa: D102
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...  # noqa: D102
+
+
+class Critic(Protocol):
+    """Predicts normalised returns."""
+
+    def __call__(self, seen: Columns, choice: Columns | None) -> dict[str, Tensor]:
+        """For each head ``(B, V)``; without a choice only what does not depend on it."""
+
+    def parameters(self) -> Iterable[nn.Parameter]: ...  # noqa: D102
+    def state_dict(self) -> Mapping[str, Any]: ...  # noqa: D102
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Settings of :class:`PPO`. Defaults are on-policy's MAPPO's unless said otherwise.
+
+    Attributes:
+        steps: rollout length T per update; an episode of the token game is shorter.
+        epochs, minibatches: passes over a rollout, parts per pass (on-policy: 15 and 1).
+        gamma, lam: discount and GAE's lambda. gamma 1: an episode has a handful of steps.
+        clip: PPO's epsilon, for the ratio and for the value change (normalised units).
+        actor_lr, critic_lr: Adam, epsilon 1e-5.
+        entropy: weight of the entropy bonus.
+        huber_delta: where the value loss turns linear (normalised units); 0 for squared error.
+        value_clip, value_norm: clip the value change; predict normalised returns.
+        advantage_norm: over all active agents at once, or for each agent apart.
+        repeats: how many neighbours in the batch play the same image; the mean advantage of
+            such a group is subtracted, which takes out what the image made of the reward.
+        max_grad_norm: of actor and of critic.
+    """
+
+    steps: int = 3
+    epochs: int = 4
+    minibatches: int = 4
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip: float = 0.2
+    actor_lr: float = 5e-4
+    critic_lr: float = 5e-4
+    entropy: float = 0.01
+    huber_delta: float = 10.0
+    value_clip: bool = True
+    value_norm: bool = True
+    advantage_norm: Literal["global", "per_agent"] = "global"
+    repeats: int = 1
+    max_grad_norm: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "epochs", "minibatches", "repeats"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.advantage_norm not in ("global", "per_agent"):
+            raise UserError(
+                f"advantage_norm='{self.advantage_norm}': choose 'global' or 'per_agent'"
+            )
+
+
+class PPO:
+    """Trains an actor in an arena with a critic.
+
+    Advantages come from the first head's values by GAE; ``R = A + V`` is the return of all, and a
+    further head's advantage is ``R`` less its own value (arXiv 2609.34325, "Optimisation"). Each
+    head has a clipped loss and an advantage normalised over the steps in which it counts. What may
+    not act counts in no loss, no statistic and no advantage. Where a time limit cuts an episode
+    short, the critic says what the rest would have been worth.
+
+    Several processes that play a part of the copies each learn what one would that plays them all:
+    they draw the same random numbers and minibatches, and exchange gradients and the sums from
+    which means are made. No copies of one image may lie in two processes.
+
+    Args:
+        policy: the actor to train, in place.
+        critic: predicts returns; on the policy's device.
+        arena: the game. If its reward is ``(B, 1)``, all agents of a copy share it, and one value.
+        config: settings.
+        seed: of action sampling and minibatch order.
+        workers: who trains together, each with an arena, and the same weights to start with.
+    """
+
+    def __init__(
+        self,
+        policy: Actor,
+        critic: Critic,
+        arena: Arena,
+        config: PPOConfig,
+        *,
+        seed: int = 0,
+        workers: Workers = ALONE,
+    ) -> None:
+        if config.repeats != getattr(arena, "repeats", 1):
+            raise UserError(
+                f"repeats={config.repeats} of the learner differs from the game's "
+                f"{getattr(arena, 'repeats', 1)}: give both the same"
+            )
+        self.policy, self.critic, self.arena, self.config = policy, critic, arena, config
+        self.workers = workers
+        device = next(iter(policy.parameters())).device
+        self.value_norm = ValueNorm().to(device)
+        self.actor_optimiser = torch.optim.Adam(
+            [{"params": group, "lr": config.actor_lr * rate} for group, rate in policy.rates()],
+            eps=1e-5,
+        )
+        self.critic_optimiser = torch.optim.Adam(critic.parameters(), config.critic_lr, eps=1e-5)
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.order = torch.Generator().manual_seed(seed)
+        self.observation: Observation | None = None
+
+    # Not before the first update: who builds a learner may yet find a mistake that others don't,
+    # and must not leave them waiting for an exchange.
+    @cached_property
+    def rows(self) -> Rows:
+        """Where the copies of this process lie among all."""
+        return Rows.of(self.workers, self.arena.batch_size)
+
+    @torch.no_grad()
+    def collect(self) -> tuple[Rollout, Tensor, Tensor]:
+        """Play ``config.steps`` steps; returns the rollout, last values and last active mask."""
+        rows: list[Rollout] = []
+        for _ in range(self.config.steps):
+            seen = columns(self.observation or self.arena.reset())
+            action, choice = self.policy.draw(seen, self.generator, self.rows)
+            heads = self.policy.score(seen, choice)
+            log_prob = {name: head.log_prob for name, head in heads.items()}
+            mask = {name: head.mask for name, head in heads.items()}
+            value = self.critic(seen, choice)
+            result = self.arena.step(action)
+            self.observation = result.observation
+            beyond = self._beyond(result)
+            reward, done = result.reward, result.done
+            rows.append(Rollout(seen, choice, action, log_prob, mask, value, reward, done, beyond))
+        rollout = stack(rows)
+        if self.observation is None:
+            empty = torch.zeros_like(rollout.reward[-1])
+            return rollout, empty, empty.bool()
+        seen = columns(self.observation)
+        last = self.critic(seen, None)[self.policy.heads[0]]
+        return rollout, last, counting(seen["active"], last)
+
+    def _beyond(self, result: Step) -> Tensor:
+        """``(B, V)`` predicted return after a time limit's cut; 0 where there was none.
+
+        The limit is no part of the game: what would have come is worth what the critic says of
+        the state where play stopped ("partial-episode bootstrapping", Pardo et al., "Time Limits
+        in Reinforcement Learning", ICML 2018). After an end of the game's own nothing comes.
+        """
+        cut = getattr(result, "cut", None)
+        if cut is None:
+            return torch.zeros_like(result.reward)
+        seen = columns(cut)
+        value = self.critic(seen, None)[self.policy.heads[0]]
+        counts = counting(seen["active"], value)
+        if self.config.value_norm:
+            value = self.value_norm.denormalise(value)
+        return torch.where(counts, value, 0.0)
+
+    def update(self) -> dict[str, float]:
+        """One rollout and its epochs of PPO.
+
+        Returns:
+            What to log: means over the epochs, ``reward`` per value and finished episode, ``keep``
+            the share of decisions that keep.
+
+        Raises:
+            UserError: the rewards of the rollout, or the losses, are not finite.
+        """
+        rollout, last_value, last_active = self.collect()
+        if self.workers.agree(not bool(rollout.reward.isfinite().all())):
+            raise self.workers.mistake("a reward is not finite: check the environment's reward")
+        extra = self._credit(rollout, last_value, last_active)
+        flat = rollout.map(lambda t: t.flatten(0, 1))
+        extra = {name: value.flatten(0, 1) for name, value in extra.items()}
+        parts = [
+            part.to(rollout.done.device)
+            for _ in range(self.config.epochs)
+            for part in minibatches(
+                len(rollout.done), self.rows, self.config.minibatches, self.order
+            )
+        ]
+        logs = [
+            self._descend(*pick(flat, extra, part), size)
+            for part, size in zip(parts, self._sizes(flat, extra, parts), strict=True)
+        ]
+        return self._report(rollout, logs)
+
+    def _report(self, rollout: Rollout, logs: list[Columns]) -> dict[str, float]:
+        """What :meth:`update` gives back, of all processes."""
+        mine = {name: torch.stack([row[name] for row in logs]) for name in logs[0]}
+        norm = mine.pop("actor_grad_norm")  # the same everywhere
+        active = rollout.seen["active"]
+        kept = torch.where(active, self.policy.kept(rollout.action).float(), 0.0)
+        *sums, reward, episodes, keep, decisions = self.workers.sum(
+            *mine.values(), rollout.reward.sum(), rollout.done.sum(), kept.sum(), active.sum()
+        )
+        numbers = dict(zip(mine, sums, strict=True)) | {"actor_grad_norm": norm}
+        error, spread = numbers.pop("error"), numbers.pop("spread")
+        numbers["explained_variance"] = 1 - error / spread.clamp(min=1e-12)
+        means = {name: number.mean().item() for name, number in numbers.items()}
+        if not all(math.isfinite(value) for value in means.values()):
+            raise self.workers.mistake(
+                f"training diverged (losses {means['policy_loss']:g} and {means['value_loss']:g}): "
+                "use a smaller learning rate"
+            )
+        total = reward / (episodes.clamp(min=1) * rollout.reward.shape[2])
+        return {**means, "reward": total.item(), "keep": (keep / decisions.clamp(min=1)).item()}
+
+    def _sizes(self, flat: Rollout, extra: Columns, parts: list[Tensor]) -> list[Size]:
+        """What :func:`measure` finds in each minibatch, in all processes together."""
+        heads = self.policy.heads
+        found = []
+        for part in parts:
+            mask = {name: flat.mask[name].index_select(0, part) for name in heads}
+            value = {name: flat.value[name].index_select(0, part) for name in heads}
+            found.append(measure(mask, value, extra["returns"].index_select(0, part)))
+        width = len(found[0])
+        whole = self.workers.sum(*(number for size in found for number in size.values()))
+        return [
+            dict(zip(found[0], whole[first : first + width], strict=True))
+            for first in range(0, len(whole), width)
+        ]
+
+    def _credit(self, rollout: Rollout, last_value: Tensor, last_active: Tensor) -> Columns:
+        """Normalised advantages of every head, and the normalised returns."""
+        c, norm = self.config, self.value_norm
+        value, last = rollout.value, last_value
+        if c.value_norm:
+            value = {name: norm.denormalise(v) for name, v in value.items()}
+            last = norm.denormalise(last)
+        first = self.policy.heads[0]
+        active = counting(rollout.mask[first], value[first])
+        advantage, returns = advantages(
+            rollout.reward + c.gamma * rollout.beyond, value[first], active, rollout.done,
+            last, last_active, gamma=c.gamma, lam=c.lam,
+        )  # fmt: skip
+        if c.value_norm:
+            norm.update(returns, active, self.workers)
+        extra = {"returns": norm.normalise(returns) if c.value_norm else returns}
+        for name in self.policy.heads:
+            mask = counting(rollout.mask[name], value[name])
+            if name != first:
+                advantage = torch.where(mask, returns - value[name], 0.0)
+            if c.repeats > 1:
+                advantage = centre_groups(advantage, mask, c.repeats)
+            extra[name] = normalise_advantage(advantage, mask, c.advantage_norm, self.workers)
+        return extra
+
+    def _descend(
+        self, batch: Rollout, extra: Columns, size: Size | None = None
+    ) -> dict[str, Tensor]:
+        """One step of actor and critic on a minibatch.
+
+        ``size``: what counts in all processes' minibatches, else what counts in this one.
+
+        Returns:
+            Numbers that add up over the processes, and the norm of their common gradient.
+        """
+        c = self.config
+        size = size or measure(batch.mask, batch.value, extra["returns"])
+        heads = self.policy.score(batch.seen, batch.choice)
+        losses: dict[str, Tensor] = {}
+        surrogates, entropies, clips, divergences = [], [], [], []
+        for name, head in heads.items():
+            old, count = batch.log_prob[name], size[name]
+            advantage = extra[name].expand_as(old)
+            surrogate, clipped = policy_loss(
+                head.log_prob, old, advantage, head.mask, c.clip, count
+            )
+            entropy = masked_mean(head.entropy, head.mask, count)
+            losses[name] = surrogate - c.entropy * entropy
+            surrogates.append(surrogate.detach())
+            entropies.append(entropy.detach())
+            clips.append(clipped)
+            divergences.append(masked_mean(old - head.log_prob.detach(), head.mask, count))
+        value = self.critic(batch.seen, batch.choice)
+        loss = torch.zeros((), device=extra["returns"].device)
+        for name, predicted in value.items():
+            loss = loss + value_loss(
+                predicted, batch.value[name], extra["returns"],
+                counting(batch.mask[name], predicted),
+                clip=c.clip if c.value_clip else None, huber_delta=c.huber_delta,
+                count=size[f"values of {name}"],
+            )  # fmt: skip
+        self.actor_optimiser.zero_grad(set_to_none=True)
+        self.critic_optimiser.zero_grad(set_to_none=True)
+        self._backward(losses, loss)
+        actor_norm = nn.utils.clip_grad_norm_(self.policy.parameters(), c.max_grad_norm)
+        self.actor_optimiser.step()
+        nn.utils.clip_grad_norm_(self.critic.parameters(), c.max_grad_norm)
+        self.critic_optimiser.step()
+        name = self.policy.heads[0]
+        first, returns = value[name].detach(), extra["returns"]
+        counts, count = counting(batch.mask[name], first), size[f"values of {name}"]
+        level = size["returns"] / count.clamp(min=1)
+        return {
+            "policy_loss": torch.stack(surrogates).sum(),
+            "value_loss": loss.detach(),
+            "entropy": torch.stack(entropies).sum(),
+            "clipped": torch.stack(clips).mean(),
+            "kl": torch.stack(divergences).mean(),
+            "error": masked_mean((returns - first) ** 2, counts, count),
+            "spread": masked_mean((returns - level) ** 2, counts, count),
+            "actor_grad_norm": actor_norm,
+        }
+
+    def _backward(self, losses: dict[str, Tensor], value: Tensor | None = None) -> None:
+        """Gradients of the sums of the actor's losses and the critic's, of all processes.
+
+        Those of parameters that two heads share with PCGrad: of what each head wants as a whole.
+        """
+        parameters, pair = self.policy.shared() or ([], ())
+        apart = [
+            torch.autograd.grad(losses[name], parameters, retain_graph=True, allow_unused=True)
+            for name in pair
+        ]
+        torch.stack([*losses.values(), *([] if value is None else [value])]).sum().backward()
+        known = {id(parameter) for parameter in parameters}
+        every = (*self.policy.parameters(), *self.critic.parameters())
+        others = [parameter for parameter in every if id(parameter) not in known]
+        gradients = self.workers.sum_gradients(
+            [*itertools.chain(*apart), *(parameter.grad for parameter in others)],
+            [*parameters * len(apart), *others],
+        )
+        n = len(parameters)
+        for parameter, grad in zip(others, gradients[n * len(apart) :], strict=True):
+            parameter.grad = grad
+        if pair:
+            merged = surgery(tuple(gradients[:n]), tuple(gradients[n : 2 * n]))
+            for parameter, grad in zip(parameters, merged, strict=True):
+                parameter.grad = grad
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that resuming needs, beside the arena."""
+        return {
+            "policy": self.policy.state_dict(),
+            "critic": self.critic.state_dict(),
+            "value_norm": self.value_norm.state_dict(),
+            "actor_optimiser": self.actor_optimiser.state_dict(),
+            "critic_optimiser": self.critic_optimiser.state_dict(),
+            "generator": self.generator.get_state(),
+            "order": self.order.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self.policy.load_state_dict(state["policy"])
+        self.critic.load_state_dict(state["critic"])
+        self.value_norm.load_state_dict(state["value_norm"])
+        self.actor_optimiser.load_state_dict(state["actor_optimiser"])
+        self.critic_optimiser.load_state_dict(state["critic_optimiser"])
+        self.generator.set_state(state["generator"].cpu())
+        self.order.set_state(state["order"].cpu())

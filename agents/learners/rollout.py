@@ -1,0 +1,149 @@
+"""A rollout of an arena and the advantages computed from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agents.workers import Rows
+from tokenenv.game.rules import Observation
+
+Columns = dict[str, Tensor]
+
+
+@dataclass
+class Rollout:
+    """``T`` steps of ``B`` copies with ``A`` agents.
+
+    A head is a part of the action with a log-probability of its own. ``K`` is how many such
+    numbers it has per copy, ``V`` how many values: one per agent, or one per copy.
+
+    Attributes:
+        seen: what was observed, ``(T, B, ...)`` each, see :func:`columns`.
+        choice: what the actor drew, in its own terms, ``(T, B, ...)`` each.
+        action: ``(T, B, A)`` int64 what was played.
+        log_prob: for each head ``(T, B, K)`` of what it drew.
+        mask: for each head ``(T, B, K)`` bool, whether that counts.
+        value: for each head ``(T, B, V)`` the critic's normalised prediction.
+        reward: ``(T, B, V)``.
+        done: ``(T, B)`` bool, episode over after the step.
+        beyond: ``(T, B, V)`` predicted return, not normalised, from where a time limit cut an
+            episode short after the step; 0 where none did.
+    """
+
+    seen: Columns
+    choice: Columns
+    action: Tensor
+    log_prob: Columns
+    mask: Columns
+    value: Columns
+    reward: Tensor
+    done: Tensor
+    beyond: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Rollout:
+        """``function`` of every tensor."""
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Rollout(**{name: _map(function, value) for name, value in values.items()})
+
+
+def columns(observation: Observation) -> Columns:
+    """The tensors of an observation: agents, shared, active, state; legal and tokens if there."""
+    names = ("agents", "shared", "active", "state", "legal", "tokens")
+    found = {name: getattr(observation, name) for name in names}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def stack(rows: list[Rollout]) -> Rollout:
+    """Steps ``(B, ...)`` as a rollout ``(T, B, ...)``."""
+    values = {f.name: [getattr(row, f.name) for row in rows] for f in fields(Rollout)}
+    return Rollout(**{name: _stack(parts) for name, parts in values.items()})
+
+
+def _map(function: Callable[[Tensor], Tensor], value: Tensor | Columns) -> Any:
+    if isinstance(value, dict):
+        return {name: function(tensor) for name, tensor in value.items()}
+    return function(value)
+
+
+def _stack(parts: list[Any]) -> Any:
+    if isinstance(parts[0], dict):
+        return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+    return torch.stack(parts)
+
+
+def advantages(
+    reward: Tensor,
+    value: Tensor,
+    active: Tensor,
+    done: Tensor,
+    last_value: Tensor,
+    last_active: Tensor,
+    *,
+    gamma: float,
+    lam: float,
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates with agents that die before the episode ends.
+
+    For agents that stay active this is GAE (Schulman et al. 2016, eq. 16). An agent that is no
+    longer active has no value of its own: nobody trains the critic there. What the episode still
+    pays to it is a consequence of its last action and is counted in full, without bootstrapping.
+
+    Args:
+        reward: ``(T, B, A)``.
+        value: ``(T, B, A)`` predicted returns, not normalised.
+        active: ``(T, B, A)`` bool, who could act.
+        done: ``(T, B)`` bool, episode over after the step.
+        last_value: ``(B, A)`` prediction for the state after the last step.
+        last_active: ``(B, A)`` bool, who can act there.
+        gamma: discount.
+        lam: GAE's lambda.
+
+    Returns:
+        ``(T, B, A)`` advantages and the returns ``advantage + value``. Where an agent is not
+        active its advantage is 0 and its return is what the episode still pays it.
+    """
+    advantage = torch.zeros_like(reward)
+    returns = torch.zeros_like(reward)
+    next_active, next_value = last_active, torch.where(last_active, last_value, 0.0)
+    next_advantage = torch.zeros_like(last_value)
+    next_return = torch.zeros_like(last_value)
+    for t in range(len(reward) - 1, -1, -1):
+        goes_on = (~done[t]).float()[:, None]
+        future = torch.where(next_active, next_value + lam * next_advantage, next_return)
+        target = reward[t] + gamma * goes_on * future
+        advantage[t] = torch.where(active[t], target - value[t], 0.0)
+        returns[t] = target
+        next_active, next_value = active[t], value[t]
+        next_advantage, next_return = advantage[t], returns[t]
+    return advantage, returns
+
+
+def minibatches(steps: int, rows: Rows, count: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Split steps times copies at random into ``count`` parts; an image's agents stay together.
+
+    Of the copies of all processes: a part here is what this one has of a part of the whole, and
+    may be empty.
+
+    Args:
+        steps: T.
+        rows: this process's copies.
+        count: of parts.
+        generator: on the CPU, in the same state in all processes.
+
+    Returns:
+        For each part positions in steps x copies.
+    """
+    order = torch.randperm(steps * rows.total, generator=generator)
+    return map(rows.pick, order.chunk(count))
+
+
+def pick(flat: Rollout, extra: Columns, index: Tensor) -> tuple[Rollout, Columns]:
+    """The rows ``index`` of tensors ``(T x B, ...)``."""
+    picked = partial(torch.index_select, dim=0, index=index)
+    return flat.map(picked), {name: picked(value) for name, value in extra.items()}

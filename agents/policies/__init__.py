@@ -1,0 +1,1 @@
+"""Policies: what decides in a game, learned or not."""

@@ -1,0 +1,129 @@
+"""DynamicViT: predictors, trained by gradient, say which tokens stay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from agents.policies.heuristics import keep_highest
+from tokenenv.errors import UserError
+from tokenenv.game.checks import check_keep
+from tokenenv.game.rules import Observation, TokenPrune
+from tokenenv.game.rules.features import mean_over
+from tokenenv.storage import describe, write_tensors
+from tokenenv.vit.backbone import Backbone
+from tokenenv.vit.tokens import Tokens
+
+_RATIO_WEIGHT = 2.0
+"""Of the ratio loss (section 4.1: lambda_ratio)."""
+
+
+class Predictor(nn.Module):
+    """Log-probabilities of leaving and staying (section 3.2, equations 1 to 4).
+
+    A token's features have a half of its own and a half that is the mean over the tokens there.
+
+    Args:
+        dim: width of a token.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.own = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU())
+        half, quarter = dim // 2, dim // 4
+        self.out = nn.Sequential(
+            nn.Linear(dim, half), nn.GELU(), nn.Linear(half, quarter), nn.GELU(),
+            nn.Linear(quarter, 2),
+        )  # fmt: skip
+
+    def forward(self, tokens: Tensor, there: Tensor) -> Tensor:
+        """``(B, V, D)`` tokens, ``(B, V)`` which are there -> ``(B, V, 2)``."""
+        local, common = self.own(tokens).chunk(2, dim=-1)
+        common = mean_over(common, there)[:, None].expand_as(common)
+        return self.out(torch.cat([local, common], dim=-1)).log_softmax(-1)
+
+
+class DynamicViTPolicy(nn.Module):
+    """Rao et al., NeurIPS 2021: before some blocks the tokens with the highest keep score stay.
+
+    The ``ceil(keep n)`` best of an image's ``n`` tokens at each of them. In training tokens leave
+    by Gumbel-softmax decisions with a straight-through gradient, and a loss pulls their number
+    there. Unlike the paper's, a predictor reads tokens through the coming block's LayerNorm, as
+    every agent here does.
+
+    Args:
+        rules: where tokens leave; agents see their ``token`` alone.
+        dim: width of a token.
+        keep: share that stays of those there, in (0, 1].
+        trained_on: name of the backbone, for the error message when it doesn't fit.
+
+    Raises:
+        UserError: the share is out of its range, or the width is not a multiple of 4.
+    """
+
+    def __init__(self, rules: TokenPrune, dim: int, keep: float, trained_on: str = "") -> None:
+        super().__init__()
+        check_keep(keep)
+        if dim % 4:
+            raise UserError(f"DynamicViT's predictors need a width that 4 divides, not {dim}")
+        self.rules, self.dim, self.keep, self.trained_on = rules, dim, keep, trained_on
+        self.predictors = nn.ModuleList(Predictor(dim) for _ in rules.blocks)
+
+    @torch.no_grad()
+    def act(self, observation: Observation) -> Tensor:
+        """``(B, A)`` 1 for those that stay."""
+        score = self.predictors[observation.step](observation.agents, observation.active)[..., 1]
+        return keep_highest(score, observation.active, self.keep)
+
+    def soft_play(self, backbone: Backbone, images: Tensor) -> tuple[Tokens, Tensor, Tensor]:
+        """Run ``images (B, C, H, W)`` with decisions that are drawn and have a gradient.
+
+        Returns:
+            The tokens after the last block, all of them; ``(B, V)`` 1 for the visual ones that
+            are there (equations 5 to 7 and 10 to 11); the ratio loss (equation 15), weighted.
+        """
+        tokens = backbone.embed(images)
+        keep = torch.ones_like(tokens.visual_alive, dtype=torch.float32)
+        prefix = keep.new_ones(len(keep), tokens.prefix)
+        missed: list[Tensor] = []
+        for block in range(backbone.depth):
+            if block in self.rules.blocks:
+                with torch.autocast(images.device.type, enabled=False):
+                    seen = backbone.normalised(block, tokens.x.float())[:, tokens.prefix :]
+                    chances = self.predictors[len(missed)](seen, keep)
+                    keep = keep * F.gumbel_softmax(chances, hard=True)[..., 1]
+                target = self.keep ** (len(missed) + 1)
+                missed.append((keep.mean(1) - target).square().mean())
+            if missed:
+                tokens = backbone.attend_gated(block, tokens, torch.cat([prefix, keep], dim=1))
+            else:
+                tokens, _ = backbone.attend(block, tokens)
+            tokens = backbone.feed(block, tokens)
+        return tokens, keep, _RATIO_WEIGHT * torch.stack(missed).mean()
+
+    def macs(self, agents: Tensor, removed: Tensor) -> Tensor:
+        """Multiply-adds of one decision of ``agents`` agents."""
+        layers = [m for m in self.predictors[0].modules() if isinstance(m, nn.Linear)]
+        return agents * sum(layer.in_features * layer.out_features for layer in layers)
+
+    def check(self, agent_dim: int, shared_dim: int, model: str) -> None:
+        """Raise :class:`UserError` unless the policy reads tokens of this width."""
+        if agent_dim != self.dim:
+            raise UserError(
+                f"the policy was trained for '{self.trained_on}' (tokens of width {self.dim}) and "
+                f"model '{model}' has width {agent_dim}: use it with the model it was trained on"
+            )
+
+    def save(self, path: Path) -> None:
+        """Write weights and config into one safetensors file, atomically."""
+        config = {
+            "class": "DynamicViTPolicy",
+            "rules": describe(self.rules),
+            "dim": self.dim,
+            "keep": self.keep,
+            "trained_on": self.trained_on,
+        }
+        write_tensors(path, dict(self.state_dict()), config)

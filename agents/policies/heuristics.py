@@ -1,0 +1,244 @@
+"""Policies that learn nothing: the yardsticks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenenv.errors import UserError
+from tokenenv.game.checks import check_keep
+from tokenenv.game.rules import LayerMerge, Observation, TokenPrune
+from tokenenv.game.rules.layer_merge import scaled
+from tokenenv.reducers import Reducer
+from tokenenv.reducers.base import share_of
+from tokenenv.storage import describe, make_rules, write_tensors
+from tokenenv.vit.reduction import highest
+
+
+class _Free:
+    """A decision without a network."""
+
+    rules: TokenPrune | LayerMerge | Reducer
+
+    def save(self, path: Path) -> None:
+        """Write all that makes it into one safetensors file, as trained policies are kept."""
+        assert is_dataclass(self)
+        made_of = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        config = made_of | {"class": type(self).__name__, "rules": describe(self.rules)}
+        write_tensors(path, {}, config)
+
+    def macs(self, agents: Tensor, removed: Tensor) -> Tensor:
+        """Multiply-adds of one decision: none."""
+        return torch.zeros_like(agents)
+
+
+@dataclass
+class Nobody(_Free):
+    """Who plays where there is nothing to decide: a published method goes its way."""
+
+    rules: Reducer
+
+    def act(self, observation: Observation) -> Tensor:
+        """``(B, 0)``."""
+        return observation.active.long()
+
+
+@dataclass
+class KeepAll(_Free):
+    """Nobody leaves: the dense model, played as a game."""
+
+    rules: TokenPrune
+
+    def __post_init__(self) -> None:
+        self.rules = replace(self.rules, features=("progress",), share=False)
+
+    def act(self, observation: Observation) -> Tensor:
+        """``(B, A)`` ones."""
+        return torch.ones_like(observation.active, dtype=torch.long)
+
+
+@dataclass
+class RandomPrune(_Free):
+    """At each decision a random ``ceil(keep n)`` of an image's ``n`` living tokens stay.
+
+    Of two ratios each image draws one between them, for all its decisions: a batch of images that
+    differ in length.
+
+    Draws come from a generator of its own, in the order of the calls and of the tokens as they
+    lie: the same images in another order, or in another execution, get other draws.
+    """
+
+    rules: TokenPrune
+    keep: float | tuple[float, float]
+    seed: int = 0
+    _generator: torch.Generator | None = field(default=None, init=False, repr=False)
+    _ratio: float | Tensor = field(default=1.0, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.keep, tuple):
+            low, high = self.keep
+            check_keep(low)
+            check_keep(high)
+            if low > high:
+                raise UserError(f"keep={low:g}..{high:g} must not fall: give the lower ratio first")
+        else:
+            check_keep(self.keep)
+        self.rules = replace(self.rules, features=("progress",), share=False)
+
+    def act(self, observation: Observation) -> Tensor:
+        """``(B, A)`` 1 for those that stay."""
+        device = observation.active.device
+        if self._generator is None:
+            self._generator = torch.Generator(device).manual_seed(self.seed)
+        if observation.step == 0:
+            self._ratio = self._draw(len(observation.active), device)
+        score = torch.rand(observation.active.shape, generator=self._generator, device=device)
+        return keep_highest(score, observation.active, self._ratio)
+
+    def _draw(self, batch: int, device: torch.device) -> float | Tensor:
+        """The ratio, or ``(B, 1)`` one of each image."""
+        if not isinstance(self.keep, tuple):
+            return self.keep
+        low, high = self.keep
+        return low + (high - low) * torch.rand(batch, 1, generator=self._generator, device=device)
+
+
+@dataclass
+class TopK(_Free):
+    """At each decision the ``ceil(keep n)`` living tokens with the highest score stay.
+
+    ``feature="cls_attention"`` is EViT's criterion without the fused token (Liang et al. 2022,
+    section 3.2), ``feature="norm"`` the length of the embedding.
+    """
+
+    rules: TokenPrune
+    keep: float
+    feature: str = "cls_attention"
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        self.rules = replace(self.rules, features=(self.feature,), share=False)
+
+    def act(self, observation: Observation) -> Tensor:
+        """``(B, A)`` 1 for those that stay."""
+        score = observation.feature(self.feature)[..., 0]
+        return keep_highest(score, observation.active, self.keep)
+
+
+def keep_highest(score: Tensor, active: Tensor, keep: float | Tensor) -> Tensor:
+    """1 for the ``ceil(keep n)`` highest of an image's ``n`` active scores.
+
+    All ``(B, A)``; ``keep``: one ratio, or ``(B, 1)``.
+    """
+    count = share_of(active.sum(1, keepdim=True), keep)
+    return highest(score.masked_fill(~active, -torch.inf), count).long()
+
+
+@dataclass
+class MergeStrongest(_Free):
+    """ToMe's schedule (Bolya et al. 2023): in every block the ``r`` most similar pairs merge.
+
+    Under rules with ``shuffle`` its predictions are those of the published code. With half of the
+    tokens at most, as the matching has it. ``r`` is one number for all blocks, or
+    one for each.
+    """
+
+    rules: LayerMerge
+    r: int | tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for r in self._schedule:
+            check_pairs(r)
+        if len(self._schedule) != len(self.rules.blocks):
+            raise UserError(
+                f"r={'/'.join(map(str, self._schedule))} gives {len(self._schedule)} numbers for "
+                f"{len(self.rules.blocks)} blocks: give one for all, or one for each"
+            )
+        self.rules = replace(self.rules, features=("similarity",), share=False)
+
+    @property
+    def _schedule(self) -> tuple[int, ...]:
+        return self.r if isinstance(self.r, tuple) else (self.r,) * len(self.rules.blocks)
+
+    def act(self, observation: Observation) -> Tensor:
+        """``(B, A)`` 1 for the pairs that merge."""
+        score = observation.feature("similarity")[..., 0].masked_fill(
+            ~observation.active, -torch.inf
+        )
+        return highest(score, self._schedule[observation.step]).long()
+
+
+def decreasing(r: int, blocks: int) -> tuple[int, ...]:
+    """ToMe's decreasing schedule (section 4): from ``2 r`` pairs in the first block to none.
+
+    Rounded down, as the published code does: so a little fewer in all than ``r`` in every block.
+    """
+    last = max(blocks - 1, 1)
+    return tuple(2 * r * (last - i) // last for i in range(blocks))
+
+
+@dataclass
+class MergeAbove(_Free):
+    """In every block the pairs merge whose keys' cosine is at least ``similarity``."""
+
+    rules: LayerMerge
+    similarity: float
+
+    def __post_init__(self) -> None:
+        if not -1.0 <= self.similarity <= 1.0:
+            raise UserError(f"similarity {self.similarity:g} is no cosine: give -1 to 1")
+        self.rules = replace(self.rules, features=("similarity",), share=False)
+
+    def act(self, observation: Observation) -> Tensor:
+        """``(B, A)`` 1 for the pairs that merge."""
+        least = scaled(torch.tensor(self.similarity)).item()
+        return (observation.feature("similarity")[..., 0] >= least).long()
+
+
+@dataclass
+class MergeRandom(_Free):
+    """In every block ``r`` random pairs of the matching merge; draws as :class:`RandomPrune`'s."""
+
+    rules: LayerMerge
+    r: int
+    seed: int = 0
+    _generator: torch.Generator | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_pairs(self.r)
+        self.rules = replace(self.rules, features=("similarity",), share=False)
+
+    def act(self, observation: Observation) -> Tensor:
+        """``(B, A)`` 1 for the pairs that merge."""
+        device = observation.active.device
+        if self._generator is None:
+            self._generator = torch.Generator(device).manual_seed(self.seed)
+        score = torch.rand(observation.active.shape, generator=self._generator, device=device)
+        return highest(score.masked_fill(~observation.active, -torch.inf), self.r).long()
+
+
+def check_pairs(r: int) -> int:
+    """``r``; a negative one raises :class:`UserError`."""
+    if r < 0:
+        raise UserError(f"r={r} pairs to merge: give 0 or more")
+    return r
+
+
+def remake(
+    config: dict[str, Any],
+) -> Nobody | KeepAll | RandomPrune | TopK | MergeStrongest | MergeAbove | MergeRandom:
+    """A policy from the config that its ``save`` wrote.
+
+    Raises:
+        KeyError: of an unknown class. TypeError: with values that it does not have.
+    """
+    classes = (Nobody, KeepAll, RandomPrune, TopK, MergeStrongest, MergeAbove, MergeRandom)
+    kinds: dict[str, Any] = {cls.__name__: cls for cls in classes}
+    kind, rules = kinds[config.pop("class")], make_rules(config.pop("rules"))
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+    made: KeepAll = kind(rules, **values)
+    return made

@@ -1,0 +1,114 @@
+"""What stable-baselines3 or sb3-contrib trained on a per-block game, as a policy to evaluate."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+from tokenenv.errors import UserError
+from tokenenv.game import Game
+from tokenenv.game.rules import LayerMerge, LayerPrune, Observation
+
+
+class SB3Policy:
+    """A trained ``MlpPolicy`` that chooses counts, as a policy to evaluate.
+
+    It decides deterministically. In place of an illegal action 0 is played, as by the
+    environments; a learner that asks for masks, as MaskablePPO, is told what is legal.
+
+    What is saved of a learner doesn't say that ``VecNormalize`` scaled what it saw, or which counts
+    its actions stand for: of one loaded without its environment only the shapes are compared.
+
+    Args:
+        learner: trained on ``tokenenv/LayerMerge-v0`` or ``tokenenv/LayerPrune-v0``.
+        game: the game it was trained on, ``env.unwrapped.game``, or ``envs.envs.game`` of an
+            :class:`~tokenenv.envs.sb3.SB3VecEnv`.
+
+    Raises:
+        UserError: its spaces or rules are not those of the game, it saw scaled observations, or it
+            is no multilayer perceptron.
+
+    Example:
+        >>> from stable_baselines3 import PPO
+        >>> from tokenenv import open_source
+        >>> from tokenenv.measure import evaluate
+        >>> from tokenenv.envs.sb3 import SB3VecEnv
+        >>> envs = SB3VecEnv("tokenenv/LayerMerge-v0", num_envs=8)
+        >>> game = envs.envs.game
+        >>> learner = PPO("MlpPolicy", envs, n_steps=12, batch_size=96, device="cpu").learn(96)
+        >>> images = open_source("digits", game.backbone.model, split="test", limit=8)
+        >>> found = evaluate(game.backbone, SB3Policy(learner, game), images)
+        >>> found.report()["images"]
+        8
+    """
+
+    def __init__(self, learner: Any, game: Game) -> None:
+        rules = game.rules
+        if not (isinstance(rules, LayerMerge | LayerPrune) and rules.action == "count"):
+            raise UserError(
+                f"{type(rules).__name__} asks every token and not for a count: "
+                "give a game of tokenenv/LayerMerge-v0 or tokenenv/LayerPrune-v0"
+            )
+        width = game.agent_dim + game.shared_dim
+        seen, acts = learner.observation_space, learner.action_space
+        if not (isinstance(seen, spaces.Box) and seen.shape == (width,)):
+            raise UserError(
+                f"the learner observes {seen} and the game shows ({width},) numbers: "
+                "give the game that it was trained on"
+            )
+        if not (isinstance(acts, spaces.Discrete) and acts.n == game.actions):
+            raise UserError(
+                f"the learner chooses from {acts} and the game takes Discrete({game.actions}): "
+                "give the game that it was trained on"
+            )
+        played = _game_of(learner)
+        if played is not None and played.rules != rules:
+            raise UserError(
+                f"the learner was trained with {played.rules} and the game has {rules}: "
+                "give the game that it was trained on"
+            )
+        normalised = learner.get_vec_normalize_env()
+        if normalised is not None and normalised.norm_obs:
+            raise UserError(
+                "the learner saw observations that VecNormalize scaled, which the game does not "
+                "show: train it without, or with norm_obs=False"
+            )
+        self.rules, self._learner = rules, learner
+        self.trained_on = game.backbone.architecture
+        network = getattr(learner.policy, "mlp_extractor", None)
+        remembers = hasattr(learner.policy, "lstm_actor")
+        if network is None or remembers or list(learner.policy.features_extractor.parameters()):
+            raise UserError(
+                f"the cost of {type(learner.policy).__name__} is not known: train 'MlpPolicy' "
+                "with an actor-critic algorithm that has no memory"
+            )
+        parts = (network.policy_net, learner.policy.action_net)
+        layers = [m for part in parts for m in part.modules() if isinstance(m, nn.Linear)]
+        self._macs = sum(layer.weight.numel() for layer in layers)
+        self._masks = "action_masks" in inspect.signature(learner.predict).parameters
+
+    def act(self, observation: Observation) -> Tensor:
+        """``(B, 1)`` int64 choices."""
+        assert observation.legal is not None
+        legal = observation.legal[:, 0]
+        seen = torch.cat([observation.agents[:, 0], observation.shared], dim=1).float()
+        masks = {"action_masks": legal.cpu().numpy()} if self._masks else {}
+        chosen, _ = self._learner.predict(seen.cpu().numpy(), deterministic=True, **masks)
+        action = torch.as_tensor(chosen, device=legal.device).long()[:, None]
+        return torch.where(legal.gather(1, action), action, 0)
+
+    def macs(self, agents: Tensor, removed: Tensor) -> Tensor:
+        """Multiply-adds of one decision."""
+        return torch.full_like(agents, self._macs)
+
+
+def _game_of(learner: Any) -> Game | None:
+    """What a learner's environment plays, if it still has one that lies in this process."""
+    env = learner.get_env()
+    envs = getattr(getattr(env, "unwrapped", None), "envs", None)
+    one = envs[0].unwrapped if isinstance(envs, list) else envs
+    return getattr(one, "game", None)

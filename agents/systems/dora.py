@@ -1,0 +1,350 @@
+"""DORA (He et al. 2026): the settings of a run, merging or pruning, and what is built from them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from agents.learners.critic import PrivilegedCritic, SymmetricCritic
+from agents.learners.ppo import PPO, PPOConfig
+from agents.policies.actor import ActorPolicy, Widths
+from agents.policies.gated import GatedPolicy
+from agents.systems.settings import check_settings, word
+from agents.training.judgement import Judgement
+from agents.workers import ALONE, Workers
+from tokenenv.data import ImageSource
+from tokenenv.errors import UserError
+from tokenenv.game import Game
+from tokenenv.game.build import build_game
+from tokenenv.game.rewards import ClosedLoop, Damage, Dora, PenaltyLoop
+from tokenenv.game.rules import LayerPrune
+from tokenenv.game.rules.layer_prune import LEAST
+from tokenenv.vit.backbone import Backbone
+
+
+@dataclass(frozen=True)
+class _Common:
+    """What both systems have in common.
+
+    Attributes:
+        updates: rollouts of ``batch`` images and their PPO epochs.
+        batch: images per rollout.
+        repeats: how often each image is in a batch, see :class:`~agents.learners.ppo.PPOConfig`.
+        blocks: decision blocks; empty: all (``dora``: but those that ``skip`` leaves out).
+        damage: ``divergence``, the KL of the logits if nobody decided after this block, or
+            ``drift`` of the class token, which grows far faster and wants a ``penalty`` of its own,
+            see :class:`~tokenenv.game.rewards.Dora`.
+        terminal: pay for damage at the end only, without dense credit.
+        penalty: price of damage before training.
+        closed_loop: whether it follows the policy on the held-back images.
+        target_saving: percent of the multiply-adds to save there; the penalty follows the saving.
+        target_drop: if above 0, share of those images that top-1 may lose; the penalty then
+            follows the drop, as in the paper, and the best policy is the one that saves most
+            within it. It takes thousands of images to measure a drop of 0.01.
+        critic: ``privileged`` (the dense logits, the course of the episode and, with a depth, all
+            tokens), or ``symmetric``: sees what the actor sees.
+        critic_width: of its Transformer; the paper's is 256.
+        critic_depth: its blocks; the paper's are 2. 0 leaves the tokens out: on a CPU they take
+            longer than all the rest of the training.
+        lr: of the actor; of the gate and the budget for ``dora-prune``, whose encoder and selector
+            have 0.4 of it.
+        critic_lr: of the critic.
+        entropy, epochs, minibatches, gamma, lam, clip: PPO.
+        held_back: share of the training images on which policies are compared, not trained.
+        evaluate_every: updates between two such comparisons.
+        calibrate: bisection steps for the policy's threshold at the end; 0 leaves it at 0.5.
+    """
+
+    updates: int = 240
+    batch: int = 64
+    repeats: int = 4
+    blocks: tuple[int, ...] = ()
+    damage: Damage = "divergence"
+    terminal: bool = False
+    penalty: float = 60.0
+    closed_loop: bool = True
+    target_saving: float = 26.5
+    target_drop: float = 0.0
+    critic: Literal["privileged", "symmetric"] = "privileged"
+    critic_width: int = 64
+    critic_depth: int = 0
+    lr: float = 2e-3
+    critic_lr: float = 1e-3
+    entropy: float = 0.001
+    epochs: int = 4
+    minibatches: int = 4
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip: float = 0.2
+    held_back: float = 0.15
+    evaluate_every: int = 20
+    calibrate: int = 7
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+    def implied(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Settings that those ``given`` bring with them: the drop is measured at threshold 0.5."""
+        return {"calibrate": 0} if given.get("target_drop") else {}
+
+    def _reward(self) -> Dora:
+        return Dora(penalty=self.penalty, damage=self.damage, terminal=self.terminal)
+
+    @property
+    def first_price(self) -> float:
+        """Of damage, before training."""
+        return self.penalty
+
+    def next_price(self, price: float, found: Judgement) -> float:
+        """Of damage, after the policy was judged."""
+        if not self.closed_loop:
+            return price
+        if self.target_drop:
+            return PenaltyLoop(price, self.target_drop).follow(found.drop / 100)
+        # The loop steers the price of computation; in units of damage that is its inverse.
+        return 1 / ClosedLoop(1 / price, self.target_saving).follow(found.saving)
+
+    def set_price(self, game: Game, price: float) -> None:
+        """Tell the game's reward."""
+        assert isinstance(game.reward, Dora)
+        game.reward = dataclasses.replace(game.reward, penalty=price)
+
+    def learner(
+        self,
+        policy: ActorPolicy | GatedPolicy,
+        game: Game,
+        seed: int,
+        workers: Workers = ALONE,
+    ) -> PPO:
+        """PPO with DORA's critic."""
+        critic = (
+            PrivilegedCritic(game, policy.heads, self.critic_width, self.critic_depth)
+            if self.critic == "privileged"
+            else SymmetricCritic(game, policy.heads)
+        )
+        config = PPOConfig(
+            steps=game.steps,
+            epochs=self.epochs,
+            minibatches=self.minibatches,
+            gamma=self.gamma,
+            lam=self.lam,
+            clip=self.clip,
+            actor_lr=self.lr,
+            critic_lr=self.critic_lr,
+            entropy=self.entropy,
+            repeats=self.repeats,
+            max_grad_norm=0.5,
+        )
+        critic = critic.to(game.backbone.device)
+        return PPO(policy, critic, game, config, seed=seed, workers=workers)
+
+
+@dataclass(frozen=True)
+class DoraConfig(_Common):
+    """What ``tokenenv train dora --set key=value`` can set.
+
+    The defaults are for an ImageNet model; :meth:`for_digits` for the embedded one. ``drift`` costs
+    a quarter of ``divergence`` there and trained no worse policy.
+
+    Attributes:
+        skip: share of the model's blocks, counted from the first, in which nobody decides where
+            ``blocks`` is empty. A decision costs most there and merges least.
+        features: what the agent sees of a candidate pair, see
+            :class:`~tokenenv.game.rules.LayerMerge`.
+        hidden: widths of the actor's hidden layers.
+        initial_merge: probability of merging before training, of a pair with cosines of 0.9.
+        lean: how fast the log-odds of merging rise before training with the cosine of the keys,
+            the same less its mean over the candidates, and the cosine of the tokens, per 0.05
+            each, where those are seen.
+
+    Raises:
+        UserError: a value out of its range.
+    """
+
+    damage: Damage = "drift"
+    skip: float = 0.25
+    target_saving: float = 36.0
+    lr: float = 3e-3
+    features: tuple[str, ...] = ("similarity", "cls_attention", "size", "token")
+    hidden: tuple[int, ...] = (32, 32)
+    initial_merge: float = 0.2
+    lean: tuple[float, float, float] = (2.0, 0.0, 0.0)
+
+    @classmethod
+    def for_digits(cls) -> DoraConfig:
+        """Settings for the embedded model."""
+        return cls(
+            updates=120, batch=128, held_back=0.3, evaluate_every=10, damage="divergence",
+            penalty=120.0, target_saving=73.0, lr=1e-3, initial_merge=0.95, lean=(0.0, 4.0, 0.8),
+            skip=0.0,
+        )  # fmt: skip
+
+    @classmethod
+    def for_large_digits(cls) -> DoraConfig:
+        """Settings for the embedded model of 256 tokens: most merge early, so it decides there."""
+        return dataclasses.replace(
+            cls.for_digits(), updates=40, target_saving=82.0, blocks=(0, 1, 2, 3, 4, 5)
+        )
+
+    def game(self, backbone: Backbone, source: ImageSource) -> Game:
+        """The game to learn from."""
+        later = range(int(self.skip * backbone.depth), backbone.depth)
+        return build_game(
+            rules="layer_merge",
+            model=backbone,
+            data=source,
+            blocks=self.blocks or tuple(later),
+            features=self.features,
+            reward=self._reward(),
+            batch_size=self.batch,
+            repeats=self.repeats,
+            privileged=True,
+        )
+
+    def policy(self, game: Game, model: str) -> ActorPolicy:
+        """An untrained policy for ``game``; initialised from torch's global generator."""
+        policy = ActorPolicy(
+            game.rules,
+            Widths(game.agent_dim, game.shared_dim, game.state_dim),
+            hidden=self.hidden,
+            initial=self.initial_merge,
+            trained_on=model,
+        )
+        layout = game.rules.layout(game.backbone)
+        keys, relative, tokens = self.lean
+        if "similarity" in layout:
+            first = layout["similarity"].start
+            policy.lean_on(slice(first, first + 1), keys)
+            policy.lean_on(slice(first + 1, first + 2), relative)
+        if "token" in layout:
+            first = layout["token"].start
+            policy.lean_on(slice(first, first + 1), tokens)
+        return policy.to(game.backbone.device)
+
+
+@dataclass(frozen=True)
+class DoraPruneConfig(_Common):
+    """What ``tokenenv train dora-prune --set key=value`` can set.
+
+    The defaults are for an ImageNet model; :meth:`for_digits` for the embedded one.
+
+    Attributes:
+        features: what the agent sees of a token, see :class:`~tokenenv.game.rules.LayerPrune`.
+        budget_step: spacing of the budgets, see :class:`~tokenenv.game.rules.LayerPrune`.
+        width: of the actor's encoder; 0: a sixth of the model's, as in the paper.
+        initial_gate: probability of an open gate before training.
+        initial_budget: number of tokens that leave by an open gate before training, give or take
+            a third; one for all decision blocks, or one for each. Where ``blocks`` are others than
+            those that a list is for, all start from its mean unless told.
+        lean: how fast the log-odds of leaving fall with class attention before training, and
+            rise with redundancy, where those are seen.
+        selector: ``learned``; or ``random``, or ``redundancy`` (the most similar leave), in its
+            place, for comparison. Random draws again at every size of a batch: which tokens leave
+            also depends on an image's place in it.
+
+    Raises:
+        UserError: a value out of its range.
+    """
+
+    features: tuple[str, ...] = ("keys", "cls_attention", "redundancy")
+    budget_step: int = 2
+    width: int = 0
+    initial_gate: float = 0.2
+    initial_budget: tuple[float, ...] = (12.0,)
+    lean: tuple[float, float] = (2.0, 20.0)
+    selector: Literal["learned", "random", "redundancy"] = "learned"
+
+    def implied(self, given: dict[str, Any]) -> dict[str, Any]:
+        """A budget for each of these blocks doesn't fit others: there all start from the mean."""
+        implied = super().implied(given)
+        if given.get("blocks", self.blocks) != self.blocks:
+            implied["initial_budget"] = (sum(self.initial_budget) / len(self.initial_budget),)
+        return implied
+
+    def learner(
+        self,
+        policy: ActorPolicy | GatedPolicy,
+        game: Game,
+        seed: int,
+        workers: Workers = ALONE,
+    ) -> PPO:
+        """PPO with DORA's critic; a random selector's dice are not shared by several processes."""
+        if self.selector == "random" and workers.count > 1:
+            raise UserError("selector=random draws for one process: train it without torchrun")
+        return super().learner(policy, game, seed, workers)
+
+    @classmethod
+    def for_digits(cls) -> DoraPruneConfig:
+        """Settings for the embedded model. Where it starts from was chosen on training images."""
+        return cls(
+            updates=60, batch=128, repeats=8, held_back=0.3, evaluate_every=10, penalty=150.0,
+            target_saving=70.0, lr=1e-3, features=("cls_attention", "redundancy"),
+            initial_gate=0.9, blocks=(0, 2, 4, 5), initial_budget=(15.0, 23.0, 9.0, 13.0),
+            lean=(0.0, 40.0),
+        )  # fmt: skip
+
+    @classmethod
+    def for_large_digits(cls) -> DoraPruneConfig:
+        """Settings for the embedded model of 256 tokens, of which more are redundant."""
+        return dataclasses.replace(
+            cls.for_digits(),
+            updates=40,
+            target_saving=82.0,
+            blocks=(0, 2, 4),
+            initial_budget=(120.0, 70.0, 30.0),
+        )
+
+    def game(self, backbone: Backbone, source: ImageSource) -> Game:
+        """The game to learn from."""
+        return build_game(
+            rules="layer_prune",
+            model=backbone,
+            data=source,
+            blocks=self.blocks or None,
+            features=self.features,
+            budget_step=self.budget_step,
+            reward=self._reward(),
+            batch_size=self.batch,
+            repeats=self.repeats,
+            privileged=True,
+        )
+
+    def policy(self, game: Game, model: str) -> GatedPolicy:
+        """An untrained policy for ``game``; initialised from torch's global generator."""
+        assert isinstance(game.rules, LayerPrune)
+        steps, layout = len(game.rules.blocks), game.rules.layout(game.backbone)
+        if len(self.initial_budget) not in (1, steps):
+            raise UserError(
+                f"initial_budget={word(self.initial_budget)} is for "
+                f"{len(self.initial_budget)} decision blocks and there are {steps}: give one "
+                "number for all of them, or one for each"
+            )
+        most = game.backbone.patches - LEAST
+        if max(self.initial_budget) > most:
+            raise UserError(
+                f"initial_budget={word(self.initial_budget)} is more than can leave: of "
+                f"{game.backbone.patches} tokens {LEAST} stay, so give at most {most}"
+            )
+        policy = GatedPolicy(
+            game.rules,
+            {
+                "key": game.shared_dim - steps - 3,
+                "own": game.agent_dim,
+                "patches": game.backbone.patches,
+            },
+            width=self.width or max(8, game.backbone.dim // 6),
+            initial_gate=self.initial_gate,
+            initial_budget=self.initial_budget,
+            selector=self.selector,
+            trained_on=model,
+        )
+        if self.selector == "redundancy":
+            if "redundancy" not in layout:
+                raise UserError("selector=redundancy reads the feature 'redundancy': add it")
+            policy.lean_on(layout["redundancy"], 1.0)
+            return policy.to(game.backbone.device)
+        for name, slope in zip(("cls_attention", "redundancy"), self.lean, strict=True):
+            if name in layout:
+                policy.lean_on(layout[name], slope if name == "redundancy" else -slope)
+        return policy.to(game.backbone.device)

@@ -1,0 +1,207 @@
+"""RL4EViT (Lu et al., ICME 2025): the settings of a run and the pieces built from them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from agents.learners.mappo import MAPPO, MAPPOConfig
+from agents.policies.actor import ActorPolicy, Decide, Widths
+from agents.systems.settings import check_settings
+from agents.training.judgement import Judgement
+from agents.workers import ALONE, Workers
+from tokenenv.data import ImageSource
+from tokenenv.errors import UserError
+from tokenenv.game import Game
+from tokenenv.game.build import build_game
+from tokenenv.game.rewards import AlphaBeta, ClosedLoop, Cooperative
+from tokenenv.vit.backbone import Backbone
+
+
+@dataclass(frozen=True)
+class RL4EViTConfig:
+    """What ``tokenenv train rl4evit --set key=value`` can set.
+
+    The defaults are for an ImageNet model; :meth:`for_digits` for the embedded one.
+
+    Attributes:
+        updates: rollouts of ``batch`` images and their PPO epochs.
+        batch: images per rollout.
+        blocks: decision blocks; empty: three, spread evenly.
+        features: what an agent sees of its own token.
+        share: whether it also sees the class token.
+        reward: ``cooperative`` (ours), ``alpha_beta`` or ``keep_target`` (RL4EViT's).
+        beta: price of a token per decision (``cooperative``, ``alpha_beta``); choosing
+            ``alpha_beta`` sets it to 0.1 and ``closed_loop`` to false unless they are given.
+        alpha: weight of the class reward; 0: the default of the reward for this model.
+        class_reward: RL4EViT's class reward, paid for ``each`` decision or the ``final`` one.
+        targets: shares to keep after each decision (``keep_target``); empty: 0.7, 0.49, 0.343.
+        centralised: critic with the global state (MAPPO); without it IPPO.
+        hidden: widths of the actor's and critic's hidden layers.
+        initial_keep: probability of keeping a token of mean class attention before training.
+        lean: how fast the log-odds of keeping rise with ``cls_attention`` before training, where
+            that is among the features: the policy starts as a soft top-k by class attention.
+        repeats: how often each image is in a batch, see :class:`~agents.MAPPOConfig`.
+        lr, entropy, epochs, minibatches, gamma, lam, clip: PPO.
+        held_back: share of the training images on which policies are compared, not trained.
+        evaluate_every: updates between two such comparisons.
+        closed_loop: whether the price ``beta`` follows the saving on the held-back images
+            (``cooperative``, ``alpha_beta``), see :class:`~tokenenv.game.rewards.ClosedLoop`.
+        target_saving: percent of the multiply-adds that the policy shall save there.
+        calibrate: bisection steps for the policy's threshold at the end; 0 leaves it at 0.5.
+        decide: how the deterministic policy decides, by ``threshold`` or ``systematic`` sampling,
+            see :class:`~agents.policies.actor.ActorPolicy`.
+
+    Raises:
+        UserError: a value out of its range.
+    """
+
+    updates: int = 320
+    batch: int = 64
+    blocks: tuple[int, ...] = ()
+    features: tuple[str, ...] = (
+        "position",
+        "progress",
+        "cls_attention",
+        "redundancy",
+        "similarity",
+        "norm",
+    )
+    share: bool = False
+    reward: Literal["cooperative", "alpha_beta", "keep_target"] = "cooperative"
+    alpha: float = 0.0
+    beta: float = 0.0005
+    class_reward: Literal["each", "final"] = "each"
+    targets: tuple[float, ...] = ()
+    centralised: bool = True
+    hidden: tuple[int, ...] = (32, 32)
+    initial_keep: float = 0.985
+    lean: float = 4.0
+    repeats: int = 4
+    lr: float = 2e-3
+    entropy: float = 0.001
+    epochs: int = 4
+    minibatches: int = 4
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip: float = 0.2
+    held_back: float = 0.15
+    evaluate_every: int = 20
+    closed_loop: bool = True
+    target_saving: float = 26.5
+    calibrate: int = 6
+    decide: Decide = "threshold"
+
+    target_drop: ClassVar[float] = 0.0
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if self.closed_loop and not self.beta and self.reward != "keep_target":
+            raise UserError(
+                "beta=0 can't follow the saving: give a price above 0, or --set closed_loop=false"
+            )
+
+    @classmethod
+    def for_digits(cls) -> RL4EViTConfig:
+        """Settings for the embedded model.
+
+        Its class attention does not tell which tokens matter (pruning by it loses as much as
+        pruning at random), so the policy does not lean on it. Many pixels are worth the same:
+        that enough stay everywhere matters more than which.
+        """
+        return cls(
+            updates=100,
+            batch=128,
+            beta=1e-4,
+            lean=0.0,
+            initial_keep=0.9,
+            lr=3e-3,
+            held_back=0.3,
+            evaluate_every=10,
+            target_saving=55.0,
+            decide="systematic",
+        )
+
+    def implied(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Settings that those ``given`` bring with them.
+
+        RL4EViT's reward comes with a price of its own, which stays where it is unless asked.
+        """
+        own_price = {"beta": 0.1, "closed_loop": False}
+        return own_price if given.get("reward") == "alpha_beta" else {}
+
+    def reward_kwargs(self) -> dict[str, Any]:
+        """What the chosen reward is built with; what is left out takes the reward's default."""
+        alpha = {"alpha": self.alpha} if self.alpha else {}
+        if self.reward == "cooperative":
+            return {**alpha, "beta": self.beta}
+        if self.reward == "alpha_beta":
+            return {**alpha, "beta": self.beta, "class_reward": self.class_reward}
+        targets = {"targets": self.targets} if self.targets else {}
+        return {**alpha, **targets, "class_reward": self.class_reward}
+
+    def game(self, backbone: Backbone, source: ImageSource) -> Game:
+        """The game to learn from."""
+        return build_game(
+            model=backbone,
+            data=source,
+            blocks=self.blocks or None,
+            features=self.features,
+            share=self.share,
+            reward=self.reward,
+            reward_kwargs=self.reward_kwargs(),
+            batch_size=self.batch,
+            repeats=self.repeats,
+        )
+
+    @property
+    def first_price(self) -> float:
+        """Of a token, before training."""
+        return self.beta
+
+    def next_price(self, price: float, found: Judgement) -> float:
+        """Of a token, after the policy was judged."""
+        if not self.closed_loop or self.reward == "keep_target":
+            return price
+        return ClosedLoop(price, self.target_saving).follow(found.saving)
+
+    def set_price(self, game: Game, price: float) -> None:
+        """Tell the game's reward."""
+        if isinstance(game.reward, AlphaBeta | Cooperative):
+            game.reward = dataclasses.replace(game.reward, beta=price)
+
+    def policy(self, game: Game, model: str) -> ActorPolicy:
+        """An untrained policy for ``game``; initialised from torch's global generator."""
+        policy = ActorPolicy(
+            game.rules,
+            Widths(game.agent_dim, game.shared_dim, game.state_dim),
+            hidden=self.hidden,
+            initial=self.initial_keep,
+            decide=self.decide,
+            trained_on=model,
+        )
+        layout = game.rules.layout(game.backbone)
+        if "cls_attention" in layout:
+            policy.lean_on(layout["cls_attention"], self.lean)
+        return policy.to(game.backbone.device)
+
+    def learner(
+        self, policy: ActorPolicy, game: Game, seed: int, workers: Workers = ALONE
+    ) -> MAPPO:
+        """MAPPO, or IPPO without the centralised critic."""
+        config = MAPPOConfig(
+            steps=game.steps,
+            epochs=self.epochs,
+            minibatches=self.minibatches,
+            gamma=self.gamma,
+            lam=self.lam,
+            clip=self.clip,
+            actor_lr=self.lr,
+            critic_lr=self.lr,
+            entropy=self.entropy,
+            hidden=self.hidden,
+            centralised=self.centralised,
+            repeats=self.repeats,
+        )
+        return MAPPO(policy, game, config, seed=seed, workers=workers)

@@ -1,0 +1,1 @@
+"""Training runs: the loop around a learner, its folder, its report."""

@@ -1,0 +1,48 @@
+"""The picture of a training run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+_TITLES = {"reward": "reward per agent and episode", "loss": "loss"}
+_KEPT = {"reward": "decisions that keep, %", "loss": "tokens left at the end, %"}
+
+
+def plot_history(
+    path: Path, history: list[dict[str, Any]], target_saving: float | None, shown: str = "reward"
+) -> None:
+    """Draw reward or loss, tokens kept, and the held-back images' saving and drop over the updates.
+
+    Args:
+        path: PNG to write.
+        history: rows of :class:`agents.training.trainer.Trainer`.
+        target_saving: percent, drawn as a line; None where there is no target.
+        shown: ``reward`` or ``loss``, what the updates were about.
+    """
+    # Not pyplot: it keeps figures, and looks for a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    rollouts = [row for row in history if "keep" in row]
+    judged = [row for row in history if "saving" in row]
+    figure = Figure(figsize=(9.5, 5.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 2, sharex=True)
+    for axis, rows, key, factor, style, title in (
+        (axes[0, 0], rollouts, shown, 1, "C0-", f"training: {_TITLES[shown]}"),
+        (axes[0, 1], rollouts, "keep", 100, "C0-", f"training: {_KEPT[shown]}"),
+        (axes[1, 0], judged, "saving", 1, "C2.-", "held-back images: MACs saved, %"),
+        (axes[1, 1], judged, "drop", 1, "C3.-", "held-back images: top-1 lost, points"),
+    ):
+        axis.plot([r["update"] for r in rows], [factor * r[key] for r in rows], style, lw=1.2)
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    if target_saving is not None:
+        axes[1, 0].axhline(target_saving, color="0.4", ls="--", lw=1, label="wanted")
+        axes[1, 0].legend(fontsize=8)
+    for axis in axes[1]:
+        axis.set_xlabel("update")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,265 @@
+"""The loop around a learner: evaluate, keep the best, checkpoint, resume, stop on Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from agents.systems.settings import word
+from agents.training.judgement import Judge, Judgement
+from agents.workers import ALONE, Workers
+from tokenenv.errors import UserError
+from tokenenv.storage import flatten_state, read_tensors, unflatten_state, write_tensors
+
+CHECKPOINT = "checkpoint.safetensors"
+_STOPS = (signal.SIGINT, signal.SIGTERM)
+
+Log = Callable[[int, dict[str, float]], object]
+"""Called with the number of updates done and some numbers."""
+
+
+class Learner(Protocol):
+    """Improves a policy, one update at a time."""
+
+    @property
+    def policy(self) -> nn.Module:
+        """What is judged and kept."""
+
+    def update(self) -> dict[str, float]:
+        """One update; returns numbers to log, :class:`Trainer`'s ``shown`` and ``keep`` too."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the game's own state."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+
+
+class Resumable(Protocol):
+    """The part of a game that must be remembered: the order of its images."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+
+
+class Trainer:
+    """Runs a learner for a number of updates.
+
+    Args:
+        learner: improves its policy. Between two updates no episode may be under way: only the
+            order of the images is remembered of the game.
+        order: the order of the game's images, for exact resumption.
+        judge: measures the deterministic policy on held-back images.
+        out: run folder; the checkpoint is written there.
+        updates: how many updates in all.
+        evaluate_every: updates between two judgements; a checkpoint follows each.
+        target_saving, target_drop: decide which policy is best, see
+            :meth:`~agents.training.judgement.Judgement.beats`.
+        config: what the run is; resuming with another is an error.
+        shown: which of the learner's numbers the table of progress shows.
+        workers: who trains together, each with a trainer: all judge, keep the best, and stop
+            after the same update; the first prints, and writes the checkpoint.
+
+    Attributes:
+        done: updates so far.
+        seconds: time spent in :meth:`run`, this and earlier ones.
+        history: a row for every update and one for every judgement.
+        best, best_state: the best judgement, and the policy's state that got it.
+        stopped: whether Ctrl-C, or SIGTERM, ended :meth:`run` early.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        order: Resumable,
+        judge: Judge,
+        out: Path,
+        *,
+        updates: int,
+        evaluate_every: int,
+        target_saving: float,
+        config: dict[str, Any],
+        target_drop: float = 0.0,
+        shown: str = "reward",
+        workers: Workers = ALONE,
+    ) -> None:
+        self.learner, self.order, self.judge, self.out = learner, order, judge, out
+        self.updates, self.evaluate_every = updates, evaluate_every
+        self.target_saving, self.target_drop = target_saving, target_drop
+        self.config, self.shown, self.workers = config, shown, workers
+        self.done = 0
+        self.seconds = 0.0
+        self.history: list[dict[str, float]] = []
+        self.best: Judgement | None = None
+        self.best_state: dict[str, Tensor] = {}
+        self.stopped = False
+
+    def run(self, log: Log = lambda update, numbers: None) -> None:
+        """Train to the end; or to Ctrl-C or SIGTERM, and keep the update in progress."""
+        clock = _Clock(self.seconds, self.done)
+        bar = tqdm(total=self.updates, initial=self.done, unit="update", disable=None, leave=False)
+        with interruptible(say=not self.workers.rank) as interrupted, bar:
+            if self.done < self.updates:
+                tqdm.write(f" update {self.shown:>8} kept  MACs saved  top-1 lost")
+            if not self.history:
+                self._evaluate(log, clock)
+            while self.done < self.updates and not self.workers.agree(interrupted()):
+                numbers = self.learner.update()
+                self.done += 1
+                self.history.append({"update": self.done, **numbers})
+                log(self.done, numbers)
+                bar.update()
+                if self.done % self.evaluate_every == 0 or self.done == self.updates:
+                    self._evaluate(log, clock)
+            if self.done < self.updates:
+                self.stopped = True
+                self._save(clock)
+
+    def _evaluate(self, log: Log, clock: _Clock) -> None:
+        """Judge the policy, keep it if it is the best, print a line, write the checkpoint."""
+        found = self.judge(self.learner.policy)
+        better = found.beats(self.best, self.target_saving, self.target_drop)
+        if better:
+            self.best = found
+            state = self.learner.policy.state_dict()
+            self.best_state = {name: t.detach().clone() for name, t in state.items()}
+        rollout = f"{'':14}"
+        if self.done:
+            rollout = f"{self.history[-1][self.shown]:8.3f}{100 * self.history[-1]['keep']:5.0f}%"
+        tqdm.write(
+            f"{self.done:7d} {rollout}{found.saving:11.1f}%{found.drop:+10.2f} pp"
+            f"{'  best' if better else '':6}  {clock.left(self.done, self.updates)}".rstrip()
+        )
+        self.history.append({"update": self.done, **found.numbers()})
+        log(self.done, {f"held_back/{k}": v for k, v in found.numbers().items()})
+        self._save(clock)
+
+    def _save(self, clock: _Clock) -> None:
+        """Write the checkpoint, atomically."""
+        self.seconds = clock.seconds()
+        orders = self.workers.gather(self.order.state_dict())
+        if self.workers.rank:
+            return
+        tensors: dict[str, Tensor] = {}
+        state = {
+            "learner": self.learner.state_dict(),
+            "orders": orders,
+            "best_state": self.best_state,
+        }
+        skeleton = flatten_state("state", state, tensors)
+        write_tensors(
+            self.out / CHECKPOINT,
+            tensors,
+            {
+                "config": self.config,
+                "done": self.done,
+                "seconds": self.seconds,
+                "history": self.history,
+                "best": asdict(self.best) if self.best else None,
+                "state": skeleton,
+            },
+        )
+
+    def resume(self) -> None:
+        """Go on from the checkpoint in the run folder.
+
+        Raises:
+            UserError: no checkpoint, an unreadable one, or one of a run with another
+                configuration.
+        """
+        path = self.out / CHECKPOINT
+        if not path.is_file():
+            raise UserError(
+                f"nothing to resume in '{self.out}', no {CHECKPOINT} there: leave --resume out to "
+                "start a run"
+            )
+        tensors, saved = read_tensors(path)
+        try:
+            state = unflatten_state(saved["state"], tensors)
+            check_same(saved["config"], self.config, self.out)
+            self.learner.load_state_dict(state["learner"])
+            # Of as many processes as before each goes on where it was: who met images that can't
+            # be read is further on. Where all see all images one order is everybody's.
+            orders, rank = state["orders"], self.workers.rank
+            self.order.load_state_dict(orders[rank if len(orders) == self.workers.count else 0])
+            self.best_state = state["best_state"]
+            self.done, self.seconds = saved["done"], saved["seconds"]
+            self.history = saved["history"]
+            self.best = Judgement(**saved["best"])
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"'{path}' is not a checkpoint of this version ({error}): start with another --out"
+            ) from None
+
+
+def check_same(saved: dict[str, Any], now: dict[str, Any], out: Path) -> None:
+    """Raise :class:`UserError` naming the first setting that differs.
+
+    A number is the same as a list of it: some settings once took only one.
+    """
+    for key in sorted(saved.keys() | now.keys()):
+        before, after = saved.get(key), now.get(key)
+        if not (before == after or [before] == after or before == [after]):
+            raise UserError(
+                f"cannot resume '{out}' with {key}={word(after)}: it was started with "
+                f"{key}={word(before)}; use the same settings or another --out"
+            )
+
+
+class _Clock:
+    """Time spent in this and earlier sessions of a run, and an estimate of what is left."""
+
+    def __init__(self, seconds: float, done: int) -> None:
+        self._earlier, self._first, self._start = seconds, done, time.perf_counter()
+
+    def seconds(self) -> float:
+        """In all sessions."""
+        return self._earlier + time.perf_counter() - self._start
+
+    def left(self, done: int, updates: int) -> str:
+        """Such as ``"1:05 left"``; nothing before the first update and after the last."""
+        if done in (self._first, updates):
+            return ""
+        elapsed = time.perf_counter() - self._start
+        remaining = elapsed / (done - self._first) * (updates - done)
+        return f"{tqdm.format_interval(remaining)} left"
+
+
+@contextmanager
+def interruptible(say: bool = True) -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C, or SIGTERM, into a flag; a second one interrupts at once.
+
+    ``say``: whether to tell the user.
+    """
+    flag = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag.is_set
+        return
+
+    def on_signal(number: int, frame: object) -> None:
+        if flag.is_set():
+            raise KeyboardInterrupt
+        flag.set()
+        # print() may have been interrupted in the middle, and must not be entered twice.
+        if say:
+            os.write(2, b"\nstopping after this update; press Ctrl-C again to stop at once\n")
+
+    before = {number: signal.signal(number, on_signal) for number in _STOPS}
+    try:
+        yield flag.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

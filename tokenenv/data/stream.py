@@ -1,0 +1,125 @@
+"""Endless batches of a source, in an order that a seed fixes."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenenv.data.source import Batch, ImageSource
+from tokenenv.errors import UserError
+
+
+class Stream:
+    """Endless batches of a source, each epoch in a new order that follows from the seed.
+
+    Every batch holds exactly ``batch_size`` readable images; it may span two epochs.
+
+    Of several processes each can read its part of every batch; the parts one after the other, by
+    rank, are the batch that one process alone would read, and all streams stand at the same place.
+    Before, each must know of every image that is unreadable: which one comes next depends on it.
+
+    Args:
+        source: of the images.
+        batch_size: of the whole batch.
+        seed: of the order.
+        rank, of: which part of how many. Where ``of`` does not divide ``batch_size`` some parts
+            have an image more.
+
+    Raises:
+        UserError: ``batch_size`` is less than one, or than ``of``.
+    """
+
+    def __init__(
+        self, source: ImageSource, batch_size: int, seed: int, rank: int = 0, of: int = 1
+    ) -> None:
+        if batch_size < 1:
+            raise UserError(f"batch size {batch_size} is too small; use at least 1")
+        if batch_size < of:
+            raise UserError(f"{of} processes cannot share a batch of {batch_size}: start fewer")
+        self._source = source
+        self._batch_size = batch_size
+        self._seed = seed
+        self._part = slice(batch_size * rank // of, batch_size * (rank + 1) // of)
+        self._position = 0
+        self._shuffle(epoch=0)
+
+    @property
+    def part_size(self) -> int:
+        """How many of a batch's images this stream reads."""
+        return self._part.stop - self._part.start
+
+    def next(self) -> Batch:
+        """Read the next ``batch_size`` images, or this stream's part of them.
+
+        Raises:
+            UserError: none of the source's images is readable; or, in a part, one that nobody
+                knew of is not.
+        """
+        if self.part_size < self._batch_size:
+            return self._next_part()
+        parts: list[Batch] = []
+        missing = self._batch_size
+        while missing:
+            batch = self._source.batch(self._ahead(missing))
+            missing -= len(batch.index)
+            parts.append(batch)
+            if not len(batch.index):
+                self._source.check_readable()
+        return Batch(*(torch.cat(field) for field in zip(*parts, strict=True)))
+
+    def _next_part(self) -> Batch:
+        known: list[Tensor] = []
+        missing = self._batch_size
+        while missing:
+            self._source.check_readable()
+            index = self._ahead(missing)
+            known.append(index[self._source.readable(index)])
+            missing -= len(known[-1])
+        mine = torch.cat(known)[self._part]
+        batch = self._source.batch(mine)
+        if len(batch.index) < len(mine):
+            lost = (set(mine.tolist()) - set(batch.index.tolist())).pop()
+            raise UserError(
+                f"image '{self._source.files[lost]}' can no longer be read: put it back, or take "
+                "it away and start anew"
+            )
+        return batch
+
+    def _ahead(self, count: int) -> Tensor:
+        """The next positions of the order, at most ``count``, at least one."""
+        if self._position == len(self._order):
+            self._position = 0
+            self._shuffle(self._epoch + 1)
+        index = self._order[self._position : self._position + count]
+        self._position += len(index)
+        return index
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the stream stands; a stream that loads it goes on exactly from there."""
+        return {
+            "seed": self._seed,
+            "epoch": self._epoch,
+            "position": self._position,
+            "images": len(self._source),
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where the stream that gave ``state`` stood.
+
+        Raises:
+            UserError: that stream's source had another number of images.
+        """
+        if int(state["images"]) != len(self._source):
+            raise UserError(
+                f"the saved stream read {int(state['images'])} images and '{self._source.name}' "
+                f"has {len(self._source)}; resume with the data the run was started with"
+            )
+        self._seed = int(state["seed"])
+        self._position = int(state["position"])
+        self._shuffle(int(state["epoch"]))
+
+    def _shuffle(self, epoch: int) -> None:
+        self._epoch = epoch
+        rng = np.random.default_rng([self._seed, epoch])
+        self._order = torch.from_numpy(rng.permutation(len(self._source)))

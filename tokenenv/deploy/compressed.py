@@ -1,0 +1,289 @@
+"""A timm model and a policy become one module that is really faster."""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenenv.errors import UserError
+from tokenenv.game.episode import EXECUTIONS, Episode, Execution, default_execution
+from tokenenv.measure.evaluation import Decider, check_fit, play
+from tokenenv.vit.backbone import Backbone
+from tokenenv.vit.load import check_device, load_model
+
+CONFIG, WEIGHTS, POLICY = "compressed.json", "model.safetensors", "policy.safetensors"
+"""What a folder of a saved compressed model holds."""
+
+
+def compress(
+    model: nn.Module, policy: Decider, execution: Execution | None = None
+) -> CompressedViT:
+    """A faster model: ``policy`` decides which tokens go on, the others leave memory.
+
+    Args:
+        model: a model of timm's ``VisionTransformer`` family; it is copied and stays as it is.
+        policy: who decides, such as what ``agents.load`` and ``agents.parse_policy`` give; copied.
+        execution: how batches of images of different lengths run, see
+            :class:`~tokenenv.game.episode.Episode`; None takes what suits the device.
+
+    Returns:
+        The module, in ``eval`` mode.
+
+    Raises:
+        UserError: a model that is compressed already or not supported, a policy for another model,
+            an unknown execution.
+    """
+    if not hasattr(policy, "rules"):
+        raise UserError(
+            f"{policy!r} is no policy: give agents.load(RUN), or agents.parse_policy('tome:r=8', "
+            "depth) for what the command line calls tome:r=8"
+        )
+    if isinstance(model, CompressedViT):
+        raise UserError("the model is compressed already: compress the timm model it was made of")
+    if execution is not None and execution not in EXECUTIONS:
+        raise UserError(f"execution='{execution}': choose from {', '.join(EXECUTIONS)}")
+    return CompressedViT(model, policy, execution)
+
+
+class CompressedViT(nn.Module):
+    """A timm Vision Transformer whose tokens leave on the way; made by :func:`compress`.
+
+    It takes and gives what the timm model does, but no ``attn_mask``. Its parameters are the timm
+    model's own, below ``model``; the policy's are not among them: they stay float32 and are not
+    trained with it.
+
+    In ``train`` mode tokens are only hidden (masked execution), so that shapes stay fixed, and
+    logits have a gradient in the model's parameters; the policy's decisions have none.
+
+    ``torch.compile`` compiles what a block does to each token, once for all lengths and blocks;
+    attention's own kernel and the decisions between stay as they are, and so does all in ``train``
+    mode, where the probability of stochastic depth is another in every block.
+
+    Args:
+        model: as for :func:`compress`.
+        policy: likewise.
+        execution: likewise.
+
+    Attributes:
+        model: the copy of the timm model.
+        policy: the copy of the policy.
+        execution: as given.
+        pretrained_cfg: as timm's, for its tools that prepare images.
+    """
+
+    model: Any
+    policy: Any
+
+    def __init__(self, model: nn.Module, policy: Decider, execution: Execution | None) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model)
+        self.execution = execution
+        # Past nn.Module's attributes: it does not belong into state_dict() or parameters().
+        self.__dict__["policy"] = copy.deepcopy(policy)
+        check_fit(self.policy, self.backbone, self.backbone.architecture)
+        self.pretrained_cfg = getattr(self.model, "pretrained_cfg", {})
+        self._place_policy()
+        self.eval()
+
+    @property
+    def backbone(self) -> Backbone:
+        """The model in stages."""
+        known = self.__dict__.get("_stages")
+        # With other modules put in, as by quantisation, the stages are others.
+        if known is None or known.model is not self.model or known.blocks is not self.model.blocks:
+            known = self.__dict__["_stages"] = Backbone(self.model, freeze=False)
+        return known
+
+    @property
+    def num_classes(self) -> int:
+        """As timm's."""
+        return self.model.num_classes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images ``(B, C, H, W)``, normalised -> logits ``(B, classes)``."""
+        if x.shape[0] == 0:
+            return self.model(x)
+        logits = self._play(x).logits
+        assert logits is not None
+        return logits
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images ``(B, C, H, W)`` -> tokens ``(B, prefix + P, D)`` after the final norm.
+
+        As timm lays them out, one per patch. A merged patch shows the token it went into, a pruned
+        one the mean of those that the head pools: so :meth:`forward_head` gives :meth:`forward`'s
+        logits. Where the policy makes images smaller, P is the number of patches of those.
+
+        Raises:
+            UserError: the model pools by attention and patches were pruned; attention would read
+                them.
+        """
+        if x.shape[0] == 0:
+            return self.model.forward_features(x)
+        tokens = self._play(x).tokens
+        known = tokens.patch_alive()
+        if self.model.attn_pool is not None and (tokens.ragged or tokens.moved):
+            raise UserError(
+                "tokens that left can't be hidden from this model's attention pool: "
+                "call the model itself instead of forward_features"
+            )
+        y = self.model.norm(tokens.x)
+        first = 0 if self.model.pool_include_prefix else tokens.prefix
+        weight = (tokens.size * tokens.alive)[:, first:, None]
+        total = weight.sum(1, keepdim=True).clamp(min=1)
+        mean = (y[:, first:] * weight).sum(1, keepdim=True) / total
+        patches = tokens.to_patches(y[:, tokens.prefix :])
+        patches = torch.where(known[..., None], patches, mean.to(y.dtype))
+        return torch.cat([y[:, : tokens.prefix], patches], dim=1)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens of :meth:`forward_features` -> logits, or what the classifier reads."""
+        return self.model.forward_head(x, pre_logits=pre_logits)
+
+    def train(self, mode: bool = True) -> CompressedViT:
+        """Set the mode of the model; the policy always decides as in evaluation."""
+        super().train(mode)
+        if isinstance(self.policy, nn.Module):
+            self.policy.eval()
+        return self
+
+    def save(self, folder: str | Path) -> None:
+        """Write the model's name, weights and policy as JSON and safetensors; all or nothing.
+
+        :func:`load_compressed` reads it.
+
+        Args:
+            folder: a new or an empty folder.
+
+        Raises:
+            UserError: the folder holds something or can't be written, the policy has no ``save``,
+                or the model is not what timm makes of its name, image size and pooling.
+        """
+        folder = Path(folder)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"'{folder}' exists already: choose another folder")
+        if not hasattr(self.policy, "save"):
+            kind = type(self.policy).__name__
+            raise UserError(f"a policy of class {kind} has no save(path): add one, or take another")
+        try:
+            folder.resolve().parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.resolve().parent, prefix=".") as place:
+                complete = Path(place, "complete")
+                complete.mkdir()
+                self._write(complete)
+                complete.replace(folder.resolve())
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"cannot write to '{folder}' ({reason}): choose another") from None
+
+    def _write(self, folder: Path) -> None:
+        from safetensors.torch import save
+
+        model = self.model
+        config = {
+            "model": self.backbone.architecture,
+            "options": {
+                "img_size": list(model.patch_embed.img_size),
+                "in_chans": model.patch_embed.proj.in_channels,
+                "global_pool": model.global_pool,
+                "dynamic_img_size": bool(model.dynamic_img_size),
+                **_drop_rates(model),
+            },
+            "dtype": str(self.backbone.dtype).removeprefix("torch."),
+            "execution": self.execution,
+        }
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+        (folder / WEIGHTS).write_bytes(save(state))
+        self.policy.save(folder / POLICY)
+        self._check_twin(folder)
+
+    @torch.no_grad()
+    def _check_twin(self, folder: Path) -> None:
+        """See that the model read back is the same one."""
+        words = (
+            f"the model is not what timm makes of '{self.backbone.architecture}', its image size "
+            "and pooling, and can't be read back: save its state_dict() and build it by your code"
+        )
+        try:
+            twin = load_compressed(folder, self.backbone.device)
+        except UserError as error:
+            raise UserError(f"{words} ({error})") from None
+        patches = self.model.patch_embed
+        shape = (1, patches.proj.in_channels, *patches.img_size)
+        image = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        image = image.to(self.backbone.device, self.backbone.dtype)
+        model = copy.deepcopy(self.model).eval()
+        same = torch.allclose(model(image), twin.model(image), rtol=1e-3, atol=1e-4)
+        if not same or _dropped(model) != _dropped(twin.model):
+            raise UserError(words)
+
+    def _play(self, x: Tensor) -> Episode:
+        return self._play_outside(x, torch.compiler.is_dynamo_compiling())
+
+    # Lengths are data: a trace of it all would break or be made anew at every decision.
+    @torch.compiler.disable
+    def _play_outside(self, x: Tensor, compiled: bool) -> Episode:
+        self.backbone.compiled = compiled and not self.training
+        execution = self.execution or default_execution(self.backbone.device)
+        return play(self.backbone, self.policy, x, "masked" if self.training else execution)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedViT:
+        """Move or convert the model; the policy follows to its device."""
+        super()._apply(fn, recurse)
+        self._place_policy()
+        return self
+
+    def _place_policy(self) -> None:
+        if isinstance(self.policy, nn.Module):
+            self.policy.to(self.backbone.device).eval()
+
+
+def _dropped(model: nn.Module) -> list[float]:
+    """Every probability of dropout and of stochastic depth; 0 where there is neither."""
+    known = (m.__dict__.get("p", m.__dict__.get("drop_prob", 0.0)) for m in model.modules())
+    return [float(rate or 0.0) for rate in known]
+
+
+def _drop_rates(model: Any) -> dict[str, float]:
+    """What only matters in training, by the names of timm's arguments."""
+    last = model.blocks[-1]
+    return {
+        "drop_rate": model.head_drop.p,
+        "pos_drop_rate": model.pos_drop.p,
+        "proj_drop_rate": last.attn.proj_drop.p,
+        "attn_drop_rate": last.attn.attn_drop.p,
+        "drop_path_rate": getattr(last.drop_path1, "drop_prob", 0.0),
+    }
+
+
+def load_compressed(folder: str | Path, device: str | torch.device = "cpu") -> CompressedViT:
+    """The model that :meth:`CompressedViT.save` wrote.
+
+    Raises:
+        UserError: no such folder, or it is not complete.
+    """
+    import agents  # the only policies that come with a way to read them back
+
+    place, folder = check_device(device), Path(folder)
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        name, options = config["model"], dict(config["options"])
+        options["img_size"] = tuple(options["img_size"])
+        dtype, execution = getattr(torch, config["dtype"]), config["execution"]
+        model = load_model(name, str(folder / WEIGHTS), options).to(place, dtype)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise UserError(
+            f"'{folder}' holds no compressed model ({CONFIG}: {type(error).__name__}): "
+            "give a folder that 'tokenenv compress' or save() wrote"
+        ) from None
+    return compress(model, agents.load(folder), execution)

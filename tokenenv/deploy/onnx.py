@@ -1,0 +1,114 @@
+"""A compressed model as an ONNX file, for runtimes without torch."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenenv.deploy.compressed import CompressedViT
+from tokenenv.errors import UserError
+
+
+def check_export() -> None:
+    """Raise :class:`UserError` where a package that the export needs is missing."""
+    for name in ("onnx", "onnxscript"):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"the export needs the package '{name}': pip install 'tokenenv[export]'"
+            )
+
+
+def export_onnx(fast: CompressedViT, path: str | Path) -> None:
+    """Write the model as it runs for one image: ``(1, C, H, W)`` -> ``(1, classes)``.
+
+    Tokens really leave: every image goes on at its own length, which ONNX says with a dynamic
+    dimension. That is why a batch has one image. Of a model with ``execution="masked"`` they are
+    only hidden, shapes stay fixed and nothing is saved. What a policy draws at random is drawn
+    by the runtime.
+
+    Args:
+        fast: the model; it is exported as in ``eval`` mode and on a CPU.
+        path: the file to write.
+
+    Raises:
+        UserError: a package is missing (``pip install tokenenv[export]``), the file can't be
+            written, or torch has no ONNX for something the policy does.
+    """
+    path = Path(path)
+    if path.is_dir() or not path.parent.is_dir():  # before a minute of work
+        raise UserError(f"cannot write '{path}': give the name of a file in a folder that exists")
+    check_export()
+    fast = copy.deepcopy(fast).cpu().eval()
+    patches = fast.model.patch_embed
+    shape = (1, patches.proj.in_channels, *patches.img_size)
+    image = torch.zeros(shape, dtype=fast.backbone.dtype)
+    try:
+        with warnings.catch_warnings(), torch.no_grad(), _quiet("onnxscript"):
+            warnings.simplefilter("ignore")  # of torch about torch
+            graph = torch.export.export(fast, (image,), strict=False)
+            program = torch.onnx.export(
+                graph,
+                input_names=["images"],
+                output_names=["logits"],
+                dynamo=True,
+                verbose=False,
+                custom_translation_table={torch.ops.aten.sort.stable: _stable_sort()},
+            )
+    except (torch.onnx.OnnxExporterError, torch._dynamo.exc.TorchDynamoException) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(
+            f"torch can't export a policy of class {type(fast.policy).__name__} ({reason}): "
+            "compress with execution='masked', or take another policy"
+        ) from None
+    assert program is not None
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as place:
+            complete = Path(place, path.name)
+            program.save(complete, external_data=False)
+            complete.replace(path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"cannot write '{path}' ({reason}): choose another place") from None
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Leave out a logger's warnings: of constants that could not be folded, as nobody asked."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _stable_sort() -> Any:
+    """``aten::sort.stable``, which torch does not translate itself, as TopK.
+
+    Of equal values ONNX's TopK takes those of lower index first: it is stable.
+    """
+    from onnx import TensorProto
+    from onnxscript import opset18
+
+    op: Any = opset18
+
+    def sort(
+        x: Any, *, stable: bool = True, dim: int = -1, descending: bool = False
+    ) -> tuple[Any, Any]:
+        if x.dtype == TensorProto.UINT8:  # for which TopK is not implemented everywhere
+            x = op.Cast(x, to=TensorProto.INT64)
+        count = op.Gather(op.Shape(x), op.Constant(value_ints=[dim]))
+        values, indices = op.TopK(x, count, axis=dim, largest=int(descending), sorted=1)
+        return values, indices
+
+    return sort

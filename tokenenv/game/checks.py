@@ -1,0 +1,53 @@
+"""Values that rules, rewards and reducers have in common, and their checks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenenv.errors import UserError
+
+
+def check_blocks(blocks: Sequence[int]) -> None:
+    """Raise :class:`UserError` unless ``blocks`` are strictly increasing indices from 0."""
+    if not all(isinstance(block, int) for block in blocks):
+        raise UserError(f"blocks={_slashed(blocks)} must be whole numbers such as 3/6/9")
+    if not blocks or list(blocks) != sorted(set(blocks)) or blocks[0] < 0:
+        raise UserError(
+            f"blocks={_slashed(blocks)} must be strictly increasing block indices from 0"
+        )
+
+
+def check_features(features: Sequence[str], known: Sequence[str]) -> None:
+    """Raise :class:`UserError` unless ``features`` are some of ``known``, each only once."""
+    if not features or len(set(features)) < len(features):
+        raise UserError(f"features={features!r}: name at least one, each only once")
+    unknown = [f for f in features if f not in known]
+    if unknown:
+        raise UserError(f"unknown feature '{unknown[0]}': choose from {', '.join(known)}")
+
+
+def check_range(blocks: Sequence[int], depth: int) -> None:
+    """Raise :class:`UserError` unless a model of ``depth`` blocks has all ``blocks``."""
+    if blocks[-1] >= depth:
+        raise UserError(
+            f"decision block {blocks[-1]} is out of range: the model has blocks 0 to {depth - 1}"
+        )
+
+
+def _slashed(blocks: Sequence[int]) -> str:
+    return "/".join(str(b) for b in blocks)
+
+
+def check_keep(keep: float) -> None:
+    """Raise :class:`UserError` unless ``keep`` is a share in (0, 1]."""
+    if not 0.0 < keep <= 1.0:
+        raise UserError(f"keep ratio {keep:g} is outside (0, 1]: give a share such as 0.7")
+
+
+def spread_blocks(depth: int, count: int = 3) -> tuple[int, ...]:
+    """``count`` decision blocks spread evenly over ``depth`` blocks: 3, 6, 9 of 12.
+
+    Fewer where there are not so many after the first.
+    """
+    count = max(1, min(count, depth - 1))
+    return tuple(round(depth * (i + 1) / (count + 1)) for i in range(count))

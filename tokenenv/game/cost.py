@@ -1,0 +1,128 @@
+"""What a forward pass costs, in multiply-adds (1 MAC = 1 FLOP, the field's convention)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from tokenenv.game.rules import Rules
+from tokenenv.vit.backbone import Backbone
+
+
+class Costed(Protocol):
+    """A policy that knows what a decision costs."""
+
+    def macs(self, agents: Tensor, removed: Tensor) -> Tensor:
+        """Multiply-adds of one decision of ``agents`` agents that removed so many tokens."""
+
+
+def measured_macs(run: Callable[[], Any]) -> float:
+    """Multiply-adds of matrix products and convolutions that ``run()`` really executes.
+
+    torch's own counter, which counts 2 per multiply-add. In some releases (2.13, 2.14) it misses
+    fused attention on a CPU, so attention runs as the matrix products it is made of.
+    """
+    counter = FlopCounterMode(display=False)
+    # The counter can't look inside inference tensors.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        run()
+    return counter.get_total_flops() / 2
+
+
+class Cost:
+    """Closed-form multiply-adds per image, for any number of tokens in each block.
+
+    Per block with n tokens of width d: all linear layers (12 n d^2 for a plain block) and the two
+    products of attention (2 n^2 d); besides, the patch embedding and the head. Norms, softmax
+    and activations are not counted.
+
+    Args:
+        backbone: the model.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self._attention_linear = [_linear_macs(block.attn) for block in backbone.blocks]
+        self._mlp_linear = [_linear_macs(block.mlp) for block in backbone.blocks]
+        self._attention = [2 * backbone.attention_dim(i) for i in range(backbone.depth)]
+        self._embed, head = self._measure_ends()
+        self._head, self._head_slope = head
+
+    def _measure_ends(self) -> tuple[float, tuple[float, float]]:
+        """Embedding, and the head as intercept and slope in the number of tokens."""
+        model, backbone = self.backbone.model, self.backbone
+        size = model.patch_embed.img_size
+        conv = next(m for m in model.patch_embed.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+        channels = conv.in_channels if isinstance(conv, nn.Conv2d) else 3
+        image = torch.zeros(1, channels, *size, device=backbone.device, dtype=backbone.dtype)
+        with torch.no_grad():
+            tokens = backbone.embed(image)
+        full, half = tokens.x.shape[1], max(tokens.x.shape[1] // 2, backbone.prefix + 1)
+
+        def head(count: int) -> float:
+            x = tokens.x[:, :count]
+            return measured_macs(lambda: model.forward_head(x))
+
+        embed = measured_macs(lambda: backbone.embed(image))
+        slope = (head(full) - head(half)) / max(full - half, 1)
+        return embed, (head(full) - slope * full, slope)
+
+    def backbone_macs(self, attended: Sequence[Tensor], fed: Sequence[Tensor]) -> Tensor:
+        """Multiply-adds of each image.
+
+        Args:
+            attended: for each block ``(B,)`` tokens its attention worked on, prefix included.
+            fed: the same for its MLP.
+
+        Returns:
+            ``(B,)`` float64.
+        """
+        first = attended[0]
+        total = first.new_full(first.shape, self._embed + self._head, dtype=torch.float64)
+        projections = zip(attended, self._attention_linear, self._attention, strict=True)
+        for count, linear, attention in projections:
+            n = count.double()
+            total += n * linear + n * n * attention
+        for count, linear in zip(fed, self._mlp_linear, strict=True):
+            total += count.double() * linear
+        return total + fed[-1].double() * self._head_slope
+
+    def dense(self) -> float:
+        """Multiply-adds of the untouched model for one image."""
+        count = torch.tensor([self.backbone.prefix + self.backbone.patches])
+        counts = [count] * self.backbone.depth
+        return float(self.backbone_macs(counts, counts))
+
+    def decision_macs(
+        self, rules: Rules, policy: Costed, attended: Sequence[Tensor], fed: Sequence[Tensor]
+    ) -> Tensor:
+        """``(B,)`` multiply-adds of all decisions: observation and policy.
+
+        Args:
+            rules: where decisions are taken.
+            policy: who takes them.
+            attended: as for :meth:`backbone_macs`.
+            fed: likewise.
+        """
+        prefix, full = self.backbone.prefix, self.backbone.prefix + self.backbone.patches
+        total = torch.zeros_like(attended[0], dtype=torch.float64)
+        for block in rules.blocks:
+            if rules.between:
+                before, after = attended[block], fed[block]
+            else:
+                after = attended[block]
+                before = fed[block - 1] if block else torch.full_like(after, full)
+            before, after = before.double(), after.double()
+            total += policy.macs(rules.deciders(before - prefix), before - after)
+            total += rules.macs(self.backbone, block, before)
+        return total
+
+
+def _linear_macs(block: nn.Module) -> int:
+    """Multiply-adds per token of a block's linear layers."""
+    return sum(m.in_features * m.out_features for m in block.modules() if isinstance(m, nn.Linear))

@@ -1,0 +1,73 @@
+"""Numbers that describe tokens, and are of the same scale in every model."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenenv.vit.backbone import Context
+from tokenenv.vit.tokens import Tokens
+
+
+def mean_over(values: Tensor, active: Tensor) -> Tensor:
+    """``(B, A, D)`` -> ``(B, D)`` mean over the active."""
+    weight = active / active.sum(1, keepdim=True).clamp(min=1)
+    return (values * weight[..., None]).sum(1)
+
+
+def log_relative(values: Tensor, active: Tensor) -> Tensor:
+    """``(B, A)`` -> ``(B, A, 1)`` log of positive values over their mean among the active.
+
+    At least -4; 0 for the others.
+    """
+    mean = mean_over(values[..., None], active)
+    relative = (values / mean.clamp(min=1e-12)).clamp(min=1e-12).log().clamp(min=-4.0)
+    return (relative * active)[..., None]
+
+
+def redundancy(tokens: Tokens, context: Context) -> Tensor:
+    """``(B, A, 1)`` highest cosine with a living token of more attention; -1 for the first."""
+    assert context.mean_keys is not None and context.cls_attention is not None
+    key = F.normalize(context.mean_keys[:, tokens.prefix :].float(), dim=-1)
+    rank = context.cls_attention[:, tokens.prefix :] * tokens.visual_alive
+    better = rank[:, None, :] > rank[:, :, None]
+    cosine = (key @ key.transpose(1, 2)).masked_fill(~better, -1.0)
+    # One column more, so that there is a highest where every visual token is gone.
+    return F.pad(cosine, (0, 1), value=-1.0).amax(2)[..., None]
+
+
+def whole_numbers(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """``(n,)`` int64, kept on the device: a copy from the host would make it wait each time."""
+    if torch.compiler.is_compiling():  # tensors made while torch traces are not real ones
+        return torch.tensor(values, device=device)
+    return _kept_whole_numbers(values, device)
+
+
+@cache
+def _kept_whole_numbers(values: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # autograd may not save what is made in that mode
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+
+def position_code(grid: tuple[int, int], device: torch.device) -> Tensor:
+    """``(P, 8)`` sine and cosine of row and column at two wavelengths, row-major patches."""
+    if torch.compiler.is_compiling():  # tensors made while torch traces are not real ones
+        return _position_code(grid, device)
+    return _kept_position_code(grid, device)
+
+
+@cache
+def _kept_position_code(grid: tuple[int, int], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # autograd may not save what is made in that mode
+        return _position_code(grid, device)
+
+
+def _position_code(grid: tuple[int, int], device: torch.device) -> Tensor:
+    rows = torch.linspace(0, 1, grid[0], device=device)[:, None].expand(grid)
+    cols = torch.linspace(0, 1, grid[1], device=device)[None, :].expand(grid)
+    angle = torch.stack([rows, cols], dim=-1).reshape(-1, 2) * torch.pi
+    angle = torch.cat([angle, 2 * angle], dim=-1)
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)

@@ -1,0 +1,53 @@
+"""What the rules of one agent per block have in common."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenenv.game.rules.features import mean_over
+from tokenenv.game.rules.observation import Moment
+from tokenenv.vit.backbone import Backbone
+
+HISTORY_DIM = 3
+
+
+def history(moment: Moment) -> Tensor:
+    """``(B, 3)`` N_l / N_0, the share removed by the last decision, earlier interventions.
+
+    DORA-pruning's h_l (arXiv 2609.34325): the number of decisions so far that removed something
+    is divided by the number of this decision, from 1, so that all three lie in [0, 1].
+    """
+    counts = torch.stack(moment.counts, 1).float()
+    before, after = counts[:, :-1], counts[:, 1:]
+    left = counts[:, -1] / counts[:, 0]
+    if moment.step == 0:
+        return torch.stack([left, torch.zeros_like(left), torch.zeros_like(left)], 1)
+    last = 1 - after[:, -1] / before[:, -1].clamp(min=1)
+    interventions = (after < before).sum(1) / (moment.step + 1)
+    return torch.stack([left, last, interventions], 1)
+
+
+def one_hot_step(moment: Moment, steps: int) -> Tensor:
+    """``(B, steps)`` which decision it is."""
+    row = moment.tokens.size.new_zeros(len(moment.tokens.size), steps)
+    row[:, moment.step] = 1.0
+    return row
+
+
+def state(backbone: Backbone, moment: Moment, steps: int) -> Tensor:
+    """``(B, S)`` summary token, normalised; which decision it is; the history."""
+    whole = F.layer_norm(backbone.summary(moment.tokens), (backbone.dim,))
+    return torch.cat([whole, one_hot_step(moment, steps), history(moment)], 1)
+
+
+def state_dim(backbone: Backbone, steps: int) -> int:
+    """S."""
+    return backbone.dim + steps + HISTORY_DIM
+
+
+def mean_key(backbone: Backbone, keys: Tensor, active: Tensor, prefix: int) -> Tensor:
+    """``(B, K)`` key of the class token, heads side by side; without one of the mean token."""
+    flat = keys.transpose(1, 2).flatten(2).float()
+    return flat[:, 0] if backbone.has_class_token else mean_over(flat[:, prefix:], active)

@@ -1,0 +1,282 @@
+"""DORA, merging: one agent per block says which of a matching's candidate pairs merge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenenv.errors import UserError
+from tokenenv.game.checks import check_blocks, check_features, check_range
+from tokenenv.game.rules import layer
+from tokenenv.game.rules.features import log_relative, whole_numbers
+from tokenenv.game.rules.observation import Moment, Observation
+from tokenenv.vit import packing, reduction
+from tokenenv.vit.backbone import Backbone, Context
+from tokenenv.vit.reduction import Match
+from tokenenv.vit.tokens import Tokens
+
+KEEP, MERGE = 0, 1
+FEATURES = ("similarity", "cls_attention", "size", "token", "keys")
+
+
+@dataclass(frozen=True)
+class LayerMerge:
+    """Merge or keep, between attention and MLP of every block (DORA, He et al., arXiv 2605.11683).
+
+    ToMe's bipartite matching on the mean-head keys proposes candidate pairs: every second living
+    token and its most similar partner among the others. The block's agent accepts or refuses; an
+    accepted pair becomes its size-weighted mean. Prefix tokens take no part.
+
+    The paper's text is not public beyond its abstract ("binary merge actions", decided per block);
+    the rest is our reading.
+
+    Attributes:
+        blocks: indices of the decision blocks, strictly increasing.
+        action: ``pairs``: yes (1) or no (0) for every candidate, ``A = ceil(P / 2)`` of them at
+            the start; ``count``: one number per block, the index into ``grid`` of how many pairs
+            merge, the most similar first.
+        grid: how many pairs a choice of ``count`` merges, increasing from 0.
+        features: what the agent sees of a candidate a and its partner b (``pairs``):
+            ``similarity``, their cosine and by how much it exceeds the mean candidate's, as
+            :func:`scaled` (2);
+            ``cls_attention``, log of the class token's attention to each, relative to the mean
+            over living tokens (2); ``size``, log of how many patches each stands for (2);
+            ``token``, cosine of their embeddings, as :func:`scaled`, and log ratio of their lengths
+            (2); ``keys``,
+            the mean-head keys of both (2 x head width).
+        proportional: whether a merged token weighs as many keys as its patches in attention
+            (ToMe's proportional attention).
+        share: whether the agent also sees which decision it is, and the history.
+        shuffle: whether tokens are split and laid out as ToMe's published code does: A has every
+            second token counted from the first prefix token on, and what is left of A comes before
+            B in the next block, where neighbours then meet that were not. Else the split is from
+            the first visual token on, and tokens stay in the order of their patches.
+    """
+
+    blocks: tuple[int, ...] = tuple(range(12))
+    action: Literal["pairs", "count"] = "pairs"
+    grid: tuple[int, ...] = (0, 2, 4, 8, 12, 16, 24, 32)
+    features: tuple[str, ...] = ("similarity", "cls_attention", "size", "token")
+    proportional: bool = True
+    share: bool = True
+    shuffle: bool = False
+    between: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_blocks(self.blocks)
+        check_features(self.features, FEATURES)
+        if self.action not in ("pairs", "count"):
+            raise UserError(f"action='{self.action}': choose 'pairs' or 'count'")
+        if len(self.grid) < 2 or self.grid[0] != 0 or list(self.grid) != sorted(set(self.grid)):
+            raise UserError(f"grid={self.grid} must increase from 0, such as (0, 4, 8, 16)")
+
+    @property
+    def packed(self) -> bool:
+        """Whether tokens may come packed: unless they are put into another order."""
+        return not self.shuffle
+
+    def check(self, backbone: Backbone) -> None:
+        """Raise :class:`UserError` where these rules don't fit the backbone."""
+        check_range(self.blocks, backbone.depth)
+        pairs = backbone.patches // 2
+        if not pairs:
+            raise UserError(f"the model has {backbone.patches} visual tokens: no two could merge")
+        if self.action == "count" and self.grid[-1] > pairs:
+            raise UserError(
+                f"grid={self.grid} asks for {self.grid[-1]} pairs and {backbone.patches} visual "
+                f"tokens make {pairs}: give a grid up to {pairs}"
+            )
+        if "cls_attention" in self._observed and not backbone.has_class_token:
+            raise UserError(
+                "feature 'cls_attention' needs a class token and this model has none: leave it out"
+            )
+
+    @property
+    def _observed(self) -> tuple[str, ...]:
+        return self.features if self.action == "pairs" else ("similarity",)
+
+    def actions(self, backbone: Backbone) -> int:
+        """Yes or no; or the grid."""
+        return 2 if self.action == "pairs" else len(self.grid)
+
+    def agents(self, backbone: Backbone) -> int:
+        """One per candidate the untouched image has; or one per block."""
+        pairs = (backbone.patches + 1 - self._first(backbone.prefix)) // 2
+        return pairs if self.action == "pairs" else 1
+
+    def deciders(self, visual: Tensor) -> Tensor:
+        """One per candidate, or one."""
+        return (visual / 2).ceil() if self.action == "pairs" else torch.ones_like(visual)
+
+    def wants(self, block: int) -> dict[str, bool]:
+        """What the attention of ``block`` has to do: arguments of ``Backbone.attend``."""
+        due = block in self.blocks
+        return {
+            "mean_keys": due,
+            "cls_attention": due and "cls_attention" in self._observed,
+            "proportional": self.proportional,
+        }
+
+    def macs(self, backbone: Backbone, block: int, tokens: Tensor) -> Tensor:
+        """Multiply-adds of matching and observing ``tokens`` (float, prefix included)."""
+        visual = tokens - backbone.prefix
+        pairs = (visual / 2).ceil()
+        total = pairs * (visual - pairs) * backbone.head_dim(block)
+        if "cls_attention" in self._observed:
+            total = total + tokens * backbone.attention_dim(block)
+        if "token" in self._observed:
+            total = total + pairs * 3 * backbone.dim
+        return total
+
+    def match(self, tokens: Tokens, context: Context) -> Match:
+        """ToMe's candidates, on the mean-head keys."""
+        assert context.mean_keys is not None
+        return reduction.bipartite_match(tokens, context.mean_keys, self._first(tokens.prefix))
+
+    def _first(self, prefix: int) -> int:
+        """Which visual token is the first candidate."""
+        return prefix % 2 if self.shuffle else 0
+
+    def layout(self, backbone: Backbone) -> dict[str, slice]:
+        """Where each feature lies in what an agent sees of its own."""
+        if self.action == "count":
+            return {"similarity": slice(0, len(self.grid))}
+        layout, start = {}, 0
+        for name in self.features:
+            width = 2 * max(map(backbone.head_dim, self.blocks)) if name == "keys" else 2
+            layout[name] = slice(start, start + width)
+            start += width
+        return layout
+
+    def agent_dim(self, backbone: Backbone) -> int:
+        """F."""
+        return max(s.stop for s in self.layout(backbone).values())
+
+    def shared_dim(self, backbone: Backbone) -> int:
+        """G: which decision it is, and the history."""
+        return len(self.blocks) + layer.HISTORY_DIM if self.share else 0
+
+    def state_dim(self, backbone: Backbone) -> int:
+        """S."""
+        return layer.state_dim(backbone, len(self.blocks))
+
+    def to_roster(self, backbone: Backbone, tokens: Tokens, values: Tensor) -> Tensor:
+        """Candidate ``i`` of those now is agent ``i``; zeros behind the last."""
+        missing = self.agents(backbone) - values.shape[1]
+        if not missing:
+            return values
+        return torch.cat([values, values.new_zeros(len(values), missing, *values.shape[2:])], 1)
+
+    def from_roster(self, tokens: Tokens, values: Tensor) -> Tensor:
+        """Agents without a candidate are left out."""
+        if self.action == "count":
+            return values
+        visual = tokens.alive.shape[1] - tokens.prefix
+        return values[:, : (visual + 1 - self._first(tokens.prefix)) // 2]
+
+    def observe(self, backbone: Backbone, moment: Moment, *, state: bool = False) -> Observation:
+        """What the agent sees: a row per candidate as they lie, or a single one (``count``)."""
+        match = moment.match
+        assert match is not None
+        possible = torch.isfinite(match.score)
+        score = torch.where(possible, match.score, 0.0)
+        legal = None
+        if self.action == "pairs":
+            active, own = possible, self._candidates(moment, match, score, possible)
+        else:
+            active = possible.any(1, keepdim=True)
+            own = _curve(match.score, self.grid)[:, None]
+            grid = whole_numbers(self.grid, score.device)
+            legal = (grid <= possible.sum(1, keepdim=True))[:, None]
+        steps = len(self.blocks)
+        shared = own.new_zeros(own.shape[0], 0)
+        if self.share:
+            shared = torch.cat([layer.one_hot_step(moment, steps), layer.history(moment)], 1)
+        return Observation(
+            agents=own * active[..., None],
+            shared=shared,
+            active=active,
+            step=moment.step,
+            layout=self.layout(backbone),
+            legal=legal,
+            state=layer.state(backbone, moment, steps) if state else None,
+        )
+
+    def _candidates(self, moment: Moment, match: Match, score: Tensor, possible: Tensor) -> Tensor:
+        """``(B, A, F)`` the features of every candidate."""
+        tokens, context = moment.tokens, moment.context
+        pair = torch.stack([match.token, match.partner], 2)
+
+        def of_both(values: Tensor) -> Tensor:
+            return values.gather(1, pair.flatten(1)).view_as(pair)
+
+        own: list[Tensor] = []
+        for name in self.features:
+            if name == "similarity":
+                mean = score.sum(1, keepdim=True) / possible.sum(1, keepdim=True).clamp(min=1)
+                own.append(torch.stack([scaled(score), scaled(score - mean + _USUAL)], 2))
+            elif name == "cls_attention":
+                assert context.cls_attention is not None
+                alive = tokens.visual_alive
+                weight = log_relative(context.cls_attention[:, tokens.prefix :], alive)[..., 0]
+                own.append(of_both(torch.cat([weight[:, :1].expand(-1, tokens.prefix), weight], 1)))
+            elif name == "size":
+                own.append(of_both(tokens.size.clamp(min=1).log()))
+            elif name == "token":
+                own.append(_likeness(tokens, match))
+            else:
+                assert context.mean_keys is not None
+                key = context.mean_keys.float()
+                own.append(packing.take(key, pair.flatten(1)).reshape(*pair.shape[:2], -1))
+        return torch.cat(own, 2)
+
+    def apply(self, moment: Moment, action: Tensor) -> Tokens:
+        """Merge. ``action``: ``(B, A)`` 1 for each pair that shall, or ``(B, 1)`` the choice."""
+        assert moment.match is not None
+        if self.action == "pairs":
+            accept = action == MERGE
+        else:
+            grid = whole_numbers(self.grid, action.device)
+            accept = reduction.strongest(moment.match, grid[action])
+        merged = reduction.merge(moment.tokens, moment.match, accept)
+        return reduction.candidates_first(merged, moment.match) if self.shuffle else merged
+
+
+_USUAL, _SPREAD = 0.9, 0.05
+
+
+def scaled(cosine: Tensor) -> Tensor:
+    """Cosines of similar tokens, ``(c - 0.9) / 0.05``: a network should see them differ."""
+    return (cosine - _USUAL) / _SPREAD
+
+
+def _curve(score: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """``(B, A)`` -> ``(B, len(grid))`` similarity of the best pair, then of each choice's last one.
+
+    As :func:`scaled`; 0 where there are not so many pairs.
+    """
+    # One column more, so that there is a last one where no pair is left.
+    ordered = F.pad(score.sort(1, descending=True).values.clamp(min=-1.0), (0, 1), value=-1.0)
+    last = whole_numbers((0, *(count - 1 for count in grid[1:])), score.device)
+    taken = ordered[:, last.clamp(max=ordered.shape[1] - 1)]
+    return torch.where((last < ordered.shape[1]) & (taken > -1.0), scaled(taken), 0.0)
+
+
+def _likeness(tokens: Tokens, match: Match) -> Tensor:
+    """``(B, A, 2)`` cosine of the embeddings of a pair, log ratio of their lengths."""
+    one, other = (tokens.row(index).flatten() for index in match[:2])
+    if tokens.packing is not None:  # dead candidates have no rows
+        some = torch.isfinite(match.score).flatten().nonzero()[:, 0]
+        one, other = one[some], other[some]
+    rows = tokens.rows
+    product = rows.index_select(0, one).float().mul_(rows.index_select(0, other)).sum(1)
+    length = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).clamp(min=1e-6)
+    length, others = length.index_select(0, one), length.index_select(0, other)
+    seen = torch.stack([scaled(product / (length * others)), (length / others).log()], 1)
+    if tokens.packing is not None:
+        seen = seen.new_zeros(match.score.numel(), 2).index_copy_(0, some, seen)
+    return seen.view(*match.score.shape, 2)

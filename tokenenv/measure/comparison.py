@@ -1,0 +1,299 @@
+"""Methods side by side: sweeps, the rows of a comparison, what a method covers, and tables."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tokenenv.errors import UserError
+from tokenenv.measure.evaluation import Evaluation, paired_difference
+from tokenenv.measure.speed import Speed
+
+TOLERATED = 10.0
+"""Top-1 below the dense model at which :func:`hypervolume` has its floor, percentage points."""
+
+
+def expand(what: str) -> list[str]:
+    """A sweep as single points: ``"tome:r=4|8"`` -> ``["tome:r=4", "tome:r=8"]``.
+
+    A bar separates the values of a field; of several such fields all combinations are taken, the
+    last field's values in turn first.
+
+    Raises:
+        UserError: a value is missing beside a bar.
+    """
+    name, colon, rest = what.partition(":")
+    choices = []
+    for part in rest.split(","):
+        key, equals, values = part.partition("=")
+        if "|" in part and not (equals and all(values.split("|"))):
+            raise UserError(
+                f"'{what}': '{part}' lacks a value: a sweep has the form key=1|2|3, without blanks"
+            )
+        choices.append([key + equals + value for value in values.split("|")])
+    return [name + colon + ",".join(chosen) for chosen in itertools.product(*choices)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one setting, or the dense model.
+
+    Attributes:
+        what: as the user named it.
+        method: its name without the setting.
+        frozen: whether the backbone is the dense model's own; else it was fine-tuned.
+        images: how many were evaluated.
+        top1: percent.
+        lost: top-1 lost against the dense model on the same images, percentage points;
+            ``lost_low``, ``lost_high``: its 95 % interval
+            (:func:`~tokenenv.measure.evaluation.paired_difference`).
+        lost_low: lower end.
+        lost_high: upper end.
+        agreement: images with the dense model's prediction, percent.
+        gmacs: 10^9 multiply-adds per image, policy included (1 MAC = 1 FLOP).
+        saved: share of the dense model's multiply-adds saved, percent.
+        speeds: on the clock, one of each batch size.
+    """
+
+    what: str
+    method: str
+    frozen: bool
+    images: int
+    top1: float
+    lost: float
+    lost_low: float
+    lost_high: float
+    agreement: float
+    gmacs: float
+    saved: float
+    speeds: tuple[Speed, ...] = field(default=())
+
+
+def make_row(
+    what: str, method: str, frozen: bool, result: Evaluation, speeds: Sequence[Speed] = ()
+) -> Row:
+    """A row from an evaluation, see there."""
+    report = result.report()
+    native, right = (
+        (predicted == result.labels).numpy() for predicted in (result.dense, result.reduced)
+    )
+    lost, low, high = paired_difference(native, right)
+    return Row(
+        what=what,
+        method=method,
+        frozen=frozen,
+        images=len(right),
+        top1=100.0 * right.mean().item(),
+        lost=lost,
+        lost_low=low,
+        lost_high=high,
+        agreement=report["agreement"],
+        gmacs=report["gmacs"],
+        saved=result.saving,
+        speeds=tuple(speeds),
+    )
+
+
+def dense_row(result: Evaluation, speeds: Sequence[Speed] = ()) -> Row:
+    """The dense model's row, from the evaluation of any method against it."""
+    top1 = 100.0 * (result.dense == result.labels).double().mean().item()
+    count, gmacs = len(result.labels), result.dense_macs / 1e9
+    return Row("dense", "dense", True, count, top1, 0.0, 0.0, 0.0, 100.0, gmacs, 0.0, tuple(speeds))
+
+
+def hypervolume(
+    points: Sequence[tuple[float, float]], dense_top1: float, tolerated: float = TOLERATED
+) -> float:
+    """How much of the plane of multiply-adds saved and top-1 a method covers, percent.
+
+    The area of the union of the rectangles ``[0, s] x [f, a]`` of all points ``(s, a)``, divided
+    by ``tolerated``: the hypervolume (Zitzler & Thiele 1998) of the points and of the dense model
+    ``(0, dense_top1)``, with the reference point ``(0, f)``, ``f = dense_top1 - tolerated``. Of
+    ``s`` only what lies between 0 and 100 counts.
+
+    A method that saves ``s`` percent for nothing has ``s``. In general it is the most that the
+    method saves when losing ``t`` points at most, averaged over ``t`` from 0 to ``tolerated``;
+    what is above the dense model's top-1 comes on top. More points can only cover more: compare
+    methods that were swept alike.
+
+    Args:
+        points: percent saved, top-1 in percent.
+        dense_top1: percent.
+        tolerated: points of top-1 below the dense model where the area starts.
+    """
+    area, height = 0.0, dense_top1 - tolerated
+    for saved, top1 in sorted(points, reverse=True):  # from the right each adds what is above
+        if top1 > height:
+            area += min(max(saved, 0.0), 100.0) * (top1 - height)
+            height = top1
+    return area / tolerated
+
+
+def pareto_front(rows: Sequence[Row]) -> list[Row]:
+    """Those that no other beats in multiply-adds saved or top-1 without losing in the other.
+
+    From the least saved to the most.
+    """
+    front: list[Row] = []
+    for row in sorted(rows, key=lambda r: (r.saved, r.top1), reverse=True):
+        best = front[-1] if front else None
+        equal = best is not None and (row.saved, row.top1) == (best.saved, best.top1)
+        if best is None or row.top1 > best.top1 or equal:
+            front.append(row)
+    return front[::-1]
+
+
+def best_row(rows: Sequence[Row]) -> Row | None:
+    """The row that saves most of those that lose a point of top-1 at most; None without such."""
+    return max((r for r in rows if r.lost <= 1.0), key=lambda r: r.saved, default=None)
+
+
+def methods(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each method, without the dense model's, from the least saved to the most."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.what != "dense":
+            groups.setdefault(row.method, []).append(row)
+    return {name: sorted(group, key=lambda r: r.saved) for name, group in groups.items()}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that the tables and the picture show.
+
+    Attributes:
+        rows: the dense model's first.
+        model: its name.
+        data: the images' name.
+        timing: on what the times were taken, in words; empty where none were.
+    """
+
+    rows: list[Row]
+    model: str
+    data: str
+    timing: str = ""
+
+    @property
+    def dense(self) -> Row:
+        """The dense model's row."""
+        return self.rows[0]
+
+    @property
+    def batches(self) -> list[int]:
+        """The batch sizes that were timed."""
+        return [speed.batch for speed in self.dense.speeds]
+
+    def covered(self) -> dict[str, float]:
+        """The :func:`hypervolume` of each method, the largest first."""
+        found = {
+            name: hypervolume([(r.saved, r.top1) for r in group], self.dense.top1)
+            for name, group in methods(self.rows).items()
+        }
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, with what the numbers mean."""
+        front = [row.what for row in pareto_front(self.rows)]
+        return {
+            "model": self.model,
+            "data": self.data,
+            "timing": self.timing,
+            "note": "1 MAC = 1 FLOP, policy included; percent and percentage points",
+            "rows": [asdict(row) | {"pareto": row.what in front} for row in self.rows],
+            "hypervolume": {
+                "reference": {"saved": 0.0, "top1": self.dense.top1 - TOLERATED},
+                "percent": self.covered(),
+            },
+        }
+
+    def as_csv(self) -> str:
+        """A line for each row; what was timed has a column for each batch size."""
+        front = pareto_front(self.rows)
+        lines = []
+        for row in self.rows:
+            line = asdict(row) | {"pareto": row in front}
+            for speed in line.pop("speeds"):
+                line |= {f"{key}_b{speed['batch']}": speed[key] for key in _TIMED}
+            lines.append(line)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+        return text.getvalue()
+
+    def as_markdown(self) -> str:
+        """Three tables: accuracy and cost, what each method covers, time."""
+        front, groups = pareto_front(self.rows), methods(self.rows)
+        parts = [
+            f"# {self.model}, {self.dense.images} images of {self.data}",
+            "1 MAC = 1 FLOP, policy included. Top-1 lost: percentage points against the dense "
+            "model, [95 % interval], paired bootstrap over the images. Front: no other row is "
+            "better in MACs or top-1 and no worse in the other.",
+            _table(
+                "what | backbone | top-1 % | lost, pp | same as dense % | GMACs | saved % | front",
+                [
+                    f"{_code(r.what)} | {in_words(r.frozen)} | {r.top1:.2f} | {_lost(r)} | "
+                    f"{r.agreement:.1f} | {r.gmacs:.4f} | {r.saved:.1f} | "
+                    f"{'*' if r in front else ''}"
+                    for r in self.rows
+                ],
+            ),
+            f"Hypervolume: MACs saved when 0 to {TOLERATED:g} points of top-1 may be lost, "
+            f"averaged (reference point: 0 % saved, top-1 {self.dense.top1 - TOLERATED:.2f} %); "
+            "points won over the dense model come on top. More rows can only cover more.",
+            _table(
+                "method | backbone | rows | hypervolume %",
+                [
+                    f"{_code(name)} | {in_words(groups[name][0].frozen)} | {len(groups[name])} | "
+                    f"{covered:.2f}"
+                    for name, covered in self.covered().items()
+                ],
+            ),
+        ]
+        if self.timing:
+            parts += [
+                f"On the clock: {self.timing}. Speed-up over the dense model in the same round, "
+                "[quartiles]. Realised: its share of the speed-up of the model merely cut to "
+                "these token counts; - for a model that merges by itself.",
+                _table(
+                    "what | batch | images/s | speed-up | peak MiB | realised %",
+                    [
+                        f"{_code(r.what)} | {s.batch} | {s.images_per_s:.1f} | {s.speedup:.2f} "
+                        f"[{s.speedup_q25:.2f}, {s.speedup_q75:.2f}] | {s.peak_mib:.1f} | "
+                        f"{'-' if s.realised_share is None else f'{100 * s.realised_share:.0f}'}"
+                        for r in self.rows
+                        for s in r.speeds
+                    ],
+                ),
+            ]
+        return "\n\n".join(parts) + "\n"
+
+
+_TIMED = (
+    "images_per_s", "speedup", "speedup_q25", "speedup_q75", "peak_mib", "slice_speedup",
+    "realised_share",
+)  # fmt: skip
+
+
+def in_words(frozen: bool) -> str:
+    """Of a backbone."""
+    return "frozen" if frozen else "fine-tuned"
+
+
+def _lost(row: Row) -> str:
+    return f"{row.lost:.2f} [{row.lost_low:.2f}, {row.lost_high:.2f}]"
+
+
+def _code(text: str) -> str:
+    escaped = text.replace("|", "\\|")
+    return f"`{escaped}`"
+
+
+def _table(head: str, lines: Sequence[str]) -> str:
+    words = ("what", "method", "backbone", "front")
+    rule = " | ".join("---" if name in words else "---:" for name in head.split(" | "))
+    return "\n".join(f"| {line} |" for line in (head, rule, *lines))

@@ -1,0 +1,392 @@
+"""Accuracy, cost and speed of a policy against the untouched model, on the same images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenenv.data import ImageSource
+from tokenenv.errors import UserError
+from tokenenv.game.cost import Cost, measured_macs
+from tokenenv.game.episode import Episode, Execution, default_execution
+from tokenenv.game.rules import Observation, Rules
+from tokenenv.reducers import Resize
+from tokenenv.vit.backbone import Backbone
+from tokenenv.vit.load import Dense
+
+
+class Decider(Protocol):
+    """What :func:`evaluate` needs of a policy."""
+
+    @property
+    def rules(self) -> Rules:
+        """What it decides under."""
+
+    def act(self, observation: Observation) -> Tensor:
+        """``(B, A)`` int64 actions."""
+
+    def macs(self, agents: Tensor, removed: Tensor) -> Tensor:
+        """Multiply-adds of one decision of ``agents`` agents that removed so many tokens."""
+
+
+def check_fit(policy: Decider, backbone: Backbone, name: str) -> None:
+    """Refuse a policy that does not belong to a model.
+
+    A policy that has ``trained_on``, the name of its model, or ``check``, which compares the widths
+    it reads, is asked.
+
+    Args:
+        policy: who decides.
+        backbone: the model.
+        name: the model's timm name; empty where it has none.
+
+    Raises:
+        UserError: it was trained for another one, or its rules don't fit.
+    """
+    trained_on = getattr(policy, "trained_on", "")
+    # Some policies could read another model's tokens; numbers of one would mislead here.
+    if trained_on and name and trained_on.split(".")[0] != name.split(".")[0]:
+        raise UserError(
+            f"the policy was trained on model '{trained_on}', not on '{name}': take that model, "
+            "or train one for this model"
+        )
+    policy.rules.check(backbone)
+    if hasattr(policy, "check"):
+        rules = policy.rules
+        policy.check(rules.agent_dim(backbone), rules.shared_dim(backbone), name)
+
+
+def play(
+    backbone: Backbone, policy: Decider, images: Tensor, execution: Execution | None = None
+) -> Episode:
+    """Run ``images (B, C, H, W)`` to their logits with ``policy`` deciding.
+
+    Decisions are taken in float32, also under autocast, and have no gradient. Where the rules make
+    the images smaller, the episode's ``backbone`` is the model for smaller images.
+    """
+    if isinstance(policy.rules, Resize):
+        backbone, images = policy.rules.shrink(backbone, images)
+    execution = execution or default_execution(backbone.device)
+    episode = Episode(backbone, policy.rules, images, execution=execution)
+    while not episode.done:
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            action = policy.act(episode.observe())
+        episode.act(action)
+    return episode
+
+
+def macs_of(episode: Episode, policy: Decider, cost: Cost) -> Tensor:
+    """``(B,)`` multiply-adds of each image of an episode that is done, policy included.
+
+    Args:
+        episode: what :func:`play` gave.
+        policy: who decided.
+        cost: of the model that was given to :func:`play`.
+    """
+    if episode.backbone is not cost.backbone:  # the one for smaller images
+        cost = Cost(episode.backbone)
+    total = cost.backbone_macs(episode.attended, episode.fed)
+    return total + cost.decision_macs(policy.rules, policy, episode.attended, episode.fed)
+
+
+@dataclass
+class Evaluation:
+    """Sums over a set of images; see :meth:`report` for what comes out.
+
+    Attributes:
+        labels, dense, reduced: ``(n,)`` true classes and both models' predictions.
+        losses: ``(n,)`` cross-entropy of the reduced model, in nats.
+        macs: ``(n,)`` multiply-adds of each image, policy included.
+        lengths: ``(n, depth)`` visual tokens left after each block.
+        dense_macs: multiply-adds of the dense model for one image.
+        index: ``(n,)`` positions in the source.
+        seconds, dense_seconds: time of all reduced and all dense passes; no dense time if its
+            predictions were given.
+    """
+
+    labels: Tensor
+    dense: Tensor
+    reduced: Tensor
+    losses: Tensor
+    macs: Tensor
+    lengths: Tensor
+    dense_macs: float
+    index: Tensor
+    seconds: float
+    dense_seconds: float | None
+
+    @property
+    def drop(self) -> float:
+        """Top-1 lost against the dense model, percentage points."""
+        right, native = self.reduced == self.labels, self.dense == self.labels
+        return 100.0 * (native.sum() - right.sum()).item() / len(self.labels)
+
+    @property
+    def saving(self) -> float:
+        """Share of multiply-adds saved, percent."""
+        return 100.0 * (1 - self.macs.mean().item() / self.dense_macs)
+
+    def report(self) -> dict[str, Any]:
+        """Percentages, GMACs per image (1 MAC = 1 FLOP), mean tokens, images per second."""
+        n = len(self.labels)
+
+        def percent(hits: Tensor) -> float:
+            return round(100.0 * hits.sum().item() / n, 3)
+
+        return {
+            "images": n,
+            "top1": percent(self.reduced == self.labels),
+            "top1_dense": percent(self.dense == self.labels),
+            "agreement": percent(self.reduced == self.dense),
+            "gmacs": self.macs.mean().item() / 1e9,
+            "gmacs_dense": self.dense_macs / 1e9,
+            "tokens": [round(v, 2) for v in self.lengths.double().mean(0).tolist()],
+            "images_per_s": round(n / self.seconds, 2),
+            "images_per_s_dense": round(n / self.dense_seconds, 2) if self.dense_seconds else None,
+        }
+
+
+class Difference(NamedTuple):
+    """A mean paired difference and its 95 % interval, percentage points."""
+
+    mean: float
+    low: float
+    high: float
+
+
+DRAWS = 10_000
+"""Of the bootstrap; its own error of an interval's end is about 1 % of the interval's width."""
+
+
+def paired_difference(first: np.ndarray, second: np.ndarray) -> Difference:
+    """How much more often ``first`` is right than ``second``, on the same images.
+
+    The interval is the percentile bootstrap over the images (Efron & Tibshirani 1993, section
+    13.3), always with the same draws. How often each value occurs in a draw of ``n`` images is
+    multinomial; drawing these counts instead of images gives the same distribution and takes
+    memory for the different values, three for hits, and not for the images. Where no image
+    differs the interval has no width: it does not know what it has not seen.
+
+    Args:
+        first: ``(n,)`` hits, bool or the share of several views of an image.
+        second: ``(n,)`` the same of the other.
+    """
+    difference = 100.0 * (first.astype(float) - second.astype(float))
+    values, counts = np.unique(difference, return_counts=True)
+    n = len(difference)
+    draws = np.random.default_rng(0).multinomial(n, counts / n, DRAWS) @ values / n
+    low, high = np.percentile(draws, [2.5, 97.5]).tolist()
+    return Difference(difference.mean().item(), low, high)
+
+
+@torch.inference_mode()
+def evaluate(
+    backbone: Backbone,
+    policy: Decider,
+    source: ImageSource,
+    *,
+    batch_size: int = 64,
+    restrict: bool = False,
+    dense: Tensor | None = None,
+    reference: Backbone | None = None,
+    execution: Execution | None = None,
+    progress: Callable[[int], object] = lambda n: None,
+) -> Evaluation:
+    """Run every image of ``source`` through the dense model and through the policy.
+
+    The two take turns batch by batch, so their times can be compared.
+
+    Args:
+        backbone: the model.
+        policy: who decides.
+        source: the images; unreadable ones are skipped and counted in ``source.skipped``.
+        batch_size: images per batch.
+        restrict: predict only among the classes that occur in the source (the ImageNet-A and -R
+            protocol).
+        dense: ``(len(source),)`` the dense model's predictions where they are known already; it
+            is then not run again.
+        reference: the dense model to compare with, where ``backbone`` is one that was fine-tuned;
+            None takes ``backbone`` itself.
+        execution: ``masked``, ``padded`` or ``packed``; None takes what suits the device.
+        progress: called with the number of images done after each batch.
+
+    Raises:
+        UserError: no readable image, or rules that don't fit the model.
+    """
+    policy.rules.check(backbone)
+    cost = Cost(backbone)
+
+    def read(episode: Episode) -> _Outcome:
+        assert episode.logits is not None
+        lengths = torch.stack(episode.fed, 1).cpu() - backbone.prefix
+        return _Outcome(episode.logits, macs_of(episode, policy, cost).cpu(), lengths)
+
+    return _side_by_side(
+        lambda images: play(backbone, policy, images, execution),
+        read,
+        backbone if reference is None else reference,
+        source,
+        dense_macs=cost.dense() if reference is None else Cost(reference).dense(),
+        batch_size=batch_size,
+        restrict=restrict,
+        dense=dense,
+        progress=progress,
+    )
+
+
+def evaluate_model(
+    model: nn.Module,
+    reference: Backbone | Dense,
+    source: ImageSource,
+    *,
+    lengths: Sequence[int],
+    batch_size: int = 64,
+    restrict: bool = False,
+    dense: Tensor | None = None,
+    progress: Callable[[int], object] = lambda n: None,
+) -> Evaluation:
+    """:func:`evaluate` of a model that loses tokens by itself, all images alike.
+
+    Args:
+        model: in eval mode, on the device and in the dtype of ``reference``.
+        reference: the dense model.
+        source: as there, like what follows.
+        lengths: visual tokens left after each of the model's blocks.
+        batch_size: images per batch.
+        restrict: predict only among the classes of the source.
+        dense: the dense model's predictions, where they are known.
+        progress: called with the number of images done.
+
+    Raises:
+        UserError: no readable image.
+    """
+    macs = torch.tensor([model_macs(model, source.shape)], dtype=torch.float64)
+    tokens = torch.tensor([list(lengths)])
+    return _side_by_side(
+        model,
+        lambda logits: _Outcome(
+            logits, macs.expand(len(logits)), tokens.expand(len(logits), len(lengths))
+        ),
+        reference,
+        source,
+        dense_macs=dense_macs(reference, source.shape),
+        batch_size=batch_size,
+        restrict=restrict,
+        dense=dense,
+        progress=progress,
+    )
+
+
+@torch.inference_mode()
+def dense_predictions(
+    model: Backbone | Dense,
+    source: ImageSource,
+    *,
+    batch_size: int = 64,
+    progress: Callable[[int], object] = lambda n: None,
+) -> Tensor:
+    """``(len(source),)`` which class the dense model says each image is; -1: unreadable.
+
+    ``progress``: called with the number of images done since.
+    """
+    found = torch.full((len(source),), -1)
+    for index in torch.arange(len(source)).split(batch_size):
+        batch = source.batch(index)
+        if len(batch.index):
+            images = batch.images.to(model.device, model.dtype)
+            found[batch.index] = model(images).argmax(1).cpu()
+            progress(len(batch.index))
+    return found
+
+
+def dense_macs(model: Backbone | Dense, shape: Sequence[int]) -> float:
+    """Multiply-adds of a dense model for one image of ``shape (C, H, W)``."""
+    return Cost(model).dense() if isinstance(model, Backbone) else model_macs(model, shape)
+
+
+def model_macs(model: nn.Module, shape: Sequence[int]) -> float:
+    """Multiply-adds that a model really executes for one image of ``shape (C, H, W)``.
+
+    The model is in eval mode.
+    """
+    like = next(model.parameters())
+    with torch.inference_mode(False):
+        image = torch.zeros(1, *shape, device=like.device, dtype=like.dtype)
+        return measured_macs(lambda: model(image))
+
+
+class _Outcome(NamedTuple):
+    """Of ``B`` images: ``(B, classes)`` logits, ``(B,)`` multiply-adds, ``(B, depth)`` tokens."""
+
+    logits: Tensor
+    macs: Tensor
+    lengths: Tensor
+
+
+@torch.inference_mode()
+def _side_by_side(
+    run: Callable[[Tensor], Any],
+    read: Callable[[Any], _Outcome],
+    untouched: Backbone | Dense,
+    source: ImageSource,
+    *,
+    dense_macs: float,
+    batch_size: int,
+    restrict: bool,
+    dense: Tensor | None,
+    progress: Callable[[int], object],
+) -> Evaluation:
+    """Run the reduced and the dense model in turns; what ``run`` gives is read off the clock."""
+    device = untouched.device
+    allowed = torch.ones(untouched.classes, dtype=torch.bool, device=device)
+    if restrict:
+        allowed[:] = False
+        allowed[source.classes.to(device)] = True
+    rows: dict[str, list[Tensor]] = {
+        name: [] for name in ("labels", "dense", "reduced", "losses", "macs", "lengths", "index")
+    }
+    seconds = dense_seconds = 0.0
+    for turn, index in enumerate(torch.arange(len(source)).split(batch_size)):
+        batch = source.batch(index)
+        if not len(batch.index):
+            continue
+        images = batch.images.to(device, untouched.dtype)
+        for reduced_now in (turn % 2 == 0, turn % 2 == 1):
+            start = _now(device)
+            if reduced_now:
+                found = run(images)
+                seconds += _now(device) - start
+            elif dense is None:
+                native = untouched(images)
+                dense_seconds += _now(device) - start
+                rows["dense"].append(native.masked_fill(~allowed, -torch.inf).argmax(1).cpu())
+            else:
+                rows["dense"].append(dense[batch.index])
+        outcome = read(found)
+        rows["labels"].append(batch.labels)
+        rows["reduced"].append(outcome.logits.masked_fill(~allowed, -torch.inf).argmax(1).cpu())
+        loss = F.cross_entropy(outcome.logits.float(), batch.labels.to(device), reduction="none")
+        rows["losses"].append(loss.cpu())
+        rows["macs"].append(outcome.macs)
+        rows["lengths"].append(outcome.lengths)
+        rows["index"].append(batch.index)
+        progress(len(batch.index))
+    if not rows["labels"]:
+        raise UserError(f"no image of '{source.name}' could be read: check the files")
+    table = {name: torch.cat(parts) for name, parts in rows.items()}
+    return Evaluation(
+        **table, dense_macs=dense_macs, seconds=seconds, dense_seconds=dense_seconds or None
+    )
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,102 @@
+"""The picture of a comparison: top-1 against multiply-adds and against images per second."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tokenenv.measure.comparison import Comparison, Row, in_words, methods, pareto_front
+
+_LABELLED = 24
+"""With more rows than this the values of a sweep are not written beside its points."""
+
+
+def picture(comparison: Comparison) -> bytes:
+    """PNG with two panels; the second stays empty where nothing was timed.
+
+    A line for each method, from the least saved to the most; the dense model is the star. Frozen
+    methods have filled marks and solid lines, fine-tuned ones open marks and dashes. Bars are the
+    95 % intervals of the difference to the dense model, seen from the star; the grey stairs are the
+    Pareto front of all.
+    """
+    # Not pyplot: it keeps figures, and looks for a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    dense, groups = comparison.dense, methods(comparison.rows)
+    figure = Figure(figsize=(12, 5.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    by_cost, by_time = figure.subplots(1, 2, sharey=True)
+    batch = max(comparison.batches, default=0)
+
+    def rate(row: Row) -> float:
+        return next(speed.images_per_s for speed in row.speeds if speed.batch == batch)
+
+    panels: list[tuple[Any, Callable[[Row], float]]] = [(by_cost, lambda row: row.gmacs)]
+    if batch:
+        panels.append((by_time, rate))
+    front = pareto_front(comparison.rows)
+    by_cost.step(
+        [row.gmacs for row in front], [row.top1 for row in front],
+        where="pre", color="0.8", lw=5, zorder=0, label="Pareto front",
+    )  # fmt: skip
+    looks = zip(
+        groups.items(), itertools.cycle(f"C{i}" for i in range(10)), itertools.cycle("os^DvPXp<>h")
+    )
+    for (name, group), colour, mark in looks:
+        for axis, place in panels:
+            _draw_method(axis, name, group, [place(row) for row in group], colour, mark)
+        if len(group) > 1 and len(comparison.rows) <= _LABELLED:
+            for row, words in zip(group, swept([r.what for r in group]), strict=True):
+                by_cost.annotate(
+                    words, (row.gmacs, row.top1), (5, -4), textcoords="offset points",
+                    fontsize=7, color=colour, va="top",
+                )  # fmt: skip
+    for axis, place in panels:
+        axis.plot(place(dense), dense.top1, "*", color="k", ms=15, zorder=5, label="dense")
+        axis.axhline(dense.top1, color="0.4", ls=":", lw=1, zorder=0)
+    by_cost.set_xlabel("GMACs per image, policy included (1 MAC = 1 FLOP); less is better")
+    by_cost.set_ylabel("top-1, %")
+    for axis in (by_cost, by_time):
+        axis.grid(alpha=0.3)
+    if batch:
+        by_time.set_xlabel(f"images per second, batch {batch}; more is better")
+    else:
+        by_time.text(0.5, 0.5, "not timed yet", transform=by_time.transAxes, ha="center")
+    figure.suptitle(
+        f"{comparison.model}, {dense.images} images of {comparison.data}"
+        + (f"; {comparison.timing}" if comparison.timing else ""),
+        fontsize=10,
+    )
+    handles, labels = by_cost.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120, format="png")
+    return buffer.getvalue()
+
+
+def swept(whats: Sequence[str]) -> list[str]:
+    """What tells the settings of one method apart: ``tome:r=4``, ``tome:r=8`` -> 4, 8 with r=."""
+    parts = [what.partition(":")[2].split(",") for what in whats]
+    return [
+        ", ".join(part for part in own if not all(part in other for other in parts))
+        for own in parts
+    ]
+
+
+def _draw_method(
+    axis: Any, name: str, group: Sequence[Row], places: Sequence[float], colour: str, mark: str
+) -> None:
+    frozen = group[0].frozen
+    top1 = [row.top1 for row in group]
+    spread = [
+        [row.lost_high - row.lost for row in group],
+        [row.lost - row.lost_low for row in group],
+    ]
+    axis.errorbar(places, top1, spread, fmt="none", ecolor=colour, elinewidth=1, alpha=0.25)
+    axis.plot(
+        places, top1, mark, ls="-" if frozen else "--", color=colour, ms=6, lw=1.3,
+        mfc=colour if frozen else "w", label=f"{name} ({in_words(frozen)})",
+    )  # fmt: skip

@@ -1,0 +1,50 @@
+"""The token pictures of a run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from tokenenv.data import ImageSource
+from tokenenv.data.labels import class_names
+from tokenenv.game.episode import Episode
+from tokenenv.game.render import TokenRow, save_token_pictures, to_pixels
+from tokenenv.measure.evaluation import Decider
+from tokenenv.vit.backbone import Backbone
+
+
+@torch.inference_mode()
+def write_token_pictures(
+    path: Path, backbone: Backbone, policy: Decider, source: ImageSource, count: int = 6
+) -> None:
+    """Draw which tokens the policy keeps or merges, for ``count`` images spread over the source.
+
+    Nothing is drawn if none of those can be read.
+    """
+    index = torch.linspace(0, len(source) - 1, min(count, len(source))).round().long()
+    batch = source.batch(index)
+    if not len(batch.index):
+        return
+    images = batch.images.to(backbone.device, backbone.dtype)
+    dense = backbone(images).argmax(1)
+    episode = Episode(backbone, policy.rules, images, execution="masked")
+    sources = []
+    while not episode.done:
+        episode.act(policy.act(episode.observe()))
+        sources.append(episode.tokens.source)
+    assert episode.logits is not None
+    owners = torch.stack(sources, 1).cpu().numpy()
+    names = class_names(backbone.model)
+    rows = [
+        TokenRow(
+            pixels=to_pixels(image, backbone.model),
+            source=owners[i],
+            label=names(int(batch.labels[i])),
+            dense=names(int(dense[i])),
+            reduced=names(int(episode.logits[i].argmax())),
+        )
+        for i, image in enumerate(batch.images)
+    ]
+    merging = episode.tokens.merged
+    save_token_pictures(path, rows, backbone.grid, policy.rules.blocks, merging=merging)

@@ -1,0 +1,133 @@
+"""Tensors and JSON in one safetensors file, written atomically. Never a pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from tokenenv.errors import UserError
+from tokenenv.game.rules import LayerMerge, LayerPrune, Rules, TokenPrune
+from tokenenv.reducers import REDUCERS, Reducer
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Write ``tensors`` with ``config`` in the header, as :func:`write_bytes` does.
+
+    Raises:
+        UserError: the place cannot be written to.
+    """
+    data = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
+    write_bytes(path, save(data, {"tokenenv": json.dumps(config)}))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What :func:`write_tensors` wrote.
+
+    Raises:
+        UserError: unreadable, or written by something else.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            # Copies: the tensors lie in the mapped file, and what is written to it shows in them.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        return tensors, json.loads(metadata["tokenenv"])
+    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"cannot read '{path}' as a file of tokenenv ({type(error).__name__}): "
+            "is it complete, and written by tokenenv?"
+        ) from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, as :func:`write_bytes` does.
+
+    Raises:
+        UserError: the place cannot be written to.
+    """
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically: a reader, or a crash, sees the old file or the new one.
+
+    Raises:
+        UserError: the place cannot be written to.
+    """
+    temporary = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut could leave an empty file under the name
+        os.replace(temporary, path)
+    except BaseException as error:
+        if temporary.is_file():
+            temporary.unlink()
+        if isinstance(error, OSError):
+            reason = error.strerror or error
+            raise UserError(f"cannot write '{path}' ({reason}): choose another place") from None
+        raise
+
+
+def flatten_state(prefix: str, state: Any, tensors: dict[str, Tensor]) -> Any:
+    """Move the tensors of a nested state dict into ``tensors``; returns the JSON skeleton.
+
+    Raises:
+        TypeError: something in it is neither a container, a tensor nor a plain value.
+    """
+    if isinstance(state, Tensor):
+        name = prefix
+        while name in tensors:  # {"a.b": x, "a": {"b": y}}
+            name += "'"
+        tensors[name] = state
+        return {"tensor": name}
+    if isinstance(state, dict):
+        items = [[k, flatten_state(f"{prefix}.{k}", v, tensors)] for k, v in state.items()]
+        return {"dict": items}
+    if isinstance(state, list | tuple):
+        return {"list": [flatten_state(f"{prefix}.{i}", v, tensors) for i, v in enumerate(state)]}
+    if state is None or isinstance(state, bool | int | float | str):
+        return {"value": state}
+    raise TypeError(f"cannot store a {type(state).__name__} at {prefix}")
+
+
+def unflatten_state(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
+    """Undo :func:`flatten_state`; tuples come back as lists."""
+    kind, value = next(iter(skeleton.items()))
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "dict":
+        return {k: unflatten_state(v, tensors) for k, v in value}
+    if kind == "list":
+        return [unflatten_state(v, tensors) for v in value]
+    return value
+
+
+def describe(rules: Rules) -> dict[str, Any]:
+    """Rules as JSON; :func:`make_rules` undoes it."""
+    assert is_dataclass(rules) and not isinstance(rules, type)
+    return {"class": type(rules).__name__, **asdict(rules)}
+
+
+def make_rules(described: dict[str, Any]) -> TokenPrune | LayerMerge | LayerPrune | Reducer:
+    """Rules from what :func:`describe` gave.
+
+    Raises:
+        KeyError: of an unknown class. TypeError: with fields that it does not have.
+    """
+    values: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in described.items()
+    }
+    known: tuple[Any, ...] = (TokenPrune, LayerMerge, LayerPrune, *REDUCERS)
+    classes = {cls.__name__: cls for cls in known}
+    made: TokenPrune | LayerMerge | LayerPrune | Reducer = classes[values.pop("class")](**values)
+    return made

@@ -1,0 +1,1 @@
+"""A Vision Transformer in stages, and what can be done to its tokens."""

@@ -1,0 +1,200 @@
+"""Attention of a batch of images, padded or packed, and the one row of it that decisions read."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenenv.vit.tokens import Packing
+
+
+def padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
+    """Attention of equally long or masked images.
+
+    Args:
+        q: ``(B, N, heads, dim)`` queries; ``k``, ``v`` likewise.
+        k: keys.
+        v: values.
+        mask: ``(B, 1, 1, N)`` bool, which keys are read, or float, what is added to their scores.
+        dropout: probability of dropping an attention weight.
+
+    Returns:
+        ``(B, N, heads, dim)``.
+    """
+    added = mask is not None and mask.dtype != torch.bool
+    if mask is not None and added:
+        mask = mask.to(q.dtype)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if added and isinstance(k.shape[2], torch.SymInt):
+        # A number of tokens that only the image tells: torch 2.14 can't export the fused call,
+        # which asks whether it is 1 and the mask to be broadcast.
+        score = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+        return ((score + mask).softmax(-1) @ v).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout).transpose(1, 2)
+
+
+def gated(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    """Attention in which tokens leave by a factor that has a gradient.
+
+    DynamicViT, Rao et al., NeurIPS 2021, equations 10 and 11: weights exp(score) G over their sum,
+    with G_ij = keep_j, but 1 where i = j.
+
+    Args:
+        q: ``(B, N, heads, dim)`` queries; ``k``, ``v`` likewise.
+        k: keys.
+        v: values.
+        keep: ``(B, N)`` 1 for a token that is there, 0 for one that left.
+
+    Returns:
+        ``(B, N, heads, dim)``.
+    """
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    score = (q @ k.transpose(2, 3)).float() * q.shape[-1] ** -0.5
+    itself = torch.eye(keep.shape[1], dtype=torch.bool, device=keep.device)
+    gate = keep[:, None, None, :].masked_fill(itself, 1.0)
+    weight = (score - score.amax(-1, keepdim=True).detach()).exp() * gate
+    weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-12)
+    return (weight.to(v.dtype) @ v).transpose(1, 2)
+
+
+def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, bias: Tensor | None) -> Tensor:
+    """Attention of images that lie end to end, each among its own tokens, on a GPU.
+
+    Equally long images all at once; others by one kernel of variable length, where the tensors are
+    of half precision, no key has a bias and torch has that kernel (2.10), else one by one.
+
+    Args:
+        q: ``(T, heads, dim)`` queries; ``k``, ``v`` likewise.
+        k: keys.
+        v: values.
+        packing: where each image begins and ends.
+        bias: ``(B, 1, 1, N)`` what is added to the scores of each image's keys.
+
+    Returns:
+        ``(T, heads, dim)``.
+    """
+    longest = max(packing.lengths)
+    if min(packing.lengths) == longest:
+        q, k, v = (t.unflatten(0, (-1, longest)) for t in (q, k, v))
+        return padded(q, k, v, bias).flatten(0, 1)
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and bias is None and _has_varlen():
+        from torch.nn.attention.varlen import varlen_attn
+
+        ends = packing.ends.int()
+        out = varlen_attn(q, k, v, ends, ends, longest, longest)
+        assert isinstance(out, Tensor)
+        return out
+    return one_by_one(q, k, v, packing.lengths, bias)[0]
+
+
+def one_by_one(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Sequence[int],
+    bias: Tensor | None,
+    *,
+    scores: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of images that lie end to end, image by image, as is fastest on a CPU.
+
+    A few at a time where all are equally long.
+
+    Args:
+        q: as for :func:`packed`.
+        k: keys.
+        v: values.
+        lengths: of the images.
+        bias: as for :func:`packed`, N at least the longest.
+        scores: whether to make :func:`first_scores` too, while a cache still holds the keys.
+
+    Returns:
+        ``(T, heads, dim)``, and ``(T, heads)`` the scores or None.
+    """
+    longest = max(lengths)
+    even = min(lengths) == longest
+    queries, keys, values = (
+        t.unflatten(0, (-1, longest)).split(_TOGETHER)
+        if even
+        else [image[None] for image in t.split(lengths)]
+        for t in (q, k, v)
+    )
+    rows = itertools.repeat(None) if bias is None else bias.split(_TOGETHER if even else 1)
+    out, products = [], []
+    for query, key, value, row in zip(queries, keys, values, rows, strict=False):
+        row = None if row is None else row[..., : query.shape[1]]
+        out.append(padded(query, key, value, row).flatten(0, 1))
+        if scores:
+            products.append(first_scores(query, key).flatten(0, 1))
+    return torch.cat(out), torch.cat(products) if scores else None
+
+
+_TOGETHER = 16
+"""Images of one length in a call on a CPU: more don't fit its caches, fewer waste calls."""
+
+
+def first_scores(q: Tensor, k: Tensor, packing: Packing | None = None) -> Tensor:
+    """Products of each image's first query with its keys.
+
+    Args:
+        q: ``(B, N, heads, dim)`` queries, packed ``(T, heads, dim)``.
+        k: keys, likewise.
+        packing: how the tokens are packed.
+
+    Returns:
+        ``(B, N, heads)`` float32, packed ``(T, heads)``.
+    """
+    if packing is not None:
+        own = q.index_select(0, packing.ends[:-1]).index_select(0, packing.image)
+        return (k.float() * own.float()).sum(-1)
+    # A sum of products reads the keys where they lie; a matrix product would copy them first.
+    return torch.linalg.vecdot(k.float(), q[:, 0, None].float())
+
+
+def _has_varlen() -> bool:
+    return find_spec("torch.nn.attention.varlen") is not None
+
+
+def class_row(score: Tensor, width: int, mask: Tensor | None) -> Tensor:
+    """Attention of the class token, mean over the heads.
+
+    Dead keys leave the softmax of every head; masking after the mean would be another number.
+
+    Args:
+        score: ``(B, N, heads)`` what :func:`first_scores` gives where that is the class token.
+        width: of a head.
+        mask: as for :func:`padded`.
+
+    Returns:
+        ``(B, N)`` float32.
+    """
+    return _weights(score.transpose(1, 2)[:, :, None], width, mask).mean(1)[:, 0]
+
+
+def matrix(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """The whole attention of a block, as nobody but a graph method needs it.
+
+    Args:
+        q: ``(B, N, heads, dim)`` queries; ``k`` likewise.
+        k: keys.
+        mask: as for :func:`padded`.
+
+    Returns:
+        ``(B, heads, N, N)`` float32, from query to key; 0 for dead keys, anything for dead queries.
+    """
+    return _weights(torch.einsum("bnhd,bmhd->bhnm", q, k), q.shape[-1], mask)
+
+
+def _weights(score: Tensor, width: int, mask: Tensor | None) -> Tensor:
+    """Products ``(B, heads, queries, N)`` of queries and keys as float32 attention."""
+    score = score.float() * width**-0.5
+    if mask is not None and mask.dtype == torch.bool:
+        score = score.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        score = score + mask
+    return score.softmax(-1)

@@ -1,0 +1,242 @@
+"""From a model's name and a weights file to a backbone, with one clear error for each mistake."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tokenenv.errors import UserError
+from tokenenv.vit.backbone import Backbone, check_supported
+
+EMBEDDED = "digits_vit"
+DIGITS_MODELS = (EMBEDDED, "digits_vit_16")
+"""Those whose weights come with the package."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""What a backbone may compute in."""
+
+RANDOM = "random"
+"""In place of a weights file: an untrained model."""
+
+
+class Dense(nn.Module):
+    """A frozen timm classifier of any family, whole: what others are compared with.
+
+    It has those attributes of a :class:`Backbone` that don't depend on its stages.
+
+    Args:
+        model: the timm model; it is used as it is, not copied.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = cast(Any, model.eval().requires_grad_(False))
+        self.classes = int(self.model.num_classes)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' floating-point type."""
+        return next(self.parameters()).dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images ``(B, C, H, W)``, normalised -> logits ``(B, classes)``."""
+        return self.model(images)
+
+
+def load_backbone(
+    name: str = EMBEDDED,
+    weights: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+) -> Backbone:
+    """A frozen backbone.
+
+    Args:
+        name: any timm model name of the VisionTransformer family, or ``digits_vit``, the
+            embedded model.
+        weights: a ``.safetensors`` or ``.pth`` state dict. The number of classes is read from
+            it. ``random``: :func:`untrained_model`. Without one the embedded model takes its own
+            weights and any other model those that timm publishes for it (downloaded by timm).
+        device: where to put it.
+        dtype: what it computes in, one of :data:`DTYPES`; policies decide in float32 all the same.
+
+    Raises:
+        UserError: unknown or unsupported model, missing or mismatching weights, no such device or
+            dtype.
+    """
+    place, precision = check_device(device), check_dtype(dtype)
+    return Backbone(load_model(name, weights)).to(place, precision)
+
+
+def load_model(
+    name: str,
+    weights: str | None = None,
+    options: dict[str, Any] | None = None,
+    check: Callable[[nn.Module], object] = check_supported,
+) -> nn.Module:
+    """The timm model of :func:`load_backbone`, in eval mode.
+
+    ``options``: what timm shall make differently than the name says; taken with ``weights``.
+    ``check``: as for :func:`check_name`.
+    """
+    check_name(name, check)
+    if weights == RANDOM:
+        return untrained_model(name)
+    timm = import_timm()
+    from tokenenv.vit.multiscale import STATE_PREFIX, add_scale
+
+    if weights is None:
+        return _pretrained(timm, name)
+    state = read_weights(Path(weights))
+    head = state.get(f"{_classifier(timm, name)}.weight")
+    classes = {"num_classes": len(head)} if head is not None else {}
+    model = timm.create_model(name, pretrained=False, **classes, **(options or {}))
+    if any(key.startswith(STATE_PREFIX) for key in state):
+        add_scale(model)
+    missing, unexpected = [], []
+    try:
+        result = model.load_state_dict(state, strict=False)
+        missing, unexpected = list(result.missing_keys), list(result.unexpected_keys)
+    except RuntimeError as error:
+        problem = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise UserError(f"weights '{weights}' don't fit model '{name}': {problem}") from None
+    if missing or unexpected:
+        what = f"'{missing[0]}' is missing" if missing else f"'{unexpected[0]}' is not in the model"
+        raise UserError(
+            f"weights '{weights}' don't fit model '{name}': {what} "
+            f"({len(missing)} missing, {len(unexpected)} unexpected): give the matching --model"
+        )
+    return model.eval()
+
+
+def untrained_model(name: str) -> nn.Module:
+    """A timm model with random weights, always the same ones, in eval mode."""
+    timm = import_timm()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return timm.create_model(name).eval()
+
+
+def check_name(name: str, check: Callable[[nn.Module], object] = check_supported) -> None:
+    """Refuse a model by its name, before any weights are downloaded or read.
+
+    Args:
+        name: as timm knows it.
+        check: refuses a model of a family that will not do; by default one that no
+            :class:`Backbone` can be made of.
+
+    Raises:
+        UserError: timm has no such model, or ``check`` refuses it.
+    """
+    timm = import_timm()
+    import tokenenv.vit.digits  # noqa: F401  (registers digits_vit with timm)
+
+    base = name.split(".")[0]
+    if not timm.is_model(base):
+        near = difflib.get_close_matches(base, timm.list_models(), n=1)
+        hint = f"did you mean '{near[0]}'?" if near else "see timm.list_models('*vit*')"
+        raise UserError(f"unknown model '{name}': {hint}")
+    if name != base and name not in (known := timm.list_pretrained(f"{base}.*")):
+        raise UserError(f"unknown model '{name}': choose from {', '.join([base, *known])}")
+    # Without memory for the weights; where timm can't do that, whoever uses it refuses later.
+    with contextlib.suppress(RuntimeError), torch.device("meta"):
+        check(timm.create_model(base))
+
+
+def _classifier(timm, name: str) -> str:  # type: ignore[no-untyped-def]
+    """Of the last layer in a state dict, as timm's configuration names it."""
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    found = (config.classifier if config else None) or "head"
+    return found if isinstance(found, str) else found[0]
+
+
+def _pretrained(timm, name: str) -> nn.Module:  # type: ignore[no-untyped-def]
+    disabled = logging.root.manager.disable
+    try:
+        # timm warns of every retry of a download; the one line below says it all.
+        logging.disable(max(disabled, logging.WARNING))
+        return timm.create_model(name, pretrained=True).eval()
+    except Exception as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise UserError(
+            f"no pretrained weights for model '{name}' could be loaded ({reason}): "
+            "give --weights FILE, or check the network"
+        ) from None
+    finally:
+        logging.disable(disabled)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict from a ``.safetensors`` or ``.pth`` file; nothing in it is executed.
+
+    Raises:
+        UserError: no such file, or not a state dict.
+    """
+    if not path.is_file():
+        raise UserError(f"weights file '{path}' does not exist: check --weights")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        with warnings.catch_warnings():  # the one line below says it all
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"weights file '{path}' cannot be read ({type(error).__name__}): "
+            "give a .safetensors or a .pth state dict"
+        ) from None
+    for key in ("state_dict", "model"):
+        state = state.get(key, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"weights file '{path}' holds no state dict of tensors")
+    return state
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """The device, or a :class:`UserError` where this machine has none such."""
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place).cpu()  # 'meta' has nothing to copy
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(
+            f"device '{device}' is not available on this machine: use --device cpu"
+        ) from None
+    return place
+
+
+def check_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The type that a name of :data:`DTYPES` means, or a :class:`UserError`."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise UserError(f"dtype '{name}': choose from {', '.join(DTYPES)}")
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def import_timm():  # type: ignore[no-untyped-def]
+    """Import timm; where torch and torchvision are of different builds, say so."""
+    try:
+        import timm
+    except RuntimeError as error:
+        if "torchvision::nms" in str(error):
+            raise UserError(
+                "torch and torchvision come from different builds (torchvision::nms does not "
+                "exist): install both from the same index, pip install torch torchvision"
+            ) from None
+        raise
+    return timm
