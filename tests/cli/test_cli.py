@@ -63,7 +63,7 @@ def test_help_imports_no_model_library() -> None:
         "loaded = {'torch', 'timm', 'torchvision', 'matplotlib', 'sklearn'} & sys.modules.keys()\n"
         "sys.exit(f'imported {loaded}' if loaded else 0)"
     )
-    root = str(Path(__file__).resolve().parents[1])
+    root = str(Path(__file__).resolve().parents[2])
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": root},

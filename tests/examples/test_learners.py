@@ -18,7 +18,7 @@ from helpers import PATCHES, small
 
 from tokenenv import UserError, build_game
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MERGE, PRUNE, TOKENS = "tokenenv/LayerMerge-v0", "tokenenv/LayerPrune-v0", "tokenenv/TokenPrune-v0"
 GAME = pytest.mark.parametrize(
     ("id", "rules", "kwargs"),

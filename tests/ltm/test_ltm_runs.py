@@ -320,7 +320,7 @@ def test_mistakes_are_named(words: str, named: str, run: Path, tmp_path: Path, c
 
 @pytest.mark.slow
 def test_torchrun_writes_one_run_and_resumes_it(tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     torchrun += ["--nproc-per-node", "2", "-m", "tokenenv"]

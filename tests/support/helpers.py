@@ -26,6 +26,9 @@ from tokenenv.game.cost import measured_macs
 from tokenenv.vit import attention
 from tokenenv.vit.backbone import Backbone
 
+FOLDERS = ("support", "agents", "data", "game", "vit")
+"""Of tests that others import from; as pytest's ``pythonpath``."""
+
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"
 )
@@ -175,10 +178,11 @@ def start(script: str, *words: str, count: int = 2, **options: Any) -> list[subp
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("localhost", 0))
         port = str(probe.getsockname()[1])
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     shared = {
         "MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(count),
-        "PYTHONPATH": f"{root}:{root / 'tests'}", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, (root, *(root / "tests" / f for f in FOLDERS)))),
+        "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     command = [sys.executable, "-c", script, *words]
     return [

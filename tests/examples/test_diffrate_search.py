@@ -24,7 +24,7 @@ NOTHING = DiffRate(tuple(range(DEPTH)), (0,) * DEPTH, (0,) * DEPTH)
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    path = Path(__file__).resolve().parents[1] / "examples" / "diffrate_search.py"
+    path = Path(__file__).resolve().parents[2] / "examples" / "diffrate_search.py"
     spec = importlib.util.spec_from_file_location("diffrate_search", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

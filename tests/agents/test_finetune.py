@@ -283,7 +283,7 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("system", ["mstm", "rl4evit"])
 def test_torchrun_writes_one_run_and_resumes_it(system: str, tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     torchrun += ["--nproc-per-node", "2", "-m", "tokenenv"]

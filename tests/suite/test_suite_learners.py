@@ -12,7 +12,7 @@ from suite_tasks import TINY, elsewhere, kept, run  # noqa: F401
 
 from tokenenv.suite.results import read_result
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def test_ctrl_c_in_training(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "env_speed.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "env_speed.py"
 
 
 def script() -> Any:

@@ -444,7 +444,7 @@ main("{COMMAND} broken".split())
 
 
 def test_a_killed_command_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", KILLED]
     killed = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

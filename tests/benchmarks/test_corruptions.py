@@ -20,7 +20,7 @@ from tokenenv.data import ImageSource, open_source, pixels
 from tokenenv.errors import UserError
 from tokenenv.measure import evaluation as metrics
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 MODEL = "test_vit"  # timm's smallest ViT, 160 x 160 pixels
 IMAGES = 6
 

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from agents import PettingZooArena
 from tokenenv.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TASKS = ("simple_spread_v3", "simple_reference_v3")
 BOTH = pytest.mark.parametrize("learner", ["tokenenv", "torchrl"])
 

@@ -13,7 +13,7 @@ import pytest
 @pytest.fixture
 def repeated(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module, with a command that leaves what a training does, stopped or finished."""
-    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "examples")
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "examples")
     module = importlib.import_module("repeated")
     module.commands, module.stopped = [], False
 
