@@ -10,7 +10,7 @@ _HOME = {
     "MAPPO": "agents.learners.mappo",
     "MAPPOConfig": "agents.learners.mappo",
     "ActorPolicy": "agents.policies.actor",
-    "load": "agents.policies.actor",
+    "load": "agents.policies",
     "parse_policy": "agents.policies.words",
     "PettingZooArena": "agents.learners.arena",
 }

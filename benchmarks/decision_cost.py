@@ -21,7 +21,7 @@ from agents.policies.words import parse_policy
 from tokenenv.cli.main import positive
 from tokenenv.errors import run_script
 from tokenenv.game import episode
-from tokenenv.measure.evaluation import play
+from tokenenv.game.policy import play
 from tokenenv.measure.speed import bench
 from tokenenv.vit import attention, blocks, reduction
 from tokenenv.vit.backbone import Backbone

@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from agents.policies.heuristics import Nobody
 from tokenenv import Backbone, load_backbone, open_source
 from tokenenv.cli.main import positive
 from tokenenv.errors import run_script
 from tokenenv.game.cost import Cost
-from tokenenv.measure.evaluation import macs_of, play
+from tokenenv.game.policy import play
+from tokenenv.measure.evaluation import macs_of
 from tokenenv.reducers import DiffRate
 
 
@@ -50,7 +50,7 @@ class Search:
 
     def outcome(self, rates: DiffRate) -> Outcome:
         """Of one pass over the images."""
-        policy = Nobody(rates)
+        policy = rates
         episode = play(self.backbone, policy, self.images)
         assert episode.logits is not None
         log_probs = F.log_softmax(episode.logits.float(), -1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tokenenv.errors import UserError
-from tokenenv.game.rules import LayerMerge, LayerPrune, Rules, TokenPrune
-from tokenenv.reducers import REDUCERS, Reducer
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
@@ -110,24 +107,3 @@ def unflatten_state(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
     if kind == "list":
         return [unflatten_state(v, tensors) for v in value]
     return value
-
-
-def describe(rules: Rules) -> dict[str, Any]:
-    """Rules as JSON; :func:`make_rules` undoes it."""
-    assert is_dataclass(rules) and not isinstance(rules, type)
-    return {"class": type(rules).__name__, **asdict(rules)}
-
-
-def make_rules(described: dict[str, Any]) -> TokenPrune | LayerMerge | LayerPrune | Reducer:
-    """Rules from what :func:`describe` gave.
-
-    Raises:
-        KeyError: of an unknown class. TypeError: with fields that it does not have.
-    """
-    values: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in described.items()
-    }
-    known: tuple[Any, ...] = (TokenPrune, LayerMerge, LayerPrune, *REDUCERS)
-    classes = {cls.__name__: cls for cls in known}
-    made: TokenPrune | LayerMerge | LayerPrune | Reducer = classes[values.pop("class")](**values)
-    return made

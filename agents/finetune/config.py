@@ -10,13 +10,12 @@ from torch import nn
 
 from agents.finetune.student import Student, Trainee
 from agents.policies.dynamicvit import DynamicViTPolicy
-from agents.policies.heuristics import Nobody
 from agents.policies.words import parse_policy
 from agents.systems.settings import check_settings
 from tokenenv.errors import UserError
 from tokenenv.game.checks import spread_blocks
+from tokenenv.game.policy import Method
 from tokenenv.game.rules import TokenPrune
-from tokenenv.measure.evaluation import Decider, check_fit
 from tokenenv.reducers import MSTM, EViT
 from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.multiscale import add_scale
@@ -127,18 +126,18 @@ class ReducingConfig(FineTuneConfig):
     token_loss: float = 0.5
 
     def student(self, teacher: Backbone, model: str) -> Student:
-        """A copy of the backbone's model, and who decides in it."""
+        """A copy of the backbone's model, and what decides in it."""
         copied = copy.deepcopy(teacher.model).requires_grad_(True)
         self.prepare(copied)
-        policy = self.decider(teacher, model)
-        check_fit(policy, teacher, model)
+        policy = self.method(teacher, model)
+        policy.check_fit(teacher, model)
         return Student(copied, policy)
 
     def prepare(self, model: nn.Module) -> None:
         """Give the pretrained model what the method adds, in place."""
 
-    def decider(self, backbone: Backbone, model: str) -> Decider:
-        """Who decides in ``backbone``, named ``model``."""
+    def method(self, backbone: Backbone, model: str) -> Method:
+        """What decides in ``backbone``, named ``model``."""
         raise NotImplementedError
 
 
@@ -166,12 +165,12 @@ class MSTMConfig(ReducingConfig):
         if self.multi_scale:
             add_scale(model)
 
-    def decider(self, backbone: Backbone, model: str) -> Nobody:
-        """Nobody; without ``merge`` under EViT's rules, which then drop the others."""
+    def method(self, backbone: Backbone, model: str) -> Method:
+        """MSTM's mergence; without ``merge`` EViT, which then drops the others."""
         blocks = self.blocks or spread_blocks(backbone.depth)
         if not self.merge:
-            return Nobody(EViT(blocks, self.keep, fuse=False))
-        return Nobody(MSTM(blocks, self.keep, self.weight, self.similarity))
+            return EViT(blocks, self.keep, fuse=False)
+        return MSTM(blocks, self.keep, self.weight, self.similarity)
 
 
 @dataclass(frozen=True)
@@ -188,9 +187,9 @@ class EViTConfig(ReducingConfig):
     blocks: tuple[int, ...] = ()
     fuse: bool = True
 
-    def decider(self, backbone: Backbone, model: str) -> Nobody:
-        """Nobody."""
-        return Nobody(EViT(self.blocks or spread_blocks(backbone.depth), self.keep, self.fuse))
+    def method(self, backbone: Backbone, model: str) -> Method:
+        """EViT."""
+        return EViT(self.blocks or spread_blocks(backbone.depth), self.keep, self.fuse)
 
 
 @dataclass(frozen=True)
@@ -208,7 +207,7 @@ class RL4EViTFineTuneConfig(ReducingConfig):
         """Settings for the embedded model: no policy for it is shipped."""
         return cls(**DIGITS, policy="")
 
-    def decider(self, backbone: Backbone, model: str) -> Decider:
+    def method(self, backbone: Backbone, model: str) -> Method:
         """The trained one."""
         if not self.policy:
             raise UserError(
@@ -230,7 +229,7 @@ class DynamicViTConfig(ReducingConfig):
     keep: float = 0.7
     blocks: tuple[int, ...] = ()
 
-    def decider(self, backbone: Backbone, model: str) -> DynamicViTPolicy:
+    def method(self, backbone: Backbone, model: str) -> DynamicViTPolicy:
         """Untrained predictors; initialised from torch's global generator."""
         if not backbone.has_class_token or backbone.model.global_pool != "token":
             raise UserError(

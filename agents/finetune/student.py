@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from agents.finetune.losses import Played, token_loss
 from tokenenv.data import ImageSource
 from tokenenv.game.episode import Execution
+from tokenenv.game.policy import Method, Policy, play
 from tokenenv.measure import evaluation as metrics
-from tokenenv.measure.evaluation import Decider, play
 from tokenenv.measure.token_pictures import write_token_pictures
 from tokenenv.storage import write_bytes
 from tokenenv.vit.backbone import Backbone
@@ -124,10 +124,10 @@ class Student(Trainee):
     backbone: Backbone
     policy: Any
 
-    def __init__(self, model: nn.Module, policy: Decider) -> None:
+    def __init__(self, model: nn.Module, policy: Method) -> None:
         super().__init__()
         self.model = model
-        self.soft = hasattr(policy, "soft_play")
+        self.soft = isinstance(policy, Policy) and policy.soft
         # A backbone's parameters are the model's own: not a second time in state_dict().
         self.__dict__["backbone"] = Backbone(model, freeze=False)
         if self.soft:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from agents.learners.rollout import Columns
+from agents.policies.trainable import Columns
 from tokenenv.game import Game
 
 
@@ -31,7 +31,7 @@ class PrivilegedCritic(nn.Module):
         dim, classes = game.backbone.dim, game.backbone.classes
         self._logits = slice(game.state_dim - 3 - classes, game.state_dim - 3)
         self.about = nn.Sequential(nn.Linear(game.state_dim - classes, 64), nn.SiLU())
-        self.native = nn.Sequential(nn.Linear(classes, 64), nn.SiLU())
+        self.dense = nn.Sequential(nn.Linear(classes, 64), nn.SiLU())
         self.value_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.project = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width))
         self.prefix = nn.Parameter(torch.zeros(game.backbone.prefix, width))
@@ -56,7 +56,7 @@ class PrivilegedCritic(nn.Module):
         logits = state[:, self._logits]
         rest = torch.cat([state[:, : self._logits.start], state[:, self._logits.stop :]], 1)
         about = self.about(rest)
-        parts = [about, self.native(logits.log_softmax(1) / 4)]
+        parts = [about, self.dense(logits.log_softmax(1) / 4)]
         if len(self.layers):
             parts.append(self._read(seen["tokens"], about))
         u = torch.cat(parts, 1)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agents.learners.rollout import Columns
+from agents.policies.trainable import Columns
 from agents.workers import ALONE, Workers
 
 Size = dict[str, Tensor]

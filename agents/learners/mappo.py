@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from agents.learners.arena import Arena
 from agents.learners.ppo import PPO, PPOConfig
-from agents.learners.rollout import Columns
 from agents.policies.actor import ActorPolicy
 from agents.policies.networks import SharedMLP
+from agents.policies.trainable import Columns
 from agents.workers import ALONE, Workers
 
 

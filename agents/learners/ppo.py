@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,44 +24,12 @@ from agents.learners.losses import (
     surgery,
     value_loss,
 )
-from agents.learners.rollout import Columns, Rollout, advantages, columns, minibatches, pick, stack
-from agents.policies.networks import ValueNorm
+from agents.learners.rollout import Rollout, advantages, minibatches, pick, stack
+from agents.learners.value_norm import ValueNorm
+from agents.policies.trainable import Columns, Trainable, columns
 from agents.workers import ALONE, Rows, Workers
 from tokenenv.errors import UserError
 from tokenenv.game.rules import Observation
-
-
-class Head(NamedTuple):
-    """One part of an action: ``(B, K)`` log-probabilities, entropies, and whether they count."""
-
-    log_prob: Tensor
-    entropy: Tensor
-    mask: Tensor
-
-
-class Actor(Protocol):
-    """A policy that can be trained."""
-
-    heads: tuple[str, ...]
-
-    def draw(self, seen: Columns, generator: torch.Generator, rows: Rows) -> tuple[Tensor, Columns]:
-        """Actions ``(B, A)`` for the game, and what was drawn, for :meth:`score`."""
-
-    def score(self, seen: Columns, choice: Columns) -> dict[str, Head]:
-        """Every head's log-probability of ``choice``."""
-
-    def kept(self, action: Tensor) -> Tensor:
-        """Bool, as ``action``: which actions keep what they decide about."""
-
-    def rates(self) -> Iterable[tuple[list[nn.Parameter], float]]:
-        """Parameters and their share of the learning rate."""
-
-    def shared(self) -> tuple[list[nn.Parameter], tuple[str, str]] | None:
-        """Parameters that two heads share, whose gradients may be at odds; or None."""
-
-    def parameters(self) -> Iterable[nn.Parameter]: ...  # noqa: D102
-    def state_dict(self) -> Mapping[str, Any]: ...  # noqa: D102
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...  # noqa: D102
 
 
 class Critic(Protocol):
@@ -144,7 +112,7 @@ class PPO:
 
     def __init__(
         self,
-        policy: Actor,
+        policy: Trainable,
         critic: Critic,
         arena: Arena,
         config: PPOConfig,

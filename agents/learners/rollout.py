@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agents.policies.trainable import Columns
 from agents.workers import Rows
-from tokenenv.game.rules import Observation
-
-Columns = dict[str, Tensor]
 
 
 @dataclass
@@ -24,7 +22,7 @@ class Rollout:
     numbers it has per copy, ``V`` how many values: one per agent, or one per copy.
 
     Attributes:
-        seen: what was observed, ``(T, B, ...)`` each, see :func:`columns`.
+        seen: what was observed, ``(T, B, ...)`` each, of an observation.
         choice: what the actor drew, in its own terms, ``(T, B, ...)`` each.
         action: ``(T, B, A)`` int64 what was played.
         log_prob: for each head ``(T, B, K)`` of what it drew.
@@ -50,13 +48,6 @@ class Rollout:
         """``function`` of every tensor."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         return Rollout(**{name: _map(function, value) for name, value in values.items()})
-
-
-def columns(observation: Observation) -> Columns:
-    """The tensors of an observation: agents, shared, active, state; legal and tokens if there."""
-    names = ("agents", "shared", "active", "state", "legal", "tokens")
-    found = {name: getattr(observation, name) for name in names}
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def stack(rows: list[Rollout]) -> Rollout:

@@ -1,39 +1,21 @@
-"""Policies: what decides in a game, learned or not, and how a learned one is kept on disk."""
+"""The policy of RL4EViT and of DORA: one perceptron for all agents of an image."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from agents.learners.ppo import Head
-from agents.learners.rollout import Columns
-from agents.policies import heuristics
-from agents.policies.dynamicvit import DynamicViTPolicy
-from agents.policies.gated import GatedPolicy
 from agents.policies.networks import SharedMLP
+from agents.policies.trainable import Columns, Head, Trainable
 from agents.workers import WHOLE, Rows
 from tokenenv.errors import UserError
-from tokenenv.game.rules import LayerMerge, LayerPrune, Observation, Rules, TokenPrune
-from tokenenv.storage import describe, make_rules, read_tensors, write_tensors
-
-
-class Policy(Protocol):
-    """Decides for all agents of a batch of images at once."""
-
-    @property
-    def rules(self) -> Rules:
-        """What it decides under."""
-
-    def act(self, observation: Observation) -> Tensor:
-        """``(B, A)`` int64 actions."""
-
-    def macs(self, agents: Tensor, removed: Tensor) -> Tensor:
-        """Multiply-adds of one decision of ``agents`` agents that removed so many tokens."""
+from tokenenv.game.rules import RULES, Observation, Rules
+from tokenenv.game.stored import describe, remake
+from tokenenv.vit.backbone import Backbone
 
 
 @dataclass(frozen=True)
@@ -72,7 +54,7 @@ def systematic(chance: Tensor, active: Tensor) -> Tensor:
     return reached // _UNIT > (reached - units) // _UNIT
 
 
-class ActorPolicy(nn.Module):
+class ActorPolicy(Trainable):
     """One perceptron shared by all agents, which says how likely each acts.
 
     Under rules that prune the last action is to keep, under rules that merge it is to merge.
@@ -165,21 +147,10 @@ class ActorPolicy(nn.Module):
             logits = logits.masked_fill(~seen["legal"], _ILLEGAL)
         return logits.log_softmax(-1)
 
-    def kept(self, action: Tensor) -> Tensor:
-        """Bool, as ``action``: which keep what they decide about."""
-        return action == 0 if isinstance(self.rules, LayerMerge) else action != 0
-
     @property
-    def strict(self) -> int:
-        """1 if a higher threshold removes more tokens, -1 if fewer."""
-        return -1 if isinstance(self.rules, LayerMerge) else 1
-
-    def rates(self) -> list[tuple[list[nn.Parameter], float]]:
-        """All learn alike."""
-        return [(list(self.parameters()), 1.0)]
-
-    def shared(self) -> None:
-        """There is one head."""
+    def adjustable(self) -> bool:
+        """Of more than two actions the likeliest is taken, whatever the threshold."""
+        return self.actions == 2
 
     @torch.no_grad()
     def act(self, observation: Observation) -> Tensor:
@@ -214,12 +185,14 @@ class ActorPolicy(nn.Module):
         """Multiply-adds of one decision of ``agents`` agents that removed so many tokens."""
         return self.actor.macs(agents) + agents * self.widths.own + self.widths.shared
 
-    def check(self, agent_dim: int, shared_dim: int, model: str) -> None:
-        """Raise :class:`UserError` unless the policy reads observations of these widths."""
-        if (self.widths.own, self.widths.shared) != (agent_dim, shared_dim):
+    def check_fit(self, backbone: Backbone, name: str) -> None:
+        """Raise :class:`UserError` unless the policy belongs to the model."""
+        super().check_fit(backbone, name)
+        given = self.rules.agent_dim(backbone), self.rules.shared_dim(backbone)
+        if (self.widths.own, self.widths.shared) != given:
             raise UserError(
                 f"the policy was trained for '{self.trained_on}' ({self.widths.own}+"
-                f"{self.widths.shared} inputs) and model '{model}' gives {agent_dim}+{shared_dim}: "
+                f"{self.widths.shared} inputs) and model '{name}' gives {given[0]}+{given[1]}: "
                 "use it with the model it was trained on, or train one for this model"
             )
 
@@ -236,70 +209,13 @@ class ActorPolicy(nn.Module):
             "trained_on": self.trained_on,
         }
 
-    def save(self, path: Path) -> None:
-        """Write weights and config into one safetensors file, atomically."""
-        write_tensors(path, dict(self.state_dict()), self.config())
+    @classmethod
+    def remade(cls, config: dict[str, Any]) -> ActorPolicy:
+        """An untrained policy of this :meth:`config`."""
+        rules, widths = remake(config.pop("rules"), RULES.values()), Widths(**config.pop("widths"))
+        return cls(rules, widths, **config)
 
 
 def _difference(logits: Tensor) -> Tensor:
     """``(..., 2)`` -> ``(...)`` log-odds."""
     return logits[..., 1] - logits[..., 0]
-
-
-def load_policy(path: Path) -> Policy:
-    """Read a policy that its ``save`` wrote.
-
-    Raises:
-        UserError: no such file, or not a policy.
-    """
-    tensors, config = read_tensors(path)
-    try:
-        policy = _make(dict(config))
-        if isinstance(policy, nn.Module):
-            policy.load_state_dict(tensors)
-            policy.eval()
-    except (KeyError, TypeError, RuntimeError) as error:
-        reason = str(error).splitlines()[-1].strip()  # torch puts what is wrong into the last line
-        raise UserError(
-            f"'{path}' is not a policy of this version ({reason}): train it anew"
-        ) from None
-    return policy
-
-
-def _make(config: dict[str, Any]) -> Policy:
-    if config["class"] not in ("ActorPolicy", "DynamicViTPolicy", "GatedPolicy"):
-        return heuristics.remake(config)
-    kind, rules = config.pop("class"), make_rules(config.pop("rules"))
-    if kind == "GatedPolicy" and isinstance(rules, LayerPrune):
-        return GatedPolicy(rules, config.pop("widths"), **config)
-    if kind == "DynamicViTPolicy" and isinstance(rules, TokenPrune):
-        return DynamicViTPolicy(rules, **config)
-    if kind != "ActorPolicy":
-        raise KeyError("class")
-    return ActorPolicy(rules, Widths(**config.pop("widths")), **config)
-
-
-Trained = ActorPolicy | GatedPolicy
-"""What a learner makes, a run folder keeps, and :func:`load` gives back."""
-
-SHIPPED = Path(__file__).parents[1] / "shipped"
-
-
-def shipped() -> list[str]:
-    """Names of the policies that come with the package."""
-    return sorted(p.parent.name for p in SHIPPED.glob("*/policy.safetensors"))
-
-
-def load(what: str | Path) -> Policy:
-    """A policy: a folder that keeps one, such as a run's, or the name of a shipped one.
-
-    Raises:
-        UserError: neither of the two.
-    """
-    for folder in (Path(what), SHIPPED / str(what)):
-        if (folder / "policy.safetensors").is_file():
-            return load_policy(folder / "policy.safetensors")
-    raise UserError(
-        f"'{what}' is neither a run folder with a policy.safetensors nor a shipped policy "
-        f"({', '.join(shipped()) or 'none'}): train one with 'tokenenv train rl4evit'"
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from agents.policies.heuristics import keep_highest
 from tokenenv.errors import UserError
 from tokenenv.game.checks import check_keep
+from tokenenv.game.policy import Policy
 from tokenenv.game.rules import Observation, TokenPrune
 from tokenenv.game.rules.features import mean_over
-from tokenenv.storage import describe, write_tensors
+from tokenenv.game.stored import describe, remake
 from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.tokens import Tokens
 
@@ -46,7 +47,7 @@ class Predictor(nn.Module):
         return self.out(torch.cat([local, common], dim=-1)).log_softmax(-1)
 
 
-class DynamicViTPolicy(nn.Module):
+class DynamicViTPolicy(nn.Module, Policy):
     """Rao et al., NeurIPS 2021: before some blocks the tokens with the highest keep score stay.
 
     The ``ceil(keep n)`` best of an image's ``n`` tokens at each of them. In training tokens leave
@@ -77,6 +78,8 @@ class DynamicViTPolicy(nn.Module):
         """``(B, A)`` 1 for those that stay."""
         score = self.predictors[observation.step](observation.agents, observation.active)[..., 1]
         return keep_highest(score, observation.active, self.keep)
+
+    soft = True
 
     def soft_play(self, backbone: Backbone, images: Tensor) -> tuple[Tokens, Tensor, Tensor]:
         """Run ``images (B, C, H, W)`` with decisions that are drawn and have a gradient.
@@ -109,21 +112,26 @@ class DynamicViTPolicy(nn.Module):
         layers = [m for m in self.predictors[0].modules() if isinstance(m, nn.Linear)]
         return agents * sum(layer.in_features * layer.out_features for layer in layers)
 
-    def check(self, agent_dim: int, shared_dim: int, model: str) -> None:
-        """Raise :class:`UserError` unless the policy reads tokens of this width."""
-        if agent_dim != self.dim:
+    def check_fit(self, backbone: Backbone, name: str) -> None:
+        """Raise :class:`UserError` unless the policy reads tokens of the model's width."""
+        super().check_fit(backbone, name)
+        if backbone.dim != self.dim:
             raise UserError(
                 f"the policy was trained for '{self.trained_on}' (tokens of width {self.dim}) and "
-                f"model '{model}' has width {agent_dim}: use it with the model it was trained on"
+                f"model '{name}' has width {backbone.dim}: use it with the model it was trained on"
             )
 
-    def save(self, path: Path) -> None:
-        """Write weights and config into one safetensors file, atomically."""
-        config = {
+    def config(self) -> dict[str, Any]:
+        """Everything but the weights, as JSON."""
+        return {
             "class": "DynamicViTPolicy",
             "rules": describe(self.rules),
             "dim": self.dim,
             "keep": self.keep,
             "trained_on": self.trained_on,
         }
-        write_tensors(path, dict(self.state_dict()), config)
+
+    @classmethod
+    def remade(cls, config: dict[str, Any]) -> DynamicViTPolicy:
+        """An untrained policy of this :meth:`config`."""
+        return cls(remake(config.pop("rules"), [TokenPrune]), **config)

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from agents.learners.ppo import Head
-from agents.learners.rollout import Columns, columns
+from agents.policies.trainable import Columns, Head, Trainable, columns
 from agents.workers import WHOLE, Rows
 from tokenenv.errors import UserError
 from tokenenv.game.rules import LayerPrune, Observation
 from tokenenv.game.rules.layer_prune import LEAST
-from tokenenv.storage import describe, write_tensors
+from tokenenv.game.stored import describe, remake
+from tokenenv.vit.backbone import Backbone
 
 _NEVER = -1e9
 
 
-class GatedPolicy(nn.Module):
+class GatedPolicy(Trainable):
     """Gate, budget and selector of one agent per block.
 
     The gate reads the class token's key and the history. Only if it opens, an encoder reads the
@@ -101,11 +100,6 @@ class GatedPolicy(nn.Module):
         """Start with scores that rise by ``slope`` per unit of a feature; the highest leave."""
         with torch.no_grad():
             self.skip.weight[feature] = slope
-
-    @property
-    def strict(self) -> int:
-        """-1: a higher threshold removes fewer tokens."""
-        return -1
 
     def draw(
         self, seen: Columns, generator: torch.Generator, rows: Rows = WHOLE
@@ -217,10 +211,6 @@ class GatedPolicy(nn.Module):
         heads = heads + steps * (own + len(self.budgets))
         return gate + torch.where(removed > 0, encoder + heads, torch.zeros_like(agents))
 
-    def kept(self, action: Tensor) -> Tensor:
-        """Bool, as ``action``."""
-        return action != 0
-
     def rates(self) -> list[tuple[list[nn.Parameter], float]]:
         """The paper's learning rates in proportion: gate and budget 1, the others 0.4."""
         parts = (self.gate, self.gate_block, self.budget, self.budget_block)
@@ -235,13 +225,15 @@ class GatedPolicy(nn.Module):
         modules = (self.enter_class, self.enter, self.block, self.history, self.encoder)
         return [p for m in modules for p in m.parameters()], ("budget", "selector")
 
-    def check(self, agent_dim: int, shared_dim: int, model: str) -> None:
-        """Raise :class:`UserError` unless the policy reads observations of these widths."""
+    def check_fit(self, backbone: Backbone, name: str) -> None:
+        """Raise :class:`UserError` unless the policy belongs to the model."""
+        super().check_fit(backbone, name)
         mine = (self.widths["own"], self.widths["key"] + len(self.rules.blocks) + 3)
-        if mine != (agent_dim, shared_dim):
+        given = self.rules.agent_dim(backbone), self.rules.shared_dim(backbone)
+        if mine != given:
             raise UserError(
                 f"the policy was trained for '{self.trained_on}' ({mine[0]}+{mine[1]} inputs) and "
-                f"model '{model}' gives {agent_dim}+{shared_dim}: use it with the model it was "
+                f"model '{name}' gives {given[0]}+{given[1]}: use it with the model it was "
                 "trained on, or train one for this model"
             )
 
@@ -257,9 +249,11 @@ class GatedPolicy(nn.Module):
             "trained_on": self.trained_on,
         }
 
-    def save(self, path: Path) -> None:
-        """Write weights and config into one safetensors file, atomically."""
-        write_tensors(path, dict(self.state_dict()), self.config())
+    @classmethod
+    def remade(cls, config: dict[str, Any]) -> GatedPolicy:
+        """An untrained policy of this :meth:`config`."""
+        rules = remake(config.pop("rules"), [LayerPrune])
+        return cls(rules, config.pop("widths"), **config)
 
     def _split(self, seen: Columns) -> tuple[Tensor, Tensor, Tensor]:
         """Class token's key, one-hot block, history."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,44 +10,33 @@ from torch import Tensor
 
 from tokenenv.errors import UserError
 from tokenenv.game.checks import check_keep
-from tokenenv.game.rules import LayerMerge, Observation, TokenPrune
+from tokenenv.game.policy import Policy
+from tokenenv.game.rules import RULES, LayerMerge, Observation, TokenPrune
 from tokenenv.game.rules.layer_merge import scaled
-from tokenenv.reducers import Reducer
+from tokenenv.game.stored import describe, remake
 from tokenenv.reducers.base import share_of
-from tokenenv.storage import describe, make_rules, write_tensors
 from tokenenv.vit.reduction import highest
 
 
-class _Free:
-    """A decision without a network."""
+class Heuristic(Policy):
+    """A policy without a network: a dataclass of its rules, first, and settings."""
 
-    rules: TokenPrune | LayerMerge | Reducer
-
-    def save(self, path: Path) -> None:
-        """Write all that makes it into one safetensors file, as trained policies are kept."""
+    def config(self) -> dict[str, Any]:
+        """The class, its rules and settings."""
         assert is_dataclass(self)
         made_of = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
-        config = made_of | {"class": type(self).__name__, "rules": describe(self.rules)}
-        write_tensors(path, {}, config)
+        return made_of | {"class": type(self).__name__, "rules": describe(self.rules)}
 
-    def macs(self, agents: Tensor, removed: Tensor) -> Tensor:
-        """Multiply-adds of one decision: none."""
-        return torch.zeros_like(agents)
-
-
-@dataclass
-class Nobody(_Free):
-    """Who plays where there is nothing to decide: a published method goes its way."""
-
-    rules: Reducer
-
-    def act(self, observation: Observation) -> Tensor:
-        """``(B, 0)``."""
-        return observation.active.long()
+    @classmethod
+    def remade(cls, config: dict[str, Any]) -> Any:
+        """The policy of this :meth:`config`."""
+        rules = remake(config.pop("rules"), RULES.values())
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+        return cls(rules=rules, **values)  # type: ignore[call-arg]
 
 
 @dataclass
-class KeepAll(_Free):
+class KeepAll(Heuristic):
     """Nobody leaves: the dense model, played as a game."""
 
     rules: TokenPrune
@@ -62,7 +50,7 @@ class KeepAll(_Free):
 
 
 @dataclass
-class RandomPrune(_Free):
+class RandomPrune(Heuristic):
     """At each decision a random ``ceil(keep n)`` of an image's ``n`` living tokens stay.
 
     Of two ratios each image draws one between them, for all its decisions: a batch of images that
@@ -108,7 +96,7 @@ class RandomPrune(_Free):
 
 
 @dataclass
-class TopK(_Free):
+class TopK(Heuristic):
     """At each decision the ``ceil(keep n)`` living tokens with the highest score stay.
 
     ``feature="cls_attention"`` is EViT's criterion without the fused token (Liang et al. 2022,
@@ -139,7 +127,7 @@ def keep_highest(score: Tensor, active: Tensor, keep: float | Tensor) -> Tensor:
 
 
 @dataclass
-class MergeStrongest(_Free):
+class MergeStrongest(Heuristic):
     """ToMe's schedule (Bolya et al. 2023): in every block the ``r`` most similar pairs merge.
 
     Under rules with ``shuffle`` its predictions are those of the published code. With half of the
@@ -182,7 +170,7 @@ def decreasing(r: int, blocks: int) -> tuple[int, ...]:
 
 
 @dataclass
-class MergeAbove(_Free):
+class MergeAbove(Heuristic):
     """In every block the pairs merge whose keys' cosine is at least ``similarity``."""
 
     rules: LayerMerge
@@ -200,7 +188,7 @@ class MergeAbove(_Free):
 
 
 @dataclass
-class MergeRandom(_Free):
+class MergeRandom(Heuristic):
     """In every block ``r`` random pairs of the matching merge; draws as :class:`RandomPrune`'s."""
 
     rules: LayerMerge
@@ -226,19 +214,3 @@ def check_pairs(r: int) -> int:
     if r < 0:
         raise UserError(f"r={r} pairs to merge: give 0 or more")
     return r
-
-
-def remake(
-    config: dict[str, Any],
-) -> Nobody | KeepAll | RandomPrune | TopK | MergeStrongest | MergeAbove | MergeRandom:
-    """A policy from the config that its ``save`` wrote.
-
-    Raises:
-        KeyError: of an unknown class. TypeError: with values that it does not have.
-    """
-    classes = (Nobody, KeepAll, RandomPrune, TopK, MergeStrongest, MergeAbove, MergeRandom)
-    kinds: dict[str, Any] = {cls.__name__: cls for cls in classes}
-    kind, rules = kinds[config.pop("class")], make_rules(config.pop("rules"))
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-    made: KeepAll = kind(rules, **values)
-    return made

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from tokenenv.errors import UserError
 from tokenenv.game import Game
-from tokenenv.game.rules import LayerMerge, LayerPrune, Observation
+from tokenenv.game.policy import Policy
+from tokenenv.game.rules import Observation
 
 
-class SB3Policy:
+class SB3Policy(Policy):
     """A trained ``MlpPolicy`` that chooses counts, as a policy to evaluate.
 
     It decides deterministically. In place of an illegal action 0 is played, as by the
@@ -48,7 +49,7 @@ class SB3Policy:
 
     def __init__(self, learner: Any, game: Game) -> None:
         rules = game.rules
-        if not (isinstance(rules, LayerMerge | LayerPrune) and rules.action == "count"):
+        if not rules.by_count:
             raise UserError(
                 f"{type(rules).__name__} asks every token and not for a count: "
                 "give a game of tokenenv/LayerMerge-v0 or tokenenv/LayerPrune-v0"

@@ -107,8 +107,7 @@ class _Common:
 
     def set_price(self, game: Game, price: float) -> None:
         """Tell the game's reward."""
-        assert isinstance(game.reward, Dora)
-        game.reward = dataclasses.replace(game.reward, penalty=price)
+        game.reward = game.reward.with_price(price)
 
     def learner(
         self,

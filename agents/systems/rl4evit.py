@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -15,7 +14,7 @@ from tokenenv.data import ImageSource
 from tokenenv.errors import UserError
 from tokenenv.game import Game
 from tokenenv.game.build import build_game
-from tokenenv.game.rewards import AlphaBeta, ClosedLoop, Cooperative
+from tokenenv.game.rewards import ClosedLoop
 from tokenenv.vit.backbone import Backbone
 
 
@@ -168,8 +167,8 @@ class RL4EViTConfig:
 
     def set_price(self, game: Game, price: float) -> None:
         """Tell the game's reward."""
-        if isinstance(game.reward, AlphaBeta | Cooperative):
-            game.reward = dataclasses.replace(game.reward, beta=price)
+        if game.reward.price is not None:
+            game.reward = game.reward.with_price(price)
 
     def policy(self, game: Game, model: str) -> ActorPolicy:
         """An untrained policy for ``game``; initialised from torch's global generator."""

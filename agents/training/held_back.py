@@ -11,6 +11,7 @@ from agents.finetune.student import Trainee
 from agents.training.judgement import Judgement
 from agents.workers import ALONE, Workers
 from tokenenv.data import ImageSource
+from tokenenv.game.policy import Method
 from tokenenv.measure import evaluation as metrics
 from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.load import Dense
@@ -50,7 +51,7 @@ class HeldBack:
                     self._dense[batch.index] = self.backbone(images).argmax(1).cpu()
             yield len(index)
 
-    def __call__(self, policy: metrics.Decider) -> Judgement:
+    def __call__(self, policy: Method) -> Judgement:
         """Saving, loss and drop of the deterministic policy."""
         assert isinstance(self.backbone, Backbone)
         return self._judged(metrics.evaluate(self.backbone, policy, self._share, dense=self._dense))

@@ -19,7 +19,7 @@ from torch.testing import assert_close
 import agents
 from agents.learners.ppo import PPO, centre_groups, normalise_advantage, surgery
 from agents.learners.rollout import Columns
-from agents.policies.actor import load_policy
+from agents.policies import load_policy
 from agents.policies.gated import GatedPolicy
 from agents.systems.dora import DoraConfig, DoraPruneConfig
 from agents.systems.rl4evit import RL4EViTConfig
@@ -227,7 +227,7 @@ def test_it_learns(backbone: Backbone, config: Any) -> None:
 # On disk -----------------------------------------------------------------------------------------
 @CONFIGS
 def test_a_saved_policy_has_no_critic_and_decides_alike(
-    backbone: Backbone, config: Any, tmp_path: Path
+    backbone: Backbone, config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config(**SETTINGS | {"batch": 8, "critic_depth": 1})
     torch.manual_seed(0)
@@ -254,10 +254,13 @@ def test_a_saved_policy_has_no_critic_and_decides_alike(
         seen = game.step(action).observation
     assert acted > 0
 
-    with pytest.raises(UserError, match=r"trained for 'digits_vit' .* model 'other' gives") as bad:
-        back.check(game.agent_dim + 1, game.shared_dim, "other")
+    back.trained_on = ""  # else the name alone refuses another model
+    monkeypatch.setattr(type(back.rules), "agent_dim", lambda self, backbone: game.agent_dim + 1)
+    with pytest.raises(UserError, match=r"trained for '' .* model 'other' gives") as bad:
+        back.check_fit(game.backbone, "other")
     assert "\n" not in str(bad.value)
-    back.check(game.agent_dim, game.shared_dim, "other")
+    monkeypatch.undo()
+    back.check_fit(game.backbone, "other")
 
 
 def test_a_file_whose_class_and_rules_do_not_go_together(

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 from helpers import backbone, source
+from test_backbone import family_model
 from test_finetune import SMALL, tuner
 from torch import Tensor
 
 from agents.finetune.config import DynamicViTConfig
-from agents.policies.actor import load_policy
+from agents.policies import load_policy
 from agents.policies.dynamicvit import DynamicViTPolicy
 from tokenenv.errors import UserError
-from tokenenv.measure.evaluation import play
+from tokenenv.game.policy import Policy, play
 from tokenenv.vit import attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,7 +52,7 @@ def test_gated_attention_is_masked_attention_where_decisions_are_hard() -> None:
 def test_soft_play_is_the_masked_game_of_the_same_decisions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    policy = DynamicViTConfig(**SMALL).decider(backbone(), "digits_vit")
+    policy = DynamicViTConfig(**SMALL).method(backbone(), "digits_vit")
     batch = source().batch(torch.arange(5)).images
     drawn: list[Tensor] = []
     rng = torch.Generator().manual_seed(1)
@@ -64,7 +65,7 @@ def test_soft_play_is_the_masked_game_of_the_same_decisions(
     tokens, keep, shortfall = policy.soft_play(backbone(), batch)
     seen: list[Tensor] = []
 
-    class Replay:
+    class Replay(Policy):
         rules = policy.rules
 
         def act(self, observation: Any) -> Tensor:
@@ -72,7 +73,7 @@ def test_soft_play_is_the_masked_game_of_the_same_decisions(
             seen.append(chances)
             return drawn[observation.step]
 
-    episode = play(backbone(), Replay(), batch, "masked")  # type: ignore[arg-type]
+    episode = play(backbone(), Replay(), batch, "masked")
     assert torch.equal(episode.tokens.visual_alive, keep.bool())
     torch.testing.assert_close(backbone().classify(tokens), episode.logits, rtol=1e-4, atol=1e-4)
     shares = [drawn[0].float().mean(1), keep.mean(1)]
@@ -89,7 +90,7 @@ def test_predictors_get_gradients_through_the_decisions() -> None:
 
 
 def test_dynamicvit_keeps_the_best_and_is_saved(tmp_path: Path) -> None:
-    policy = DynamicViTConfig(**SMALL).decider(backbone(), "digits_vit")
+    policy = DynamicViTConfig(**SMALL).method(backbone(), "digits_vit")
     batch = source().batch(torch.arange(6)).images
     episodes = {how: play(backbone(), policy, batch, how) for how in ("masked", "packed")}
     assert [c.tolist() for c in episodes["masked"].counts] == [[64] * 6, [32] * 6, [16] * 6]
@@ -103,4 +104,4 @@ def test_dynamicvit_keeps_the_best_and_is_saved(tmp_path: Path) -> None:
         play(backbone(), again, batch).logits, play(backbone(), policy, batch).logits
     )
     with pytest.raises(UserError, match="width 48"):
-        again.check(192, 0, "deit_tiny_patch16_224")
+        again.check_fit(family_model("deit"), "")

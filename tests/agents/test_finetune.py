@@ -25,7 +25,7 @@ from agents.finetune.config import DynamicViTConfig, EViTConfig, FineTuneConfig,
 from agents.finetune.losses import logit_loss, token_loss
 from agents.finetune.student import Played, Student
 from agents.finetune.tuner import FineTuner, half_precision
-from agents.policies.actor import load_policy
+from agents.policies import load_policy
 from agents.workers import Workers
 from tokenenv.cli import finetune
 from tokenenv.cli.main import build_parser, main
@@ -58,7 +58,7 @@ def tuner(config: FineTuneConfig, batches: Any = None, seed: int = 0) -> FineTun
     torch.manual_seed(seed)
     model = copy.deepcopy(backbone().model).requires_grad_(True)
     config.prepare(model)
-    student = Student(model, config.decider(backbone(), "digits_vit"))
+    student = Student(model, config.method(backbone(), "digits_vit"))
     return FineTuner(student, backbone(), batches or Fixed(), config, seed)
 
 
@@ -96,7 +96,7 @@ def test_logit_loss_is_a_divergence() -> None:
 
 
 def test_a_student_that_loses_nothing_is_its_teacher() -> None:
-    student = Student(copy.deepcopy(backbone().model), EViTConfig(keep=1.0).decider(backbone(), ""))
+    student = Student(copy.deepcopy(backbone().model), EViTConfig(keep=1.0).method(backbone(), ""))
     batch = source().batch(torch.arange(4)).images
     played = student.eval()(batch)
     dense = backbone().model.forward_features(batch)[:, 1:]
@@ -472,7 +472,7 @@ def test_shares_are_disjoint_and_equally_long() -> None:
 
 
 def test_pruned_patches_have_no_owner() -> None:
-    student = Student(copy.deepcopy(backbone().model), EViTConfig(fuse=False, keep=0.5).decider(
+    student = Student(copy.deepcopy(backbone().model), EViTConfig(fuse=False, keep=0.5).method(
         backbone(), ""
     ))  # fmt: skip
     played = student.eval()(source().batch(torch.arange(2)).images)

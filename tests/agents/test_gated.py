@@ -12,8 +12,8 @@ from helpers import source as digits_source
 from torch import Tensor
 from torch.testing import assert_close
 
-from agents.learners.rollout import Columns, columns
 from agents.policies.gated import GatedPolicy, plackett_luce
+from agents.policies.trainable import Columns, columns
 from agents.systems.dora import DoraPruneConfig
 from tokenenv import load_backbone
 from tokenenv.game import Game

@@ -15,8 +15,9 @@ from agents.learners.arena import PettingZooArena
 from agents.learners.mappo import MAPPO, MAPPOConfig
 from agents.learners.ppo import centre_groups, normalise_advantage, policy_loss, value_loss
 from agents.learners.rollout import advantages
+from agents.learners.value_norm import ValueNorm
 from agents.policies.actor import ActorPolicy, Widths
-from agents.policies.networks import SharedMLP, ValueNorm
+from agents.policies.networks import SharedMLP
 from tokenenv import token_prune_v0
 from tokenenv.errors import UserError
 from tokenenv.game.rules import TokenPrune

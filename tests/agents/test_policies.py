@@ -6,12 +6,14 @@ import pytest
 import torch
 
 import agents
-from agents.policies.actor import ActorPolicy, Widths, load_policy
+from agents.policies import load_policy
+from agents.policies.actor import ActorPolicy, Widths
 from agents.policies.heuristics import KeepAll, RandomPrune, TopK, keep_highest
 from agents.policies.words import parse_policy
 from tokenenv import UserError, load_backbone, open_source
 from tokenenv.game.checks import spread_blocks
 from tokenenv.game.cost import Cost
+from tokenenv.game.policy import play
 from tokenenv.game.rewards import divergence
 from tokenenv.game.rules import Observation, TokenPrune
 from tokenenv.measure import evaluation as metrics
@@ -144,9 +146,9 @@ def test_shipped_dora_does_less_damage(name: str, yardstick: str, real_data: Pat
     def saving_and_damage(what: str) -> tuple[float, float]:
         policy = parse_policy(what, backbone.depth)
         with torch.inference_mode():
-            episode = metrics.play(backbone, policy, batch.images)
+            episode = play(backbone, policy, batch.images)
             macs = cost.backbone_macs(episode.attended, episode.fed)
-            macs += cost.decision_macs(policy.rules, policy, episode.attended, episode.fed)
+            macs += cost.decision_macs(policy, episode.attended, episode.fed)
             damage = divergence(backbone(batch.images), episode.logits, tau=1.0)
         return 1 - macs.mean().item() / cost.dense(), damage.mean().item()
 

@@ -16,6 +16,7 @@ import tokenenv
 from agents.policies.actor import ActorPolicy, Widths, systematic
 from agents.systems.rl4evit import RL4EViTConfig
 from tokenenv import UserError, build_game, load_backbone, open_source
+from tokenenv.game.policy import play
 from tokenenv.game.rules import Observation, TokenPrune
 from tokenenv.measure import evaluation as metrics
 from tokenenv.vit.backbone import Backbone
@@ -82,10 +83,10 @@ def test_every_execution_and_batch_decides_alike(backbone: Backbone) -> None:
     images = open_source(None, backbone.model, limit=32).batch(torch.arange(32)).images
     with torch.inference_mode():
         played = {
-            execution: metrics.play(backbone, policy, images, execution=execution)
+            execution: play(backbone, policy, images, execution=execution)
             for execution in ("masked", "padded", "packed")
         }
-        alone = metrics.play(backbone, policy, images[5:6])
+        alone = play(backbone, policy, images[5:6])
     for episode in played.values():
         assert torch.equal(episode.counts[-1], played["masked"].counts[-1])
         assert_close(episode.logits, played["masked"].logits, atol=1e-4, rtol=0)

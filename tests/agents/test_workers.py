@@ -101,7 +101,8 @@ with join("cpu") as (workers, device):
     game.share(workers.rank, workers.count, 0)
     judge = HeldBack(backbone(), source, workers)
     _run_dense_model(game, judge, workers)
-    told = sorted(game._native), torch.stack([game._native[k][0] for k in sorted(game._native)])
+    known = dict(zip(game.answers.export()[0], game.answers.export()[1][0], strict=True))
+    told = sorted(known), torch.stack([known[k] for k in sorted(known)])
     found["dense"] = workers.gather((source.skipped, *told))
     assert workers.agree(workers.rank == 1) and not workers.agree(False)
     if not workers.rank:

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from agents.learners.mappo import MAPPO
-from agents.policies.actor import shipped
+from agents.policies import shipped
 from agents.systems.rl4evit import RL4EViTConfig
 from agents.training.trainer import CHECKPOINT, Trainer
 from tokenenv.cli.main import main
@@ -351,7 +351,7 @@ def test_shipped_policies_are_known_by_name(name: str) -> None:
 
 
 def read_tensors_of(name: str) -> dict[str, Any]:
-    from agents.policies.actor import SHIPPED
+    from agents.policies import SHIPPED
 
     return read_tensors(SHIPPED / name / "policy.safetensors")[1]
 

@@ -20,12 +20,14 @@ from torch.testing import assert_close
 
 import agents
 import tokenenv
-from agents.policies.actor import ActorPolicy, Widths, shipped
+from agents.policies import shipped
+from agents.policies.actor import ActorPolicy, Widths
 from tokenenv import Backbone, UserError
 from tokenenv.data import open_source
 from tokenenv.game.episode import EXECUTIONS
+from tokenenv.game.policy import play
 from tokenenv.game.rules import TokenPrune
-from tokenenv.measure.evaluation import evaluate, play
+from tokenenv.measure.evaluation import evaluate
 from tokenenv.vit import blocks
 from tokenenv.vit.load import load_model
 

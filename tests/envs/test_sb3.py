@@ -14,7 +14,7 @@ import torch
 from helpers import PATCHES, same, small
 
 from tokenenv import UserError
-from tokenenv.measure import evaluation as metrics
+from tokenenv.game.policy import play
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -62,7 +62,7 @@ def test_what_stable_baselines_trained_is_evaluated_as_it_plays(name: str, algor
         given = {"action_masks": masks} if algorithm == "MaskablePPO" else {}
         seen, _, _, infos = envs.step(learner.predict(seen, deterministic=True, **given)[0])
     policy = SB3Policy(learner, game)
-    episode = metrics.play(game.backbone, policy, images)
+    episode = play(game.backbone, policy, images)
     left = episode.counts[-1].tolist()
     assert left == [info["tokens_left"] for info in infos]
     assert len(set(left)) > 1 or name == PRUNE
@@ -120,7 +120,7 @@ def test_learners_of_other_algorithms() -> None:
         learner.policy.action_net.bias.copy_(torch.arange(float(envs.action_space.n)))
     game = envs.envs.game
     envs.reset()
-    counts = metrics.play(game.backbone, SB3Policy(learner, game), game.images).counts
+    counts = play(game.backbone, SB3Policy(learner, game), game.images).counts
     assert (counts[-1] < counts[-2]).all(), "without its mask an illegal count is played as 0"
 
 

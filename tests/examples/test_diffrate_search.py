@@ -13,7 +13,6 @@ import pytest
 import torch
 from helpers import DEPTH, backbone, source
 
-from agents.policies.heuristics import Nobody
 from agents.policies.words import parse_policy
 from tokenenv.game.cost import Cost
 from tokenenv.measure.evaluation import evaluate
@@ -44,7 +43,7 @@ def search(script: ModuleType) -> Any:
 @torch.inference_mode()
 def test_an_outcome_is_what_evaluation_says(search: Any) -> None:
     rates = replace(NOTHING, prune=(5, 0, 0, 3, 0, 0), merge=(0, 4, 0, 2, 0, 1))
-    found = evaluate(backbone(), Nobody(rates), source())
+    found = evaluate(backbone(), rates, source())
     assert 100 * search.outcome(rates).saving == pytest.approx(found.saving)
     assert search.outcome(NOTHING).damage == pytest.approx(0, abs=1e-6)
 

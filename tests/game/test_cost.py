@@ -9,8 +9,8 @@ from agents.policies.actor import ActorPolicy, Widths
 from agents.policies.gated import GatedPolicy
 from agents.policies.heuristics import MergeStrongest, TopK
 from tokenenv.game.cost import Cost, measured_macs
+from tokenenv.game.policy import Method, play
 from tokenenv.game.rules import LayerMerge, LayerPrune, TokenPrune
-from tokenenv.measure.evaluation import Decider, play
 from tokenenv.vit.backbone import Backbone
 
 
@@ -63,7 +63,7 @@ def test_closed_form_agrees_with_torchs_counter(backbone: Backbone) -> None:
             episode = play(backbone, policy, one, "padded")
         counted = executed_macs(lambda one=one: play(backbone, policy, one, "padded"))
         lengths = episode.attended, episode.fed
-        closed = cost.backbone_macs(*lengths) + cost.decision_macs(policy.rules, policy, *lengths)
+        closed = cost.backbone_macs(*lengths) + cost.decision_macs(policy, *lengths)
         assert closed.item() == pytest.approx(counted, rel=1e-9)
         totals.append(counted)
     assert len(set(totals)) > 1, "the policy should treat the images differently"
@@ -89,10 +89,10 @@ def test_the_policy_is_in_the_bill() -> None:
     per_agent = 201 * 64 + 64 * 64 + 64 * 2 + 201
     per_decision = 192 * 64 + 192  # the shared view, through the perceptron and past it
     expected = (196 + 100) * per_agent + 2 * per_decision + (197 + 101) * 192
-    assert cost.decision_macs(rules, policy, lengths, lengths).item() == expected
+    assert cost.decision_macs(policy, lengths, lengths).item() == expected
     # A heuristic pays for the class token's row only.
     top = TopK(rules, 0.5)
-    assert cost.decision_macs(top.rules, top, lengths, lengths).item() == (197 + 101) * 192
+    assert cost.decision_macs(top, lengths, lengths).item() == (197 + 101) * 192
 
 
 def merging(backbone: Backbone) -> ActorPolicy:
@@ -126,7 +126,7 @@ def test_closed_form_of_decisions_in_the_block_agrees_with_torchs_counter(
     backbone: Backbone, kind: str
 ) -> None:
     """The counter sees products of matrices, not the cosines of pairs: those are added by hand."""
-    policy: Decider = {
+    policy: Method = {
         "strongest": lambda: MergeStrongest(LayerMerge((0, 2, 5)), 3),
         "merging": lambda: merging(backbone),
         "pruning": lambda: pruning(backbone),
@@ -143,7 +143,7 @@ def test_closed_form_of_decisions_in_the_block_agrees_with_torchs_counter(
             visual = [int(n) for n in episode.counts[:-1]]
             counted += sum(3 * backbone.dim * -(-n // 2) for n in visual)
         lengths = episode.attended, episode.fed
-        closed = cost.backbone_macs(*lengths) + cost.decision_macs(policy.rules, policy, *lengths)
+        closed = cost.backbone_macs(*lengths) + cost.decision_macs(policy, *lengths)
         assert closed.item() == pytest.approx(counted, rel=1e-9)
         totals.add(counted)
         idle += sum(bool(a == b) for a, b in zip(episode.counts, episode.counts[1:], strict=False))

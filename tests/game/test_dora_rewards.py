@@ -88,7 +88,7 @@ class Played:
         )
 
     def divergence(self, logits: Tensor, tau: float = 3.0) -> Tensor:
-        native = torch.distributions.Categorical(logits=self.outcome.native / tau)
+        native = torch.distributions.Categorical(logits=self.outcome.dense / tau)
         other = torch.distributions.Categorical(logits=logits / tau)
         return tau**2 * torch.distributions.kl_divergence(native, other)
 
@@ -97,7 +97,7 @@ class Played:
         """Logits of a fresh episode with the first decisions only."""
         game = self.game
         rules = game.rules
-        episode = Episode(game.backbone, rules, game.images, execution=game.execution)
+        episode = Episode.start(game.backbone, rules, game.images, execution=game.execution)
         while not episode.done:
             action = self.actions[episode.step]
             if episode.step >= decisions:
@@ -133,7 +133,7 @@ def test_shadows_are_replays_and_rewards_their_signed_increments(
         assert_close(played.reward[:, t], expected, atol=3e-3, rtol=1e-4)
         before = damage
     assert_close(played.replay(len(BLOCKS)), played.outcome.logits, atol=1e-4, rtol=0)
-    assert_close(played.replay(0), played.outcome.native, atol=1e-4, rtol=0)
+    assert_close(played.replay(0), played.outcome.dense, atol=1e-4, rtol=0)
     # Who was left alone neither gains nor loses.
     assert_close(played.reward[0, :3], torch.zeros(3), atol=1e-3, rtol=0)
 
@@ -232,7 +232,7 @@ def test_the_critic_is_told_the_course_of_the_episode(backbone: Backbone) -> Non
     while seen is not None:
         state = seen.state
         assert state.shape[1] == game.state_dim
-        assert_close(state[:, -13:-3], game.native)  # ten classes
+        assert_close(state[:, -13:-3], game.dense)  # ten classes
         assert_close(state[:, -3], totals)
         assert_close(state[:, -2], damages)
         assert (state[:, -1] == PENALTY / 300).all()

@@ -16,12 +16,11 @@ from PIL import Image
 from test_backbone import family_model, image_for
 from torch.testing import assert_close
 
-from agents.policies.actor import Policy
 from agents.policies.words import parse_policy
 from tokenenv.cli.main import main
 from tokenenv.game.cost import Cost, measured_macs
+from tokenenv.game.policy import Policy, play
 from tokenenv.measure import speed as bench
-from tokenenv.measure.evaluation import play
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

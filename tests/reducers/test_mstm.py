@@ -15,13 +15,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from agents.policies.actor import load_policy
-from agents.policies.heuristics import Nobody
+from agents.policies import load_policy
 from agents.policies.words import parse_policy
 from tokenenv.deploy.compressed import compress, load_compressed
 from tokenenv.errors import UserError
 from tokenenv.game.cost import Cost, measured_macs
-from tokenenv.measure.evaluation import play
+from tokenenv.game.policy import play
 from tokenenv.reducers import MSTM
 from tokenenv.vit import reduction
 from tokenenv.vit.backbone import Backbone, Context
@@ -170,7 +169,7 @@ def test_macs_are_those_executed(weight: str) -> None:
 
 def test_a_reducer_is_saved_and_remade(tmp_path: Path) -> None:
     policy = parse_policy("mstm:keep=0.6,blocks=1/3,weight=soft,similarity=tokens,least=0.25", 6)
-    assert isinstance(policy, Nobody)
+    assert isinstance(policy, MSTM)
     policy.save(tmp_path / "policy.safetensors")
     assert load_policy(tmp_path / "policy.safetensors") == policy
 
@@ -196,7 +195,7 @@ def test_bad_specs_name_what_is_wrong(what: str, named: str) -> None:
 def test_a_model_without_class_token_is_refused() -> None:
     model = timm.create_model("digits_vit", depth=4, class_token=False, global_pool="avg")
     with pytest.raises(UserError, match="class token"):
-        parse_policy("mstm:keep=0.5", 4).rules.check(Backbone(model))
+        parse_policy("mstm:keep=0.5", 4).reduction.check(Backbone(model))
 
 
 MODELS = {

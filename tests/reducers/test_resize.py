@@ -20,6 +20,7 @@ from agents.policies.words import parse_policy
 from tokenenv import load_backbone, open_source
 from tokenenv.game.cost import Cost, measured_macs
 from tokenenv.game.episode import EXECUTIONS
+from tokenenv.game.policy import play
 from tokenenv.measure import evaluation as metrics
 from tokenenv.measure.speed import bench
 from tokenenv.reducers.resize import smaller
@@ -53,12 +54,12 @@ def test_it_is_timms_model_of_that_size(kind: str, execution: str) -> None:
     state = copy.deepcopy(backbone.model.state_dict())
     with torch.inference_mode():
         dense = backbone(images)
-        episode = metrics.play(backbone, policy, images, execution)  # type: ignore[arg-type]
+        episode = play(backbone, policy, images, execution)  # type: ignore[arg-type]
         assert torch.equal(backbone(images), dense)
     assert_close(episode.logits, by_hand(backbone, kind, size, images), atol=1e-5, rtol=0)
     assert (episode.logits - dense).abs().max() > 1e-3
     assert_close(dict(backbone.model.state_dict()), dict(state), rtol=0, atol=0)
-    counted = measured_macs(lambda: metrics.play(backbone, policy, images[:1], "padded"))
+    counted = measured_macs(lambda: play(backbone, policy, images[:1], "padded"))
     macs = metrics.macs_of(episode, policy, Cost(backbone))
     assert macs.tolist() == [pytest.approx(counted, rel=1e-9)] * 3
 
@@ -66,7 +67,7 @@ def test_it_is_timms_model_of_that_size(kind: str, execution: str) -> None:
 def test_the_full_size_is_the_dense_model() -> None:
     backbone = family_model("deit")
     images = image_for(backbone, 2)
-    episode = metrics.play(backbone, parse_policy("resize:size=112", 4), images)
+    episode = play(backbone, parse_policy("resize:size=112", 4), images)
     assert_close(episode.logits, backbone(images), atol=1e-5, rtol=0)
 
 
@@ -77,7 +78,7 @@ def test_it_follows_the_weights() -> None:
 
     def logits() -> Tensor:
         with torch.inference_mode():
-            found = metrics.play(backbone, policy, images.to(backbone.dtype)).logits
+            found = play(backbone, policy, images.to(backbone.dtype)).logits
         assert found is not None
         return found
 

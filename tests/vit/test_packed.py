@@ -16,8 +16,8 @@ from agents.policies.heuristics import RandomPrune
 from agents.policies.words import parse_policy
 from tokenenv import UserError
 from tokenenv.game.episode import EXECUTIONS, Episode
+from tokenenv.game.policy import play
 from tokenenv.game.rules import LayerMerge, LayerPrune, Observation, Rules, TokenPrune
-from tokenenv.measure.evaluation import play
 from tokenenv.vit import attention, packing, reduction
 from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.tokens import Packing, Tokens
@@ -74,7 +74,7 @@ def run(
     act: Callable[[Observation], Tensor],
     execution: str,
 ) -> Episode:
-    episode = Episode(backbone, rules, images, execution=execution)  # type: ignore[arg-type]
+    episode = Episode.start(backbone, rules, images, execution=execution)  # type: ignore[arg-type]
     while not episode.done:
         episode.act(act(episode.observe(state=True)))
     return episode
@@ -136,7 +136,7 @@ def test_finishing_early_is_the_same_in_every_execution() -> None:
     found = []
     for execution in EXECUTIONS:
         with torch.inference_mode():
-            episode = Episode(backbone, rules, image_for(backbone, 5), execution=execution)
+            episode = Episode.start(backbone, rules, image_for(backbone, 5), execution=execution)
             episode.act(drawn(0)(episode.observe()))
             found.append(episode.finish(torch.tensor([0, 2, 4])))
     for logits in found[1:]:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from agents.policies.actor import Policy
 from agents.policies.words import parse_policy
 from tokenenv.cli.common import open_backbone, open_dense
 from tokenenv.cli.evaluate import adopt, fit, writable_file
@@ -20,6 +19,7 @@ from tokenenv.cli.merged import open_merged
 from tokenenv.data import open_source
 from tokenenv.data.pixels import Preprocess
 from tokenenv.errors import UserError
+from tokenenv.game.policy import Method
 from tokenenv.measure.speed import DENSE, Speed, bench, timings
 from tokenenv.storage import write_bytes, write_json
 from tokenenv.vit.backbone import Backbone
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         played = [what for what in args.what if what not in merged]
         adopt(args, *played)
         backbone: Backbone | Dense
-        policies: dict[str, Policy] = {}
+        policies: dict[str, Method] = {}
         if played:
             whole, name = open_backbone(args, images=False)
             policies = {what: parse_policy(what, whole.depth) for what in played}

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from tokenenv.data import ImageSource
 from tokenenv.errors import UserError
+from tokenenv.game.policy import Method
 from tokenenv.measure import evaluation as metrics
 from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.load import (
@@ -102,7 +103,7 @@ def evaluation_bar(source: ImageSource) -> Iterator[Callable[[int], object]]:
 
 
 def evaluate_with_bar(
-    backbone: Backbone, policy: metrics.Decider, source: ImageSource, **options: Any
+    backbone: Backbone, policy: Method, source: ImageSource, **options: Any
 ) -> metrics.Evaluation:
     """:func:`tokenenv.measure.evaluation.evaluate` with a progress bar."""
     with evaluation_bar(source) as progress:

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from agents.policies.actor import Policy
-from agents.policies.words import HEURISTICS, parse_policy, split_name
+from agents.policies.words import parse_policy, split_name, usages
 from agents.training.run_folder import MODEL, POLICY
 from tokenenv.cli.common import (
     open_backbone,
@@ -28,6 +27,7 @@ from tokenenv.cli.evaluate import check_same_model, fit, folder_of, trained_on
 from tokenenv.cli.merged import open_merged
 from tokenenv.data import ImageSource, open_source
 from tokenenv.errors import UserError
+from tokenenv.game.policy import Method
 from tokenenv.ltm.model import LTM
 from tokenenv.measure import evaluation as metrics
 from tokenenv.measure.comparison import (
@@ -59,7 +59,7 @@ class _Entry:
 
     what: str
     key: str
-    player: tuple[Policy, Backbone] | LTM
+    player: tuple[Method, Backbone] | LTM
     frozen: bool
 
     def evaluate(self, reference: Backbone | Dense, source: ImageSource, **options: Any) -> Any:
@@ -117,10 +117,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _plain(what: str) -> str:
     """A folder by one name: ``./runs/a/`` is ``runs/a``; ``./evit`` stays, ``evit`` is a method."""
-    if what in HEURISTICS or not Path(what).is_dir():
+    if what in usages() or not Path(what).is_dir():
         return what
     folder = os.path.normpath(what)
-    return os.path.join(".", folder) if folder in HEURISTICS else folder
+    return os.path.join(".", folder) if folder in usages() else folder
 
 
 def _open(args: argparse.Namespace, whats: list[str]) -> tuple[Backbone | Dense, str, list[_Entry]]:

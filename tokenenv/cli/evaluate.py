@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from agents.policies.actor import SHIPPED, Policy, shipped
-from agents.policies.words import HEURISTICS, parse_policy, split_name
+from agents.policies import SHIPPED, shipped
+from agents.policies.words import parse_policy, split_name, usages
 from agents.training.run_folder import MODEL, POLICY
 from tokenenv.cli.common import (
     evaluate_with_bar,
@@ -31,6 +31,7 @@ from tokenenv.cli.merged import is_merged, open_merged
 from tokenenv.data import ImageSource, open_source
 from tokenenv.deploy.compressed import CONFIG, WEIGHTS
 from tokenenv.errors import UserError
+from tokenenv.game.policy import Method
 from tokenenv.measure import evaluation as metrics
 from tokenenv.storage import read_tensors, write_json
 from tokenenv.vit.backbone import Backbone
@@ -235,19 +236,18 @@ def folder_of(what: str) -> Path | None:
     """Where a run or a shipped policy is kept; None for anything else."""
     name = split_name(what)[0]
     folder = SHIPPED / name if name in shipped() else Path(name)
-    kept = name not in HEURISTICS and (folder / POLICY).is_file()
+    kept = name not in usages() and (folder / POLICY).is_file()
     return folder if kept else None
 
 
-def fit(policy: Policy, backbone: Backbone, name: str) -> None:
+def fit(policy: Method, backbone: Backbone, name: str) -> None:
     """Check that the policy belongs to this model, and bring it to its device.
 
     Raises:
         UserError: it was trained for another one, or its rules don't fit.
     """
-    metrics.check_fit(policy, backbone, name)
-    if isinstance(policy, nn.Module):
-        policy.to(backbone.device)
+    policy.check_fit(backbone, name)
+    policy.on(backbone.device)
 
 
 def _predictions(source: ImageSource, result: metrics.Evaluation) -> list[dict[str, Any]]:

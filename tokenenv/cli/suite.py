@@ -23,7 +23,6 @@ from tokenenv.suite.opened import (
     OpenTask,
     dense_hits,
     dense_predictions,
-    has_threshold,
     open_task,
     read_points,
     sweep,
@@ -160,7 +159,7 @@ def _run_one(
         if isinstance(policy, torch.nn.Module):
             policy.to(opened.backbone.device).eval()
     only = next(iter(policies.values()))
-    swept = len(policies) == 1 and has_threshold(only)
+    swept = len(policies) == 1 and only.adjustable
     images = len(opened.test) * (POINTS if swept else len(policies))
     words = f"{learner.name} seed {seed}"
     with tqdm(total=images, unit="image", desc=words, leave=False, disable=None) as bar:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from agents.policies.actor import Trained
+from agents.policies.trainable import Trainable
 from agents.systems.registry import SYSTEMS, Config
 from agents.training.held_back import HeldBack
 from agents.training.judgement import Judge, Judgement, calibrate
@@ -63,7 +63,7 @@ class _Run:
     source: ImageSource
     fit: ImageSource
     game: Game
-    policy: Trained
+    policy: Trainable
     judge: HeldBack
     trainer: Trainer
 
@@ -195,7 +195,7 @@ class _Market:
         self.game, self._config, self._judge = game, config, judge
         self._price = config.first_price
 
-    def judge(self, policy: Trained) -> Judgement:
+    def judge(self, policy: Trainable) -> Judgement:
         """Judge, and let the price follow."""
         found = self._judge(policy)
         self._set(self._config.next_price(self._price, found))
@@ -223,8 +223,8 @@ def _run_dense_model(game: Game, judge: HeldBack, workers: Workers) -> None:
             for done in part:
                 bar.update(done)
     if workers.count > 1:
-        for unreadable, found in workers.gather((game.source.unreadable, game.dense())):
+        for unreadable, found in workers.gather((game.source.unreadable, game.answers.export())):
             game.source.unreadable.update(unreadable)
-            game.add_dense(*found)
+            game.answers.add(*found)
     game.source.check_readable()
     judge.source.check_readable()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tokenenv.errors import UserError
 from tokenenv.game.episode import EXECUTIONS, Episode, Execution, default_execution
-from tokenenv.measure.evaluation import Decider, check_fit, play
+from tokenenv.game.policy import Method, as_method, play
 from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.load import check_device, load_model
 
@@ -22,9 +22,7 @@ CONFIG, WEIGHTS, POLICY = "compressed.json", "model.safetensors", "policy.safete
 """What a folder of a saved compressed model holds."""
 
 
-def compress(
-    model: nn.Module, policy: Decider, execution: Execution | None = None
-) -> CompressedViT:
+def compress(model: nn.Module, policy: Method, execution: Execution | None = None) -> CompressedViT:
     """A faster model: ``policy`` decides which tokens go on, the others leave memory.
 
     Args:
@@ -40,11 +38,7 @@ def compress(
         UserError: a model that is compressed already or not supported, a policy for another model,
             an unknown execution.
     """
-    if not hasattr(policy, "rules"):
-        raise UserError(
-            f"{policy!r} is no policy: give agents.load(RUN), or agents.parse_policy('tome:r=8', "
-            "depth) for what the command line calls tome:r=8"
-        )
+    policy = as_method(policy)
     if isinstance(model, CompressedViT):
         raise UserError("the model is compressed already: compress the timm model it was made of")
     if execution is not None and execution not in EXECUTIONS:
@@ -81,13 +75,13 @@ class CompressedViT(nn.Module):
     model: Any
     policy: Any
 
-    def __init__(self, model: nn.Module, policy: Decider, execution: Execution | None) -> None:
+    def __init__(self, model: nn.Module, policy: Method, execution: Execution | None) -> None:
         super().__init__()
         self.model = copy.deepcopy(model)
         self.execution = execution
         # Past nn.Module's attributes: it does not belong into state_dict() or parameters().
         self.__dict__["policy"] = copy.deepcopy(policy)
-        check_fit(self.policy, self.backbone, self.backbone.architecture)
+        self.policy.check_fit(self.backbone, self.backbone.architecture)
         self.pretrained_cfg = getattr(self.model, "pretrained_cfg", {})
         self._place_policy()
         self.eval()
@@ -169,9 +163,7 @@ class CompressedViT(nn.Module):
         folder = Path(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"'{folder}' exists already: choose another folder")
-        if not hasattr(self.policy, "save"):
-            kind = type(self.policy).__name__
-            raise UserError(f"a policy of class {kind} has no save(path): add one, or take another")
+        self.policy.config()  # before anything is written: not every policy can be kept
         try:
             folder.resolve().parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.resolve().parent, prefix=".") as place:

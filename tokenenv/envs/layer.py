@@ -107,7 +107,6 @@ from pettingzoo import AECEnv, ParallelEnv
 from tokenenv.envs.play import RENDER_MODES, check_choice, one_choice, open_play
 from tokenenv.envs.token_prune import MaskIn, Seen
 from tokenenv.errors import UserError
-from tokenenv.game.build import RulesName
 
 
 class _Layers(EzPickle):
@@ -122,7 +121,7 @@ class _Layers(EzPickle):
         UserError: a value that is unknown or doesn't go with the others.
     """
 
-    rules: ClassVar[RulesName]
+    rules: ClassVar[str]
     agents: list[str]
     possible_agents: list[str]
 
@@ -346,26 +345,26 @@ def _metadata(name: str, parallelizable: bool) -> dict[str, Any]:
 class LayerMergeAECEnv(_LayerAECEnv):
     """Merging, one agent per block, in turn. See the module's page."""
 
-    rules: ClassVar[RulesName] = "layer_merge"
+    rules: ClassVar[str] = "layer_merge"
     metadata: ClassVar[dict[str, Any]] = _metadata("layer_merge_v0", False)
 
 
 class LayerPruneAECEnv(_LayerAECEnv):
     """Pruning, one agent per block, in turn. See the module's page."""
 
-    rules: ClassVar[RulesName] = "layer_prune"
+    rules: ClassVar[str] = "layer_prune"
     metadata: ClassVar[dict[str, Any]] = _metadata("layer_prune_v0", False)
 
 
 class LayerMergeParallelEnv(_LayerParallelEnv):
     """Merging, one agent per block, one of them in each cycle. See the module's page."""
 
-    rules: ClassVar[RulesName] = "layer_merge"
+    rules: ClassVar[str] = "layer_merge"
     metadata: ClassVar[dict[str, Any]] = _metadata("layer_merge_v0", True)
 
 
 class LayerPruneParallelEnv(_LayerParallelEnv):
     """Pruning, one agent per block, one of them in each cycle. See the module's page."""
 
-    rules: ClassVar[RulesName] = "layer_prune"
+    rules: ClassVar[str] = "layer_prune"
     metadata: ClassVar[dict[str, Any]] = _metadata("layer_prune_v0", True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 from tokenenv.envs.single import GameEnv
-from tokenenv.game.build import RulesName
 
 
 class LayerMergeEnv(GameEnv):
@@ -175,4 +174,4 @@ class LayerMergeEnv(GameEnv):
     * v0: initial version
     """
 
-    rules: ClassVar[RulesName] = "layer_merge"
+    rules: ClassVar[str] = "layer_merge"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 from tokenenv.envs.single import GameEnv
-from tokenenv.game.build import RulesName
 
 
 class LayerPruneEnv(GameEnv):
@@ -167,4 +166,4 @@ class LayerPruneEnv(GameEnv):
     * v0: initial version
     """
 
-    rules: ClassVar[RulesName] = "layer_prune"
+    rules: ClassVar[str] = "layer_prune"

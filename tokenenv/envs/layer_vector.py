@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 from tokenenv.envs.vector import GameVectorEnv
-from tokenenv.game.build import RulesName
 
 
 class LayerMergeVectorEnv(GameVectorEnv):
@@ -24,7 +23,7 @@ class LayerMergeVectorEnv(GameVectorEnv):
         (array([ True,  True]), array([64, 52]))
     """
 
-    rules: ClassVar[RulesName] = "layer_merge"
+    rules: ClassVar[str] = "layer_merge"
 
 
 class LayerPruneVectorEnv(GameVectorEnv):
@@ -43,4 +42,4 @@ class LayerPruneVectorEnv(GameVectorEnv):
         (array([ True,  True]), array([64, 56]))
     """
 
-    rules: ClassVar[RulesName] = "layer_prune"
+    rules: ClassVar[str] = "layer_prune"

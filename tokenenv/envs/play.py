@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tokenenv.errors import UserError
 from tokenenv.game import Game, render
-from tokenenv.game.build import RulesName, build_game
-from tokenenv.game.rules import LayerMerge, LayerPrune, Observation
+from tokenenv.game.build import build_game
+from tokenenv.game.rules import RULES, Observation
 
 RENDER_MODES = ["human", "rgb_array", "ansi"]
 
@@ -62,8 +62,7 @@ class Play:
         self.game = game
         self.render_mode = render_mode
         self.width = game.agent_dim + game.shared_dim
-        rules = game.rules
-        self.by_count = isinstance(rules, LayerMerge | LayerPrune) and rules.action == "count"
+        self.by_count = game.rules.by_count
         self._now: dict[str, Tensor] = {}
         self._seeded = False
         self._sources: list[Tensor] = []
@@ -150,10 +149,10 @@ class Play:
         else:
             assert transition.outcome is not None
             left = torch.zeros_like(now["active"])
-            now["active"] = left if self.game.rules.between else self.game.history[-1]
+            now["active"] = self.game.history[-1] if self.game.rules.token_agents else left
             now["legal"] = self._legal(None)
             now["correct"] = transition.outcome.correct.bool()
-            now["dense_correct"] = transition.outcome.native.argmax(1) == self.game.labels
+            now["dense_correct"] = transition.outcome.dense.argmax(1) == self.game.labels
             observation = reward.new_zeros(len(reward), *self.observation_space.shape)
         self._show()
         return observation, reward, over
@@ -175,7 +174,7 @@ class Play:
         source = np.zeros((0, game.backbone.patches), dtype=np.int64)
         if self._sources:
             source = torch.stack([after[row] for after in self._sources]).cpu().numpy()
-        merged = source if isinstance(game.rules, LayerMerge) else None
+        merged = source if game.rules.merges else None
         frame = show(image, source >= 0, game.backbone.grid, game.rules.blocks, merged)
         if self.render_mode == "human":
             print(frame)
@@ -218,8 +217,7 @@ class Play:
     def _no_action(self) -> str:
         if self.by_count:
             return f"out of range: choose 0 to {self.game.actions - 1}"
-        merges = isinstance(self.game.rules, LayerMerge)
-        no, yes = ("keep", "merge") if merges else ("prune", "keep")
+        no, yes = self.game.rules.choices
         return f"neither 0 ({no}) nor 1 ({yes})"
 
     def _check_started(self) -> None:
@@ -235,7 +233,7 @@ class Play:
 
 
 def open_play(
-    rules: RulesName, render_mode: str | None, game: dict[str, Any], batch_size: int = 1
+    rules: str, render_mode: str | None, game: dict[str, Any], batch_size: int = 1
 ) -> Play:
     """The game of an environment whose ``rules`` and ``batch_size`` are its own.
 
@@ -255,8 +253,7 @@ def open_play(
                 f"{name}={game[name]!r}: this environment has its own; leave it out, "
                 "or give it to tokenenv.build_game"
             )
-    if rules != "token_prune":
-        game = {"action": "count"} | game
+    game = RULES[rules].face_defaults | game
     return Play(build_game(rules=rules, batch_size=batch_size, **game), render_mode)
 
 

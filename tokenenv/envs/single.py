@@ -11,7 +11,6 @@ from gymnasium.utils import EzPickle
 from numpy.typing import NDArray
 
 from tokenenv.envs.play import RENDER_MODES, one_image, open_play
-from tokenenv.game.build import RulesName
 
 
 class GameEnv(gym.Env[NDArray[np.float32], Any], EzPickle):
@@ -26,7 +25,7 @@ class GameEnv(gym.Env[NDArray[np.float32], Any], EzPickle):
     """
 
     metadata = {"render_modes": RENDER_MODES, "render_fps": 1}  # noqa: RUF012  (Gymnasium's form)
-    rules: ClassVar[RulesName]
+    rules: ClassVar[str]
 
     def __init__(self, *, render_mode: str | None = None, **game: Any) -> None:
         EzPickle.__init__(self, render_mode=render_mode, **game)

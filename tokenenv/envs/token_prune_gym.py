@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 from tokenenv.envs.single import GameEnv
-from tokenenv.game.build import RulesName
 
 
 class TokenPruneEnv(GameEnv):
@@ -151,4 +150,4 @@ class TokenPruneEnv(GameEnv):
     * v0: initial version
     """
 
-    rules: ClassVar[RulesName] = "token_prune"
+    rules: ClassVar[str] = "token_prune"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 from tokenenv.envs.vector import GameVectorEnv
-from tokenenv.game.build import RulesName
 
 
 class TokenPruneVectorEnv(GameVectorEnv):
@@ -44,4 +43,4 @@ class TokenPruneVectorEnv(GameVectorEnv):
         (array([ True,  True]), array([64, 64]))
     """
 
-    rules: ClassVar[RulesName] = "token_prune"
+    rules: ClassVar[str] = "token_prune"

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from tokenenv.envs.play import RENDER_MODES, check_choice, open_play
 from tokenenv.errors import UserError
-from tokenenv.game.build import RulesName
 
 
 class GameVectorEnv(gym.vector.VectorEnv[Any, Any, Any], EzPickle):
@@ -46,7 +45,7 @@ class GameVectorEnv(gym.vector.VectorEnv[Any, Any, Any], EzPickle):
         "render_fps": 1,
         "autoreset_mode": AutoresetMode.SAME_STEP,
     }
-    rules: ClassVar[RulesName]
+    rules: ClassVar[str]
 
     def __init__(
         self,

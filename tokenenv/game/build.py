@@ -2,55 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from tokenenv.data import ImageSource, Split, open_source
 from tokenenv.errors import UserError
-from tokenenv.game import Game
-from tokenenv.game.checks import spread_blocks
 from tokenenv.game.episode import Execution
-from tokenenv.game.rewards import AlphaBeta, Cooperative, Dora, KeepTarget, Reward
-from tokenenv.game.rules import LayerMerge, LayerPrune, Rules, TokenPrune
+from tokenenv.game.game import Game
+from tokenenv.game.rewards import REWARDS, Reward, Turn, as_reward
+from tokenenv.game.rules import RULES, Rules
 from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.load import EMBEDDED, load_backbone
-
-RulesName = Literal["token_prune", "layer_merge", "layer_prune"]
-RewardName = Literal["alpha_beta", "keep_target", "cooperative", "dora"]
-
-_RULES: dict[str, Any] = {
-    "token_prune": TokenPrune,
-    "layer_merge": LayerMerge,
-    "layer_prune": LayerPrune,
-}
-_TOKEN_REWARDS: dict[str, Any] = {
-    "alpha_beta": AlphaBeta,
-    "keep_target": KeepTarget,
-    "cooperative": Cooperative,
-}
-_LAYER_REWARDS: dict[str, Any] = {"dora": Dora}
-
-_DEFAULT_DECISIONS = 3
-# RL4EViT's code takes alpha = 24 for the 196 tokens of a 224-pixel image. What a survivor earns
-# is alpha / survivors, so alpha grows with the number of tokens where the balance of gain and
-# price shall be at the same share of them.
-_ALPHA_PER_TOKEN = 24.0 / 196
-_KEEP_PER_DECISION = 0.7
 
 
 def build_game(
     *,
-    rules: RulesName = "token_prune",
+    rules: str | Rules = "token_prune",
     model: str | Backbone = EMBEDDED,
     weights: str | None = None,
     data: str | ImageSource | None = None,
     split: Split = "train",
     blocks: Sequence[int] | None = None,
     max_cycles: int | None = None,
-    reward: RewardName | Reward | None = None,
+    reward: str | Reward | Callable[[Turn], Tensor] | None = None,
     reward_kwargs: dict[str, Any] | None = None,
     device: str = "cpu",
     dtype: str | torch.dtype = "float32",
@@ -63,7 +41,9 @@ def build_game(
     """Build the game that an environment shows.
 
     Args:
-        rules: ``token_prune``, ``layer_merge`` or ``layer_prune``.
+        rules: ``token_prune``, ``layer_merge``, ``layer_prune``, a name given to
+            :func:`~tokenenv.game.rules.register_rules`, or ready rules, which have their blocks and
+            settings.
         model: a name that :func:`~tokenenv.vit.load.load_backbone` knows, or a ready backbone,
             which several environments may share.
         weights: a file of weights for a model given by name.
@@ -73,7 +53,8 @@ def build_game(
         blocks: the decision blocks; None: ``max_cycles`` of them, spread evenly over the model.
         max_cycles: decisions per episode; None: as many as ``blocks``, or 3 for ``token_prune``
             and one for each block otherwise.
-        reward: a name, or any :class:`~tokenenv.game.rewards.Reward`; None: ``alpha_beta`` for
+        reward: a name, any :class:`~tokenenv.game.rewards.Reward`, or a function of a
+            :class:`~tokenenv.game.rewards.Turn`; None: the rules' own, ``alpha_beta`` for
             ``token_prune`` and ``dora`` otherwise.
         reward_kwargs: parameters of a reward given by name, in place of its defaults. Those are
             the reward class's own, but for ``alpha``, ``24 * P / 196`` for ``P`` tokens (it keeps
@@ -118,20 +99,29 @@ def build_game(
 
 
 def build_rules(
-    name: RulesName,
+    rules: str | Rules,
     depth: int,
     blocks: Sequence[int] | None,
     max_cycles: int | None,
     settings: dict[str, Any],
-) -> TokenPrune | LayerMerge | LayerPrune:
-    """Rules by name for a model of ``depth`` blocks.
+) -> Rules:
+    """Rules by name for a model of ``depth`` blocks; ready ones as they are.
 
     Raises:
-        UserError: unknown name or setting, or a value out of its range.
+        UserError: unknown name or setting, a value out of its range, or settings for ready rules.
     """
-    if name not in _RULES:
-        raise UserError(f"unknown rules '{name}': choose from {', '.join(_RULES)}")
-    cls = _RULES[name]
+    if isinstance(rules, Rules):
+        given = {"blocks": blocks, "max_cycles": max_cycles, **settings}
+        extra = [name for name, value in given.items() if value is not None]
+        if extra:
+            raise UserError(
+                f"{extra[0]}={given[extra[0]]!r} goes with the name of rules: give it to "
+                f"{type(rules).__name__}()"
+            )
+        return rules
+    if rules not in RULES:
+        raise UserError(f"unknown rules '{rules}': choose from {', '.join(RULES)}")
+    cls: Any = RULES[rules]
     known = [field.name for field in fields(cls) if field.name != "blocks"]
     for key in settings:
         if key not in known:
@@ -139,79 +129,46 @@ def build_rules(
                 f"unknown argument '{key}': the rules take {', '.join(known)}; what a reward takes "
                 "goes into reward_kwargs={...}"
             )
-    # Lists come from JSON and from users; rules are hashable.
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-    made: TokenPrune | LayerMerge | LayerPrune = cls(
-        blocks=decision_blocks(depth, blocks, max_cycles, cls.between), **values
-    )
-    return made
-
-
-def decision_blocks(
-    depth: int, blocks: Sequence[int] | None, max_cycles: int | None, between: bool = False
-) -> tuple[int, ...]:
-    """The blocks of a model of ``depth`` blocks before which, or in which, agents decide.
-
-    Raises:
-        UserError: ``max_cycles`` isn't the number of ``blocks``, or too many for the model.
-    """
-    if blocks is None and between:
-        count = depth if max_cycles is None else max_cycles
-        if not 1 <= count <= depth:
-            raise UserError(
-                f"max_cycles={count} decisions don't fit the model's {depth} blocks: "
-                f"choose 1 to {depth}"
-            )
-        return tuple(round((i + 1) * depth / count) - 1 for i in range(count))
-    if blocks is None:
-        count = _DEFAULT_DECISIONS if max_cycles is None else max_cycles
-        if not 1 <= count < depth:
-            raise UserError(
-                f"max_cycles={count} decisions don't fit between the model's {depth} blocks: "
-                f"choose 1 to {depth - 1}"
-            )
-        return spread_blocks(depth, count)
-    if max_cycles not in (None, len(blocks)):
+    if blocks is not None and max_cycles not in (None, len(blocks)):
         raise UserError(
             f"max_cycles={max_cycles} but {len(blocks)} decision blocks are given: "
             "leave one of the two out"
         )
-    return tuple(blocks)
+    chosen = cls.decision_blocks(depth, max_cycles) if blocks is None else tuple(blocks)
+    # Lists come from JSON and from users; rules are hashable.
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    made: Rules = cls(blocks=chosen, **values)
+    return made
 
 
 def build_reward(
-    reward: RewardName | Reward | None, kwargs: dict[str, Any] | None, rules: Rules, patches: int
+    reward: str | Reward | Callable[[Turn], Tensor] | None,
+    kwargs: dict[str, Any] | None,
+    rules: Rules,
+    patches: int,
 ) -> Reward:
     """A reward by name with defaults for these rules and ``patches`` patches, or itself.
 
     Raises:
         UserError: unknown name or parameter, or parameters for a reward that is no name.
     """
-    rewards = _LAYER_REWARDS if rules.between else _TOKEN_REWARDS
-    if reward is None:
-        reward = "dora" if rules.between else "alpha_beta"
+    reward = rules.default_reward if reward is None else reward
     if not isinstance(reward, str):
+        made = as_reward(reward)
         if kwargs:
-            raise UserError(
-                f"reward_kwargs go with a reward's name: give them to {type(reward).__name__}()"
-            )
-        return reward
-    if reward not in rewards:
-        raise UserError(f"unknown reward '{reward}': choose from {', '.join(rewards)}")
-    kwargs = kwargs or {}
-    cls, steps = rewards[reward], len(rules.blocks)
+            raise UserError(f"reward_kwargs go with a reward's name: give them to {made.name}()")
+        return made
+    fitting = {name: cls for name, cls in REWARDS.items() if cls.fits(rules.token_agents)}
+    if reward not in fitting:
+        raise UserError(f"unknown reward '{reward}': choose from {', '.join(fitting)}")
+    cls: Any = fitting[reward]
+    kwargs, decisions = kwargs or {}, len(rules.blocks)
     known = [field.name for field in fields(cls)]
     for name in kwargs:
         if name not in known:
             raise UserError(
                 f"reward '{reward}' has no parameter '{name}': choose from {', '.join(known)}"
             )
-    defaults: dict[str, Any] = {}
-    if cls in (AlphaBeta, KeepTarget):
-        defaults["alpha"] = _ALPHA_PER_TOKEN * patches
-    if cls is KeepTarget:
-        defaults["targets"] = tuple(_KEEP_PER_DECISION ** (i + 1) for i in range(steps))
-    made: Reward = cls(**(defaults | kwargs))
-    if isinstance(made, KeepTarget):
-        made.check(steps)
+    made = cls(**(cls.defaults(decisions, patches) | kwargs))
+    made.check(decisions)
     return made

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokenenv.game.rules import Rules
+from tokenenv.game.policy import Method
 from tokenenv.vit.backbone import Backbone
-
-
-class Costed(Protocol):
-    """A policy that knows what a decision costs."""
-
-    def macs(self, agents: Tensor, removed: Tensor) -> Tensor:
-        """Multiply-adds of one decision of ``agents`` agents that removed so many tokens."""
 
 
 def measured_macs(run: Callable[[], Any]) -> float:
@@ -99,27 +92,25 @@ class Cost:
         return float(self.backbone_macs(counts, counts))
 
     def decision_macs(
-        self, rules: Rules, policy: Costed, attended: Sequence[Tensor], fed: Sequence[Tensor]
+        self, method: Method, attended: Sequence[Tensor], fed: Sequence[Tensor]
     ) -> Tensor:
-        """``(B,)`` multiply-adds of all decisions: observation and policy.
+        """``(B,)`` multiply-adds of all decisions: what they read and compute.
 
         Args:
-            rules: where decisions are taken.
-            policy: who takes them.
+            method: what decides.
             attended: as for :meth:`backbone_macs`.
             fed: likewise.
         """
-        prefix, full = self.backbone.prefix, self.backbone.prefix + self.backbone.patches
+        full = self.backbone.prefix + self.backbone.patches
+        reduction = method.reduction
         total = torch.zeros_like(attended[0], dtype=torch.float64)
-        for block in rules.blocks:
-            if rules.between:
+        for block in reduction.blocks:
+            if reduction.between:
                 before, after = attended[block], fed[block]
             else:
                 after = attended[block]
                 before = fed[block - 1] if block else torch.full_like(after, full)
-            before, after = before.double(), after.double()
-            total += policy.macs(rules.deciders(before - prefix), before - after)
-            total += rules.macs(self.backbone, block, before)
+            total += method.decision_macs(self.backbone, block, before.double(), after.double())
         return total
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,85 +15,24 @@ from torch import Tensor, nn
 from tokenenv.data import ImageSource
 from tokenenv.errors import UserError
 from tokenenv.game.cost import Cost, measured_macs
-from tokenenv.game.episode import Episode, Execution, default_execution
-from tokenenv.game.rules import Observation, Rules
-from tokenenv.reducers import Resize
+from tokenenv.game.episode import Episode, Execution
+from tokenenv.game.policy import Method, as_method, play
 from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.load import Dense
 
 
-class Decider(Protocol):
-    """What :func:`evaluate` needs of a policy."""
-
-    @property
-    def rules(self) -> Rules:
-        """What it decides under."""
-
-    def act(self, observation: Observation) -> Tensor:
-        """``(B, A)`` int64 actions."""
-
-    def macs(self, agents: Tensor, removed: Tensor) -> Tensor:
-        """Multiply-adds of one decision of ``agents`` agents that removed so many tokens."""
-
-
-def check_fit(policy: Decider, backbone: Backbone, name: str) -> None:
-    """Refuse a policy that does not belong to a model.
-
-    A policy that has ``trained_on``, the name of its model, or ``check``, which compares the widths
-    it reads, is asked.
+def macs_of(episode: Episode, method: Method, cost: Cost) -> Tensor:
+    """``(B,)`` multiply-adds of each image of an episode that is done, decisions included.
 
     Args:
-        policy: who decides.
-        backbone: the model.
-        name: the model's timm name; empty where it has none.
-
-    Raises:
-        UserError: it was trained for another one, or its rules don't fit.
-    """
-    trained_on = getattr(policy, "trained_on", "")
-    # Some policies could read another model's tokens; numbers of one would mislead here.
-    if trained_on and name and trained_on.split(".")[0] != name.split(".")[0]:
-        raise UserError(
-            f"the policy was trained on model '{trained_on}', not on '{name}': take that model, "
-            "or train one for this model"
-        )
-    policy.rules.check(backbone)
-    if hasattr(policy, "check"):
-        rules = policy.rules
-        policy.check(rules.agent_dim(backbone), rules.shared_dim(backbone), name)
-
-
-def play(
-    backbone: Backbone, policy: Decider, images: Tensor, execution: Execution | None = None
-) -> Episode:
-    """Run ``images (B, C, H, W)`` to their logits with ``policy`` deciding.
-
-    Decisions are taken in float32, also under autocast, and have no gradient. Where the rules make
-    the images smaller, the episode's ``backbone`` is the model for smaller images.
-    """
-    if isinstance(policy.rules, Resize):
-        backbone, images = policy.rules.shrink(backbone, images)
-    execution = execution or default_execution(backbone.device)
-    episode = Episode(backbone, policy.rules, images, execution=execution)
-    while not episode.done:
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            action = policy.act(episode.observe())
-        episode.act(action)
-    return episode
-
-
-def macs_of(episode: Episode, policy: Decider, cost: Cost) -> Tensor:
-    """``(B,)`` multiply-adds of each image of an episode that is done, policy included.
-
-    Args:
-        episode: what :func:`play` gave.
-        policy: who decided.
-        cost: of the model that was given to :func:`play`.
+        episode: what :func:`~tokenenv.game.policy.play` gave.
+        method: what decided.
+        cost: of the model that was given to :func:`~tokenenv.game.policy.play`.
     """
     if episode.backbone is not cost.backbone:  # the one for smaller images
         cost = Cost(episode.backbone)
     total = cost.backbone_macs(episode.attended, episode.fed)
-    return total + cost.decision_macs(policy.rules, policy, episode.attended, episode.fed)
+    return total + cost.decision_macs(method, episode.attended, episode.fed)
 
 
 @dataclass
@@ -189,7 +128,7 @@ def paired_difference(first: np.ndarray, second: np.ndarray) -> Difference:
 @torch.inference_mode()
 def evaluate(
     backbone: Backbone,
-    policy: Decider,
+    policy: Method,
     source: ImageSource,
     *,
     batch_size: int = 64,
@@ -220,7 +159,8 @@ def evaluate(
     Raises:
         UserError: no readable image, or rules that don't fit the model.
     """
-    policy.rules.check(backbone)
+    policy = as_method(policy)
+    policy.reduction.check(backbone)
     cost = Cost(backbone)
 
     def read(episode: Episode) -> _Outcome:

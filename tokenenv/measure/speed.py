@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from tokenenv.game.cost import Cost
 from tokenenv.game.episode import Execution
-from tokenenv.measure.evaluation import Decider, dense_macs, macs_of, model_macs, play
+from tokenenv.game.policy import Method, play
+from tokenenv.measure.evaluation import dense_macs, macs_of, model_macs
 from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.load import Dense
 
@@ -65,7 +66,7 @@ class Speed:
 @torch.inference_mode()
 def bench(
     backbone: Backbone | Dense,
-    policies: Mapping[str, Decider],
+    policies: Mapping[str, Method],
     images: Tensor,
     *,
     backbones: Mapping[str, Backbone] | None = None,
@@ -185,7 +186,7 @@ def _slice_of(what: str) -> str:
 
 
 def _player(
-    backbone: Backbone, policy: Decider, images: Tensor, execution: Execution | None
+    backbone: Backbone, policy: Method, images: Tensor, execution: Execution | None
 ) -> Callable[[], Any]:
     def ready() -> Callable[[], Any]:
         fresh = copy.deepcopy(policy)  # outside of the time

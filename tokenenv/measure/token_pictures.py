@@ -9,14 +9,14 @@ import torch
 from tokenenv.data import ImageSource
 from tokenenv.data.labels import class_names
 from tokenenv.game.episode import Episode
+from tokenenv.game.policy import Method
 from tokenenv.game.render import TokenRow, save_token_pictures, to_pixels
-from tokenenv.measure.evaluation import Decider
 from tokenenv.vit.backbone import Backbone
 
 
 @torch.inference_mode()
 def write_token_pictures(
-    path: Path, backbone: Backbone, policy: Decider, source: ImageSource, count: int = 6
+    path: Path, backbone: Backbone, policy: Method, source: ImageSource, count: int = 6
 ) -> None:
     """Draw which tokens the policy keeps or merges, for ``count`` images spread over the source.
 
@@ -28,10 +28,10 @@ def write_token_pictures(
         return
     images = batch.images.to(backbone.device, backbone.dtype)
     dense = backbone(images).argmax(1)
-    episode = Episode(backbone, policy.rules, images, execution="masked")
+    episode = Episode.start(backbone, policy.reduction, images, execution="masked")
     sources = []
     while not episode.done:
-        episode.act(policy.act(episode.observe()))
+        episode.act(policy.next_action(episode))
         sources.append(episode.tokens.source)
     assert episode.logits is not None
     owners = torch.stack(sources, 1).cpu().numpy()
@@ -47,4 +47,4 @@ def write_token_pictures(
         for i, image in enumerate(batch.images)
     ]
     merging = episode.tokens.merged
-    save_token_pictures(path, rows, backbone.grid, policy.rules.blocks, merging=merging)
+    save_token_pictures(path, rows, backbone.grid, policy.reduction.blocks, merging=merging)

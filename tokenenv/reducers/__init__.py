@@ -1,5 +1,11 @@
-"""Published methods that nobody has to learn, and what a user would do without any."""
+"""Published methods without agents, and what users do without any, smaller images. Registry."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from tokenenv.errors import UserError
 from tokenenv.reducers.ats import ATS
 from tokenenv.reducers.base import Reducer
 from tokenenv.reducers.diffrate import DiffRate
@@ -9,8 +15,38 @@ from tokenenv.reducers.pitome import PiToMe
 from tokenenv.reducers.resize import Resize
 from tokenenv.reducers.zero_tprune import ZeroTPrune
 
-REDUCERS: tuple[type[Reducer], ...] = (EViT, MSTM, PiToMe, ATS, ZeroTPrune, DiffRate, Resize)
-"""All of them; a saved policy finds its reducer here by the name of its class."""
+REDUCERS: dict[str, type[Reducer]] = {
+    "evit": EViT,
+    "mstm": MSTM,
+    "pitome": PiToMe,
+    "ats": ATS,
+    "zerotprune": ZeroTPrune,
+    "diffrate": DiffRate,
+    "resize": Resize,
+}
+"""By the name that commands take; a file finds its reducer by the name of the class."""
+
+R = TypeVar("R", bound=type[Reducer])
+
+
+def register_reducer(name: str) -> Callable[[R], R]:
+    """Make a :class:`Reducer` known under a name, to commands and to files that hold one.
+
+    Raises:
+        UserError: the name, or that of the class, is taken.
+    """
+
+    def register(cls: R) -> R:
+        classes = {known.__name__: known for known in REDUCERS.values()}
+        if REDUCERS.get(name, cls) is not cls or classes.get(cls.__name__, cls) is not cls:
+            raise UserError(
+                f"reducer '{name}' or its class '{cls.__name__}' exists already: take other names"
+            )
+        REDUCERS[name] = cls
+        return cls
+
+    return register
+
 
 __all__ = [
     "ATS",
@@ -22,4 +58,5 @@ __all__ = [
     "Reducer",
     "Resize",
     "ZeroTPrune",
+    "register_reducer",
 ]

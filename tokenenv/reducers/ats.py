@@ -36,6 +36,11 @@ class ATS(Reducer):
     blocks: tuple[int, ...] = (3, 6, 9)
     tokens: tuple[int, ...] = (108, 80, 60)
     reads: ClassVar[tuple[str, ...]] = ("cls_attention", "value_norms")
+    required: ClassVar[tuple[str, ...]] = ("tokens",)
+    usage: ClassVar[str] = (
+        "ats:tokens=100[,blocks=3/6/9]: at most 100 stay, sampled by significance (ATS); "
+        "tokens=100/80/60 block by block"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,48 +1,51 @@
-"""What reducers have in common: rules of a game that nobody plays."""
+"""What reducers have in common."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, get_type_hints
 
 import torch
 from torch import Tensor
 
 from tokenenv.errors import UserError
-from tokenenv.game.checks import check_blocks, check_range
-from tokenenv.game.rules.observation import Moment, Observation
+from tokenenv.game.checks import check_blocks, check_range, spread_blocks
+from tokenenv.game.episode import Episode
+from tokenenv.game.policy import Method
+from tokenenv.game.reduction import Moment, Reduction
+from tokenenv.game.stored import describe
 from tokenenv.vit.backbone import Backbone, Context
 from tokenenv.vit.tokens import Tokens
+from tokenenv.words import Words
 
 
 @dataclass(frozen=True)
-class Reducer:
-    """A fixed way to reduce tokens, as :class:`~tokenenv.game.rules.Rules` without agents.
+class Reducer(Method, Reduction):
+    """A fixed way to reduce tokens, without agents. A subclass is a frozen dataclass.
 
-    So it runs wherever rules do. A subclass says what it reads of the attention, and gives
-    :meth:`reduce`.
+    It says what it reads of the attention, and gives :meth:`reduce`.
 
     Attributes:
         blocks: indices of the blocks where tokens go, strictly increasing; between attention and
             MLP.
+        reads: what it needs of a block's attention: arguments of ``Backbone.attend``.
+        proportional: whether a merged token weighs as many keys as its patches in attention.
+        usage: how it is named on the command line, and what it does, in one line.
+        required: the fields that the command line must give.
     """
 
     blocks: tuple[int, ...]
-    between: ClassVar[bool] = True
-    packed: ClassVar[bool] = False
-
     reads: ClassVar[tuple[str, ...]] = ()
-    """What it needs of a block's attention: arguments of ``Backbone.attend``."""
-
     proportional: ClassVar[bool] = False
-    """Whether a merged token weighs as many keys as its patches in attention."""
+    usage: ClassVar[str] = ""
+    required: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         check_blocks(self.blocks)
 
     def reduce(self, tokens: Tokens, context: Context, step: int) -> Tokens:
-        """What is left of the tokens.
+        """The tokens that are left.
 
         Args:
             tokens: ``(B, N)`` tokens after the attention of block ``blocks[step]``.
@@ -51,9 +54,42 @@ class Reducer:
         """
         raise NotImplementedError
 
+    @classmethod
+    def default_blocks(cls, depth: int) -> tuple[int, ...]:
+        """Where tokens go in a model of ``depth`` blocks by default: in 3, 6 and 9 of 12."""
+        return spread_blocks(depth)
+
+    @classmethod
+    def from_words(cls, words: Words, depth: int) -> Reducer:
+        """The reducer that a user asks for, on a model of ``depth`` blocks.
+
+        Each field is an argument of its name; a field named ``depth`` is the number of blocks.
+
+        Raises:
+            UserError: an argument is missing, can't be read or is out of its range.
+        """
+        hints = get_type_hints(cls)
+        made: dict[str, Any] = {"blocks": words.blocks(cls.default_blocks(depth))}
+        for name in (field.name for field in fields(cls) if field.name != "blocks"):
+            if name == "depth":
+                made[name] = depth
+            elif words.has(name):
+                made[name] = words.value(name, hints[name], len(made["blocks"]))
+            elif name in cls.required:
+                raise words.missing(name)
+        return cls(**made)
+
     def work(self, backbone: Backbone, block: int, tokens: Tensor) -> Tensor:
         """Multiply-adds of :meth:`reduce` on ``tokens`` (float, prefix included)."""
         return torch.zeros_like(tokens)
+
+    @property
+    def reduction(self) -> Reducer:
+        """Itself."""
+        return self
+
+    def next_action(self, episode: Episode) -> None:
+        """Nothing is left to decide."""
 
     def check(self, backbone: Backbone) -> None:
         """Raise :class:`UserError` where this doesn't fit the backbone."""
@@ -65,7 +101,7 @@ class Reducer:
             )
 
     def wants(self, block: int) -> dict[str, bool]:
-        """What the attention of ``block`` has to do: arguments of ``Backbone.attend``."""
+        """What the attention of ``block`` has to yield: arguments of ``Backbone.attend``."""
         due = block in self.blocks
         return {**dict.fromkeys(self.reads, due), "proportional": self.proportional}
 
@@ -78,57 +114,15 @@ class Reducer:
             total = total + tokens**2 * width
         return total
 
-    def apply(self, moment: Moment, action: Tensor) -> Tokens:
+    def apply(self, moment: Moment, action: Tensor | None) -> Tokens:
         """:meth:`reduce`; there is no action."""
         # What is compared is compared in full precision, also where the model computes in half.
         with torch.autocast(moment.tokens.x.device.type, enabled=False):
             return self.reduce(moment.tokens, moment.context, moment.step)
 
-    def observe(self, backbone: Backbone, moment: Moment, *, state: bool = False) -> Observation:
-        """Nothing, for nobody."""
-        batch, x = len(moment.tokens.x), moment.tokens.x
-        none = x.new_zeros(batch, 0, dtype=torch.float32)
-        active = x.new_zeros(batch, 0, dtype=torch.bool)
-        return Observation(none[..., None], none, active, moment.step, {}, state=none)
-
-    def match(self, tokens: Tokens, context: Context) -> None:
-        """Whatever merges is :meth:`reduce`'s business."""
-
-    def agents(self, backbone: Backbone) -> int:
-        """None."""
-        return 0
-
-    def actions(self, backbone: Backbone) -> int:
-        """None."""
-        return 0
-
-    def layout(self, backbone: Backbone) -> dict[str, slice]:
-        """Nothing is seen."""
-        return {}
-
-    def agent_dim(self, backbone: Backbone) -> int:
-        """Nothing is seen."""
-        return 0
-
-    def shared_dim(self, backbone: Backbone) -> int:
-        """Nothing is seen."""
-        return 0
-
-    def state_dim(self, backbone: Backbone) -> int:
-        """Nothing is seen."""
-        return 0
-
-    def to_roster(self, backbone: Backbone, tokens: Tokens, values: Tensor) -> Tensor:
-        """The roster is empty."""
-        return values
-
-    def from_roster(self, tokens: Tokens, values: Tensor) -> Tensor:
-        """The roster is empty."""
-        return values
-
-    def deciders(self, visual: Tensor) -> Tensor:
-        """Nobody."""
-        return torch.zeros_like(visual)
+    def config(self) -> dict[str, Any]:
+        """The class and its settings."""
+        return describe(self)
 
 
 def share_of(count: Tensor, keep: float | Tensor) -> Tensor:

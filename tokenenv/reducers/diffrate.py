@@ -39,6 +39,16 @@ class DiffRate(Reducer):
     merge: tuple[int, ...] = (4,) * 12
     reads: ClassVar[tuple[str, ...]] = ("cls_attention",)
     proportional: ClassVar[bool] = True
+    required: ClassVar[tuple[str, ...]] = ("prune", "merge")
+    usage: ClassVar[str] = (
+        "diffrate:prune=4,merge=4[,blocks=0/1/2]: the tokens of least class attention are dropped, "
+        "the next merge (DiffRate); prune=6/4/2 block by block"
+    )
+
+    @classmethod
+    def default_blocks(cls, depth: int) -> tuple[int, ...]:
+        """All of them."""
+        return tuple(range(depth))
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -34,6 +34,11 @@ class EViT(Reducer):
     keep: float = 0.7
     fuse: bool = True
     reads: ClassVar[tuple[str, ...]] = ("cls_attention",)
+    required: ClassVar[tuple[str, ...]] = ("keep",)
+    usage: ClassVar[str] = (
+        "evit:keep=0.7[,blocks=3/6/9][,fuse=0]: top-k by class attention, the others fuse into one "
+        "(EViT) or with fuse=0 are dropped"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

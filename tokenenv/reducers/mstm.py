@@ -47,6 +47,11 @@ class MSTM(Reducer):
     similarity: Literal["keys", "tokens"] = "keys"
     least: float = -1.0
     reads: ClassVar[tuple[str, ...]] = ("cls_attention", "mean_keys")
+    required: ClassVar[tuple[str, ...]] = ("keep",)
+    usage: ClassVar[str] = (
+        "mstm:keep=0.7[,blocks=3/6/9][,weight=importance|mean|size|soft]"
+        "[,similarity=keys|tokens][,least=-1]: the others merge into the most similar (MSTM)"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -46,6 +46,15 @@ class PiToMe(Reducer):
     alpha: float = 1.0
     reads: ClassVar[tuple[str, ...]] = ("mean_keys",)
     proportional: ClassVar[bool] = True
+    required: ClassVar[tuple[str, ...]] = ("keep",)
+    usage: ClassVar[str] = (
+        "pitome:keep=0.9[,blocks=0/1/2][,alpha=1]: tokens that are like many merge (PiToMe)"
+    )
+
+    @classmethod
+    def default_blocks(cls, depth: int) -> tuple[int, ...]:
+        """All of them."""
+        return tuple(range(depth))
 
     def __post_init__(self) -> None:
         super().__post_init__()

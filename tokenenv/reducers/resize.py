@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from itertools import chain
+from typing import ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -32,6 +33,13 @@ class Resize(Reducer):
 
     blocks: tuple[int, ...] = ()
     size: int = 192
+    required: ClassVar[tuple[str, ...]] = ("size",)
+    usage: ClassVar[str] = "resize:size=192: the same model on smaller images"
+
+    @classmethod
+    def default_blocks(cls, depth: int) -> tuple[int, ...]:
+        """None: images are smaller from the start."""
+        return ()
 
     def __post_init__(self) -> None:
         if self.blocks:
@@ -55,7 +63,7 @@ class Resize(Reducer):
         """Nothing leaves on the way."""
         return tokens
 
-    def shrink(self, backbone: Backbone, images: Tensor) -> tuple[Backbone, Tensor]:
+    def resize(self, backbone: Backbone, images: Tensor) -> tuple[Backbone, Tensor]:
         """The model for smaller images, and the images ``(B, C, H, W)`` at their new size."""
         if images.shape[-1] == self.size:
             return backbone, images

@@ -43,6 +43,11 @@ class ZeroTPrune(Reducer):
     alike: float = 0.5
     rounds: int = 5
     reads: ClassVar[tuple[str, ...]] = ("matrix", "mean_keys")
+    required: ClassVar[tuple[str, ...]] = ("keep",)
+    usage: ClassVar[str] = (
+        "zerotprune:keep=0.7[,blocks=3/6/9][,alike=0.5][,rounds=5]: page rank of the attention "
+        "graph, then likeness (Zero-TPrune)"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from agents.policies.actor import load
+from agents.policies import load
 from agents.policies.words import parse_policy
 from agents.systems.registry import SYSTEMS
 from agents.systems.settings import preset, word
@@ -27,6 +27,7 @@ from agents.training.run_folder import INTERRUPTED
 from agents.training.trainer import CHECKPOINT
 from tokenenv.cli.evaluate import folder_of
 from tokenenv.errors import UserError
+from tokenenv.game.policy import as_method
 from tokenenv.game.rewards import Damage
 from tokenenv.suite.opened import OpenTask
 from tokenenv.suite.results import HEURISTIC, RANDOM
@@ -163,16 +164,18 @@ def checked(name: str, returned: Any) -> Policies:
         UserError: it is neither a policy nor a list of one to :data:`POINTS` policies.
     """
     several = list(returned) if isinstance(returned, list | tuple) else [returned]
+    policies = []
     for policy in several:
-        whole = all(hasattr(policy, part) for part in ("rules", "act", "macs"))
-        if not (whole and hasattr(policy.rules, "blocks")):
+        try:
+            policies.append(as_method(policy))
+        except UserError:
             raise UserError(
                 f"learner '{name}' returned {policy!r:.60}: return a policy, with rules, act and "
                 "macs, or a list of policies"
-            )
-    if not 1 <= len(several) <= POINTS:
-        raise UserError(f"learner '{name}' returned {len(several)} policies: return 1 to {POINTS}")
-    return {f"policy {number}": policy for number, policy in enumerate(several)}
+            ) from None
+    if not 1 <= len(policies) <= POINTS:
+        raise UserError(f"learner '{name}' returned {len(policies)} policies: return 1 to {POINTS}")
+    return {f"policy {number}": policy for number, policy in enumerate(policies)}
 
 
 def _sweep_of(pattern: Callable[[Task], str], seeded: bool) -> Learn:

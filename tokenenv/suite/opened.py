@@ -19,8 +19,8 @@ from tokenenv.data import ImageSource, open_source
 from tokenenv.errors import UserError
 from tokenenv.game import Game
 from tokenenv.game.build import build_game, build_rules
+from tokenenv.game.policy import Method, Policy
 from tokenenv.measure import evaluation as metrics
-from tokenenv.measure.evaluation import Decider
 from tokenenv.suite.results import Point, hits
 from tokenenv.suite.tasks import POINTS, Task
 from tokenenv.vit.backbone import Backbone
@@ -107,7 +107,7 @@ class OpenTask:
                 f"{self.spec.budget}: stop earlier"
             )
 
-    def check_policy(self, policy: Decider) -> None:
+    def check_policy(self, policy: Policy) -> None:
         """Raise :class:`UserError` unless the policy plays this task's game on its model."""
         own = build_rules(self.spec.rules, self.backbone.depth, self.spec.blocks or None, None, {})
         rules = policy.rules
@@ -118,7 +118,7 @@ class OpenTask:
                 f"{', '.join(map(str, rules.blocks))} does not play '{self.spec.name}': "
                 f"it asks for {type(own).__name__} at blocks {blocks}"
             )
-        metrics.check_fit(policy, self.backbone, self.spec.model)
+        policy.check_fit(self.backbone, self.spec.model)
 
 
 def open_task(
@@ -175,11 +175,6 @@ def _shared(data: Path, train: ImageSource, test_data: Path, test: ImageSource) 
     return False
 
 
-def has_threshold(policy: Decider) -> bool:
-    """Whether a policy decides by a threshold that can be moved."""
-    return hasattr(policy, "threshold") and getattr(policy, "actions", 2) == 2
-
-
 def dense_predictions(opened: OpenTask) -> Tensor:
     """``(len(test),)`` what the dense model says of the test images; -1: unreadable."""
     found = metrics.dense_predictions(opened.backbone, opened.test, batch_size=_BATCH)
@@ -194,7 +189,7 @@ def dense_hits(opened: OpenTask, dense: Tensor) -> str:
 
 def read_points(
     opened: OpenTask,
-    policies: dict[str, Decider],
+    policies: dict[str, Method],
     dense: Tensor,
     progress: Callable[[int], object],
 ) -> list[Point]:
@@ -218,7 +213,7 @@ def sweep(
 
     Args:
         opened: the task.
-        policy: :func:`has_threshold`.
+        policy: one whose threshold is adjustable.
         dense: from :func:`dense_predictions`.
         progress: as for :func:`read_points`.
     """
@@ -287,7 +282,7 @@ def _threshold(odds: float) -> float:
 def _read(
     opened: OpenTask,
     knob: str,
-    policy: Decider,
+    policy: Method,
     dense: Tensor,
     progress: Callable[[int], object],
 ) -> Point:

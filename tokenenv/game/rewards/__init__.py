@@ -1,22 +1,68 @@
-"""Rewards: what agents get for a decision."""
+"""Rewards: what agents get for a decision. Their registry."""
 
-from tokenenv.game.rewards.base import Outcome, Reward, Turn, divergence
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from tokenenv.errors import UserError
+from tokenenv.game.rewards.base import (
+    FunctionReward,
+    Outcome,
+    Probe,
+    Reward,
+    Turn,
+    as_reward,
+    divergence,
+)
 from tokenenv.game.rewards.cooperative import Cooperative
 from tokenenv.game.rewards.dora import Damage, Dora
 from tokenenv.game.rewards.price import ClosedLoop, PenaltyLoop
 from tokenenv.game.rewards.rl4evit import AlphaBeta, KeepTarget, class_term
 
+REWARDS: dict[str, type[Reward]] = {
+    "alpha_beta": AlphaBeta,
+    "keep_target": KeepTarget,
+    "cooperative": Cooperative,
+    "dora": Dora,
+}
+"""By the name that environments take."""
+
+R = TypeVar("R", bound=type[Reward])
+
+
+def register_reward(name: str) -> Callable[[R], R]:
+    """Make a :class:`Reward`, a dataclass of its parameters, known under a name.
+
+    Raises:
+        UserError: the name is taken.
+    """
+
+    def register(cls: R) -> R:
+        if REWARDS.get(name, cls) is not cls:
+            raise UserError(f"reward '{name}' exists already: register it under another name")
+        REWARDS[name] = cls
+        return cls
+
+    return register
+
+
 __all__ = [
+    "REWARDS",
     "AlphaBeta",
     "ClosedLoop",
     "Cooperative",
     "Damage",
     "Dora",
+    "FunctionReward",
     "KeepTarget",
     "Outcome",
     "PenaltyLoop",
+    "Probe",
     "Reward",
     "Turn",
+    "as_reward",
     "class_term",
     "divergence",
+    "register_reward",
 ]

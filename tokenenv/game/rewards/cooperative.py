@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from tokenenv.game.rewards.base import Turn
+from tokenenv.game.rewards.base import Reward, Turn
 
 
 @dataclass(frozen=True)
-class Cooperative:
+class Cooperative(Reward):
     """Our own cooperative form of alpha/beta: everyone is paid for the prediction, dead or alive.
 
     RL4EViT pays the survivors only, so a token that matters earns nothing by leaving a place to
@@ -38,3 +38,17 @@ class Cooperative:
         if turn.outcome is not None:
             reward = reward + self.alpha * turn.outcome.fidelity[:, None]
         return reward
+
+    @classmethod
+    def fits(cls, token_agents: bool) -> bool:
+        """Games of one agent per token."""
+        return token_agents
+
+    @property
+    def price(self) -> float:
+        """``beta``."""
+        return self.beta
+
+    def with_price(self, price: float) -> Cooperative:
+        """The same reward with another ``beta``."""
+        return replace(self, beta=price)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tokenenv.errors import UserError
-from tokenenv.game.rewards.base import Turn, divergence
+from tokenenv.game.rewards.base import Probe, Reward, Turn, divergence
+from tokenenv.game.rewards.price import HIGHEST_PENALTY
 
 Damage = Literal["drift", "divergence"]
 
 
 @dataclass(frozen=True)
-class Dora:
+class Dora(Reward):
     """DORA's dense reward of one agent per block, the same for all its tokens.
 
     ``efficiency * dC - penalty * (g(d_l) - g(d_(l-1)))``, with ``dC = k (L - l) / (L N_0)`` for
@@ -62,16 +63,55 @@ class Dora:
         share = removed / turn.counts[0] * (turn.depth - turn.block) / turn.depth
         penalty = torch.zeros_like(share)
         if not self.terminal:
-            penalty = self._bent(turn.damage[-1])
+            penalty = self._bent(turn.measured[-1])
             if turn.step:
-                penalty = penalty - self._bent(turn.damage[-2])
+                penalty = penalty - self._bent(turn.measured[-2])
         elif turn.outcome is not None:
-            penalty = self._bent(turn.damage[-1])
+            penalty = self._bent(turn.measured[-1])
         if turn.outcome is not None and self.damage == "drift":
-            penalty = penalty + divergence(turn.outcome.native, turn.outcome.logits, self.tau)
+            penalty = penalty + divergence(turn.outcome.dense, turn.outcome.logits, self.tau)
         return (self.efficiency * share - self.penalty * penalty)[:, None]
 
     def _bent(self, damage: Tensor) -> Tensor:
         if self.damage == "drift":
             return (self.kappa * damage).exp() - 1
         return damage + damage**2 / self.bend if self.bend else damage
+
+    @classmethod
+    def fits(cls, token_agents: bool) -> bool:
+        """Games of one agent per block."""
+        return not token_agents
+
+    @property
+    def keeps_trail(self) -> bool:  # type: ignore[override]
+        """Drift is measured against the dense model's summary tokens."""
+        return self.damage == "drift"
+
+    def measure(self, probe: Probe) -> Tensor:
+        """``(B,)`` the damage d after a decision."""
+        if self.damage == "drift":
+            return 1 - torch.cosine_similarity(probe.summary(), probe.dense_summary(), dim=1)
+        if self.terminal and not probe.done:
+            return torch.zeros_like(probe.last)
+        rows = torch.arange(len(probe.last), device=probe.last.device)
+        if not probe.masked:
+            # The damage known so far is that of the decision before, or, where only the end is
+            # paid for, of the untouched image. An image that lost nothing since keeps it.
+            known = probe.counts[0] if self.terminal else probe.counts[-2]
+            rows = (probe.counts[-1] < known).nonzero()[:, 0]
+        found = divergence(probe.dense[rows], probe.finish(rows), self.tau)
+        return probe.last.index_copy(0, rows, found)
+
+    @property
+    def price(self) -> float:
+        """``penalty``."""
+        return self.penalty
+
+    def with_price(self, price: float) -> Dora:
+        """The same reward with another ``penalty``."""
+        return replace(self, penalty=price)
+
+    @property
+    def observed_price(self) -> float:
+        """The penalty as a share of the highest one that the paper's closed loop sets."""
+        return self.penalty / HIGHEST_PENALTY

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from tokenenv.errors import UserError
 
+HIGHEST_PENALTY = 300.0
+"""What the paper's closed loop clips its coefficient at."""
+
 
 @dataclass
 class PenaltyLoop:
@@ -34,7 +37,7 @@ class PenaltyLoop:
     def follow(self, drop: float) -> float:
         """The next penalty after top-1 fell by ``drop``, a share of the images."""
         excess = max(-2.0, min(2.0, (drop - self.target) / 0.01))
-        self.penalty = max(0.0, min(300.0, self.penalty + 5 * excess))
+        self.penalty = max(0.0, min(HIGHEST_PENALTY, self.penalty + 5 * excess))
         return self.penalty
 
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from tokenenv.errors import UserError
 from tokenenv.game.checks import check_keep
-from tokenenv.game.rewards.base import Turn
+from tokenenv.game.rewards.base import Reward, Turn
 
 ClassReward = Literal["final", "each"]
+
+# RL4EViT's code takes alpha = 24 for the 196 tokens of a 224-pixel image. What a survivor earns
+# is alpha / survivors, so alpha grows with the number of tokens where the balance of gain and
+# price shall be at the same share of them.
+_ALPHA_PER_TOKEN = 24.0 / 196
+_KEEP_PER_DECISION = 0.7
 
 
 def class_term(turn: Turn, alpha: float, when: ClassReward) -> Tensor:
@@ -30,7 +36,7 @@ def class_term(turn: Turn, alpha: float, when: ClassReward) -> Tensor:
 
 
 @dataclass(frozen=True)
-class AlphaBeta:
+class AlphaBeta(Reward):
     """RL4EViT's reward: competition to leave, collaboration to classify (papers' "variant P").
 
     Every living agent pays ``beta`` per decision; the living share ``alpha`` if the prediction is
@@ -52,9 +58,28 @@ class AlphaBeta:
         """Rewards ``(B, A)``."""
         return class_term(turn, self.alpha, self.class_reward) - self.beta * turn.after
 
+    @classmethod
+    def fits(cls, token_agents: bool) -> bool:
+        """Games of one agent per token."""
+        return token_agents
+
+    @classmethod
+    def defaults(cls, decisions: int, patches: int) -> dict[str, Any]:
+        """``alpha`` in proportion to the number of patches."""
+        return {"alpha": _ALPHA_PER_TOKEN * patches}
+
+    @property
+    def price(self) -> float:
+        """``beta``."""
+        return self.beta
+
+    def with_price(self, price: float) -> AlphaBeta:
+        """The same reward with another ``beta``."""
+        return replace(self, beta=price)
+
 
 @dataclass(frozen=True)
-class KeepTarget:
+class KeepTarget(Reward):
     """The reward that RL4EViT's published code runs with ("variant C").
 
     With ``delta`` = share of living tokens minus the step's target, a living agent gets
@@ -83,11 +108,22 @@ class KeepTarget:
         control = torch.where(delta > 0, -delta.exp() * turn.after, -(-delta).exp() * left)
         return class_term(turn, self.alpha, self.class_reward) + control
 
-    def check(self, steps: int) -> None:
-        """Raise :class:`UserError` unless there is a target for each of ``steps`` decisions."""
-        if steps != len(self.targets):
+    @classmethod
+    def fits(cls, token_agents: bool) -> bool:
+        """Games of one agent per token."""
+        return token_agents
+
+    @classmethod
+    def defaults(cls, decisions: int, patches: int) -> dict[str, Any]:
+        """``alpha`` in proportion to the number of patches, a target for each decision."""
+        targets = tuple(_KEEP_PER_DECISION ** (i + 1) for i in range(decisions))
+        return {"alpha": _ALPHA_PER_TOKEN * patches, "targets": targets}
+
+    def check(self, decisions: int) -> None:
+        """Raise :class:`UserError` unless there is a target for each of the decisions."""
+        if decisions != len(self.targets):
             raise UserError(
-                f"keep-target reward has {len(self.targets)} targets for {steps} decisions: "
+                f"keep-target reward has {len(self.targets)} targets for {decisions} decisions: "
                 "give one per decision block"
             )
 

@@ -1,9 +1,52 @@
-"""What one system lets its agents see and do, and where."""
+"""Rules: what the agents of one system see and do, and where. Their registry."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from tokenenv.errors import UserError
+from tokenenv.game.reduction import Moment, Reduction
 from tokenenv.game.rules.base import Rules
 from tokenenv.game.rules.layer_merge import LayerMerge
 from tokenenv.game.rules.layer_prune import LayerPrune
-from tokenenv.game.rules.observation import Moment, Observation
+from tokenenv.game.rules.observation import Observation
 from tokenenv.game.rules.token_prune import TokenPrune
 
-__all__ = ["LayerMerge", "LayerPrune", "Moment", "Observation", "Rules", "TokenPrune"]
+RULES: dict[str, type[Rules]] = {
+    "token_prune": TokenPrune,
+    "layer_merge": LayerMerge,
+    "layer_prune": LayerPrune,
+}
+"""By the name that :func:`tokenenv.build_game` takes."""
+
+R = TypeVar("R", bound=type[Rules])
+
+
+def register_rules(name: str) -> Callable[[R], R]:
+    """Make :class:`Rules`, a frozen dataclass of their settings, known under a name.
+
+    Raises:
+        UserError: the name is taken.
+    """
+
+    def register(cls: R) -> R:
+        if RULES.get(name, cls) is not cls:
+            raise UserError(f"rules '{name}' exist already: register them under another name")
+        RULES[name] = cls
+        return cls
+
+    return register
+
+
+__all__ = [
+    "RULES",
+    "LayerMerge",
+    "LayerPrune",
+    "Moment",
+    "Observation",
+    "Reduction",
+    "Rules",
+    "TokenPrune",
+    "register_rules",
+]

@@ -1,76 +1,102 @@
-"""What the game needs of a system's rules."""
+"""Rules: a reduction with agents, and what these see and do."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from tokenenv.game.rules.observation import Moment, Observation
-from tokenenv.vit.backbone import Backbone, Context
-from tokenenv.vit.reduction import Match
+from tokenenv.game.reduction import Moment, Reduction
+from tokenenv.game.rules.observation import Observation
+from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.tokens import Tokens
 
 
-class Rules(Protocol):
-    """What the agents of one system see and do, and where."""
+class Rules(Reduction):
+    """What the agents of one system see and do, and where. Subclasses are frozen dataclasses.
+
+    Attributes:
+        token_agents: whether an agent is a visual token, which stays on the roster once it is
+            pruned; else agents are one per block, or its candidates.
+        merges: whether tokens merge, so that one may stand for several patches.
+        default_reward: the reward's name where none is given.
+        choices: what the first and the last action of an agent with two actions are called.
+        face_defaults: settings that environments take instead of the rules' own defaults.
+    """
+
+    token_agents: ClassVar[bool] = False
+    merges: ClassVar[bool] = False
+    default_reward: ClassVar[str] = "dora"
+    choices: ClassVar[tuple[str, str]] = ("prune", "keep")
+    face_defaults: ClassVar[dict[str, Any]] = {}
 
     @property
-    def blocks(self) -> tuple[int, ...]:
-        """The decision blocks, strictly increasing."""
+    def by_count(self) -> bool:
+        """Whether one agent per image chooses how many tokens go; action 0 removes none."""
+        return False
 
     @property
-    def between(self) -> bool:
-        """Whether decisions fall between a block's attention and its MLP, not before the block."""
+    def last_keeps(self) -> bool:
+        """Whether the last action keeps tokens, and not the first."""
+        return not (self.by_count or self.merges)
 
-    @property
-    def packed(self) -> bool:
-        """Whether :meth:`match`, :meth:`observe` and :meth:`apply` also take packed tokens.
+    def keeps(self, action: Tensor) -> Tensor:
+        """Bool, as ``action``: which actions keep what they decide about."""
+        return action != 0 if self.last_keeps else action == 0
 
-        :meth:`apply` then gives packed tokens, too.
+    @classmethod
+    def decision_blocks(cls, depth: int, max_cycles: int | None) -> tuple[int, ...]:
+        """Where agents decide in a model of ``depth`` blocks if nobody names the blocks.
+
+        Raises:
+            UserError: the model has no room for ``max_cycles`` decisions.
         """
-
-    def check(self, backbone: Backbone) -> None:
-        """Raise :class:`~tokenenv.errors.UserError` where the rules don't fit the backbone."""
-
-    def wants(self, block: int) -> dict[str, bool]:
-        """What the attention of ``block`` has to do: arguments of ``Backbone.attend``."""
+        raise NotImplementedError
 
     def agents(self, backbone: Backbone) -> int:
-        """A: agents on the roster of one image."""
+        """Number A of agents on the roster of one image."""
+        raise NotImplementedError
 
     def actions(self, backbone: Backbone) -> int:
-        """How many actions an agent has."""
-
-    def layout(self, backbone: Backbone) -> dict[str, slice]:
-        """Where each feature lies in an agent's observation."""
-
-    def agent_dim(self, backbone: Backbone) -> int:
-        """F: numbers in what an agent sees of its own."""
-
-    def shared_dim(self, backbone: Backbone) -> int:
-        """G: numbers every agent of an image sees beside its own."""
-
-    def state_dim(self, backbone: Backbone) -> int:
-        """S: numbers of the image's global state."""
-
-    def match(self, tokens: Tokens, context: Context) -> Match | None:
-        """Candidate pairs of the decision that is due, for rules that merge."""
-
-    def observe(self, backbone: Backbone, moment: Moment, *, state: bool = False) -> Observation:
-        """What the agents see, as the tokens lie now; ``state``: whether to add the state."""
-
-    def apply(self, moment: Moment, action: Tensor) -> Tokens:
-        """What ``action``, as the tokens lie now, makes of the tokens."""
-
-    def to_roster(self, backbone: Backbone, tokens: Tokens, values: Tensor) -> Tensor:
-        """Values ``(B, a, ...)`` as the tokens lie -> ``(B, A, ...)`` on the roster."""
-
-    def from_roster(self, tokens: Tokens, values: Tensor) -> Tensor:
-        """Values ``(B, A, ...)`` on the roster -> as the tokens lie."""
+        """Number of actions of an agent."""
+        return 2
 
     def deciders(self, visual: Tensor) -> Tensor:
-        """How many agents decide about ``visual`` tokens (float tensor of any shape)."""
+        """Number of agents that decide about ``visual`` tokens (float tensor of any shape)."""
+        raise NotImplementedError
+
+    def layout(self, backbone: Backbone) -> dict[str, slice]:
+        """Where each feature lies in what an agent sees of its own."""
+        raise NotImplementedError
+
+    def agent_dim(self, backbone: Backbone) -> int:
+        """Number F of features per agent."""
+        return max((s.stop for s in self.layout(backbone).values()), default=0)
+
+    def shared_dim(self, backbone: Backbone) -> int:
+        """Number G of features that all agents of an image see beside their own."""
+        return 0
+
+    def state_dim(self, backbone: Backbone) -> int:
+        """Number S of features of the image's global state."""
+        raise NotImplementedError
+
+    def observe(self, backbone: Backbone, moment: Moment, *, state: bool = False) -> Observation:
+        """What the agents see, as the tokens lie now.
+
+        ``state``: whether to add the image's global state, which a critic reads in training.
+        """
+        raise NotImplementedError
+
+    def to_roster(self, backbone: Backbone, tokens: Tokens, values: Tensor) -> Tensor:
+        """Values ``(B, a, ...)`` as the tokens lie -> ``(B, A, ...)`` by agent."""
+        return values
+
+    def from_roster(self, tokens: Tokens, values: Tensor) -> Tensor:
+        """Values ``(B, A, ...)`` by agent -> as the tokens lie."""
+        return values
 
     def macs(self, backbone: Backbone, block: int, tokens: Tensor) -> Tensor:
         """Multiply-adds of observing and acting on ``tokens`` (float, prefix included)."""
+        return torch.zeros_like(tokens)

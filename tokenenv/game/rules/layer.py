@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenenv.errors import UserError
+from tokenenv.game.reduction import Moment
 from tokenenv.game.rules.features import mean_over
-from tokenenv.game.rules.observation import Moment
 from tokenenv.vit.backbone import Backbone
 
 HISTORY_DIM = 3
@@ -43,7 +44,7 @@ def state(backbone: Backbone, moment: Moment, steps: int) -> Tensor:
 
 
 def state_dim(backbone: Backbone, steps: int) -> int:
-    """S."""
+    """Width of :func:`state`."""
     return backbone.dim + steps + HISTORY_DIM
 
 
@@ -51,3 +52,18 @@ def mean_key(backbone: Backbone, keys: Tensor, active: Tensor, prefix: int) -> T
     """``(B, K)`` key of the class token, heads side by side; without one of the mean token."""
     flat = keys.transpose(1, 2).flatten(2).float()
     return flat[:, 0] if backbone.has_class_token else mean_over(flat[:, prefix:], active)
+
+
+def decision_blocks(depth: int, max_cycles: int | None) -> tuple[int, ...]:
+    """All of a model's ``depth`` blocks, or ``max_cycles`` spread evenly, the last included.
+
+    Raises:
+        UserError: there are not so many.
+    """
+    count = depth if max_cycles is None else max_cycles
+    if not 1 <= count <= depth:
+        raise UserError(
+            f"max_cycles={count} decisions don't fit the model's {depth} blocks: "
+            f"choose 1 to {depth}"
+        )
+    return tuple(round((i + 1) * depth / count) - 1 for i in range(count))

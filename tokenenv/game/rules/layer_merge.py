@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,11 @@ from torch import Tensor
 
 from tokenenv.errors import UserError
 from tokenenv.game.checks import check_blocks, check_features, check_range
+from tokenenv.game.reduction import Moment
 from tokenenv.game.rules import layer
+from tokenenv.game.rules.base import Rules
 from tokenenv.game.rules.features import log_relative, whole_numbers
-from tokenenv.game.rules.observation import Moment, Observation
+from tokenenv.game.rules.observation import Observation
 from tokenenv.vit import packing, reduction
 from tokenenv.vit.backbone import Backbone, Context
 from tokenenv.vit.reduction import Match
@@ -24,7 +26,7 @@ FEATURES = ("similarity", "cls_attention", "size", "token", "keys")
 
 
 @dataclass(frozen=True)
-class LayerMerge:
+class LayerMerge(Rules):
     """Merge or keep, between attention and MLP of every block (DORA, He et al., arXiv 2605.11683).
 
     ToMe's bipartite matching on the mean-head keys proposes candidate pairs: every second living
@@ -64,7 +66,9 @@ class LayerMerge:
     proportional: bool = True
     share: bool = True
     shuffle: bool = False
-    between: ClassVar[bool] = True
+    merges: ClassVar[bool] = True
+    choices: ClassVar[tuple[str, str]] = ("keep", "merge")
+    face_defaults: ClassVar[dict[str, Any]] = {"action": "count"}
 
     def __post_init__(self) -> None:
         check_blocks(self.blocks)
@@ -75,9 +79,19 @@ class LayerMerge:
             raise UserError(f"grid={self.grid} must increase from 0, such as (0, 4, 8, 16)")
 
     @property
-    def packed(self) -> bool:
+    def packed(self) -> bool:  # type: ignore[override]
         """Whether tokens may come packed: unless they are put into another order."""
         return not self.shuffle
+
+    @property
+    def by_count(self) -> bool:
+        """Whether the action is a count."""
+        return self.action == "count"
+
+    @classmethod
+    def decision_blocks(cls, depth: int, max_cycles: int | None) -> tuple[int, ...]:
+        """All blocks by default, else spread evenly, the last one among them."""
+        return layer.decision_blocks(depth, max_cycles)
 
     def check(self, backbone: Backbone) -> None:
         """Raise :class:`UserError` where these rules don't fit the backbone."""
@@ -132,7 +146,7 @@ class LayerMerge:
             total = total + pairs * 3 * backbone.dim
         return total
 
-    def match(self, tokens: Tokens, context: Context) -> Match:
+    def prepare(self, tokens: Tokens, context: Context) -> Match:
         """ToMe's candidates, on the mean-head keys."""
         assert context.mean_keys is not None
         return reduction.bipartite_match(tokens, context.mean_keys, self._first(tokens.prefix))
@@ -152,16 +166,12 @@ class LayerMerge:
             start += width
         return layout
 
-    def agent_dim(self, backbone: Backbone) -> int:
-        """F."""
-        return max(s.stop for s in self.layout(backbone).values())
-
     def shared_dim(self, backbone: Backbone) -> int:
-        """G: which decision it is, and the history."""
+        """Which decision it is, and the history."""
         return len(self.blocks) + layer.HISTORY_DIM if self.share else 0
 
     def state_dim(self, backbone: Backbone) -> int:
-        """S."""
+        """See :func:`tokenenv.game.rules.layer.state`."""
         return layer.state_dim(backbone, len(self.blocks))
 
     def to_roster(self, backbone: Backbone, tokens: Tokens, values: Tensor) -> Tensor:
@@ -234,9 +244,9 @@ class LayerMerge:
                 own.append(packing.take(key, pair.flatten(1)).reshape(*pair.shape[:2], -1))
         return torch.cat(own, 2)
 
-    def apply(self, moment: Moment, action: Tensor) -> Tokens:
+    def apply(self, moment: Moment, action: Tensor | None) -> Tokens:
         """Merge. ``action``: ``(B, A)`` 1 for each pair that shall, or ``(B, 1)`` the choice."""
-        assert moment.match is not None
+        assert moment.match is not None and action is not None
         if self.action == "pairs":
             accept = action == MERGE
         else:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from tokenenv.errors import UserError
 from tokenenv.game.checks import check_blocks, check_features, check_range
+from tokenenv.game.reduction import Moment
 from tokenenv.game.rules import layer
+from tokenenv.game.rules.base import Rules
 from tokenenv.game.rules.features import log_relative, redundancy, whole_numbers
-from tokenenv.game.rules.observation import Moment, Observation
+from tokenenv.game.rules.observation import Observation
 from tokenenv.vit import reduction
-from tokenenv.vit.backbone import Backbone, Context
-from tokenenv.vit.reduction import Match
+from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.tokens import Tokens
 
 PRUNE, KEEP = 0, 1
@@ -25,7 +26,7 @@ LEAST = 4
 
 
 @dataclass(frozen=True)
-class LayerPrune:
+class LayerPrune(Rules):
     """Remove tokens between attention and MLP of every block (DORA, arXiv 2609.34325).
 
     Removed tokens still take part in the block's attention. At least four visual tokens stay;
@@ -51,8 +52,7 @@ class LayerPrune:
     budget_step: int = 2
     selector: Literal["redundancy", "cls_attention"] = "redundancy"
     features: tuple[str, ...] = ("keys",)
-    between: ClassVar[bool] = True
-    packed: ClassVar[bool] = False
+    face_defaults: ClassVar[dict[str, Any]] = {"action": "count"}
 
     def __post_init__(self) -> None:
         check_blocks(self.blocks)
@@ -63,6 +63,16 @@ class LayerPrune:
             raise UserError(f"selector='{self.selector}': choose 'redundancy' or 'cls_attention'")
         if self.budget_step < 1:
             raise UserError(f"budget_step={self.budget_step} must be at least 1")
+
+    @property
+    def by_count(self) -> bool:
+        """Whether the action is a count."""
+        return self.action == "count"
+
+    @classmethod
+    def decision_blocks(cls, depth: int, max_cycles: int | None) -> tuple[int, ...]:
+        """All blocks by default, else spread evenly, the last one among them."""
+        return layer.decision_blocks(depth, max_cycles)
 
     def check(self, backbone: Backbone) -> None:
         """Raise :class:`UserError` where these rules don't fit the backbone."""
@@ -119,10 +129,6 @@ class LayerPrune:
             total = total + (tokens - backbone.prefix) ** 2 * backbone.head_dim(block)
         return total
 
-    def match(self, tokens: Tokens, context: Context) -> Match | None:
-        """Nothing merges."""
-        return None
-
     def layout(self, backbone: Backbone) -> dict[str, slice]:
         """Where each feature lies in what an agent sees of its own."""
         layout, start = {}, 0
@@ -136,17 +142,15 @@ class LayerPrune:
         return max(map(backbone.attention_dim, self.blocks))
 
     def agent_dim(self, backbone: Backbone) -> int:
-        """F; a block's agent (``count``) has no view beside the shared one."""
-        if self.action == "count":
-            return 0
-        return max(s.stop for s in self.layout(backbone).values())
+        """A block's agent (``count``) sees nothing beside what is shared."""
+        return 0 if self.action == "count" else super().agent_dim(backbone)
 
     def shared_dim(self, backbone: Backbone) -> int:
-        """G: the class token's key, which decision it is, and the history."""
+        """The class token's key, which decision it is, and the history."""
         return self._key_dim(backbone) + len(self.blocks) + layer.HISTORY_DIM
 
     def state_dim(self, backbone: Backbone) -> int:
-        """S."""
+        """See :func:`tokenenv.game.rules.layer.state`."""
         return layer.state_dim(backbone, len(self.blocks))
 
     def to_roster(self, backbone: Backbone, tokens: Tokens, values: Tensor) -> Tensor:
@@ -197,8 +201,9 @@ class LayerPrune:
             return log_relative(context.cls_attention[:, tokens.prefix :], tokens.visual_alive)
         return redundancy(tokens, context)
 
-    def apply(self, moment: Moment, action: Tensor) -> Tokens:
+    def apply(self, moment: Moment, action: Tensor | None) -> Tokens:
         """Prune. ``action``: ``(B, N - prefix)`` 0 for who leaves, or ``(B, 1)`` the choice."""
+        assert action is not None
         tokens = moment.tokens
         if self.action == "tokens":
             return reduction.prune(tokens, action != PRUNE, least=LEAST)

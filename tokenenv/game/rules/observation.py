@@ -1,33 +1,10 @@
-"""What rules know when a decision is due, and what the agents see of it."""
+"""What agents see when a decision is due."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from torch import Tensor
-
-from tokenenv.vit.backbone import Context
-from tokenenv.vit.reduction import Match
-from tokenenv.vit.tokens import Tokens
-
-
-@dataclass(frozen=True)
-class Moment:
-    """A decision is due for ``B`` images.
-
-    Attributes:
-        tokens: ``(B, N)`` tokens now.
-        step: which decision of the episode, from 0.
-        context: of the attention last run.
-        counts: ``(B,)`` visual tokens before the first decision and after each one taken.
-        match: candidate pairs, for rules that merge.
-    """
-
-    tokens: Tokens
-    step: int
-    context: Context
-    counts: tuple[Tensor, ...]
-    match: Match | None = None
 
 
 @dataclass(frozen=True)
@@ -37,13 +14,13 @@ class Observation:
     Attributes:
         agents: ``(B, A, F)`` what each agent sees of itself; zeros for an agent that may not act.
         shared: ``(B, G)`` what every agent of an image sees beside it; G may be 0.
-        active: ``(B, A)`` bool, who may act. The action of the others is ignored.
+        active: ``(B, A)`` bool, which agents may act. The action of the others is ignored.
         step: which decision of the episode, from 0.
         layout: where each named feature lies in the last dimension of ``agents``.
         legal: ``(B, A, actions)`` bool, what each may do; None where it is anything for the
             active.
-        state: ``(B, S)`` the image's global state, for a centralised critic in training; None
-            where nobody learns.
+        state: ``(B, S)`` the image's global state, for a centralised critic in training;
+            None where it was not asked for.
         tokens: ``(B, N, D)`` all living tokens, zeros for the others, for a critic that reads
             them; None where none does.
     """

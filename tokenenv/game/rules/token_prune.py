@@ -10,15 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenenv.errors import UserError
-from tokenenv.game.checks import check_blocks, check_features, check_range
+from tokenenv.game.checks import check_blocks, check_features, check_range, spread_blocks
+from tokenenv.game.reduction import Moment
+from tokenenv.game.rules.base import Rules
 from tokenenv.game.rules.features import log_relative, mean_over, position_code, redundancy
-from tokenenv.game.rules.observation import Moment, Observation
+from tokenenv.game.rules.observation import Observation
 from tokenenv.vit import reduction
-from tokenenv.vit.backbone import Backbone, Context
-from tokenenv.vit.reduction import Match
+from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.tokens import Tokens
 
 PRUNE, KEEP = 0, 1
+DECISIONS = 3
+"""Of an episode by default, as in the paper."""
+
 FEATURES = (
     "token",
     "position",
@@ -32,7 +36,7 @@ FEATURES = (
 
 
 @dataclass(frozen=True)
-class TokenPrune:
+class TokenPrune(Rules):
     """The rules of RL4EViT (Lu et al., ICME 2025), one agent per visual token.
 
     Before each decision block every living token keeps (1) or prunes (0) itself. A pruned token
@@ -59,11 +63,23 @@ class TokenPrune:
     features: tuple[str, ...] = ("token", "position", "progress", "cls_attention")
     share: bool = True
     between: ClassVar[bool] = False
-    packed: ClassVar[bool] = False
+    token_agents: ClassVar[bool] = True
+    default_reward: ClassVar[str] = "alpha_beta"
 
     def __post_init__(self) -> None:
         check_blocks(self.blocks)
         check_features(self.features, FEATURES)
+
+    @classmethod
+    def decision_blocks(cls, depth: int, max_cycles: int | None) -> tuple[int, ...]:
+        """Spread evenly over the model, three of them by default; never before block 0."""
+        count = DECISIONS if max_cycles is None else max_cycles
+        if not 1 <= count < depth:
+            raise UserError(
+                f"max_cycles={count} decisions don't fit between the model's {depth} blocks: "
+                f"choose 1 to {depth - 1}"
+            )
+        return spread_blocks(depth, count)
 
     def check(self, backbone: Backbone) -> None:
         """Raise :class:`UserError` where these rules don't fit the backbone."""
@@ -101,17 +117,9 @@ class TokenPrune:
         """One per patch."""
         return backbone.patches
 
-    def actions(self, backbone: Backbone) -> int:
-        """Prune or keep."""
-        return 2
-
     def deciders(self, visual: Tensor) -> Tensor:
         """One per token."""
         return visual
-
-    def match(self, tokens: Tokens, context: Context) -> Match | None:
-        """Nothing merges."""
-        return None
 
     def to_roster(self, backbone: Backbone, tokens: Tokens, values: Tensor) -> Tensor:
         """Agent ``p`` is patch ``p``: ``(B, N - prefix, ...)`` -> ``(B, P, ...)``."""
@@ -138,10 +146,6 @@ class TokenPrune:
             layout[name] = slice(start, start + width[name])
             start += width[name]
         return layout
-
-    def agent_dim(self, backbone: Backbone) -> int:
-        """F: numbers in what an agent sees of its own token."""
-        return max(s.stop for s in self.layout(backbone).values())
 
     def state_dim(self, backbone: Backbone) -> int:
         """S: class token (mean token without one), one-hot step, share of living tokens."""
@@ -207,6 +211,7 @@ class TokenPrune:
             state=torch.cat([whole, progress], dim=1) if state else None,
         )
 
-    def apply(self, moment: Moment, action: Tensor) -> Tokens:
+    def apply(self, moment: Moment, action: Tensor | None) -> Tokens:
         """Prune the living tokens whose action is 0. ``action``: ``(B, N - prefix)`` integers."""
+        assert action is not None
         return reduction.prune(moment.tokens, action != PRUNE)

@@ -1,0 +1,140 @@
+"""What a user types behind a method's name: ``tome:r=8,blocks=0/1/2``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args, get_origin
+
+from tokenenv.errors import UserError
+
+
+class Words:
+    """The arguments ``key=value,key=value`` behind a method's name; what is read leaves.
+
+    Args:
+        what: all that the user typed, for messages.
+        rest: the arguments.
+        usage: how it is used, for messages.
+
+    Raises:
+        UserError: an argument without a value, or given twice; later, one that is missing or
+            can't be read.
+    """
+
+    def __init__(self, what: str, rest: str, usage: str) -> None:
+        pairs = [part.partition("=") for part in rest.split(",") if part]
+        if any(not sep or not value for _, sep, value in pairs):
+            raise UserError(f"'{what}': arguments have the form key=value, separated by commas")
+        self.what, self.usage = what, usage
+        self._left = {key: value for key, _, value in pairs}
+        if len(self._left) < len(pairs):
+            raise UserError(f"'{what}': an argument is given twice: give each once")
+
+    def check_all_read(self) -> None:
+        """Raise :class:`UserError` where an argument was not read."""
+        if self._left:
+            raise UserError(
+                f"'{self.what}': unknown argument '{next(iter(self._left))}': {self.usage}"
+            )
+
+    def _text(self, key: str, default: str | None = None) -> str:
+        text = self._left.pop(key, default)
+        if text is None:
+            raise self.missing(key)
+        return text
+
+    def blocks(self, default: tuple[int, ...]) -> tuple[int, ...]:
+        """Block indices with ``/`` between them."""
+        text = self._left.pop("blocks", None)
+        if text is None:
+            return default
+        try:
+            return tuple(int(part) for part in text.split("/"))
+        except ValueError:
+            raise UserError(
+                f"'{self.what}': blocks={text} must be block indices such as 3/6/9"
+            ) from None
+
+    def seed(self) -> int:
+        """A whole number from 0, 0 by default."""
+        text = self._text("seed", "0")
+        if not (text.isascii() and text.isdigit() and int(text) < 2**63):
+            raise UserError(f"'{self.what}': seed={text} must be a whole number from 0 to 2^63 - 1")
+        return int(text)
+
+    def has(self, key: str) -> bool:
+        """Whether an argument is given and was not read yet."""
+        return key in self._left
+
+    def number(self, key: str, default: str | None = None) -> float:
+        """Any number."""
+        return self._float(key, self._text(key, default))
+
+    def _float(self, key: str, text: str) -> float:
+        try:
+            return float(text)
+        except ValueError:
+            raise UserError(f"'{self.what}': {key}={text} is not a number") from None
+
+    def range(self, key: str) -> float | tuple[float, float]:
+        """One number, or two with ``..`` between them."""
+        text = self._text(key)
+        low, two, high = text.partition("..")
+        return (self._float(key, low), self._float(key, high)) if two else self._float(key, text)
+
+    def wholes(self, key: str, default: str | None = None) -> tuple[int, ...]:
+        """Whole numbers with ``/`` between them."""
+        numbers = [self._float(key, text) for text in self._text(key, default).split("/")]
+        for value in numbers:
+            if not value.is_integer() or abs(value) >= 2**31:
+                raise UserError(f"'{self.what}': {key}={value:g} is not a whole number")
+        return tuple(map(int, numbers))
+
+    def whole(self, key: str, default: str | None = None) -> int:
+        """A whole number."""
+        numbers = self.wholes(key, default)
+        if len(numbers) > 1:
+            raise UserError(f"'{self.what}': {key} takes one number: {self.usage}")
+        return numbers[0]
+
+    def flag(self, key: str) -> bool:
+        """1 by default, or 0."""
+        text = self._text(key, "1")
+        if text not in ("0", "1"):
+            raise UserError(f"'{self.what}': {key}={text} must be 0 or 1")
+        return text == "1"
+
+    def choice(self, key: str, *known: str) -> str:
+        """One of ``known``, the first by default."""
+        text = self._text(key, known[0])
+        if text not in known:
+            raise UserError(f"'{self.what}': {key}={text}: choose from {', '.join(known)}")
+        return text
+
+    def text(self, key: str, default: str | None = None) -> str:
+        """As it was typed."""
+        return self._text(key, default)
+
+    def value(self, key: str, hint: Any, count: int) -> Any:
+        """An argument that is there, as the type of a dataclass's field says.
+
+        Args:
+            key: its name.
+            hint: ``bool``, ``int``, ``float``, ``str``, a ``Literal``, or a tuple of whole numbers,
+                of which a single one is for all of ``count`` blocks.
+            count: number of blocks.
+        """
+        origin = get_origin(hint)
+        if origin is Literal:
+            return self.choice(key, *get_args(hint))
+        if origin is tuple:
+            numbers = self.wholes(key)
+            return numbers * count if len(numbers) == 1 else numbers
+        readers: dict[Any, Callable[[str], Any]] = {
+            bool: self.flag, int: self.whole, float: self.number, str: self.text,
+        }  # fmt: skip
+        return readers[hint](key)
+
+    def missing(self, key: str) -> UserError:
+        """What to raise where an argument must be given."""
+        return UserError(f"'{self.what}' needs {key}=...: {self.usage}")
