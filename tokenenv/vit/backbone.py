@@ -87,6 +87,11 @@ class Backbone(nn.Module):
         return getattr(self.model, "pretrained_cfg", {}).get("architecture") or ""
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images that the model is made for."""
+        return self.family.image_shape
+
+    @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.family.parameter.device
