@@ -55,8 +55,8 @@ class Family(ABC):
             x: ``(..., D)`` the tokens before the block.
 
         Returns:
-            ``(..., D)`` whatever :meth:`leave` wants to see again, and queries, keys and values
-            ``(..., heads, head_dim)``.
+            ``(..., any width)`` what :meth:`leave` wants to see again, and queries, keys and
+            values ``(..., heads, head_dim)``.
         """
 
     @staticmethod

@@ -14,7 +14,8 @@ class VisionTransformerFamily(Family):
 
     With or without class token, registers, pre-norm, LayerScale, qk-norm; of any patch and image
     size. A subclass for other blocks overrides :meth:`block_refusal`, :meth:`enter`,
-    :meth:`leave` and :meth:`feed`.
+    :meth:`leave` and :meth:`feed`, and what else asks a block for its ``attn``, ``mlp`` or
+    ``norm1`` where it has none.
     """
 
     name = "vision_transformer"
