@@ -48,8 +48,8 @@ def main() -> None:
         source = open_source(args.data, model, split="test", limit=args.batch)
         images = source.batch(torch.arange(len(source))).images
     else:
-        size = backbone.model.patch_embed.img_size
-        images = torch.randn(args.batch, 3, *size, generator=torch.Generator().manual_seed(0))
+        shape = (args.batch, *backbone.image_shape)
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     policies: dict[str, Any] = {what: parse_policy(what, backbone.depth) for what in args.what}
     for what, policy in policies.items():
         with torch.inference_mode():

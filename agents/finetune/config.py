@@ -231,7 +231,7 @@ class DynamicViTConfig(ReducingConfig):
 
     def method(self, backbone: Backbone, model: str) -> DynamicViTPolicy:
         """Untrained predictors; initialised from torch's global generator."""
-        if not backbone.has_class_token or backbone.model.global_pool != "token":
+        if not backbone.has_class_token or backbone.family.pooling != "token":
             raise UserError(
                 f"model '{model}' pools its patches and DynamicViT's training can't hide them "
                 "there: take a model that classifies by its class token"

@@ -116,7 +116,7 @@ class Student(Trainee):
     ``soft_play``, which plays with decisions that have a gradient.
 
     Args:
-        model: a model of timm's ``VisionTransformer`` family; it is used, not copied.
+        model: a timm model that :class:`Backbone` takes; it is used, not copied.
         policy: who decides.
     """
 
@@ -147,7 +147,7 @@ class Student(Trainee):
             assert episode.logits is not None
             tokens, logits = episode.tokens, episode.logits
             there, shortfall = tokens.visual_alive, logits.new_zeros(())
-        features = self.backbone.model.norm(tokens.x)[:, tokens.prefix :]
+        features = self.backbone.family.norm(tokens.x)[:, tokens.prefix :]
         return Played(logits, features, _owner(tokens), there, shortfall)
 
     def terms(self, played: Any, dense: Tensor, labels: Tensor, config: Any) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ def compress(model: nn.Module, policy: Method, execution: Execution | None = Non
     """A faster model: ``policy`` decides which tokens go on, the others leave memory.
 
     Args:
-        model: a model of timm's ``VisionTransformer`` family; it is copied and stays as it is.
+        model: a timm model that :class:`Backbone` takes; it is copied and stays as it is.
         policy: who decides, such as what ``agents.load`` and ``agents.parse_policy`` give; copied.
         execution: how batches of images of different lengths run, see
             :class:`~tokenenv.game.episode.Episode`; None takes what suits the device.
@@ -91,7 +91,11 @@ class CompressedViT(nn.Module):
         """The model in stages."""
         known = self.__dict__.get("_stages")
         # With other modules put in, as by quantisation, the stages are others.
-        if known is None or known.model is not self.model or known.blocks is not self.model.blocks:
+        if (
+            known is None
+            or known.model is not self.model
+            or known.blocks is not known.family.blocks
+        ):
             known = self.__dict__["_stages"] = Backbone(self.model, freeze=False)
         return known
 
@@ -121,15 +125,14 @@ class CompressedViT(nn.Module):
         """
         if x.shape[0] == 0:
             return self.model.forward_features(x)
-        tokens = self._play(x).tokens
+        tokens, family = self._play(x).tokens, self.backbone.family
         known = tokens.patch_alive()
-        if self.model.attn_pool is not None and (tokens.ragged or tokens.moved):
+        if family.pooling == "attention" and (tokens.ragged or tokens.moved):
             raise UserError(
                 "tokens that left can't be hidden from this model's attention pool: "
                 "call the model itself instead of forward_features"
             )
-        y = self.model.norm(tokens.x)
-        first = 0 if self.model.pool_include_prefix else tokens.prefix
+        y, first = family.norm(tokens.x), family.first_pooled
         weight = (tokens.size * tokens.alive)[:, first:, None]
         total = weight.sum(1, keepdim=True).clamp(min=1)
         mean = (y[:, first:] * weight).sum(1, keepdim=True) / total
@@ -178,21 +181,14 @@ class CompressedViT(nn.Module):
     def _write(self, folder: Path) -> None:
         from safetensors.torch import save
 
-        model = self.model
         config = {
             "model": self.backbone.architecture,
-            "options": {
-                "img_size": list(model.patch_embed.img_size),
-                "in_chans": model.patch_embed.proj.in_channels,
-                "global_pool": model.global_pool,
-                "dynamic_img_size": bool(model.dynamic_img_size),
-                **_drop_rates(model),
-            },
+            "options": self.backbone.family.options(),
             "dtype": str(self.backbone.dtype).removeprefix("torch."),
             "execution": self.execution,
         }
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+        state = {name: t.detach().cpu().contiguous() for name, t in self.model.state_dict().items()}
         (folder / WEIGHTS).write_bytes(save(state))
         self.policy.save(folder / POLICY)
         self._check_twin(folder)
@@ -208,8 +204,7 @@ class CompressedViT(nn.Module):
             twin = load_compressed(folder, self.backbone.device)
         except UserError as error:
             raise UserError(f"{words} ({error})") from None
-        patches = self.model.patch_embed
-        shape = (1, patches.proj.in_channels, *patches.img_size)
+        shape = (1, *self.backbone.image_shape)
         image = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         image = image.to(self.backbone.device, self.backbone.dtype)
         model = copy.deepcopy(self.model).eval()
@@ -242,18 +237,6 @@ def _dropped(model: nn.Module) -> list[float]:
     """Every probability of dropout and of stochastic depth; 0 where there is neither."""
     known = (m.__dict__.get("p", m.__dict__.get("drop_prob", 0.0)) for m in model.modules())
     return [float(rate or 0.0) for rate in known]
-
-
-def _drop_rates(model: Any) -> dict[str, float]:
-    """What only matters in training, by the names of timm's arguments."""
-    last = model.blocks[-1]
-    return {
-        "drop_rate": model.head_drop.p,
-        "pos_drop_rate": model.pos_drop.p,
-        "proj_drop_rate": last.attn.proj_drop.p,
-        "attn_drop_rate": last.attn.attn_drop.p,
-        "drop_path_rate": getattr(last.drop_path1, "drop_prob", 0.0),
-    }
 
 
 def load_compressed(folder: str | Path, device: str | torch.device = "cpu") -> CompressedViT:

@@ -48,9 +48,7 @@ def export_onnx(fast: CompressedViT, path: str | Path) -> None:
         raise UserError(f"cannot write '{path}': give the name of a file in a folder that exists")
     check_export()
     fast = copy.deepcopy(fast).cpu().eval()
-    patches = fast.model.patch_embed
-    shape = (1, patches.proj.in_channels, *patches.img_size)
-    image = torch.zeros(shape, dtype=fast.backbone.dtype)
+    image = torch.zeros((1, *fast.backbone.image_shape), dtype=fast.backbone.dtype)
     try:
         with warnings.catch_warnings(), torch.no_grad(), _quiet("onnxscript"):
             warnings.simplefilter("ignore")  # of torch about torch

@@ -40,26 +40,25 @@ class Cost:
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
-        self._attention_linear = [_linear_macs(block.attn) for block in backbone.blocks]
-        self._mlp_linear = [_linear_macs(block.mlp) for block in backbone.blocks]
+        layers = [backbone.family.linear_layers(i) for i in range(backbone.depth)]
+        self._attention_linear = [_linear_macs(attention) for attention, _ in layers]
+        self._mlp_linear = [_linear_macs(mlp) for _, mlp in layers]
         self._attention = [2 * backbone.attention_dim(i) for i in range(backbone.depth)]
         self._embed, head = self._measure_ends()
         self._head, self._head_slope = head
 
     def _measure_ends(self) -> tuple[float, tuple[float, float]]:
         """Embedding, and the head as intercept and slope in the number of tokens."""
-        model, backbone = self.backbone.model, self.backbone
-        size = model.patch_embed.img_size
-        conv = next(m for m in model.patch_embed.modules() if isinstance(m, nn.Conv2d | nn.Linear))
-        channels = conv.in_channels if isinstance(conv, nn.Conv2d) else 3
-        image = torch.zeros(1, channels, *size, device=backbone.device, dtype=backbone.dtype)
+        backbone = self.backbone
+        shape = (1, *backbone.image_shape)
+        image = torch.zeros(shape, device=backbone.device, dtype=backbone.dtype)
         with torch.no_grad():
             tokens = backbone.embed(image)
         full, half = tokens.x.shape[1], max(tokens.x.shape[1] // 2, backbone.prefix + 1)
 
         def head(count: int) -> float:
             x = tokens.x[:, :count]
-            return measured_macs(lambda: model.forward_head(x))
+            return measured_macs(lambda: backbone.family.head(x))
 
         embed = measured_macs(lambda: backbone.embed(image))
         slope = (head(full) - head(half)) / max(full - half, 1)
@@ -114,6 +113,6 @@ class Cost:
         return total
 
 
-def _linear_macs(block: nn.Module) -> int:
-    """Multiply-adds per token of a block's linear layers."""
-    return sum(m.in_features * m.out_features for m in block.modules() if isinstance(m, nn.Linear))
+def _linear_macs(layers: Sequence[nn.Linear]) -> int:
+    """Multiply-adds per token."""
+    return sum(layer.in_features * layer.out_features for layer in layers)

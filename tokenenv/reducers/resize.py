@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
-from itertools import chain
 from typing import ClassVar
 from weakref import WeakKeyDictionary
 
@@ -49,10 +47,9 @@ class Resize(Reducer):
 
     def check(self, backbone: Backbone) -> None:
         """Raise :class:`UserError` where this doesn't fit the backbone."""
-        patches = backbone.model.patch_embed
-        height, width = patches.img_size
-        patch = patches.patch_size[0]
-        if height != width or patch != patches.patch_size[1]:
+        _, height, width = backbone.image_shape
+        patch, across = backbone.family.patch_size
+        if height != width or patch != across:
             raise UserError(f"resize takes square images and patches, not {height}x{width} images")
         if self.size % patch or self.size > height:
             raise UserError(
@@ -83,29 +80,17 @@ def smaller(backbone: Backbone, size: int) -> Backbone:
     """
     known = _SMALLER.setdefault(backbone, {})
     made = known.get(size)
-    if made is None or made.blocks[0].attn.qkv.weight is not backbone.blocks[0].attn.qkv.weight:
-        made = known[size] = _make(backbone, size)
+    if made is None or made.family.parameter is not backbone.family.parameter:
+        made = known[size] = Backbone(backbone.family.resized(size), freeze=False)
     made.compiled = backbone.compiled
     made.model.train(backbone.model.training)
     _place_positions(made, backbone)
     return made
 
 
-def _make(backbone: Backbone, size: int) -> Backbone:
-    model = backbone.model
-    shared = {id(t): t for t in chain(model.parameters(), model.buffers())}
-    model = copy.deepcopy(model, shared)
-    model.set_input_size(img_size=(size, size))
-    if model.pos_embed is not None:
-        del model.pos_embed  # no longer a parameter
-    return Backbone(model, freeze=False)
-
-
 def _place_positions(made: Backbone, backbone: Backbone) -> None:
     """Give it the position embeddings of the larger model, resampled."""
-    from timm.layers import resample_abs_pos_embed
-
-    model, whole = made.model, backbone.model.pos_embed
+    whole = backbone.family.positions
     if whole is None:
         return
     learning = torch.is_grad_enabled() and whole.requires_grad
@@ -113,10 +98,7 @@ def _place_positions(made: Backbone, backbone: Backbone) -> None:
     state = (whole.data_ptr(), version, whole.dtype, learning)
     if not learning and getattr(made, "positions_of", None) == state:
         return
-    prefix = 0 if model.no_embed_class else made.prefix
     # Not an inference tensor: the next pass may be one that learns.
     with torch.inference_mode(False), torch.set_grad_enabled(learning):
-        model.pos_embed = resample_abs_pos_embed(
-            whole, new_size=list(made.grid), old_size=list(backbone.grid), num_prefix_tokens=prefix
-        )
+        made.family.take_positions(backbone.family)
     made.__dict__["positions_of"] = state

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tokenenv.errors import UserError
 from tokenenv.vit import attention, blocks
 from tokenenv.vit.blocks import Wanted
+from tokenenv.vit.families import family_of
 from tokenenv.vit.packing import unpack
 from tokenenv.vit.tokens import Tokens
 
@@ -36,15 +37,25 @@ class Context:
 
 
 class Backbone(nn.Module):
-    """A timm ``VisionTransformer`` in stages.
+    """A timm model of a registered family, in stages.
 
-    ViT, DeiT (distilled too), register tokens, pre-norm (CLIP), LayerScale (DINOv2, DeiT-3),
-    qk-norm, models without a class token, any patch and image size. Playing all stages without
-    touching the tokens gives the model's own logits.
+    timm's ``VisionTransformer`` is one: ViT, DeiT (distilled too), register tokens, pre-norm
+    (CLIP), LayerScale (DINOv2, DeiT-3), qk-norm, models without a class token, any patch and image
+    size. Playing all stages without touching the tokens gives the model's own logits.
 
     Args:
         model: the timm model; it is used as it is, not copied.
         freeze: whether to put it into ``eval`` mode and to freeze its parameters.
+
+    Attributes:
+        model: as given.
+        family: what is known of its architecture, see :class:`tokenenv.vit.families.Family`.
+        blocks: its transformer blocks; ``depth``: how many.
+        dim: width ``D`` of the tokens.
+        prefix: number of class, distillation and register tokens; they come first.
+        has_class_token: whether the first one is a class token.
+        grid: rows and columns of patches; ``patches``: how many.
+        classes: number of classes.
 
     Raises:
         UserError: for an architecture whose stages are not known; the message names the part.
@@ -54,20 +65,21 @@ class Backbone(nn.Module):
     """Whether the parts of a block run through ``torch.compile``: one graph for every length."""
 
     def __init__(self, model: nn.Module, *, freeze: bool = True) -> None:
-        check_supported(model)
+        family = family_of(model)
         super().__init__()
         if freeze:
             model.eval().requires_grad_(False)
+        self.family = family
         # What timm's modules hold is not typed; Any here keeps it out of every line below.
         self.model = cast(Any, model)
-        self.blocks = cast(Any, self.model.blocks)
+        self.blocks = family.blocks
         self.depth = len(self.blocks)
-        self.dim: int = self.model.embed_dim
-        self.prefix: int = self.model.num_prefix_tokens
-        self.has_class_token = getattr(model, "cls_token", None) is not None
-        self.grid: tuple[int, int] = self.model.patch_embed.grid_size
+        self.dim = family.dim
+        self.prefix = family.prefix
+        self.has_class_token = family.has_class_token
+        self.grid = family.grid
         self.patches = self.grid[0] * self.grid[1]
-        self.classes: int = self.model.num_classes
+        self.classes = family.classes
 
     @property
     def architecture(self) -> str:
@@ -75,18 +87,19 @@ class Backbone(nn.Module):
         return getattr(self.model, "pretrained_cfg", {}).get("architecture") or ""
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images that the model is made for."""
+        return self.family.image_shape
+
+    @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return self._parameter.device
+        return self.family.parameter.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The parameters' floating-point type."""
-        return self._parameter.dtype
-
-    @property
-    def _parameter(self) -> nn.Parameter:
-        return self.blocks[0].attn.qkv.weight
+        return self.family.parameter.dtype
 
     def forward(self, images: Tensor) -> Tensor:
         """The dense model: images ``(B, C, H, W)`` -> logits ``(B, classes)``."""
@@ -94,13 +107,8 @@ class Backbone(nn.Module):
 
     def embed(self, images: Tensor) -> Tokens:
         """Images ``(B, C, H, W)``, normalised -> the tokens before block 0."""
-        model = self.model
-        x = model._pos_embed(model.patch_embed(images))
-        return Tokens.start(
-            model.norm_pre(x),
-            self.prefix,
-            keep_one=self._pools_patches,
-        )
+        x = self.family.embed(images)
+        return Tokens.start(x, self.prefix, keep_one=self.family.pooling != "token")
 
     def attend(
         self,
@@ -144,7 +152,8 @@ class Backbone(nn.Module):
         bias = tokens.size_bias if proportional else None
         mask = tokens.key_mask if bias is None else bias
         want = Wanted(matrix, keys or matrix, mean_keys, value_norms, cls_attention)
-        ran = blocks.attend(self._parts, b, tokens, mask if packing is None else bias, want)
+        drop = self.family.attention_drop(block)
+        ran = blocks.attend(self._parts, b, tokens, mask if packing is None else bias, want, drop)
 
         def lay(values: Tensor | None) -> Tensor | None:
             return values if packing is None or values is None else packing.unpack(values)
@@ -166,9 +175,9 @@ class Backbone(nn.Module):
         ``keep``: ``(B, N)`` 1 for a token that is there, 0 for one that left; in place of
         ``alive``. See :func:`tokenenv.vit.attention.gated`.
         """
-        b = self.blocks[block]
-        h, q, k, v = blocks.PLAIN.enter(b, tokens.x)
-        return tokens.with_x(blocks.PLAIN.leave(b, tokens.x, h, attention.gated(q, k, v, keep)))
+        b, family = self.blocks[block], self.family
+        h, q, k, v = family.enter(b, tokens.x)
+        return tokens.with_x(family.leave(b, tokens.x, h, attention.gated(q, k, v, keep)))
 
     def feed(self, block: int, tokens: Tokens) -> Tokens:
         """MLP and its residual of block ``block``."""
@@ -177,21 +186,24 @@ class Backbone(nn.Module):
     @property
     def _parts(self) -> blocks.Parts:
         if not self.compiled:
-            return blocks.PLAIN
-        heads = self.blocks[0].attn.num_heads
-        return blocks.compiled_parts((self.dim, heads, self.dtype, self.device.type))
+            return self.family.parts
+        return blocks.compiled_parts(
+            self.family.parts,
+            (type(self.family), self.dim, self.family.heads(0)[0], self.dtype, self.device.type),
+        )
 
     def attention_dim(self, block: int) -> int:
         """Width of all heads together in block ``block``."""
-        return self.blocks[block].attn.attn_dim
+        heads, width = self.family.heads(block)
+        return heads * width
 
     def head_dim(self, block: int) -> int:
         """Width of one head in block ``block``."""
-        return self.blocks[block].attn.head_dim
+        return self.family.heads(block)[1]
 
     def normalised(self, block: int, x: Tensor) -> Tensor:
-        """Embeddings ``(..., D)`` through the LayerNorm in front of block ``block``'s attention."""
-        return self.blocks[block].norm1(x)
+        """Embeddings ``(..., D)`` through the norm in front of block ``block``'s attention."""
+        return self.family.normalised(block, x)
 
     def summary(self, tokens: Tokens) -> Tensor:
         """``(B, D)`` float32 the class token; without one the mean patch, merged ones by size."""
@@ -209,62 +221,4 @@ class Backbone(nn.Module):
 
         Average pooling weights each living token by the number of patches it stands for.
         """
-        model = self.model
-        pool = getattr(model, "global_pool", "token")
-        if not self._pools_patches:
-            # The head reads prefix tokens only; the final norm works token by token.
-            return model.forward_head(model.norm(tokens.x[:, : self.prefix]))
-        x = model.norm(tokens.x)
-        if not tokens.moved and not tokens.ragged:
-            return model.forward_head(x)
-        first = 0 if model.pool_include_prefix else self.prefix
-        x, alive, size = x[:, first:], tokens.alive[:, first:], tokens.size[:, first:]
-        if model.attn_pool is not None:
-            pooled = model.attn_pool(x, attn_mask=alive[:, None, None, :])
-        else:
-            mean = (x * size[..., None].to(x.dtype)).sum(1) / size.sum(1, keepdim=True).to(x.dtype)
-            peak = x.masked_fill(~alive[..., None], -torch.inf).amax(1)
-            pooled = {"avg": mean, "max": peak, "avgmax": 0.5 * (mean + peak)}[pool]
-        return model.head(model.head_drop(model.fc_norm(pooled)))
-
-    @property
-    def _pools_patches(self) -> bool:
-        model = self.model
-        return getattr(model, "attn_pool", None) is not None or model.global_pool != "token"
-
-
-def check_supported(model: nn.Module) -> None:
-    """Raise :class:`UserError` unless every stage of ``model`` is known."""
-    from timm.layers import Attention
-    from timm.models.vision_transformer import Block, VisionTransformer
-
-    name = getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
-
-    def refuse(what: str) -> UserError:
-        return UserError(
-            f"model '{name}' is not supported: {what}; "
-            "use a model of timm's VisionTransformer family (ViT, DeiT, CLIP, DINOv2 ...)"
-        )
-
-    if not isinstance(model, VisionTransformer):
-        raise refuse(f"{type(model).__name__} is not timm's VisionTransformer")
-    for i, block in enumerate(model.blocks):
-        if type(block) is not Block:
-            raise refuse(f"block {i} is a {type(block).__name__}, not a Block")
-        if type(block.attn) is not Attention:
-            raise refuse(f"block {i} attends with {type(block.attn).__name__}, not Attention")
-        if not isinstance(getattr(block.attn.qkv, "weight", None), nn.Parameter):
-            raise refuse(f"the linear layers of block {i} are {type(block.attn.qkv).__name__}")
-    if getattr(model.patch_drop, "prob", 0):
-        raise refuse("it drops patches while it is trained: make it with patch_drop_rate=0")
-    if not model.num_classes:
-        raise refuse("it has no classifier head: make it with num_classes above 0")
-    if model.attn_pool is not None:
-        if type(model.attn_pool).__name__ != "AttentionPoolLatent":
-            raise refuse(f"it pools with {type(model.attn_pool).__name__}")
-        if model.attn_pool.pos_embed is not None:
-            raise refuse("its attention pool has position embeddings of its own")
-    elif model.global_pool not in ("token", "avg", "max", "avgmax"):
-        raise refuse(
-            f"global_pool='{model.global_pool}' is not a pooling of tokens into one vector"
-        )
+        return self.family.classify(tokens)

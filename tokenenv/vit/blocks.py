@@ -1,4 +1,4 @@
-"""What a block of a timm Vision Transformer does to tokens, and in which portions."""
+"""What a transformer block does to tokens, and in which portions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Hashable, Iterator
 from functools import cache
 from types import FunctionType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,47 +17,34 @@ from tokenenv.vit.tokens import Packing, Tokens
 
 
 class Parts(NamedTuple):
-    """What a block does to each token on its own: to ``(B, N, D)`` and ``(T, D)`` alike."""
+    """What a block does to each token on its own: to ``(B, N, D)`` and ``(T, D)`` alike.
+
+    The three functions are a :class:`~tokenenv.vit.families.Family`'s; ``compiled``: whether they
+    run through ``torch.compile``.
+    """
 
     enter: Callable[[Any, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
     leave: Callable[[Any, Tensor, Tensor, Tensor], Tensor]
     feed: Callable[[Any, Tensor], Tensor]
-
-
-def _enter(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(..., D)`` -> normalised ``(..., D)`` and queries, keys, values ``(..., heads, dim)``."""
-    attn, h = block.attn, block.norm1(x)
-    q, k, v = attn.qkv(h).unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(-3)
-    return h, attn.q_norm(q), attn.k_norm(k), v
-
-
-def _leave(block: Any, x: Tensor, h: Tensor, out: Tensor) -> Tensor:
-    """The residual after attention gave ``out (..., heads, dim)``."""
-    attn = block.attn
-    out = attn.norm(out.flatten(-2))
-    if getattr(attn, "gate", None) is not None:
-        out = out * attn.gate(h).sigmoid()
-    return x + block.drop_path1(block.ls1(attn.proj_drop(attn.proj(out))))
-
-
-def _feed(block: Any, x: Tensor) -> Tensor:
-    """MLP and its residual."""
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-
-
-PLAIN = Parts(_enter, _leave, _feed)
+    compiled: bool = False
 
 
 @cache
-def compiled_parts(kind: tuple[Hashable, ...]) -> Parts:
-    """:data:`PLAIN` through ``torch.compile``, for one ``kind`` of blocks.
+def compiled_parts(parts: Parts, kind: tuple[Hashable, ...]) -> Parts:
+    """``parts`` through ``torch.compile``, for one ``kind`` of blocks.
 
     Each kind has functions of its own: torch counts the graphs of a function, and compiles no more
     of them from a limit on.
     """
-    copies = (FunctionType(part.__code__.replace(), part.__globals__) for part in PLAIN)
-    enter, leave, feed = (cast(Any, torch.compile(part, dynamic=True)) for part in copies)
-    return Parts(enter, leave, feed)
+
+    def compiled(part: Any) -> Any:
+        copy = FunctionType(
+            part.__code__.replace(), part.__globals__, part.__name__, part.__defaults__,
+            part.__closure__,
+        )  # fmt: skip
+        return torch.compile(copy, dynamic=True)
+
+    return Parts(compiled(parts.enter), compiled(parts.leave), compiled(parts.feed), compiled=True)
 
 
 class Wanted(NamedTuple):
@@ -100,28 +87,30 @@ class _Images(NamedTuple):
     packing: Packing | None = None
 
 
-def attend(parts: Parts, block: Any, tokens: Tokens, mask: Tensor | None, want: Wanted) -> Attended:
+def attend(
+    parts: Parts, block: Any, tokens: Tokens, mask: Tensor | None, want: Wanted, drop: float
+) -> Attended:
     """Attention and its residual, in portions where that is faster.
 
-    ``mask`` as for :func:`tokenenv.vit.attention.padded`; of packed tokens only float.
+    ``mask`` as for :func:`tokenenv.vit.attention.padded`; of packed tokens only float. ``drop``:
+    probability of dropping an attention weight; packed tokens are played without.
     """
     packing = tokens.packing
     if not _in_portions(parts, block, tokens):
         lengths = None if packing is None else packing.lengths
-        return _attend(parts, block, _Images(tokens.x, mask, lengths, packing), want)
+        return _attend(parts, block, _Images(tokens.x, mask, lengths, packing), want, drop)
     portions = _padded_portions if packing is None else _packed_portions
-    ran = [_attend(parts, block, images, want) for images in portions(tokens, mask)]
+    ran = [_attend(parts, block, images, want, drop) for images in portions(tokens, mask)]
     columns: Any = zip(*ran, strict=True)
     joined: Any = (None if column[0] is None else torch.cat(column) for column in columns)
     return Attended(*joined)
 
 
-def _attend(parts: Parts, block: Any, images: _Images, want: Wanted) -> Attended:
+def _attend(parts: Parts, block: Any, images: _Images, want: Wanted, drop: float) -> Attended:
     x, mask, lengths, packing = images
     h, q, k, v = parts.enter(block, x)
     scores = None
     if lengths is None:
-        drop = block.attn.attn_drop.p if block.attn.training else 0.0
         out = attention.padded(q, k, v, mask, drop)
         if want.scores:
             scores = attention.first_scores(q, k)
@@ -163,7 +152,7 @@ def _in_portions(parts: Parts, block: Any, tokens: Tokens) -> bool:
     images, and a graph of the portions would keep all that memory.
     """
     rows = tokens.rows
-    if parts is not PLAIN or rows.device.type != "cpu" or block.training:
+    if parts.compiled or rows.device.type != "cpu" or block.training:
         return False
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenenv.errors import UserError
-from tokenenv.vit.backbone import Backbone, check_supported
+from tokenenv.vit.backbone import Backbone
+from tokenenv.vit.families import family_of
 
 EMBEDDED = "digits_vit"
 DIGITS_MODELS = (EMBEDDED, "digits_vit_16")
@@ -65,8 +66,8 @@ def load_backbone(
     """A frozen backbone.
 
     Args:
-        name: any timm model name of the VisionTransformer family, or ``digits_vit``, the
-            embedded model.
+        name: any timm model name of a family in :mod:`tokenenv.vit.families`, or ``digits_vit``,
+            the embedded model.
         weights: a ``.safetensors`` or ``.pth`` state dict. The number of classes is read from
             it. ``random``: :func:`untrained_model`. Without one the embedded model takes its own
             weights and any other model those that timm publishes for it (downloaded by timm).
@@ -85,7 +86,7 @@ def load_model(
     name: str,
     weights: str | None = None,
     options: dict[str, Any] | None = None,
-    check: Callable[[nn.Module], object] = check_supported,
+    check: Callable[[nn.Module], object] = family_of,
 ) -> nn.Module:
     """The timm model of :func:`load_backbone`, in eval mode.
 
@@ -130,7 +131,7 @@ def untrained_model(name: str) -> nn.Module:
         return timm.create_model(name).eval()
 
 
-def check_name(name: str, check: Callable[[nn.Module], object] = check_supported) -> None:
+def check_name(name: str, check: Callable[[nn.Module], object] = family_of) -> None:
     """Refuse a model by its name, before any weights are downloaded or read.
 
     Args:

@@ -1,0 +1,59 @@
+"""Which architectures a backbone knows, and how another is added.
+
+Another one is a subclass of :class:`Family` under :func:`register_family`; nothing else has to be
+edited. ``examples/extend/own_family.py`` shows it.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+
+from tokenenv.errors import UserError
+from tokenenv.vit.families.base import Family
+from tokenenv.vit.families.vision_transformer import VisionTransformerFamily
+
+FAMILIES: dict[str, type[Family]] = {}
+"""The registered families by name, in the order in which they are asked."""
+
+_F = TypeVar("_F", bound=type[Family])
+
+
+def register_family(family: _F) -> _F:
+    """Let :class:`~tokenenv.vit.backbone.Backbone` take the models of a family; a decorator.
+
+    Raises:
+        UserError: a family of this name is registered already.
+    """
+    known = FAMILIES.get(family.name)
+    if known is not None:
+        raise UserError(
+            f"family '{family.name}' is registered already, by {known.__module__}."
+            f"{known.__qualname__}: give {family.__qualname__} another name"
+        )
+    FAMILIES[family.name] = family
+    return family
+
+
+def family_of(model: nn.Module) -> Family:
+    """The first registered family that accepts ``model``, made for it.
+
+    Raises:
+        UserError: none accepts it; the message says what each of them misses.
+    """
+    reasons = []
+    for family in FAMILIES.values():
+        reason = family.refusal(model)
+        if reason is None:
+            return family(model)
+        reasons.append(reason)
+    name = getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
+    raise UserError(
+        f"model '{name}' is not supported: {', and '.join(dict.fromkeys(reasons))}; "
+        "use a model of timm's VisionTransformer family (ViT, DeiT, CLIP, DINOv2 ...), "
+        "or register its family"
+    )
+
+
+register_family(VisionTransformerFamily)

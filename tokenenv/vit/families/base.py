@@ -1,0 +1,242 @@
+"""What a backbone has to know of an architecture, and how most timm transformers answer."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from itertools import chain
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tokenenv.vit.blocks import Parts
+from tokenenv.vit.tokens import Tokens
+
+
+class Family(ABC):
+    """One model of an architecture whose blocks all take and give ``(B, N, D)`` tokens.
+
+    The abstract methods are what differs between architectures. The others answer as timm names
+    things in models of this kind (``blocks``, ``patch_embed``, ``norm``, ``forward_head`` ...); a
+    family overrides those that don't hold for it. Attention itself is not a family's: between
+    :meth:`enter` and :meth:`leave` it is softmax(q k^T / sqrt(head_dim)) v among all living tokens.
+
+    Args:
+        model: a timm model that :meth:`refusal` accepts; it is used as it is, not copied.
+    """
+
+    name: ClassVar[str]
+    """What the family is registered as."""
+
+    def __init__(self, model: nn.Module) -> None:
+        # What timm's modules hold is not typed; Any here keeps it out of every line below.
+        self.model: Any = model
+
+    @classmethod
+    @abstractmethod
+    def refusal(cls, model: nn.Module) -> str | None:
+        """Why ``model`` is none of this family's, naming the part; None if it is one."""
+
+    @abstractmethod
+    def embed(self, images: Tensor) -> Tensor:
+        """Images ``(B, C, H, W)``, normalised -> ``(B, prefix + P, D)`` tokens before block 0."""
+
+    # What a block does to each token on its own, to (B, N, D) and packed (T, D) alike: functions
+    # of the block alone, which torch.compile compiles once for all blocks.
+
+    @staticmethod
+    @abstractmethod
+    def enter(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What attention reads.
+
+        Args:
+            block: one of :attr:`blocks`.
+            x: ``(..., D)`` the tokens before the block.
+
+        Returns:
+            ``(..., any width)`` what :meth:`leave` wants to see again, and queries, keys and
+            values ``(..., heads, head_dim)``.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def leave(block: Any, x: Tensor, h: Tensor, out: Tensor) -> Tensor:
+        """The residual around attention.
+
+        Args:
+            block: one of :attr:`blocks`.
+            x: as for :meth:`enter`.
+            h: the first of what :meth:`enter` gave.
+            out: ``(..., heads, head_dim)`` what attention made of the values.
+
+        Returns:
+            ``(..., D)`` the tokens after attention.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def feed(block: Any, x: Tensor) -> Tensor:
+        """``(..., D)`` tokens after attention -> ``(..., D)`` after the MLP and its residual."""
+
+    @property
+    def parts(self) -> Parts:
+        """:meth:`enter`, :meth:`leave` and :meth:`feed`."""
+        return Parts(self.enter, self.leave, self.feed)
+
+    @property
+    def blocks(self) -> Any:
+        """The transformer blocks, first to last."""
+        return self.model.blocks
+
+    @property
+    def dim(self) -> int:
+        """Width ``D`` of the tokens."""
+        return self.model.embed_dim
+
+    @property
+    def prefix(self) -> int:
+        """Number of class, distillation and register tokens; they come before the patches."""
+        return self.model.num_prefix_tokens
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the first token is a class token."""
+        return getattr(self.model, "cls_token", None) is not None
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return self.model.num_classes
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.model.patch_embed.grid_size
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """Height and width of a patch, pixels."""
+        return self.model.patch_embed.patch_size
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        embed = self.model.patch_embed
+        first = next(m for m in embed.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+        channels = first.in_channels if isinstance(first, nn.Conv2d) else 3
+        return (channels, *embed.img_size)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """One of block 0's: where it is and its type are the model's."""
+        return next(self.blocks[0].parameters())
+
+    def heads(self, block: int) -> tuple[int, int]:
+        """Number of attention heads in block ``block``, and the width of one."""
+        attn = self.blocks[block].attn
+        return attn.num_heads, attn.head_dim
+
+    def attention_drop(self, block: int) -> float:
+        """Probability with which block ``block`` drops attention weights now; 0 in ``eval``."""
+        attn = self.blocks[block].attn
+        return attn.attn_drop.p if attn.training else 0.0
+
+    def normalised(self, block: int, x: Tensor) -> Tensor:
+        """Embeddings ``(..., D)`` through the norm in front of block ``block``'s attention."""
+        return self.blocks[block].norm1(x)
+
+    def linear_layers(self, block: int) -> tuple[list[nn.Linear], list[nn.Linear]]:
+        """Those of block ``block`` that work on each token attention, and the MLP, works on."""
+        b = self.blocks[block]
+        attention, mlp = (
+            [m for m in part.modules() if isinstance(m, nn.Linear)] for part in (b.attn, b.mlp)
+        )
+        return attention, mlp
+
+    @property
+    def pooling(self) -> str:
+        """How the head makes one vector of the tokens.
+
+        ``token``: it reads prefix tokens only. ``avg``, ``max``, ``avgmax``, ``attention``: over
+        the tokens from :attr:`first_pooled` on.
+        """
+        return self.model.global_pool
+
+    @property
+    def first_pooled(self) -> int:
+        """Index of the first token that is pooled, where tokens are."""
+        return self.prefix
+
+    def norm(self, x: Tensor) -> Tensor:
+        """Tokens ``(B, N, D)`` after the last block -> ``(B, N, D)`` as the head reads them."""
+        return self.model.norm(x)
+
+    def head(self, x: Tensor) -> Tensor:
+        """``(B, N, D)`` as :meth:`norm` gives them, all of the same weight -> logits."""
+        return self.model.forward_head(x)
+
+    def pool(self, x: Tensor, alive: Tensor, size: Tensor) -> Tensor:
+        """Tokens of different weights as one vector.
+
+        Args:
+            x: ``(B, N, D)`` as :meth:`norm` gives them, from :attr:`first_pooled` on.
+            alive: ``(B, N)`` which of them are there.
+            size: ``(B, N)`` how many patches each stands for; 0 for one that left.
+
+        Returns:
+            ``(B, D)``.
+        """
+        mean = (x * size[..., None].to(x.dtype)).sum(1) / size.sum(1, keepdim=True).to(x.dtype)
+        peak = x.masked_fill(~alive[..., None], -torch.inf).amax(1)
+        return {"avg": mean, "max": peak, "avgmax": 0.5 * (mean + peak)}[self.pooling]
+
+    def logits(self, pooled: Tensor) -> Tensor:
+        """What :meth:`pool` gave, ``(B, D)`` -> logits ``(B, classes)``."""
+        model = self.model
+        return model.head(model.head_drop(model.fc_norm(pooled)))
+
+    def classify(self, tokens: Tokens) -> Tensor:
+        """Tokens after the last block -> logits ``(B, classes)``."""
+        if self.pooling == "token":
+            # The head reads prefix tokens only; the final norm works token by token.
+            return self.head(self.norm(tokens.x[:, : self.prefix]))
+        x = self.norm(tokens.x)
+        if not tokens.moved and not tokens.ragged:
+            return self.head(x)
+        first = self.first_pooled
+        return self.logits(self.pool(x[:, first:], tokens.alive[:, first:], tokens.size[:, first:]))
+
+    def options(self) -> dict[str, Any]:
+        """What ``timm.create_model`` needs beside the name to build the model again, as JSON."""
+        channels, *size = self.image_shape
+        return {"img_size": size, "in_chans": channels}
+
+    @property
+    def positions(self) -> Tensor | None:
+        """The position embeddings, ``(1, P, D)`` or ``(1, prefix + P, D)``, or None."""
+        return self.model.pos_embed
+
+    def resized(self, size: int) -> nn.Module:
+        """A copy for images of ``size`` x ``size`` pixels that shares all parameters.
+
+        Its position embeddings, no longer a parameter, are left to :meth:`take_positions`.
+        """
+        shared = {id(t): t for t in chain(self.model.parameters(), self.model.buffers())}
+        model = copy.deepcopy(self.model, shared)
+        model.set_input_size(img_size=(size, size))
+        if model.pos_embed is not None:
+            del model.pos_embed
+        return model
+
+    def take_positions(self, other: Family) -> None:
+        """Take position embeddings from the same model at another image size, resampled."""
+        from timm.layers import resample_abs_pos_embed
+
+        assert other.positions is not None
+        self.model.pos_embed = resample_abs_pos_embed(
+            other.positions,
+            new_size=list(self.grid),
+            old_size=list(other.grid),
+            num_prefix_tokens=0 if self.model.no_embed_class else self.prefix,
+        )

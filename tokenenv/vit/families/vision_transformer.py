@@ -1,0 +1,139 @@
+"""timm's ``VisionTransformer`` with its plain blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokenenv.vit.families.base import Family
+
+
+class VisionTransformerFamily(Family):
+    """ViT, DeiT (distilled too), CLIP, DINOv2, DeiT-3, SigLIP and what else timm builds of them.
+
+    With or without class token, registers, pre-norm, LayerScale, qk-norm; of any patch and image
+    size. A subclass for other blocks overrides :meth:`block_refusal`, :meth:`enter`,
+    :meth:`leave` and :meth:`feed`, and what else asks a block for its ``attn``, ``mlp`` or
+    ``norm1`` where it has none.
+    """
+
+    name = "vision_transformer"
+
+    @classmethod
+    def refusal(cls, model: nn.Module) -> str | None:
+        """Why not, by class, blocks, head and what happens in training only."""
+        from timm.models.vision_transformer import VisionTransformer
+
+        if not isinstance(model, VisionTransformer):
+            return f"{type(model).__name__} is not timm's VisionTransformer"
+        for i, block in enumerate(model.blocks):
+            if (reason := cls.block_refusal(i, block)) is not None:
+                return reason
+        if getattr(model.patch_drop, "prob", 0):
+            return "it drops patches while it is trained: make it with patch_drop_rate=0"
+        if not model.num_classes:
+            return "it has no classifier head: make it with num_classes above 0"
+        if model.attn_pool is not None:
+            if type(model.attn_pool).__name__ != "AttentionPoolLatent":
+                return f"it pools with {type(model.attn_pool).__name__}"
+            if model.attn_pool.pos_embed is not None:
+                return "its attention pool has position embeddings of its own"
+        elif model.global_pool not in ("token", "avg", "max", "avgmax"):
+            return f"global_pool='{model.global_pool}' is not a pooling of tokens into one vector"
+        return None
+
+    @classmethod
+    def block_refusal(cls, i: int, block: Any) -> str | None:
+        """Why ``block``, the one of index ``i``, is none whose parts are known, or None."""
+        from timm.models.vision_transformer import Block
+
+        if type(block) is not Block:
+            return f"block {i} is a {type(block).__name__}, not a Block"
+        return attention_refusal(i, block.attn)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Patches, prefix tokens, position embeddings, and pre-norm where there is one."""
+        model = self.model
+        return model.norm_pre(model._pos_embed(model.patch_embed(images)))
+
+    @staticmethod
+    def enter(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The normalised tokens, and :func:`queries_keys_values` of them."""
+        h = block.norm1(x)
+        return h, *queries_keys_values(block.attn, h)
+
+    @staticmethod
+    def leave(block: Any, x: Tensor, h: Tensor, out: Tensor) -> Tensor:
+        """With stochastic depth and LayerScale where the block has them."""
+        return x + block.drop_path1(block.ls1(projected(block.attn, h, out)))
+
+    @staticmethod
+    def feed(block: Any, x: Tensor) -> Tensor:
+        """With stochastic depth and LayerScale where the block has them."""
+        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The weight of block 0's projection to queries, keys and values."""
+        return self.blocks[0].attn.qkv.weight
+
+    @property
+    def pooling(self) -> str:
+        """``attention`` where the model has an attention pool, else timm's ``global_pool``."""
+        return "attention" if self.model.attn_pool is not None else self.model.global_pool
+
+    @property
+    def first_pooled(self) -> int:
+        """0 where the model pools its prefix tokens too."""
+        return 0 if self.model.pool_include_prefix else self.prefix
+
+    def pool(self, x: Tensor, alive: Tensor, size: Tensor) -> Tensor:
+        """Attention pooling reads the living tokens; they weigh the same."""
+        if self.model.attn_pool is not None:
+            return self.model.attn_pool(x, attn_mask=alive[:, None, None, :])
+        return super().pool(x, alive, size)
+
+    def options(self) -> dict[str, Any]:
+        """Image size and channels, pooling, and the drop rates, which only matter in training."""
+        model, last = self.model, self.model.blocks[-1]
+        return super().options() | {
+            "global_pool": model.global_pool,
+            "dynamic_img_size": bool(model.dynamic_img_size),
+            "drop_rate": model.head_drop.p,
+            "pos_drop_rate": model.pos_drop.p,
+            "proj_drop_rate": last.attn.proj_drop.p,
+            "attn_drop_rate": last.attn.attn_drop.p,
+            "drop_path_rate": getattr(last.drop_path1, "drop_prob", 0.0),
+        }
+
+
+def attention_refusal(i: int, attn: nn.Module) -> str | None:
+    """Why block ``i``'s attention ``attn`` is not known as timm's ``Attention``, or None."""
+    from timm.layers import Attention
+
+    if type(attn) is not Attention:
+        return f"block {i} attends with {type(attn).__name__}, not Attention"
+    if not isinstance(getattr(attn.qkv, "weight", None), nn.Parameter):
+        return f"the linear layers of block {i} are {type(attn.qkv).__name__}"
+    return None
+
+
+def queries_keys_values(attn: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What timm's ``Attention`` projects ``h (..., D)`` to: ``(..., heads, head_dim)`` each."""
+    q, k, v = attn.qkv(h).unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(-3)
+    return attn.q_norm(q), attn.k_norm(k), v
+
+
+def projected(attn: Any, h: Tensor, out: Tensor) -> Tensor:
+    """What timm's ``Attention`` gives, ``(..., D)``.
+
+    Args:
+        attn: the module.
+        h: ``(..., D)`` what it got.
+        out: ``(..., heads, head_dim)`` what attention made of the values.
+    """
+    out = attn.norm(out.flatten(-2))
+    if getattr(attn, "gate", None) is not None:
+        out = out * attn.gate(h).sigmoid()
+    return attn.proj_drop(attn.proj(out))
