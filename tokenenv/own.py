@@ -1,0 +1,124 @@
+"""Objects of a user's own, named ``module:Name`` or ``path/to/file.py:Name``."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tokenenv.errors import UserError
+
+_FORM = "give module:Name, importable from here or installed, or path/to/file.py:Name"
+
+
+@dataclass(frozen=True)
+class Own:
+    """What was found under a word.
+
+    Attributes:
+        object: the class, function or value.
+        origin: where it came from: ``module``, its name, or ``file``, its absolute path; and
+            ``sha256`` of the source, where there is one.
+    """
+
+    object: Any
+    origin: dict[str, str]
+
+
+def is_own(word: str) -> bool:
+    """Whether ``word`` has the form ``module:Name`` or ``path/to/file.py:Name``."""
+    place, colon, name = word.rpartition(":")
+    return bool(colon) and name.isidentifier() and (place.endswith(".py") or _is_module(place))
+
+
+def load_own(word: str) -> Own:
+    """The object that ``word`` names.
+
+    Modules are looked for in the current folder too. A file is imported once; changed since, it is
+    imported anew.
+
+    Raises:
+        UserError: not of that form, no such file, an import that fails, or no such name in it. The
+            exception of the import is the error's cause.
+    """
+    place, _, name = word.rpartition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    if place.endswith(".py"):
+        path = Path(place).resolve()
+        if not path.is_file():
+            raise _mistake(word, f"there is no file '{place}'")
+        digest = _sha256(path)
+        module = _import_file(word, path, digest)
+        return Own(_attribute(word, module, name), {"file": str(path), "sha256": digest})
+    if not _is_module(place):
+        raise _mistake(word, f"'{place}' is no module's name")
+    try:
+        module = importlib.import_module(place)
+    except Exception as error:
+        raise _failed(word, error) from error
+    found = _attribute(word, module, name)
+    source = _source_file(found, module)
+    return Own(found, {"module": place} | ({"sha256": _sha256(source)} if source else {}))
+
+
+def _is_module(place: str) -> bool:
+    return all(part.isidentifier() for part in place.split("."))
+
+
+def _import_file(word: str, path: Path, digest: str) -> ModuleType:
+    """The file as a module that is known to ``sys.modules``, as dataclasses and pickle need it."""
+    key = hashlib.sha256(f"{path}\n{digest}".encode()).hexdigest()[:16]
+    name = f"tokenenv_own_{key}_{path.stem}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        del sys.modules[name]
+        if isinstance(error, Exception):
+            raise _failed(word, error) from error
+        raise
+    return module
+
+
+def _attribute(word: str, module: ModuleType, name: str) -> Any:
+    if hasattr(module, name):
+        return getattr(module, name)
+    near = difflib.get_close_matches(name, [n for n in vars(module) if n[0] != "_"], n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    raise _mistake(word, f"there is no '{name}' in it{hint}")
+
+
+def _source_file(found: Any, module: ModuleType) -> Path | None:
+    """Where an object is written; one that inspect knows no place of goes by its module."""
+    for thing in (found, module):
+        with contextlib.suppress(TypeError):
+            source = inspect.getsourcefile(thing)
+            return Path(source) if source else None
+    return None
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _failed(word: str, error: Exception) -> UserError:
+    return _mistake(word, f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def _mistake(word: str, reason: str) -> UserError:
+    return UserError(f"'{word}' can't be imported ({reason}): {_FORM}")
