@@ -45,13 +45,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from agents.policies.words import parse_policy
-from tokenenv.cli.common import MAC_NOTE, open_backbone, report_skipped
+from tokenenv.cli.common import open_backbone
 from tokenenv.cli.evaluate import fit, writable_file
 from tokenenv.data import ImageSource, open_source
 from tokenenv.data.pixels import one_line
 from tokenenv.errors import UserError
 from tokenenv.game.policy import Policy
 from tokenenv.measure import evaluation as metrics
+from tokenenv.measure.printing import MAC_NOTE, report_skipped
 from tokenenv.storage import write_json
 from tokenenv.vit.backbone import Backbone
 

@@ -48,11 +48,10 @@ from tqdm import tqdm
 
 from agents import MAPPO, ActorPolicy, MAPPOConfig, PettingZooArena
 from agents.policies.actor import Widths
-from tokenenv.cli.common import writable_folder
 from tokenenv.data.pixels import one_line
 from tokenenv.errors import UserError
 from tokenenv.game.rules import Observation, TokenPrune
-from tokenenv.storage import write_json
+from tokenenv.storage import writable_folder, write_json
 
 TASKS = ("simple_spread_v3", "simple_reference_v3")
 CYCLES = 25

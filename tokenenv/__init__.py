@@ -16,6 +16,7 @@ from tokenenv.errors import UserError
 from tokenenv.forking import one_thread_in_forked_children
 
 if TYPE_CHECKING:
+    from agents.training import Run, train
     from tokenenv import layer_merge_v0, layer_prune_v0, ltm, token_prune_v0
     from tokenenv.data import ImageSource, open_source
     from tokenenv.deploy.compressed import CompressedViT, compress, load_compressed
@@ -38,6 +39,7 @@ __all__ = [
     "KeepTarget",
     "LayerMerge",
     "LayerPrune",
+    "Run",
     "TokenPrune",
     "UserError",
     "__version__",
@@ -51,6 +53,7 @@ __all__ = [
     "ltm",
     "open_source",
     "token_prune_v0",
+    "train",
 ]
 
 _HOME = {
@@ -73,12 +76,16 @@ _HOME = {
     "open_source": "data",
 }
 
+_AGENTS_HOME = {"Run": "agents.training", "train": "agents.training"}
+
 _MODULES = ("layer_merge_v0", "layer_prune_v0", "ltm", "token_prune_v0")
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(f"tokenenv.{_HOME[name]}"), name)
+    if name in _AGENTS_HOME:
+        return getattr(import_module(_AGENTS_HOME[name]), name)
     if name in _MODULES:
         return import_module(f"tokenenv.{name}")
     raise AttributeError(f"module 'tokenenv' has no attribute '{name}'")

@@ -1,9 +1,12 @@
-"""Tensors and JSON in one safetensors file, written atomically. Never a pickle."""
+"""Writing: tensors and JSON in one safetensors file, atomically and never as a pickle; folders."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +76,28 @@ def write_bytes(path: Path, content: bytes) -> None:
             reason = error.strerror or error
             raise UserError(f"cannot write '{path}' ({reason}): choose another place") from None
         raise
+
+
+@contextlib.contextmanager
+def writable_folder(folder: Path) -> Iterator[None]:
+    """Make ``folder`` and see that it can be written to; removed again if it stays empty.
+
+    Raises:
+        UserError: it cannot be made or written to.
+    """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"cannot write to '{folder}' ({reason}): choose another") from None
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # the first that isn't empty ends it
+            for place in made:
+                place.rmdir()
 
 
 def flatten_state(prefix: str, state: Any, tensors: dict[str, Tensor]) -> Any:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import nn
 
 from agents.finetune.student import Student, Trainee
 from agents.policies.dynamicvit import DynamicViTPolicy
 from agents.policies.words import parse_policy
-from agents.systems.settings import check_settings
+from agents.systems.settings import SystemConfig
+from agents.workers import Workers
 from tokenenv.errors import UserError
 from tokenenv.game.checks import spread_blocks
 from tokenenv.game.policy import Method
@@ -19,6 +21,10 @@ from tokenenv.game.rules import TokenPrune
 from tokenenv.reducers import MSTM, EViT
 from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.multiscale import add_scale
+
+if TYPE_CHECKING:
+    from agents.training.finetuning import FineTuning
+    from agents.training.request import Request
 
 DIGITS: dict[str, Any] = {
     "updates": 300,
@@ -32,7 +38,7 @@ DIGITS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class FineTuneConfig:
+class FineTuneConfig(SystemConfig):
     """What every fine-tuning run can set with ``--set key=value``.
 
     The defaults are for an ImageNet model; :meth:`for_digits` for the embedded one.
@@ -90,7 +96,7 @@ class FineTuneConfig:
     """Whether the method needs no :class:`Backbone`: it works on families that have none."""
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
         if self.batch % self.accumulate:
             raise UserError(
                 f"batch={self.batch} does not fall into accumulate={self.accumulate} equal parts: "
@@ -102,9 +108,11 @@ class FineTuneConfig:
         """Settings for the embedded model."""
         return cls(**DIGITS)
 
-    def implied(self, given: dict[str, Any]) -> dict[str, Any]:
-        """None brings others with it."""
-        return {}
+    def training(self, request: Request, workers: Workers, out: Path) -> FineTuning:
+        """See :meth:`~agents.systems.settings.SystemConfig.training`."""
+        from agents.training.finetuning import FineTuning
+
+        return FineTuning(request, self, workers, out)
 
     def student(self, teacher: Any, model: str) -> Trainee:
         """What is trained: a copy of ``teacher``'s timm model, named ``model``, with the method.

@@ -6,11 +6,14 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch import nn
+
 from agents.learners.critic import PrivilegedCritic, SymmetricCritic
 from agents.learners.ppo import PPO, PPOConfig
 from agents.policies.actor import ActorPolicy, Widths
 from agents.policies.gated import GatedPolicy
-from agents.systems.settings import check_settings, word
+from agents.systems.base import PolicyConfig
+from agents.systems.settings import word
 from agents.training.judgement import Judgement
 from agents.workers import ALONE, Workers
 from tokenenv.data import ImageSource
@@ -24,22 +27,16 @@ from tokenenv.vit.backbone import Backbone
 
 
 @dataclass(frozen=True)
-class _Common:
+class _DoraCommon(PolicyConfig):
     """What both systems have in common.
 
     Attributes:
-        updates: rollouts of ``batch`` images and their PPO epochs.
-        batch: images per rollout.
-        repeats: how often each image is in a batch, see :class:`~agents.learners.ppo.PPOConfig`.
-        blocks: decision blocks; empty: all (``dora``: but those that ``skip`` leaves out).
         damage: ``divergence``, the KL of the logits if nobody decided after this block, or
             ``drift`` of the class token, which grows far faster and wants a ``penalty`` of its own,
             see :class:`~tokenenv.game.rewards.Dora`.
         terminal: pay for damage at the end only, without dense credit.
-        penalty: price of damage before training.
-        closed_loop: whether it follows the policy on the held-back images.
-        target_saving: percent of the multiply-adds to save there; the penalty follows the saving.
-        target_drop: if above 0, share of those images that top-1 may lose; the penalty then
+        penalty: price of damage before training; with ``closed_loop`` it follows the policy.
+        target_drop: if above 0, share of the held-back images that top-1 may lose; the penalty then
             follows the drop, as in the paper, and the best policy is the one that saves most
             within it. It takes thousands of images to measure a drop of 0.01.
         critic: ``privileged`` (the dense logits, the course of the episode and, with a depth, all
@@ -47,57 +44,30 @@ class _Common:
         critic_width: of its Transformer; the paper's is 256.
         critic_depth: its blocks; the paper's are 2. 0 leaves the tokens out: on a CPU they take
             longer than all the rest of the training.
-        lr: of the actor; of the gate and the budget for ``dora-prune``, whose encoder and selector
-            have 0.4 of it.
-        critic_lr: of the critic.
-        entropy, epochs, minibatches, gamma, lam, clip: PPO.
-        held_back: share of the training images on which policies are compared, not trained.
-        evaluate_every: updates between two such comparisons.
-        calibrate: bisection steps for the policy's threshold at the end; 0 leaves it at 0.5.
+        critic_lr: of the critic; ``lr`` is the actor's, of the gate and the budget for
+            ``dora-prune``, whose encoder and selector have 0.4 of it.
     """
 
-    updates: int = 240
-    batch: int = 64
-    repeats: int = 4
-    blocks: tuple[int, ...] = ()
     damage: Damage = "divergence"
     terminal: bool = False
     penalty: float = 60.0
-    closed_loop: bool = True
-    target_saving: float = 26.5
     target_drop: float = 0.0
     critic: Literal["privileged", "symmetric"] = "privileged"
     critic_width: int = 64
     critic_depth: int = 0
-    lr: float = 2e-3
     critic_lr: float = 1e-3
-    entropy: float = 0.001
-    epochs: int = 4
-    minibatches: int = 4
-    gamma: float = 1.0
-    lam: float = 0.95
-    clip: float = 0.2
-    held_back: float = 0.15
-    evaluate_every: int = 20
-    calibrate: int = 7
-
-    def __post_init__(self) -> None:
-        check_settings(self)
 
     def implied(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Settings that those ``given`` bring with them: the drop is measured at threshold 0.5."""
+        """The drop is measured at threshold 0.5, so a ``target_drop`` leaves that."""
         return {"calibrate": 0} if given.get("target_drop") else {}
 
-    def _reward(self) -> Dora:
-        return Dora(penalty=self.penalty, damage=self.damage, terminal=self.terminal)
-
     @property
-    def first_price(self) -> float:
-        """Of damage, before training."""
-        return self.penalty
+    def allowed_drop(self) -> float:
+        """``target_drop``."""
+        return self.target_drop
 
     def next_price(self, price: float, found: Judgement) -> float:
-        """Of damage, after the policy was judged."""
+        """The penalty after a policy was judged; the same without a closed loop."""
         if not self.closed_loop:
             return price
         if self.target_drop:
@@ -105,42 +75,22 @@ class _Common:
         # The loop steers the price of computation; in units of damage that is its inverse.
         return 1 / ClosedLoop(1 / price, self.target_saving).follow(found.saving)
 
-    def set_price(self, game: Game, price: float) -> None:
-        """Tell the game's reward."""
-        game.reward = game.reward.with_price(price)
+    def make_critic(self, policy: ActorPolicy | GatedPolicy, game: Game) -> nn.Module:
+        """DORA's, or one that sees what the actor sees."""
+        if self.critic == "symmetric":
+            return SymmetricCritic(game, policy.heads)
+        return PrivilegedCritic(game, policy.heads, self.critic_width, self.critic_depth)
 
-    def learner(
-        self,
-        policy: ActorPolicy | GatedPolicy,
-        game: Game,
-        seed: int,
-        workers: Workers = ALONE,
-    ) -> PPO:
-        """PPO with DORA's critic."""
-        critic = (
-            PrivilegedCritic(game, policy.heads, self.critic_width, self.critic_depth)
-            if self.critic == "privileged"
-            else SymmetricCritic(game, policy.heads)
-        )
-        config = PPOConfig(
-            steps=game.steps,
-            epochs=self.epochs,
-            minibatches=self.minibatches,
-            gamma=self.gamma,
-            lam=self.lam,
-            clip=self.clip,
-            actor_lr=self.lr,
-            critic_lr=self.critic_lr,
-            entropy=self.entropy,
-            repeats=self.repeats,
-            max_grad_norm=0.5,
-        )
-        critic = critic.to(game.backbone.device)
-        return PPO(policy, critic, game, config, seed=seed, workers=workers)
+    def ppo(self, game: Game) -> PPOConfig:
+        """A rate of its own for the critic."""
+        return dataclasses.replace(super().ppo(game), critic_lr=self.critic_lr, max_grad_norm=0.5)
+
+    def _reward(self) -> Dora:
+        return Dora(penalty=self.penalty, damage=self.damage, terminal=self.terminal)
 
 
 @dataclass(frozen=True)
-class DoraConfig(_Common):
+class DoraConfig(_DoraCommon):
     """What ``tokenenv train dora --set key=value`` can set.
 
     The defaults are for an ImageNet model; :meth:`for_digits` for the embedded one. ``drift`` costs
@@ -223,7 +173,7 @@ class DoraConfig(_Common):
 
 
 @dataclass(frozen=True)
-class DoraPruneConfig(_Common):
+class DoraPruneConfig(_DoraCommon):
     """What ``tokenenv train dora-prune --set key=value`` can set.
 
     The defaults are for an ImageNet model; :meth:`for_digits` for the embedded one.

@@ -1,129 +1,133 @@
-"""The systems that can be trained, by the words a user types."""
+"""The systems that can be trained, by the words a user types. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import importlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import TypeVar
 
-from agents.systems.settings import Settings
-
-if TYPE_CHECKING:
-    from agents.training.judgement import Judgement
-    from agents.workers import Workers
-    from tokenenv.data import ImageSource
-    from tokenenv.game import Game
-    from tokenenv.vit.backbone import Backbone
+from agents.systems.settings import SystemConfig, check_config
+from tokenenv.errors import UserError
+from tokenenv.own import is_own, load_own
 
 
-class Config(Settings, Protocol):
-    """Settings of a system, and what is built from them."""
+@dataclasses.dataclass(frozen=True)
+class System:
+    """What can be trained.
 
-    batch: int
-    repeats: int
-    updates: int
-    evaluate_every: int
-    held_back: float
-    calibrate: int
-    target_saving: float
+    Attributes:
+        name: what a run folder calls it.
+        home: the class of its settings, or where that is: ``module:Class``.
+        summary: one line.
+        origin: of a user's own class, where it came from, see :class:`tokenenv.own.Own`.
+    """
 
-    @property
-    def target_drop(self) -> float:
-        """Share of the images that top-1 may lose; 0 where the saving is the target."""
+    name: str
+    home: str | type[SystemConfig]
+    summary: str = ""
+    origin: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
-    def first_price(self) -> float:
-        """What steers the balance of cost and damage in the reward, before training."""
-
-    def next_price(self, price: float, found: Judgement) -> float:
-        """The same after a policy was judged."""
-
-    def set_price(self, game: Game, price: float) -> None:
-        """Tell the game's reward."""
-
-    def game(self, backbone: Backbone, source: ImageSource) -> Game:
-        """The game to learn from."""
-
-    def policy(self, game: Game, model: str) -> Any:
-        """An untrained policy for it."""
-
-    def learner(self, policy: Any, game: Game, seed: int, workers: Workers) -> Any:
-        """What trains it, with other processes."""
+    def config(self) -> type[SystemConfig]:
+        """The class of its settings."""
+        if not isinstance(self.home, str):
+            return self.home
+        module, _, name = self.home.partition(":")
+        found: type[SystemConfig] = getattr(importlib.import_module(module), name)
+        return found
 
 
-def _rl4evit() -> Any:
-    from agents.systems.rl4evit import RL4EViTConfig
-
-    return RL4EViTConfig
-
-
-def _dora() -> Any:
-    from agents.systems.dora import DoraConfig
-
-    return DoraConfig
-
-
-def _dora_prune() -> Any:
-    from agents.systems.dora import DoraPruneConfig
-
-    return DoraPruneConfig
-
-
-def _mstm() -> Any:
-    from agents.finetune.config import MSTMConfig
-
-    return MSTMConfig
-
-
-def _evit() -> Any:
-    from agents.finetune.config import EViTConfig
-
-    return EViTConfig
-
-
-def _rl4evit_finetune() -> Any:
-    from agents.finetune.config import RL4EViTFineTuneConfig
-
-    return RL4EViTFineTuneConfig
-
-
-def _dynamicvit() -> Any:
-    from agents.finetune.config import DynamicViTConfig
-
-    return DynamicViTConfig
-
-
-def _ltm() -> Any:
-    from agents.finetune.ltm import LTMConfig
-
-    return LTMConfig
-
-
-FINE_TUNED: dict[str, Callable[[], Any]] = {
-    "mstm": _mstm,
-    "evit": _evit,
-    "rl4evit-finetune": _rl4evit_finetune,
-    "dynamicvit": _dynamicvit,
-    "ltm": _ltm,
+SYSTEMS: dict[str, System] = {
+    name: System(name, home, summary)
+    for name, home, summary in (
+        (
+            "rl4evit",
+            "agents.systems.rl4evit:RL4EViTConfig",
+            "an agent per token, keep or prune before some blocks",
+        ),
+        ("dora", "agents.systems.dora:DoraConfig", "an agent per block, merges pairs of tokens"),
+        (
+            "dora-prune",
+            "agents.systems.dora:DoraPruneConfig",
+            "an agent per block: whether tokens leave, how many, and which",
+        ),
+        (
+            "mstm",
+            "agents.finetune.config:MSTMConfig",
+            "fine-tunes: two scales, and what matters little merges into what it resembles",
+        ),
+        (
+            "evit",
+            "agents.finetune.config:EViTConfig",
+            "fine-tunes: what the class token overlooks fuses into one token",
+        ),
+        (
+            "rl4evit-finetune",
+            "agents.finetune.config:RL4EViTFineTuneConfig",
+            "fine-tunes the backbone under a policy that was trained before",
+        ),
+        (
+            "dynamicvit",
+            "agents.finetune.config:DynamicViTConfig",
+            "fine-tunes: predictors trained by gradient say which tokens leave",
+        ),
+        (
+            "ltm",
+            "agents.finetune.ltm:LTMConfig",
+            "fine-tunes: learned masks merge tokens in a ViT, Swin, MobileViT or EfficientViT",
+        ),
+    )
 }
-"""Those that train the backbone: as :data:`SYSTEMS`, of :class:`agents.finetune.config`'s."""
+"""By name."""
 
-SYSTEMS: dict[str, Callable[[], Any]] = {
-    "rl4evit": _rl4evit,
-    "dora": _dora,
-    "dora-prune": _dora_prune,
-}
-"""Those that train a policy: each gives the class of its settings.
+_Class = TypeVar("_Class", bound=type[SystemConfig])
 
-Nothing heavy is imported before.
-"""
 
-SUMMARIES = {
-    "rl4evit": "an agent per token, keep or prune before some blocks",
-    "dora": "an agent per block, merges pairs of tokens",
-    "dora-prune": "an agent per block: whether tokens leave, how many, and which",
-    "mstm": "fine-tunes: two scales, and what matters little merges into what it resembles",
-    "evit": "fine-tunes: what the class token overlooks fuses into one token",
-    "rl4evit-finetune": "fine-tunes the backbone under a policy that was trained before",
-    "dynamicvit": "fine-tunes: predictors trained by gradient say which tokens leave",
-    "ltm": "fine-tunes: learned masks merge tokens in a ViT, Swin, MobileViT or EfficientViT",
-}
+def register_system(name: str, summary: str = "") -> Callable[[_Class], _Class]:
+    """Make a class of settings known as a system; a decorator.
+
+    Args:
+        name: what :func:`agents.training.train` shall call it.
+        summary: one line.
+
+    Raises:
+        UserError: the name is taken, or the class can't be trained.
+    """
+
+    def register(cls: _Class) -> _Class:
+        check_config(cls)
+        if name in SYSTEMS and _place(SYSTEMS[name].home) != _place(cls):
+            raise UserError(f"system '{name}' exists already: register it under another name")
+        SYSTEMS[name] = System(name, cls, summary)
+        return cls
+
+    return register
+
+
+def _place(home: str | type[SystemConfig]) -> str:
+    """Where a class is written: a notebook's cell that runs again defines the same one anew."""
+    return home if isinstance(home, str) else f"{home.__module__}:{home.__qualname__}"
+
+
+def find_system(word: str) -> System:
+    """A system by its name, or a user's own as ``module:Config`` or ``path/to/file.py:Config``.
+
+    Raises:
+        UserError: there is none, or it can't be imported or trained.
+    """
+    if word in SYSTEMS:
+        return SYSTEMS[word]
+    if not is_own(word):
+        near = difflib.get_close_matches(word, SYSTEMS, n=1)
+        hint = f"did you mean '{near[0]}'? Choose" if near else "choose"
+        raise UserError(
+            f"unknown system '{word}': {hint} from {', '.join(SYSTEMS)}, or give a class of your "
+            "own as module:Config or path/to/file.py:Config"
+        )
+    own = load_own(word)
+    check_config(own.object)
+    place, _, name = word.rpartition(":")
+    return System(f"{Path(place).name}:{name}", own.object, origin=own.origin)

@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from agents.learners.mappo import MAPPO, MAPPOConfig
 from agents.policies.actor import ActorPolicy, Decide, Widths
-from agents.systems.settings import check_settings
-from agents.training.judgement import Judgement
+from agents.systems.base import PolicyConfig
 from agents.workers import ALONE, Workers
 from tokenenv.data import ImageSource
 from tokenenv.errors import UserError
 from tokenenv.game import Game
 from tokenenv.game.build import build_game
-from tokenenv.game.rewards import ClosedLoop
 from tokenenv.vit.backbone import Backbone
 
 
 @dataclass(frozen=True)
-class RL4EViTConfig:
+class RL4EViTConfig(PolicyConfig):
     """What ``tokenenv train rl4evit --set key=value`` can set.
 
     The defaults are for an ImageNet model; :meth:`for_digits` for the embedded one.
 
     Attributes:
-        updates: rollouts of ``batch`` images and their PPO epochs.
-        batch: images per rollout.
-        blocks: decision blocks; empty: three, spread evenly.
         features: what an agent sees of its own token.
         share: whether it also sees the class token.
         reward: ``cooperative`` (ours), ``alpha_beta`` or ``keep_target`` (RL4EViT's).
-        beta: price of a token per decision (``cooperative``, ``alpha_beta``); choosing
-            ``alpha_beta`` sets it to 0.1 and ``closed_loop`` to false unless they are given.
+        beta: price of a token per decision (``cooperative``, ``alpha_beta``) before training; with
+            ``closed_loop`` it follows the policy. Choosing ``alpha_beta`` sets it to 0.1 and
+            ``closed_loop`` to false unless they are given.
         alpha: weight of the class reward; 0: the default of the reward for this model.
         class_reward: RL4EViT's class reward, paid for ``each`` decision or the ``final`` one.
         targets: shares to keep after each decision (``keep_target``); empty: 0.7, 0.49, 0.343.
@@ -41,14 +37,6 @@ class RL4EViTConfig:
         initial_keep: probability of keeping a token of mean class attention before training.
         lean: how fast the log-odds of keeping rise with ``cls_attention`` before training, where
             that is among the features: the policy starts as a soft top-k by class attention.
-        repeats: how often each image is in a batch, see :class:`~agents.MAPPOConfig`.
-        lr, entropy, epochs, minibatches, gamma, lam, clip: PPO.
-        held_back: share of the training images on which policies are compared, not trained.
-        evaluate_every: updates between two such comparisons.
-        closed_loop: whether the price ``beta`` follows the saving on the held-back images
-            (``cooperative``, ``alpha_beta``), see :class:`~tokenenv.game.rewards.ClosedLoop`.
-        target_saving: percent of the multiply-adds that the policy shall save there.
-        calibrate: bisection steps for the policy's threshold at the end; 0 leaves it at 0.5.
         decide: how the deterministic policy decides, by ``threshold`` or ``systematic`` sampling,
             see :class:`~agents.policies.actor.ActorPolicy`.
 
@@ -57,8 +45,6 @@ class RL4EViTConfig:
     """
 
     updates: int = 320
-    batch: int = 64
-    blocks: tuple[int, ...] = ()
     features: tuple[str, ...] = (
         "position",
         "progress",
@@ -77,25 +63,11 @@ class RL4EViTConfig:
     hidden: tuple[int, ...] = (32, 32)
     initial_keep: float = 0.985
     lean: float = 4.0
-    repeats: int = 4
-    lr: float = 2e-3
-    entropy: float = 0.001
-    epochs: int = 4
-    minibatches: int = 4
-    gamma: float = 1.0
-    lam: float = 0.95
-    clip: float = 0.2
-    held_back: float = 0.15
-    evaluate_every: int = 20
-    closed_loop: bool = True
-    target_saving: float = 26.5
     calibrate: int = 6
     decide: Decide = "threshold"
 
-    target_drop: ClassVar[float] = 0.0
-
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
         if self.closed_loop and not self.beta and self.reward != "keep_target":
             raise UserError(
                 "beta=0 can't follow the saving: give a price above 0, or --set closed_loop=false"
@@ -154,22 +126,6 @@ class RL4EViTConfig:
             repeats=self.repeats,
         )
 
-    @property
-    def first_price(self) -> float:
-        """Of a token, before training."""
-        return self.beta
-
-    def next_price(self, price: float, found: Judgement) -> float:
-        """Of a token, after the policy was judged."""
-        if not self.closed_loop or self.reward == "keep_target":
-            return price
-        return ClosedLoop(price, self.target_saving).follow(found.saving)
-
-    def set_price(self, game: Game, price: float) -> None:
-        """Tell the game's reward."""
-        if game.reward.price is not None:
-            game.reward = game.reward.with_price(price)
-
     def policy(self, game: Game, model: str) -> ActorPolicy:
         """An untrained policy for ``game``; initialised from torch's global generator."""
         policy = ActorPolicy(
@@ -185,22 +141,12 @@ class RL4EViTConfig:
             policy.lean_on(layout["cls_attention"], self.lean)
         return policy.to(game.backbone.device)
 
-    def learner(
-        self, policy: ActorPolicy, game: Game, seed: int, workers: Workers = ALONE
-    ) -> MAPPO:
-        """MAPPO, or IPPO without the centralised critic."""
-        config = MAPPOConfig(
-            steps=game.steps,
-            epochs=self.epochs,
-            minibatches=self.minibatches,
-            gamma=self.gamma,
-            lam=self.lam,
-            clip=self.clip,
-            actor_lr=self.lr,
-            critic_lr=self.lr,
-            entropy=self.entropy,
-            hidden=self.hidden,
-            centralised=self.centralised,
-            repeats=self.repeats,
+    def ppo(self, game: Game) -> MAPPOConfig:
+        """With those of the critic."""
+        return MAPPOConfig(
+            **vars(super().ppo(game)), hidden=self.hidden, centralised=self.centralised
         )
-        return MAPPO(policy, game, config, seed=seed, workers=workers)
+
+    def learner(self, policy: Any, game: Game, seed: int, workers: Workers = ALONE) -> MAPPO:
+        """MAPPO, or IPPO without the centralised critic."""
+        return MAPPO(policy, game, self.ppo(game), seed=seed, workers=workers)

@@ -1,34 +1,73 @@
-"""Settings of a system as ``--set key=value`` words."""
+"""Settings of a system: their base class, their checks, and how values are read."""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 import math
+import numbers
+import operator
 import typing
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from tokenenv.errors import UserError
 
+if TYPE_CHECKING:
+    from agents.training.request import Request, Training
+    from agents.workers import Workers
 
-class Settings(Protocol):
-    """A frozen dataclass of settings with defaults, which are for an ImageNet model."""
 
-    __dataclass_fields__: ClassVar[dict[str, Any]]
+class UnknownSetting(UserError, TypeError):
+    """A setting that a system does not have: what Python raises for an unknown argument."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SystemConfig:
+    """Settings of a system, and how it is trained: the base class of every system's dataclass.
+
+    Fields have defaults, those for an ImageNet model, and are whole numbers, numbers, booleans,
+    words, ``Literal`` words, or tuples of those. Values whose names other systems use too, such as
+    ``batch``, are checked alike.
+
+    Raises:
+        UserError: a value out of its range.
+    """
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     @classmethod
-    def for_digits(cls) -> Settings:
-        """The settings for the embedded models.
+    def for_digits(cls) -> SystemConfig:
+        """The settings for the embedded model."""
+        return cls()
 
-        Where four times the tokens need others the class has a ``for_large_digits`` beside it.
-        """
+    @classmethod
+    def for_large_digits(cls) -> SystemConfig:
+        """The settings for the embedded model of 256 tokens."""
+        return cls.for_digits()
 
     def implied(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Settings that those ``given`` in place of these bring with them."""
+        """Settings that change along with those ``given`` in place of these."""
+        return {}
+
+    def training(self, request: Request, workers: Workers, out: Path) -> Training:
+        """Everything that a training needs, built and ready to run.
+
+        Args:
+            request: what was asked for; its ``config`` is this one.
+            workers: the processes that train together.
+            out: the run folder.
+
+        Raises:
+            UserError: settings that don't go with the model or the images.
+        """
+        raise NotImplementedError
 
 
-C = TypeVar("C", bound=Settings)
+C = TypeVar("C", bound=SystemConfig)
 
 Check = tuple[Callable[[Any], bool], str]
 """Whether a value will do, and words for those that will."""
@@ -65,19 +104,55 @@ _CHECKS: dict[str, Check] = {
 }
 
 
+RESERVED = (
+    "system",
+    "model",
+    "weights",
+    "data",
+    "out",
+    "images",
+    "seed",
+    "device",
+    "dtype",
+    "resume",
+)
+"""Arguments of :func:`agents.training.train`, which no setting can be named as."""
+
+
+def check_config(cls: Any) -> None:
+    """Raise :class:`UserError` unless ``cls`` is what :class:`SystemConfig` asks for."""
+    if not (isinstance(cls, type) and issubclass(cls, SystemConfig)):
+        raise UserError(
+            f"{getattr(cls, '__name__', cls)!r} is no class of settings: derive it from "
+            "agents.systems.PolicyConfig, or from FineTuneConfig of agents.finetune.config"
+        )
+    try:
+        hints = _hints(cls)
+    except NameError as error:
+        raise UserError(
+            f"{cls.__name__}: a type of its settings can't be found ({error}): import it, not only "
+            "for type checking"
+        ) from error
+    for field in dataclasses.fields(cls):
+        problem = ""
+        if field.name in RESERVED:
+            problem = "is an argument of train() itself: rename it"
+        elif field.default is dataclasses.MISSING:
+            problem = "has no default: give it one"
+        elif not _is_settable(hints[field.name]):
+            problem = "must be a whole number, a number, a boolean, a word or a tuple of those"
+        if problem:
+            raise UserError(f"{cls.__name__}: setting '{field.name}' {problem}")
+
+
 def preset(cls: type[C], model: str | None) -> C:
     """The settings that a system starts from on a model; None is the embedded one."""
     from tokenenv.vit.load import DIGITS_MODELS, EMBEDDED  # heavy: a command's help does without
 
     if model not in (None, *DIGITS_MODELS):
         return cls()
-    made = cls.for_digits() if model in (None, EMBEDDED) else _for_large_digits(cls)
+    made = cls.for_digits() if model in (None, EMBEDDED) else cls.for_large_digits()
     return typing.cast(C, made)
-
-
-def _for_large_digits(cls: type[Settings]) -> Settings:
-    make: Callable[[], Settings] = getattr(cls, "for_large_digits", cls.for_digits)
-    return make()
 
 
 def check_settings(config: Any) -> None:
@@ -97,28 +172,44 @@ def check_settings(config: Any) -> None:
             raise UserError(f"{key}={word(value)} doesn't do: it must be {problem}")
 
 
-def with_settings(config: C, settings: list[str]) -> C:
-    """``config`` with ``key=value`` words applied; lists are separated by slashes or commas.
+def with_settings(config: C, given: dict[str, Any]) -> C:
+    """``config`` with the settings ``given``, and those they imply.
 
     Raises:
-        UserError: unknown key, or a value of the wrong type.
+        UserError: see :func:`read_settings`, or values out of their range.
     """
-    hints = _hints(type(config))
-    values: dict[str, Any] = {}
-    for setting in settings:
-        key, sep, text = setting.partition("=")
-        if not sep:
-            raise UserError(f"--set {setting}: the form is key=value")
-        if key not in hints:
-            raise UserError(f"--set {setting}: unknown key; choose from {', '.join(sorted(hints))}")
-        try:
-            values[key] = _parse(hints[key], text)
-        except ValueError:
-            raise UserError(f"--set {setting}: {key} takes {_describe(hints[key])}") from None
+    values = read_settings(type(config), given)
     return dataclasses.replace(config, **{**config.implied(values), **values})
 
 
-def settings_help(cls: type[Settings]) -> str:
+def read_settings(cls: type[SystemConfig], given: dict[str, Any]) -> dict[str, Any]:
+    """Values for the fields of ``cls``.
+
+    Args:
+        cls: the class of a system's settings.
+        given: values by name; words are read as the command line's, in which lists are separated
+            by slashes or commas.
+
+    Raises:
+        UnknownSetting: a name that is no field. UserError: a value of the wrong type.
+    """
+    hints = _hints(cls)
+    values: dict[str, Any] = {}
+    for key, value in given.items():
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise UnknownSetting(
+                f"{key}={word(value)}: unknown key; choose from {', '.join(sorted(hints))}{hint}"
+            )
+        try:
+            values[key] = _read(hints[key], value)
+        except (TypeError, ValueError):
+            raise UserError(f"{key}={word(value)}: {key} takes {_describe(hints[key])}") from None
+    return values
+
+
+def settings_help(cls: type[SystemConfig]) -> str:
     """Every setting with its default, then what each of them means."""
     from tokenenv.vit.load import DIGITS_MODELS
 
@@ -136,10 +227,10 @@ def settings_help(cls: type[Settings]) -> str:
         for c in reversed(cls.__mro__)
         if dataclasses.is_dataclass(c)
     ]
-    return "\n".join(["defaults:", *defaults, "", "meanings:", *meanings])
+    return "\n".join(["defaults:", *defaults, "", "meanings:", *filter(None, meanings)])
 
 
-def _hints(cls: type[Settings]) -> dict[str, Any]:
+def _hints(cls: type[SystemConfig]) -> dict[str, Any]:
     """Types of the fields that can be set."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
@@ -150,6 +241,33 @@ def word(value: Any) -> str:
     if isinstance(value, tuple | list):
         return "/".join(map(word, value))
     return str(value).lower() if isinstance(value, bool) else f"{value}"
+
+
+def _is_settable(hint: Any) -> bool:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        return bool(args) and all(each is Ellipsis or _is_settable(each) for each in args)
+    return origin is Literal or hint in (int, float, bool, str)
+
+
+def _read(hint: Any, value: Any) -> Any:
+    """A value of Python's, or the command line's word for it, as a field's type wants it."""
+    args = typing.get_args(hint)
+    if isinstance(value, str):
+        return _parse(hint, value)
+    if typing.get_origin(hint) is tuple:
+        parts = value if isinstance(value, tuple | list) else (value,)
+        if args[-1] is not Ellipsis and len(parts) != len(args):
+            raise ValueError(value)
+        return tuple(_read(args[0], part) for part in parts)
+    if isinstance(value, bool):
+        if hint is bool:
+            return value
+    elif hint is int:
+        return operator.index(value)
+    elif hint is float and isinstance(value, numbers.Real):
+        return float(value)
+    raise TypeError(value)
 
 
 def _parse(hint: Any, text: str) -> Any:

@@ -1,1 +1,22 @@
-"""Training runs: the loop around a learner, its folder, its report."""
+"""Training runs: from a system's name to a run folder, the loop around a learner, its report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from agents.training.run import Run
+    from agents.training.start import train
+
+__all__ = ["Run", "train"]
+
+_HOME = {"Run": "agents.training.run", "train": "agents.training.start"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: what systems are built of imports parts of this package."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'agents.training' has no attribute '{name}'")
+    import importlib
+
+    return getattr(importlib.import_module(_HOME[name]), name)

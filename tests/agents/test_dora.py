@@ -25,9 +25,9 @@ from agents.systems.dora import DoraConfig, DoraPruneConfig
 from agents.systems.rl4evit import RL4EViTConfig
 from agents.systems.settings import preset, with_settings
 from agents.training.held_back import HeldBack
+from agents.training.priced_game import PricedGame
 from agents.training.trainer import Trainer
 from tokenenv import UserError, load_backbone
-from tokenenv.cli.train import _Market
 from tokenenv.game.rules import LayerPrune
 from tokenenv.storage import read_tensors, write_tensors
 from tokenenv.vit.backbone import Backbone
@@ -289,9 +289,9 @@ def trainer(config: Any, backbone: Backbone, out: Path) -> Trainer:
     game = config.game(backbone, fit)
     game.seed(0)
     policy = config.policy(game, "small")
-    market = _Market(game, config, HeldBack(backbone, held_back))
+    priced = PricedGame(game, config, HeldBack(backbone, held_back))
     return Trainer(
-        config.learner(policy, game, 0), market, market.judge, out, updates=config.updates,
+        config.learner(policy, game, 0), priced, priced.judge, out, updates=config.updates,
         evaluate_every=config.evaluate_every, target_saving=config.target_saving, config={},
     )  # fmt: skip
 
@@ -323,9 +323,9 @@ def test_a_broken_run_resumes_exactly(
 
 # Settings ----------------------------------------------------------------------------------------
 def test_a_target_drop_is_measured_at_the_threshold_of_training() -> None:
-    assert with_settings(DoraConfig(), ["target_drop=0.01"]).calibrate == 0
-    assert with_settings(DoraConfig(), ["target_drop=0.01", "calibrate=3"]).calibrate == 3
-    assert with_settings(DoraConfig(), ["target_saving=20"]).calibrate == DoraConfig().calibrate
+    assert with_settings(DoraConfig(), {"target_drop": "0.01"}).calibrate == 0
+    assert with_settings(DoraConfig(), {"target_drop": "0.01", "calibrate": "3"}).calibrate == 3
+    assert with_settings(DoraConfig(), {"target_saving": "20"}).calibrate == DoraConfig().calibrate
 
 
 def test_a_setting_of_many_values_is_a_tuple() -> None:
@@ -351,12 +351,15 @@ def test_other_blocks_than_the_presets_start_from_the_mean_of_its_budgets() -> N
         DoraPruneConfig(), blocks=(0, 2, 4), initial_budget=(120.0, 70.0, 20.0)
     )
     for blocks in ("3/5", "0/2/5", ""):
-        assert with_settings(start, [f"blocks={blocks}"]).initial_budget == (70.0,)
-    assert with_settings(start, ["blocks=0/2/4"]) == start
-    assert with_settings(start, ["blocks=", "target_drop=0.01"]).calibrate == 0
-    assert with_settings(DoraPruneConfig(), ["blocks=3"]).initial_budget == (12.0,)
-    assert with_settings(start, ["blocks=3/5", "initial_budget=7/6"]).initial_budget == (7.0, 6.0)
-    assert with_settings(start, ["lr=0.1"]).initial_budget == start.initial_budget
+        assert with_settings(start, {"blocks": blocks}).initial_budget == (70.0,)
+    assert with_settings(start, {"blocks": "0/2/4"}) == start
+    assert with_settings(start, {"blocks": "", "target_drop": "0.01"}).calibrate == 0
+    assert with_settings(DoraPruneConfig(), {"blocks": "3"}).initial_budget == (12.0,)
+    assert with_settings(start, {"blocks": "3/5", "initial_budget": "7/6"}).initial_budget == (
+        7.0,
+        6.0,
+    )
+    assert with_settings(start, {"lr": "0.1"}).initial_budget == start.initial_budget
 
 
 def test_the_critic_of_the_selector_is_told_how_many_leave(backbone: Backbone) -> None:

@@ -26,11 +26,13 @@ from agents.finetune.losses import logit_loss, token_loss
 from agents.finetune.student import Played, Student
 from agents.finetune.tuner import FineTuner, half_precision
 from agents.policies import load_policy
+from agents.systems import find_system
+from agents.training.request import Request
 from agents.workers import Workers
-from tokenenv.cli import finetune
-from tokenenv.cli.main import build_parser, main
+from tokenenv.cli.main import main
 from tokenenv.data import Batch, Stream
 from tokenenv.errors import UserError
+from tokenenv.measure.opening import Model
 from tokenenv.storage import flatten_state, read_tensors, unflatten_state, write_tensors
 from tokenenv.vit.digits import WEIGHTS
 
@@ -300,15 +302,14 @@ def test_torchrun_writes_one_run_and_resumes_it(system: str, tmp_path: Path) -> 
 
 
 def test_a_backbone_goes_on_with_as_many_processes(tmp_path: Path) -> None:
-    args = build_parser().parse_args([*COMMAND.split(), str(tmp_path)])
-    config = mstm(batch=8, held_back=0.3)
-    run = finetune._build(args, config, Workers(), tmp_path)
-    run.trainer.config["processes"] = 2  # as two would have left it
-    run.trainer.updates = 0
-    run.trainer.run()
-    args.resume = True
+    request = Request(find_system("mstm"), mstm(batch=8, held_back=0.3), Model(), images=60)
+    training = request.config.training(request, Workers(), tmp_path)
+    training.trainer.config["processes"] = 2  # as two would have left it
+    training.trainer.updates = 0
+    training.trainer.run()
+    again = dataclasses.replace(request, resume=True)
     with pytest.raises(UserError, match=r"processes=1: it was started with processes=2"):
-        finetune._build(args, config, Workers(), tmp_path)
+        again.config.training(again, Workers(), tmp_path)
 
 
 # The command line

@@ -21,15 +21,17 @@ from torch.testing import assert_close
 
 from agents.learners.ppo import PPO
 from agents.learners.rollout import minibatches
+from agents.systems import find_system
 from agents.systems.dora import DoraConfig, DoraPruneConfig
 from agents.systems.rl4evit import RL4EViTConfig
+from agents.training.request import Request
 from agents.training.trainer import CHECKPOINT
 from agents.workers import ALONE, Rows, Workers
-from tokenenv.cli import train
-from tokenenv.cli.main import build_parser, main
+from tokenenv.cli.main import main
 from tokenenv.data import Batch, ImageSource, Stream, open_source
 from tokenenv.data.pixels import PixelStore
 from tokenenv.errors import UserError
+from tokenenv.measure.opening import Model
 from tokenenv.storage import read_tensors, unflatten_state
 
 SMALL: dict[str, Any] = {"batch": 12, "repeats": 2, "epochs": 2, "minibatches": 3, "blocks": (1, 3)}
@@ -91,7 +93,7 @@ from agents.workers import join
 from helpers import backbone
 from test_workers import CASES, flawed, learned
 from agents.training.held_back import HeldBack
-from tokenenv.cli.train import _run_dense_model
+from agents.training.rl import run_dense_model
 from tokenenv.errors import UserError
 torch.set_num_threads(1)
 with join("cpu") as (workers, device):
@@ -100,7 +102,7 @@ with join("cpu") as (workers, device):
     game = RL4EViTConfig(batch=8).game(backbone(), source)
     game.share(workers.rank, workers.count, 0)
     judge = HeldBack(backbone(), source, workers)
-    _run_dense_model(game, judge, workers)
+    run_dense_model(game, judge, workers)
     known = dict(zip(game.answers.export()[0], game.answers.export()[1][0], strict=True))
     told = sorted(known), torch.stack([known[k] for k in sorted(known)])
     found["dense"] = workers.gather((source.skipped, *told))
@@ -242,10 +244,10 @@ import os, signal, sys
 import torch
 from agents.learners.ppo import PPO
 from tokenenv.cli.main import main
-from tokenenv.cli import train
+from agents.training.request import Request
 
 torch.set_num_threads(1)
-train.final_images = lambda args, backbone, held_back: held_back  # fewer than 600
+Request.final_images = lambda request, backbone, held_back: held_back  # fewer than 600
 rank, call, number = map(int, sys.argv[1].split("/"))
 calls, descend = 0, PPO._descend
 
@@ -271,7 +273,7 @@ def run(*words: str, strike: tuple[int, int, int] = (0, 0, 0), cwd: Path) -> lis
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Run commands here, in one thread, without the 600 images of the report."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "final_images", lambda args, backbone, held_back: held_back)
+    monkeypatch.setattr(Request, "final_images", lambda request, backbone, held_back: held_back)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield monkeypatch
@@ -396,10 +398,9 @@ def test_a_mistake_of_all_is_said_by_the_first(
 
 
 def test_a_batch_must_have_an_image_for_everyone(tmp_path: Path) -> None:
-    args = build_parser().parse_args(["train", "dora", "--images", "40"])
-    config = DoraConfig(batch=12, repeats=4)
+    request = Request(find_system("dora"), DoraConfig(batch=12, repeats=4), Model(), images=40)
     with pytest.raises(UserError, match=r"batch=12 with.* for 5 processes.* batch=20 or more"):
-        train._build(args, config, Workers(0, 5), tmp_path)
+        request.config.training(request, Workers(0, 5), tmp_path)
     config = DoraPruneConfig(batch=12, repeats=4, selector="random")
     game = config.game(backbone(), source())
     with pytest.raises(UserError, match=r"selector=random draws for one process"):

@@ -22,6 +22,8 @@ from safetensors.torch import save_file
 from agents.learners.mappo import MAPPO
 from agents.policies import shipped
 from agents.systems.rl4evit import RL4EViTConfig
+from agents.training import Run
+from agents.training.rl import PolicyTraining
 from agents.training.trainer import CHECKPOINT, Trainer
 from tokenenv.cli.main import main
 from tokenenv.measure import evaluation as metrics
@@ -253,14 +255,15 @@ def test_a_share_is_held_back(
 
 
 def test_runs_without_a_name_are_numbered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenenv.cli.train._train", lambda args, run, out: touch(out))
+    monkeypatch.setattr("agents.training.rl.PolicyTraining.run", touch)
     for number in range(3):
         assert main(["train", "rl4evit"]) == 0
         assert Path(f"runs/rl4evit-{number}/file").exists()
 
 
-def touch(out: Path) -> None:
-    (out / "file").touch()
+def touch(training: PolicyTraining) -> Run:
+    (training.out / "file").touch()
+    return Run(training.out)
 
 
 def test_both_embedded_models_bring_their_images_along() -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from agents.systems.rl4evit import RL4EViTConfig
 from agents.training.trainer import CHECKPOINT
-from tokenenv.cli import common
+from tokenenv import storage
 from tokenenv.cli.main import main
 from tokenenv.measure import evaluation as metrics
 from tokenenv.storage import read_tensors
@@ -343,7 +343,7 @@ def test_places_that_cannot_be_written_to(
     def forbidden(dir: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(common.tempfile, "TemporaryFile", forbidden)
+    monkeypatch.setattr(storage.tempfile, "TemporaryFile", forbidden)
     for command, name in {
         f"{QUICK} --out new/run": "new/run",
         f"{QUICK} --out folder": "folder",

@@ -268,8 +268,8 @@ def test_every_task_says_what_it_is(task: Task) -> None:
     config = suite_learners.settings(task, system)
     assert config.updates * config.batch <= task.budget < (config.updates + 1) * config.batch
     # As words of the command line and back.
-    words = [f"{key}={word(value)}" for key, value in vars(config).items()]
-    assert with_settings(SYSTEMS[system]()(), words) == config
+    words = {key: word(value) for key, value in vars(config).items()}
+    assert with_settings(SYSTEMS[system].config(), words) == config
     if task.embedded:
         opened = open_task(task)
         game = opened.game(batch_size=1)

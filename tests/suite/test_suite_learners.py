@@ -10,6 +10,7 @@ import pytest
 from command_line import mistake
 from suite_tasks import TINY, elsewhere, kept, run  # noqa: F401
 
+from agents.training import Run
 from tokenenv.suite.results import read_result
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -20,17 +21,17 @@ def test_ctrl_c_in_training(
 ) -> None:
     asked: list[Any] = []
 
-    def stopped(args: Any) -> int:
-        asked.append(args)
-        Path(args.out, "checkpoint.safetensors").touch()
-        return 130
+    def stopped(system: str, **options: Any) -> Run:
+        asked.append(options)
+        Path(options["out"], "checkpoint.safetensors").touch()
+        return Run(options["out"], report={"stopped_early": True})
 
-    monkeypatch.setattr("tokenenv.cli.train.train", stopped)
+    monkeypatch.setattr("tokenenv.suite.learners.train", stopped)
     for _ in range(2):
         assert run("run tiny-prune-v0 --learner ippo --seeds 0") == 130
         assert "the same command goes on" in capsys.readouterr().err
-    assert [args.resume for args in asked] == [False, True]
-    assert "centralised=false" in asked[0].settings and not kept()
+    assert [options["resume"] for options in asked] == [False, True]
+    assert asked[0]["centralised"] is False and not kept()
 
 
 def test_a_trained_learner_keeps_the_budget_and_resumes(
@@ -125,11 +126,13 @@ def test_mistakes_of_a_learner_of_your_own(
 
 
 def test_a_learner_that_is_no_plain_function(own_learners: None) -> None:
-    command = "run tiny-prune-v0 --learner own_learners:partial --seeds 0"
-    assert run(command) == 0
-    (found,) = kept().values()
-    assert found["conditions"]["code"]  # another source is another learner
-    assert found["conditions"]["learnt_in"] == "float32"
+    for word in ("own_learners:partial", "own_learners.py:partial"):
+        assert run(f"run tiny-prune-v0 --learner {word} --seeds 0") == 0
+    one, other = kept().values()
+    assert one["points"] == other["points"]
+    # Another source is another learner.
+    assert one["conditions"]["code"] == other["conditions"]["code"] != ""
+    assert one["conditions"]["learnt_in"] == "float32"
 
 
 def test_a_learner_of_your_own_may_play_in_half_precision(own_learners: None) -> None:

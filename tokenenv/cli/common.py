@@ -1,163 +1,41 @@
-"""What the commands have in common: models, places to write to, results in words."""
+"""What the commands have in common: the model that their options name."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import tempfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
-from tqdm import tqdm
 
-from tokenenv.data import ImageSource
-from tokenenv.errors import UserError
-from tokenenv.game.policy import Method
-from tokenenv.measure import evaluation as metrics
+from tokenenv.measure.opening import Model
 from tokenenv.vit.backbone import Backbone
-from tokenenv.vit.load import (
-    DIGITS_MODELS,
-    EMBEDDED,
-    Dense,
-    check_device,
-    check_dtype,
-    check_name,
-    load_backbone,
-    load_model,
-)
+from tokenenv.vit.load import EMBEDDED, Dense, check_dtype
 
-MAC_NOTE = "1 MAC = 1 FLOP, policy included, frozen backbone"
-_TUNED_NOTE = "1 MAC = 1 FLOP, policy included, fine-tuned backbone"
+
+def model_of(args: argparse.Namespace) -> Model:
+    """The model that ``--model``, ``--weights``, ``--device``, ``--dtype`` name.
+
+    A command without ``--dtype`` computes in float32.
+    """
+    dtype = getattr(args, "dtype", "float32")
+    return Model(args.model or EMBEDDED, args.weights, args.device, dtype)
 
 
 def open_backbone(args: argparse.Namespace, *, images: bool = True) -> tuple[Backbone, str]:
-    """The model that ``--model``, ``--weights``, ``--device``, ``--dtype`` name, and its name.
-
-    ``images``: whether the command needs images, which only the embedded models bring along.
+    """That model, and its name; ``images``: whether the command needs images.
 
     Raises:
-        UserError: unknown, unsupported or unreadable, or a model without images of its own.
+        UserError: see :meth:`~tokenenv.measure.opening.Model.open_backbone`.
     """
-    name = args.model or EMBEDDED
-    check_name(name)
-    _check_data(args, name, images)
-    return load_backbone(name, args.weights, args.device, precision(args)), name
+    model = model_of(args)
+    return model.open_backbone(args.data if images else None, images=images), model.name
 
 
 def open_dense(args: argparse.Namespace, *, images: bool = True) -> tuple[Dense, str]:
     """:func:`open_backbone` for a model of any family that LTM has blocks for."""
-    from tokenenv.ltm.model import check_family
-
-    name = args.model or EMBEDDED
-    check_name(name, check_family)
-    _check_data(args, name, images)
-    place = check_device(args.device)
-    model = load_model(name, args.weights, check=check_family)
-    return Dense(model).to(place, precision(args)), name
+    model = model_of(args)
+    return model.open_dense(args.data if images else None, images=images), model.name
 
 
 def precision(args: argparse.Namespace) -> torch.dtype:
     """What ``--dtype`` asks for; float32 of a command that has no such option."""
     return check_dtype(getattr(args, "dtype", "float32"))
-
-
-def _check_data(args: argparse.Namespace, name: str, images: bool) -> None:
-    if name in DIGITS_MODELS:
-        return
-    if images and args.data is None:
-        raise UserError(f"model '{name}' needs --data: a folder of class/image")
-    if args.weights is None:
-        print(f"loading '{name}' with timm's weights for it; --weights FILE takes others")
-
-
-@contextlib.contextmanager
-def writable_folder(folder: Path) -> Iterator[None]:
-    """Make ``folder`` and see that it can be written to; removed again if it stays empty.
-
-    Raises:
-        UserError: it cannot be made or written to.
-    """
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
-    try:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"cannot write to '{folder}' ({reason}): choose another") from None
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # the first that isn't empty ends it
-            for place in made:
-                place.rmdir()
-
-
-@contextlib.contextmanager
-def evaluation_bar(source: ImageSource) -> Iterator[Callable[[int], object]]:
-    """A progress bar over the images; what it gives takes the number of those done."""
-    with tqdm(total=len(source), unit="image", desc="evaluating", leave=False, disable=None) as bar:
-        yield bar.update
-
-
-def evaluate_with_bar(
-    backbone: Backbone, policy: Method, source: ImageSource, **options: Any
-) -> metrics.Evaluation:
-    """:func:`tokenenv.measure.evaluation.evaluate` with a progress bar."""
-    with evaluation_bar(source) as progress:
-        return metrics.evaluate(backbone, policy, source, progress=progress, **options)
-
-
-def evaluation_json(model: str, source: ImageSource, result: metrics.Evaluation) -> dict[str, Any]:
-    """What the reports of both commands say of an evaluation."""
-    return {
-        "model": model,
-        "data": source.name,
-        "skipped": len(source.skipped),
-        **result.report(),
-    }
-
-
-def print_result(source: ImageSource, result: metrics.Evaluation, frozen: bool = True) -> None:
-    """A table of the dense and the reduced model; ``frozen``: whether both have one backbone."""
-    r = result.report()
-    print(f"{r['images']} images of {source.name} ({MAC_NOTE if frozen else _TUNED_NOTE}):")
-    print(f"  {'':8}{'top-1 %':>9}{'GMACs/image':>13}{'images/s':>10}")
-    print(
-        f"  {'dense':8}{r['top1_dense']:9.2f}{r['gmacs_dense']:13.4f}"
-        f"{r['images_per_s_dense']:10.1f}"
-    )
-    print(f"  {'reduced':8}{r['top1']:9.2f}{r['gmacs']:13.4f}{r['images_per_s']:10.1f}")
-    print(f"  {in_words(result.saving, result.drop)}, {r['agreement']:.1f} % same prediction")
-    print(f"  visual tokens, block by block: {' '.join(f'{n:.0f}' for n in r['tokens'])}")
-
-
-def parameters_json(model: nn.Module, dense: nn.Module) -> dict[str, int]:
-    """How many parameters a model and the dense one have."""
-    counts = [sum(p.numel() for p in each.parameters()) for each in (model, dense)]
-    return {"parameters": counts[0], "parameters_dense": counts[1]}
-
-
-def print_parameters(counts: dict[str, int]) -> None:
-    """What :func:`parameters_json` gave, in millions."""
-    own, dense = (counts[name] / 1e6 for name in ("parameters", "parameters_dense"))
-    print(f"  {own:.3f} M parameters, dense {dense:.3f} M")
-
-
-def in_words(saving: float, drop: float) -> str:
-    """Such as ``"23.4 % fewer MACs, top-1 0.50 points lower"``."""
-    macs = f"{abs(saving):.1f} % {'fewer' if saving >= 0 else 'more'} MACs"
-    if abs(drop) < 0.005:
-        return f"{macs}, same top-1"
-    return f"{macs}, top-1 {abs(drop):.2f} points {'lower' if drop > 0 else 'higher'}"
-
-
-def report_skipped(source: ImageSource) -> None:
-    """Say which images could not be read."""
-    if source.skipped:
-        print(
-            f"skipped {len(source.skipped)} unreadable images of {source.name}, "
-            f"for example '{source.skipped[0]}'"
-        )

@@ -15,14 +15,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from agents.policies import POLICY
 from agents.policies.words import parse_policy, split_name, usages
-from agents.training.run_folder import MODEL, POLICY
-from tokenenv.cli.common import (
-    open_backbone,
-    open_dense,
-    report_skipped,
-    writable_folder,
-)
+from agents.training.run import MODEL
+from tokenenv.cli.common import open_backbone, open_dense
 from tokenenv.cli.evaluate import check_same_model, fit, folder_of, trained_on
 from tokenenv.cli.merged import open_merged
 from tokenenv.data import ImageSource, open_source
@@ -41,9 +37,10 @@ from tokenenv.measure.comparison import (
     make_row,
 )
 from tokenenv.measure.pareto import picture
+from tokenenv.measure.printing import report_skipped
 from tokenenv.measure.speed import DENSE, Speed, bench, timings
 from tokenenv.measure.state import State, conditions
-from tokenenv.storage import write_bytes, write_json
+from tokenenv.storage import writable_folder, write_bytes, write_json
 from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.load import Dense, load_backbone
 

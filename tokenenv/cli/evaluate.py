@@ -11,29 +11,26 @@ from typing import Any
 
 from torch import nn
 
-from agents.policies import SHIPPED, shipped
+from agents.policies import POLICY, SHIPPED, shipped
 from agents.policies.words import parse_policy, split_name, usages
-from agents.training.run_folder import MODEL, POLICY
-from tokenenv.cli.common import (
-    evaluate_with_bar,
-    evaluation_bar,
-    evaluation_json,
-    open_backbone,
-    open_dense,
-    parameters_json,
-    precision,
-    print_parameters,
-    print_result,
-    report_skipped,
-    writable_folder,
-)
+from agents.training.run import MODEL
+from tokenenv.cli.common import open_backbone, open_dense, precision
 from tokenenv.cli.merged import is_merged, open_merged
 from tokenenv.data import ImageSource, open_source
 from tokenenv.deploy.compressed import CONFIG, WEIGHTS
 from tokenenv.errors import UserError
 from tokenenv.game.policy import Method
 from tokenenv.measure import evaluation as metrics
-from tokenenv.storage import read_tensors, write_json
+from tokenenv.measure.printing import (
+    evaluate_with_bar,
+    evaluation_bar,
+    evaluation_json,
+    parameters_json,
+    print_parameters,
+    print_result,
+    report_skipped,
+)
+from tokenenv.storage import read_tensors, writable_folder, write_json
 from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.load import load_backbone
 

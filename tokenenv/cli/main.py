@@ -5,24 +5,24 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import NoReturn
 
-from agents.systems.registry import FINE_TUNED, SUMMARIES, SYSTEMS
 from tokenenv._version import __version__
+from tokenenv.cli import train
+from tokenenv.cli.options import (
+    Parser,
+    add_dtype,
+    add_execution,
+    add_model_options,
+    batches,
+    positive,
+    seeds,
+)
 from tokenenv.errors import UserError
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser that reports a mistake in one line, without its whole usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with status 2."""
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    parser = _Parser(
+    parser = Parser(
         prog="tokenenv",
         description="Vision Transformer inference as a Markov game: agents decide which tokens "
         "go on.",
@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"tokenenv {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_train(commands)
+    train.add_parser(commands)
     _add_evaluate(commands)
     _add_compress(commands)
     _add_bench(commands)
@@ -45,54 +45,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
-    train = commands.add_parser(
-        "train",
-        help="train a system's policy; without options on the embedded digits, offline",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Train a policy and write a run folder: config.json, policy.safetensors, "
-        "report.json,\ncurve.png, tokens.png, checkpoint.safetensors and TensorBoard events; where "
-        "the backbone\nis fine-tuned, also model.safetensors (ltm: that and ltm.json, no policy)."
-        "\n\n"
-        "torchrun --standalone --nproc-per-node N -m tokenenv train SYSTEM ... shares every batch "
-        "among\nN processes, with --device cuda each on a GPU of its own.\n\n"
-        "Ctrl-C (or SIGTERM) finishes the update in progress, keeps the best policy so far, "
-        "writes the\nwhole report and exits with status 130; a second one stops at once. Either "
-        "way --resume goes\non, of policies also with another number of processes.",
-        epilog="examples:\n  tokenenv train rl4evit\n"
-        "  tokenenv train rl4evit --model deit_tiny_patch16_224 --data imagenet/train "
-        "--images 3000\n  tokenenv train rl4evit --set reward=alpha_beta --set beta=0.1\n"
-        "  tokenenv train rl4evit --out runs/rl4evit-0 --resume\n"
-        "  torchrun --standalone --nproc-per-node 4 -m tokenenv train dora --device cuda\n"
-        "  tokenenv train mstm --set keep=0.5\n"
-        "  tokenenv train ltm --model swin_tiny_patch4_window7_224 --data imagenet/train\n"
-        "  tokenenv train rl4evit-finetune --set policy=runs/rl4evit-0",
-    )
-    train.add_argument(
-        "system",
-        choices=list(SUMMARIES),
-        metavar="SYSTEM",
-        help="; ".join(f"{name}: {words}" for name, words in SUMMARIES.items()),
-    )
-    _add_model_options(train)
-    _add_dtype(train)
-    train.add_argument("--out", metavar="DIR", help="run folder (default: a new one under runs/)")
-    train.add_argument("--images", type=positive, metavar="N", help="use N images of --data")
-    train.add_argument("--seed", type=_seed, default=0, metavar="S", help="default: 0")
-    train.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    train.add_argument(
-        "--set",
-        dest="settings",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change a setting; repeatable",
-    )
-    train.add_argument(
-        "--list-settings", action="store_true", help="print what --set can change, and exit"
-    )
-
-
 _WHAT = (
     "a run folder (LTM's too) or a shipped policy (policies also with :threshold=0.6), keep-all, "
     "random:keep=0.7 (keep=0.5..0.9: a ratio per image), cls-attention:keep=0.7,blocks=3/6/9, "
@@ -102,7 +54,7 @@ _WHAT = (
 )
 
 
-def _add_evaluate(commands: argparse._SubParsersAction[_Parser]) -> None:
+def _add_evaluate(commands: argparse._SubParsersAction[Parser]) -> None:
     evaluate = commands.add_parser(
         "evaluate",
         help="accuracy, multiply-adds and speed of a policy against the dense model",
@@ -117,8 +69,8 @@ def _add_evaluate(commands: argparse._SubParsersAction[_Parser]) -> None:
         metavar="WHAT",
         help=_WHAT,
     )
-    _add_model_options(evaluate)
-    _add_dtype(evaluate)
+    add_model_options(evaluate)
+    add_dtype(evaluate)
     evaluate.add_argument("--limit", type=positive, metavar="N", help="at most N images")
     evaluate.add_argument("--batch", type=positive, default=64, metavar="N", help="default: 64")
     evaluate.add_argument(
@@ -131,7 +83,7 @@ def _add_evaluate(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
 
 
-def _add_compress(commands: argparse._SubParsersAction[_Parser]) -> None:
+def _add_compress(commands: argparse._SubParsersAction[Parser]) -> None:
     compress = commands.add_parser(
         "compress",
         help="write a model and a policy as one faster model",
@@ -143,16 +95,16 @@ def _add_compress(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--export fast.onnx",
     )
     compress.add_argument("what", metavar="WHAT", help=_WHAT)
-    _add_model_options(compress, images=False)
-    _add_dtype(compress)
-    _add_execution(compress)
+    add_model_options(compress, images=False)
+    add_dtype(compress)
+    add_execution(compress)
     compress.add_argument("--out", metavar="DIR", required=True, help="a new folder")
     compress.add_argument(
         "--export", metavar="FILE", help="write ONNX there (pip install tokenenv[export])"
     )
 
 
-def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
+def _add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
     bench = commands.add_parser(
         "bench",
         help="how much faster policies make a model, and how much faster they could",
@@ -166,14 +118,14 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
         "deit_small_patch16_224 --weights random --batch 1,64 --json speed.json --out speed.png",
     )
     bench.add_argument("what", metavar="WHAT", nargs="+", help=_WHAT)
-    _add_model_options(bench)
-    _add_dtype(bench)
+    add_model_options(bench)
+    add_dtype(bench)
     bench.add_argument(
-        "--batch", type=_batches, default="1,8,64", metavar="N,N", help="default: 1,8,64"
+        "--batch", type=batches, default="1,8,64", metavar="N,N", help="default: 1,8,64"
     )
     bench.add_argument("--threads", type=positive, metavar="N", help="default: torch's choice")
     bench.add_argument("--rounds", type=positive, default=7, metavar="N", help="default: 7")
-    _add_execution(bench)
+    add_execution(bench)
     bench.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
@@ -183,7 +135,7 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
     bench.add_argument("--out", metavar="FILE", help="draw them into this PNG")
 
 
-def _add_compare(commands: argparse._SubParsersAction[_Parser]) -> None:
+def _add_compare(commands: argparse._SubParsersAction[Parser]) -> None:
     compare = commands.add_parser(
         "compare",
         help="many policies and runs on the same images: tables and a Pareto picture",
@@ -204,12 +156,12 @@ def _add_compare(commands: argparse._SubParsersAction[_Parser]) -> None:
         nargs="+",
         help=f"{_WHAT}; key=1|2|3 is a sweep",
     )
-    _add_model_options(compare)
-    _add_dtype(compare)
+    add_model_options(compare)
+    add_dtype(compare)
     compare.add_argument("--limit", type=positive, metavar="N", help="at most N images")
     compare.add_argument(
         "--batch",
-        type=_batches,
+        type=batches,
         default="1,64",
         metavar="N,N",
         help="batch sizes to time; default: 1,64",
@@ -220,7 +172,7 @@ def _add_compare(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
 
 
-def _add_suite(commands: argparse._SubParsersAction[_Parser]) -> None:
+def _add_suite(commands: argparse._SubParsersAction[Parser]) -> None:
     suite = commands.add_parser(
         "suite",
         help="the benchmark: run learners on fixed tasks, score and draw them",
@@ -249,16 +201,17 @@ def _add_suite(commands: argparse._SubParsersAction[_Parser]) -> None:
         action="append",
         required=True,
         metavar="NAME",
-        help="see 'tokenenv suite list'; a shipped policy; a run folder; or module:function, your "
-        "own function(task, seed) that gives a policy or a list of them; repeatable",
+        help="see 'tokenenv suite list'; a shipped policy; a run folder; or module:function or "
+        "file.py:function, your own function(task, seed) that gives a policy or a list of them; "
+        "repeatable",
     )
-    run.add_argument("--seeds", type=_seeds, metavar="S,S", help="default: those of the task")
+    run.add_argument("--seeds", type=seeds, metavar="S,S", help="default: those of the task")
     run.add_argument("--out", default="suite", metavar="DIR", help="default: suite")
     run.add_argument("--weights", metavar="FILE", help="of DeiT-Tiny, for tasks on photographs")
     run.add_argument("--data", metavar="DIR", help="photographs to learn from, for those tasks")
     run.add_argument("--test-data", metavar="DIR", help="other photographs to test on, for those")
     run.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda ...; default: cpu")
-    _add_dtype(run, "what learners train in; tests are in float32")
+    add_dtype(run, "what learners train in; tests are in float32")
     score = actions.add_parser("score", help="tables of scores, beside the reference results")
     plot = actions.add_parser("plot", help="fronts and intervals of the scores as a picture")
     for reader in (score, plot):
@@ -269,74 +222,6 @@ def _add_suite(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--marl-eval", metavar="FILE", help="write the scores there as marl-eval reads them"
     )
     plot.add_argument("--file", default="suite.png", metavar="PNG", help="default: suite.png")
-
-
-def _add_execution(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--execution",
-        choices=("masked", "padded", "packed"),
-        help="how images of different lengths share a batch (default: what suits the device)",
-    )
-
-
-def _add_model_options(parser: argparse.ArgumentParser, *, images: bool = True) -> None:
-    parser.add_argument(
-        "--model",
-        metavar="NAME",
-        help="any timm ViT, or digits_vit (the default) or digits_vit_16, which come with weights "
-        "and digits of their own, as 64 or 256 tokens; for LTM also a Swin, MobileViT or "
-        "EfficientViT",
-    )
-    parser.add_argument(
-        "--weights",
-        metavar="FILE",
-        help=".safetensors or .pth state dict; random: untrained ones, no download",
-    )
-    if images:
-        parser.add_argument(
-            "--data",
-            metavar="DIR",
-            help="folder of class/image, or a torchvision data set such as CIFAR10:ROOT",
-        )
-    parser.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda ...; default: cpu")
-
-
-def _add_dtype(
-    parser: argparse.ArgumentParser, what: str = "what all models compute in, policies never"
-) -> None:
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help=f"{what}; default: float32",
-    )
-
-
-def positive(text: str) -> int:
-    """A whole number from 1, as argparse's ``type``."""
-    return _whole(text, 1, 2**31 - 1)
-
-
-def _batches(text: str) -> list[int]:
-    return [positive(part) for part in text.split(",")]
-
-
-def _seeds(text: str) -> list[int]:
-    return list(dict.fromkeys(_seed(part) for part in text.split(",")))
-
-
-def _seed(text: str) -> int:
-    return _whole(text, 0, 2**32 - 1)
-
-
-def _whole(text: str, low: int, high: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = low - 1
-    if not low <= value <= high:
-        raise argparse.ArgumentTypeError(f"'{text}' is no whole number from {low} to {high}")
-    return value
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -402,18 +287,7 @@ def _run(args: argparse.Namespace) -> int:
         from tokenenv.cli import compress
 
         return compress.run(args)
-    if args.list_settings:
-        from agents.systems.settings import settings_help
-
-        print(settings_help({**SYSTEMS, **FINE_TUNED}[args.system]()))
-        return 0
-    if args.system in FINE_TUNED:
-        from tokenenv.cli.finetune import finetune
-
-        return finetune(args)
-    from tokenenv.cli.train import train
-
-    return train(args)
+    return train.run(args)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from tokenenv.cli.common import report_skipped, writable_folder
 from tokenenv.cli.evaluate import writable_file
 from tokenenv.errors import UserError
+from tokenenv.measure.printing import report_skipped
 from tokenenv.measure.state import conditions, fingerprint
-from tokenenv.storage import write_bytes, write_json
-from tokenenv.suite.learners import BUILT_IN, Learner, find_learner
+from tokenenv.storage import writable_folder, write_bytes, write_json
+from tokenenv.suite.learners import BUILT_IN, Learner, Means, find_learner
 from tokenenv.suite.opened import (
     OpenTask,
     dense_hits,
@@ -73,7 +73,10 @@ def _listing() -> str:
     for learner in BUILT_IN:
         lines.append(f"  {learner.name:12} {learner.summary}")
     lines.append("  NAME or DIR  a shipped policy or a run folder, as it is")
-    lines.append("  MODULE:NAME  your own function(task, seed); see examples/suite_own_learner.py")
+    lines.append(
+        "  MODULE:NAME  your own function(task, seed), or FILE.py:NAME; see "
+        "examples/suite_own_learner.py"
+    )
     return "\n".join(lines)
 
 
@@ -147,7 +150,8 @@ def _run_one(
     """Let a learner learn, and read its points."""
     task, start = opened.spec, time.perf_counter()
     opened.played, opened.learnt_in = 0, set()
-    policies = learner.learn(opened, seed, folder, args)
+    means = Means(args.weights, args.data, args.device, args.dtype)
+    policies = learner.learn(opened, seed, folder, means)
     opened.check_budget()
     if fingerprint(opened.backbone.model.state_dict()) != now["weights"]:
         raise UserError(

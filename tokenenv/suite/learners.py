@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import hashlib
-import importlib
-import inspect
 import json
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,13 +16,14 @@ import torch
 from agents.policies import load
 from agents.policies.words import parse_policy
 from agents.systems.registry import SYSTEMS
-from agents.systems.settings import preset, word
-from agents.training.run_folder import INTERRUPTED
+from agents.systems.settings import preset
+from agents.training.start import train
 from agents.training.trainer import CHECKPOINT
 from tokenenv.cli.evaluate import folder_of
 from tokenenv.errors import UserError
 from tokenenv.game.policy import as_method
 from tokenenv.game.rewards import Damage
+from tokenenv.own import load_own
 from tokenenv.suite.opened import OpenTask
 from tokenenv.suite.results import HEURISTIC, RANDOM
 from tokenenv.suite.tasks import POINTS, Task
@@ -36,8 +31,26 @@ from tokenenv.suite.tasks import POINTS, Task
 Policies = dict[str, Any]
 """By what is written down as their setting; a single one with a threshold is swept over it."""
 
-Learn = Callable[[OpenTask, int, Path, argparse.Namespace], Policies]
-"""Gets the task, the seed, a folder for a run of its own, and the command's options."""
+
+@dataclass(frozen=True)
+class Means:
+    """What a learner may train with, beside the task.
+
+    Attributes:
+        weights: of the task's model; None: the embedded or timm's own.
+        data: photographs to learn from, for tasks that don't bring their own images.
+        device: where it computes.
+        dtype: what the model computes in.
+    """
+
+    weights: str | None = None
+    data: str | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
+
+
+Learn = Callable[[OpenTask, int, Path, Means], Policies]
+"""Gets the task, the seed, a folder for a run of its own, and what to train with."""
 
 SB3_PENALTIES: dict[Damage, tuple[float, ...]] = {
     "divergence": (20.0, 80.0, 320.0),
@@ -92,7 +105,7 @@ def find_learner(name: str) -> Learner:
     """A learner by name.
 
     Raises:
-        UserError: there is none, or a user's module or function can't be imported.
+        UserError: there is none, or a user's own can't be imported or is no function.
     """
     for learner in BUILT_IN:
         if learner.name == name:
@@ -112,7 +125,7 @@ def find_learner(name: str) -> Learner:
     known = ", ".join(learner.name for learner in BUILT_IN)
     raise UserError(
         f"unknown learner '{name}': choose from {known}, a shipped policy, a run folder or "
-        "module:function"
+        "your own as module:function or path/to/file.py:function"
     )
 
 
@@ -125,36 +138,18 @@ def _learnt_in(folder: Path) -> str:
 
 
 def _own(name: str) -> Learner:
-    place, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        if not all(part.isidentifier() for part in place.split(".")):
-            raise ImportError(f"'{place}' is no module's name")
-        module = importlib.import_module(place)
-        function = getattr(module, attribute)
-        if not callable(function):
-            raise ImportError(f"'{attribute}' is {function!r:.60}, no function")
-    except (ImportError, AttributeError, SyntaxError) as error:
+    own = load_own(name)
+    function = own.object
+    if not callable(function):
         raise UserError(
-            f"learner '{name}' can't be imported ({error}): it names a module, found from "
-            "here or installed, and a function in it"
-        ) from None
+            f"learner '{name}' can't be used: '{name.rpartition(':')[2]}' is {function!r:.60}, no "
+            "function: give one of a task and a seed"
+        )
 
     def learn(opened: OpenTask, seed: int, *_: Any) -> Policies:
         return checked(name, function(opened, seed))
 
-    source = _source_file(function, module)
-    code = hashlib.sha256(Path(source).read_bytes()).hexdigest()[:16] if source else ""
-    return Learner(name, learn, learnt_in="", code=code)
-
-
-def _source_file(function: Any, module: ModuleType) -> str | None:
-    """Where a function is written; what is no function, a partial say, goes by its module."""
-    for thing in (function, module):
-        with contextlib.suppress(TypeError):
-            return inspect.getsourcefile(thing)
-    return None
+    return Learner(name, learn, learnt_in="", code=own.origin.get("sha256", "")[:16])
 
 
 def checked(name: str, returned: Any) -> Policies:
@@ -194,7 +189,7 @@ def _sweep_of(pattern: Callable[[Task], str], seeded: bool) -> Learn:
 
 def settings(task: Task, system: str, **changed: Any) -> Any:
     """The preset of a system for a task: its budget, its blocks, the middle of its range."""
-    start = preset(SYSTEMS[system](), task.model)
+    start: Any = preset(SYSTEMS[system].config, task.model)
     updates = task.budget // start.batch
     if system == "dora":
         changed = {"skip": 0.0, **changed}  # a task without blocks of its own is played in all
@@ -212,29 +207,25 @@ def settings(task: Task, system: str, **changed: Any) -> Any:
 def _trained(system: str, **changed: Any) -> Learn:
     """A system of ``tokenenv train``, in a run folder of its own, which is resumed."""
 
-    def learn(opened: OpenTask, seed: int, folder: Path, args: argparse.Namespace) -> Policies:
-        from tokenenv.cli.train import train
-
+    def learn(opened: OpenTask, seed: int, folder: Path, means: Means) -> Policies:
         task = opened.spec
         folder.mkdir(parents=True, exist_ok=True)
-        run = argparse.Namespace(
-            system=system,
-            model=task.model,
-            weights=args.weights,
-            data=args.data or task.data,
-            device=args.device,
-            dtype=args.dtype,
-            out=str(folder),
-            images=None,
-            seed=seed,
-            resume=(folder / CHECKPOINT).is_file(),
-            settings=[f"{k}={word(v)}" for k, v in vars(settings(task, system, **changed)).items()],
-        )
         with open(folder / "train.log", "a") as log, contextlib.redirect_stdout(log):
-            status = train(run)
-        if status == INTERRUPTED:
+            run = train(
+                system,
+                model=task.model,
+                weights=means.weights,
+                data=means.data or task.data,
+                out=folder,
+                seed=seed,
+                device=means.device,
+                dtype=means.dtype,
+                resume=(folder / CHECKPOINT).is_file(),
+                **vars(settings(task, system, **changed)),
+            )
+        if run.stopped:
             raise KeyboardInterrupt
-        return {"policy": load(folder)}
+        return {"policy": run.policy}
 
     return learn
 
@@ -248,7 +239,7 @@ def _untrained(opened: OpenTask, seed: int, *_: Any) -> Policies:
     return {"policy": config.policy(game, task.model).eval()}
 
 
-def _sb3(opened: OpenTask, seed: int, _folder: Path, args: argparse.Namespace) -> Policies:
+def _sb3(opened: OpenTask, seed: int, _folder: Path, means: Means) -> Policies:
     """stable-baselines3's PPO on the game of one agent per block, once for each penalty.
 
     Damage is what DORA's preset for the task takes for it.
@@ -260,7 +251,7 @@ def _sb3(opened: OpenTask, seed: int, _folder: Path, args: argparse.Namespace) -
 
     task, images = opened.spec, 64
     options = {k: v for k, v in opened.options.items() if k != "rules"}
-    options["model"] = opened.model_in(args.dtype)
+    options["model"] = opened.model_in(means.dtype)
     damage = settings(task, "dora" if task.rules == "layer_merge" else "dora-prune").damage
     penalties = SB3_PENALTIES[damage]
     episodes = task.budget // len(penalties) // images * images

@@ -1,0 +1,92 @@
+"""What a training is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from agents.systems.registry import System
+from agents.systems.settings import SystemConfig
+from agents.training.run import Run
+from tokenenv.data import ImageSource, open_source
+from tokenenv.errors import UserError
+from tokenenv.measure.opening import Model
+from tokenenv.vit.backbone import Backbone
+from tokenenv.vit.load import RANDOM, Dense
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of :func:`agents.training.train`, checked.
+
+    Attributes:
+        system: what is trained, with the settings ``config``, on ``model``.
+        data: folder or data set; None: the embedded digits.
+        out: run folder; None: a new one under ``runs``.
+        images: how many of ``data`` to use; None: all.
+        seed: of everything drawn at random.
+        resume: whether the run in ``out`` goes on.
+    """
+
+    system: System
+    config: SystemConfig
+    model: Model
+    data: str | None = None
+    out: Path | None = None
+    images: int | None = None
+    seed: int = 0
+    resume: bool = False
+
+    def training_images(self, backbone: Backbone | Dense) -> ImageSource:
+        """The images to train on and to compare policies with.
+
+        Raises:
+            UserError: there are none, or fewer than asked for.
+        """
+        source = open_source(self.data, backbone.model, split="train")
+        if self.images is None:
+            return source
+        if self.images > len(source):
+            raise UserError(
+                f"--images {self.images} is more than the {len(source)} images of {source.name}: "
+                "ask for fewer, or leave it out to use them all"
+            )
+        return source.subset(self.images, self.seed)
+
+    def final_images(self, backbone: Backbone | Dense, held_back: ImageSource) -> ImageSource:
+        """The images of the report: the test part of the digits; of other data those held back."""
+        if self.data in (None, "digits"):
+            return open_source(self.data, backbone.model, split="test")
+        return held_back
+
+    def description(self, source: ImageSource) -> dict[str, Any]:
+        """What the run is, as JSON; a run is only resumed under the same description.
+
+        ``source``: all its images.
+        """
+        weights = self.model.weights
+        if weights not in (None, RANDOM):
+            weights = os.path.abspath(weights)
+        code = {"code": self.system.origin["sha256"][:16]} if self.system.origin else {}
+        return {
+            "system": self.system.name,
+            **code,
+            "model": self.model.name,
+            "weights": weights,
+            "data": source.name,
+            "images": len(source),
+            "seed": self.seed,
+            "dtype": self.model.dtype,
+            **json.loads(json.dumps(dataclasses.asdict(self.config))),
+        }
+
+
+class Training(Protocol):
+    """A training that is built and ready to run."""
+
+    def run(self) -> Run:
+        """Train to the end, or to Ctrl-C, and write the report."""

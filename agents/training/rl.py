@@ -1,0 +1,186 @@
+"""Training a policy by reinforcement learning, on a backbone that stays as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from agents.policies import POLICY
+from agents.systems.base import PolicyConfig
+from agents.training.held_back import HeldBack
+from agents.training.judgement import Judgement, calibrate
+from agents.training.plots import plot_history
+from agents.training.priced_game import PricedGame
+from agents.training.request import Request
+from agents.training.run import REPORT, Run
+from agents.training.run_folder import events, progress_json, write_config
+from agents.training.trainer import Trainer
+from agents.workers import Workers
+from tokenenv.data import ImageSource
+from tokenenv.errors import UserError
+from tokenenv.game import Game
+from tokenenv.measure.printing import (
+    evaluate_with_bar,
+    evaluation_json,
+    in_words,
+    print_result,
+    report_skipped,
+)
+from tokenenv.measure.token_pictures import write_token_pictures
+from tokenenv.storage import write_json
+
+
+class PolicyTraining:
+    """Every process builds one; the first of them reports.
+
+    Args:
+        request: what was asked for.
+        config: its settings.
+        workers: the processes that train together.
+        out: run folder.
+
+    Raises:
+        UserError: settings that don't go with the model, the images or the processes.
+    """
+
+    def __init__(self, request: Request, config: PolicyConfig, workers: Workers, out: Path) -> None:
+        self.request, self.config, self.workers, self.out = request, config, workers, out
+        self.backbone = request.model.open_backbone(request.data)
+        self.source = request.training_images(self.backbone)
+        self.fit, held_back = self.source.split(config.held_back, seed=request.seed)
+        check_batch(config, len(self.fit), workers.count)
+        torch.manual_seed(request.seed)
+        self.game = config.game(self.backbone, self.fit)
+        self.game.share(workers.rank, workers.count, request.seed)
+        self.policy = config.policy(self.game, request.model.name)
+        self.judge = HeldBack(self.backbone, held_back, workers)
+        priced = PricedGame(self.game, config, self.judge)
+        learner: Any = config.learner(self.policy, self.game, request.seed, workers)
+        self.trainer = Trainer(
+            learner,
+            priced,
+            priced.judge,
+            out,
+            updates=config.updates,
+            evaluate_every=config.evaluate_every,
+            target_saving=config.target_saving,
+            target_drop=config.allowed_drop,
+            config=request.description(self.source),
+            workers=workers,
+        )
+        if request.resume:
+            self.trainer.resume()
+
+    def run(self) -> Run:
+        """Train, choose the best policy and its threshold, and report."""
+        self._say_what_starts()
+        run_dense_model(self.game, self.judge, self.workers)
+        config = write_config(self.out, self.request, self.trainer)
+        with events(self.out, self.trainer) as log:
+            self.trainer.run(log)
+        found = self._choose()
+        if self.workers.rank:
+            return Run(self.out, config)
+        report_skipped(self.source)
+        final = self.request.final_images(self.backbone, self.judge.source)
+        return Run(self.out, config, self._report(found, final))
+
+    def _say_what_starts(self) -> None:
+        game, judge, count = self.game, self.judge, self.workers.count
+        together = f", {count} processes" if count > 1 else ""
+        print(
+            f"training {self.request.system.name} on {self.request.model.name}: {len(self.fit)} "
+            f"images of {self.source.name}, {len(judge.source)} held back to compare policies"
+            f"{together}\n"
+            f"{game.agents} agents, {game.steps} decisions, "
+            f"{'in' if game.rules.between else 'before'} blocks "
+            f"{', '.join(map(str, game.rules.blocks))}; Ctrl-C stops early and keeps the best "
+            "policy"
+        )
+
+    def _choose(self) -> Judgement:
+        """Take the best policy, and set its threshold; how good it is."""
+        policy, config = self.policy, self.config
+        assert self.trainer.best is not None
+        policy.load_state_dict(self.trainer.best_state)
+        if not config.calibrate:
+            return self.trainer.best
+        found = calibrate(policy, self.judge, config.target_saving, config.calibrate)
+        print(
+            f"threshold {policy.threshold:.2f} for {config.target_saving:g} % fewer MACs: "
+            f"{in_words(found.saving, found.drop)} on the held-back images"
+        )
+        if abs(found.saving - config.target_saving) > 2:
+            print(
+                f"warning: {found.saving:.1f} % is far from the {config.target_saving:g} % wanted: "
+                "the policy is hardly trained; give it more updates or images"
+            )
+        return found
+
+    def _report(self, found: Judgement, final: ImageSource) -> dict[str, Any]:
+        """Write policy, report and pictures, and print the result; the report."""
+        out, trainer, policy = self.out, self.trainer, self.policy
+        policy.save(out / POLICY)
+        result = evaluate_with_bar(self.backbone, policy, final)
+        on_held_back = final is self.judge.source
+        report = {
+            **evaluation_json(self.request.model.name, final, result),
+            **progress_json(trainer, found),
+            "evaluated_on_held_back": on_held_back,
+            "threshold": policy.threshold,
+            "frozen_backbone": True,
+        }
+        write_json(out / REPORT, report)
+        plot_history(out / "curve.png", trainer.history, self.config.target_saving)
+        write_token_pictures(out / "tokens.png", self.backbone, policy, final)
+        print_result(final, result)
+        if on_held_back:
+            print(
+                "  the policy was chosen on these images: evaluate it on others for a fair number"
+            )
+        print(
+            f"trained {trainer.done} updates in {tqdm.format_interval(trainer.seconds)}; "
+            f"policy, report.json, curve.png and tokens.png are in {out}"
+        )
+        return report
+
+
+def check_batch(config: PolicyConfig, images: int, processes: int) -> None:
+    """Raise :class:`UserError` unless ``batch`` images can be drawn and shared.
+
+    ``images``: how many there are to train on.
+    """
+    batch, repeats = config.batch, config.repeats
+    if batch % repeats:
+        raise UserError(
+            f"batch={batch} holds each image repeats={repeats} times, which doesn't divide it: "
+            f"use --set batch={-(-batch // repeats) * repeats}"
+        )
+    if batch < repeats * processes:
+        raise UserError(
+            f"batch={batch} with repeats={repeats} has too few images for {processes} processes to "
+            f"share: use --set batch={repeats * processes} or more, or fewer processes"
+        )
+    if batch > repeats * images:
+        raise UserError(
+            f"batch={batch} takes {batch // repeats} images and there are {images} to train on: "
+            f"use --set batch={repeats * images} or less"
+        )
+
+
+def run_dense_model(game: Game, judge: HeldBack, workers: Workers) -> None:
+    """Compute once what the dense model says of every image; all processes learn of all."""
+    total = len(game.source) // workers.count + len(judge)
+    with tqdm(total=total, unit="image", desc="dense model", leave=False, disable=None) as bar:
+        for part in (game.prepare(), judge.prepare()):
+            for done in part:
+                bar.update(done)
+    if workers.count > 1:
+        for unreadable, found in workers.gather((game.source.unreadable, game.answers.export())):
+            game.source.unreadable.update(unreadable)
+            game.answers.add(*found)
+    game.source.check_readable()
+    judge.source.check_readable()

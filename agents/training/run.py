@@ -1,0 +1,120 @@
+"""A training run that has been reported on, as its folder keeps it."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from agents.policies import POLICY, load_policy
+from tokenenv.errors import UserError
+
+MODEL = "model.safetensors"
+"""Only where the backbone was fine-tuned."""
+CONFIG, REPORT = "config.json", "report.json"
+
+
+@dataclass(frozen=True, repr=False)
+class Run:
+    """What a training came to.
+
+    Attributes:
+        folder: where everything about it lies.
+        config: what it is: system, model, images, seed, settings, versions; its ``config.json``.
+        report: what it came to, its ``report.json``. Where several processes trained together only
+            the first one has it.
+    """
+
+    folder: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Run:
+        """The run that was written to ``folder``.
+
+        Raises:
+            UserError: there is none, it has not been reported on yet, or a file of it is damaged.
+        """
+        path = Path(folder)
+        config, report = (_read(path, name) for name in (CONFIG, REPORT))
+        for name, found, keys in ((CONFIG, config, _SAID), (REPORT, report, _REPORTED)):
+            missing = [key for key in keys if key not in found]
+            if missing:
+                raise UserError(
+                    f"'{path / name}' doesn't say {', '.join(missing)}: it is not a run's, restore "
+                    "it or train again"
+                )
+        return cls(path, config, report)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether Ctrl-C, or SIGTERM, ended the training early; ``resume`` goes on."""
+        return bool(self.report.get("stopped_early"))
+
+    @cached_property
+    def policy(self) -> Any:
+        """The trained policy, on the CPU; None of a model with LTM blocks, which has none."""
+        path = self.folder / POLICY
+        return load_policy(path) if path.is_file() else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything known of it, as JSON."""
+        return {
+            "folder": str(self.folder),
+            "config": self.config,
+            "report": self.report,
+            "stopped": self.stopped,
+        }
+
+    def __repr__(self) -> str:
+        words = ", ".join(f"{name} {value}" for name, value in self._table())
+        system, model = (self.config.get(key, "?") for key in ("system", "model"))
+        return f"<Run {self.folder}: {system} on {model}{', ' if words else ''}{words}>"
+
+    def _repr_html_(self) -> str:
+        system, model = (html.escape(str(self.config.get(k, "?"))) for k in ("system", "model"))
+        rows = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in self._table())
+        return (
+            f"<table><caption>{system} on {model}, {html.escape(str(self.folder))}</caption>"
+            f"{rows}</table>"
+        )
+
+    def _table(self) -> list[tuple[str, str]]:
+        """The numbers to show first; none without a report."""
+        r = self.report
+        if not r:
+            return []
+        saved = 1 - r["gmacs"] / r["gmacs_dense"]
+        rows = [
+            ("top-1", f"{r['top1']:.2f} %"),
+            ("dense top-1", f"{r['top1_dense']:.2f} %"),
+            ("GMACs saved", f"{100 * saved:.1f} %"),
+            ("training", f"{r['training_seconds']:.1f} s"),
+        ]
+        return [*rows, ("stopped after", f"{r['updates']} updates")] if self.stopped else rows
+
+
+_SAID = ("system", "model", "seed")
+_REPORTED = ("top1", "top1_dense", "gmacs", "gmacs_dense", "training_seconds", "updates")
+
+
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / name).read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"'{folder}' holds no finished run, there is no {name}: give the folder of one, or go "
+            "on with an unfinished one by resume=True (--resume)"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot read '{folder / name}' ({type(error).__name__}): restore it or train again"
+        ) from None
+    if not isinstance(found, dict):
+        raise UserError(f"'{folder / name}' is not a run's: restore it or train again")
+    return found

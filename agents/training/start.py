@@ -1,0 +1,116 @@
+"""The way into every training, from Python and from the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import operator
+import os
+from pathlib import Path
+from typing import Any
+
+from agents.systems.registry import find_system
+from agents.systems.settings import preset, with_settings
+from agents.training.request import Request
+from agents.training.run import Run
+from agents.training.run_folder import resumable, run_folder
+from agents.workers import join
+from tokenenv.errors import UserError
+from tokenenv.measure.opening import Model
+from tokenenv.vit.load import EMBEDDED
+
+SEEDS = 2**32
+"""A seed is below."""
+
+
+def train(
+    system: str,
+    *,
+    model: str | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    data: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    images: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: str = "float32",
+    resume: bool = False,
+    **settings: Any,
+) -> Run:
+    """Train a system and write a run folder; the same as ``tokenenv train``.
+
+    Progress is printed. Ctrl-C ends the training after the update in progress; the best policy so
+    far is kept and reported on.
+
+    Args:
+        system: a name of ``agents.systems.SYSTEMS``, or a class of settings of one's own as
+            ``module:Config`` or ``path/to/file.py:Config``.
+        model: a timm model; None: the embedded ``digits_vit``.
+        weights: a ``.safetensors`` or ``.pth`` state dict, or ``random``; None: the embedded or
+            timm's own.
+        data: a folder of class/image, or a torchvision data set such as ``CIFAR10:ROOT``; None: the
+            embedded digits.
+        out: run folder; None: a new one under ``runs``.
+        images: how many of ``data`` to use; None: all.
+        seed: of everything drawn at random, from 0 to 2**32 - 1.
+        device: ``cpu``, ``cuda`` ...
+        dtype: what models compute in: ``float32``, ``bfloat16`` or ``float16``.
+        resume: go on with the run in ``out``.
+        **settings: the system's own, see ``tokenenv train SYSTEM --list-settings``; lists do for
+            tuples, and words in the command line's form, such as ``"64/64"``, too.
+
+    Returns:
+        The run. Where ``torchrun`` started several processes each returns one, and only the first
+        one's has a report.
+
+    Raises:
+        UserError: anything in what was asked for that can't be. An unknown setting is a
+            ``TypeError`` as well.
+
+    Example:
+        Two short runs of MAPPO, and what the second came to::
+
+            for seed in (0, 1):
+                run = tokenenv.train("rl4evit", seed=seed, updates=20, hidden=[64, 64])
+            print(run.report["top1"], run.policy.threshold)
+    """
+    found = find_system(system)
+    request = Request(
+        system=found,
+        config=with_settings(preset(found.config, model), settings),
+        model=Model(model or EMBEDDED, _text(weights), device, dtype),
+        data=_text(data),
+        out=None if out is None else Path(out),
+        images=None if images is None else _whole("images", images, 1),
+        seed=_whole("seed", seed, 0, SEEDS),
+        resume=resume,
+    )
+    with (
+        join(device) as (workers, place),
+        workers.quiet(),
+        contextlib.ExitStack() as stack,
+    ):
+        here = dataclasses.replace(request.model, device=place)
+        request = dataclasses.replace(request, model=here)
+        with workers.together():
+            # Only the first process writes: the others need no folder of their own.
+            folder = request.out or Path()
+            if not workers.rank:
+                folder = stack.enter_context(run_folder(request))
+            training = request.config.training(request, workers, folder)
+        with resumable(folder):
+            return training.run()
+
+
+def _text(value: str | os.PathLike[str] | None) -> str | None:
+    return None if value is None else os.fspath(value)
+
+
+def _whole(name: str, value: Any, least: int, below: int = 2**31) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if not least <= number < below:
+        raise UserError(f"{name}={value!r} is no whole number from {least} to {below - 1}")
+    return number

@@ -1,0 +1,88 @@
+"""What the commands' parsers have in common. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that reports a mistake in one line, without its whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def add_execution(parser: argparse.ArgumentParser) -> None:
+    """``--execution``."""
+    parser.add_argument(
+        "--execution",
+        choices=("masked", "padded", "packed"),
+        help="how images of different lengths share a batch (default: what suits the device)",
+    )
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, images: bool = True) -> None:
+    """``--model``, ``--weights``, ``--device``, and ``--data`` of commands that need ``images``."""
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="any timm ViT, or digits_vit (the default) or digits_vit_16, which come with weights "
+        "and digits of their own, as 64 or 256 tokens; for LTM also a Swin, MobileViT or "
+        "EfficientViT",
+    )
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help=".safetensors or .pth state dict; random: untrained ones, no download",
+    )
+    if images:
+        parser.add_argument(
+            "--data",
+            metavar="DIR",
+            help="folder of class/image, or a torchvision data set such as CIFAR10:ROOT",
+        )
+    parser.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda ...; default: cpu")
+
+
+def add_dtype(
+    parser: argparse.ArgumentParser, what: str = "what all models compute in, policies never"
+) -> None:
+    """``--dtype``; ``what``: its help."""
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help=f"{what}; default: float32",
+    )
+
+
+def positive(text: str) -> int:
+    """A whole number from 1, as argparse's ``type``."""
+    return _whole(text, 1, 2**31 - 1)
+
+
+def batches(text: str) -> list[int]:
+    """Batch sizes separated by commas, as argparse's ``type``."""
+    return [positive(part) for part in text.split(",")]
+
+
+def seeds(text: str) -> list[int]:
+    """Seeds separated by commas, each once, as argparse's ``type``."""
+    return list(dict.fromkeys(seed(part) for part in text.split(",")))
+
+
+def seed(text: str) -> int:
+    """A whole number from 0, as argparse's ``type``."""
+    return _whole(text, 0, 2**32 - 1)
+
+
+def _whole(text: str, low: int, high: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = low - 1
+    if not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number from {low} to {high}")
+    return value
