@@ -41,11 +41,11 @@ from typing import Any
 import numpy as np
 import torch
 from compare import interval
+from tokenenv.cli.common import open_backbone
 from torch import Tensor
 from tqdm import tqdm
 
 from agents.policies.words import parse_policy
-from tokenenv.cli.common import open_backbone
 from tokenenv.cli.evaluate import fit, writable_file
 from tokenenv.data import ImageSource, open_source
 from tokenenv.data.pixels import one_line

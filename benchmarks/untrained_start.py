@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 
 import agents
+from agents.policies.words import folder_of
 from agents.systems.dora import DoraConfig
 from agents.training.held_back import HeldBack
 from agents.training.judgement import calibrate
 from tokenenv import load_backbone, open_source
-from tokenenv.cli.evaluate import folder_of
 from tokenenv.cli.main import positive
 from tokenenv.errors import UserError, run_script
 

@@ -16,16 +16,39 @@ from tokenenv.errors import UserError
 from tokenenv.forking import one_thread_in_forked_children
 
 if TYPE_CHECKING:
+    from agents.policies import register_policy
+    from agents.systems import register_system
     from agents.training import Run, train
-    from tokenenv import layer_merge_v0, layer_prune_v0, ltm, token_prune_v0
+    from tokenenv import (
+        layer_merge_v0,
+        layer_prune_v0,
+        ltm,
+        reducers,
+        reduction,
+        token_prune_v0,
+    )
+    from tokenenv.api.bench import bench
+    from tokenenv.api.compare import compare
+    from tokenenv.api.compress import compress
+    from tokenenv.api.evaluate import evaluate
     from tokenenv.data import ImageSource, open_source
-    from tokenenv.deploy.compressed import CompressedViT, compress, load_compressed
+    from tokenenv.deploy.compressed import CompressedViT, load_compressed
     from tokenenv.deploy.onnx import export_onnx
     from tokenenv.game import Game
     from tokenenv.game.build import build_game
-    from tokenenv.game.rewards import AlphaBeta, Cooperative, Dora, KeepTarget
-    from tokenenv.game.rules import LayerMerge, LayerPrune, TokenPrune
+    from tokenenv.game.policy import Method, Policy
+    from tokenenv.game.rewards import (
+        AlphaBeta,
+        Cooperative,
+        Dora,
+        KeepTarget,
+        Reward,
+        register_reward,
+    )
+    from tokenenv.game.rules import LayerMerge, LayerPrune, Rules, TokenPrune, register_rules
+    from tokenenv.reducers import register_reducer
     from tokenenv.vit.backbone import Backbone
+    from tokenenv.vit.families import register_family
     from tokenenv.vit.load import load_backbone
 
 __all__ = [
@@ -39,12 +62,19 @@ __all__ = [
     "KeepTarget",
     "LayerMerge",
     "LayerPrune",
+    "Method",
+    "Policy",
+    "Reward",
+    "Rules",
     "Run",
     "TokenPrune",
     "UserError",
     "__version__",
+    "bench",
     "build_game",
+    "compare",
     "compress",
+    "evaluate",
     "export_onnx",
     "layer_merge_v0",
     "layer_prune_v0",
@@ -52,6 +82,14 @@ __all__ = [
     "load_compressed",
     "ltm",
     "open_source",
+    "reducers",
+    "reduction",
+    "register_family",
+    "register_policy",
+    "register_reducer",
+    "register_reward",
+    "register_rules",
+    "register_system",
     "token_prune_v0",
     "train",
 ]
@@ -69,16 +107,32 @@ _HOME = {
     "LayerPrune": "game.rules",
     "TokenPrune": "game.rules",
     "build_game": "game.build",
-    "compress": "deploy.compressed",
+    "bench": "api.bench",
+    "compare": "api.compare",
+    "compress": "api.compress",
+    "evaluate": "api.evaluate",
+    "Method": "game.policy",
+    "Policy": "game.policy",
+    "Reward": "game.rewards",
+    "Rules": "game.rules",
+    "register_family": "vit.families",
+    "register_reducer": "reducers",
+    "register_reward": "game.rewards",
+    "register_rules": "game.rules",
     "export_onnx": "deploy.onnx",
     "load_backbone": "vit.load",
     "load_compressed": "deploy.compressed",
     "open_source": "data",
 }
 
-_AGENTS_HOME = {"Run": "agents.training", "train": "agents.training"}
+_AGENTS_HOME = {
+    "Run": "agents.training",
+    "register_policy": "agents.policies",
+    "register_system": "agents.systems",
+    "train": "agents.training",
+}
 
-_MODULES = ("layer_merge_v0", "layer_prune_v0", "ltm", "token_prune_v0")
+_MODULES = ("layer_merge_v0", "layer_prune_v0", "ltm", "reducers", "reduction", "token_prune_v0")
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,7 @@ from typing import Any
 
 from tokenenv.errors import UserError
 
+_PREFIX = "tokenenv_own_"
 _FORM = "give module:Name, importable from here or installed, or path/to/file.py:Name"
 
 
@@ -71,6 +72,51 @@ def load_own(word: str) -> Own:
     return Own(found, {"module": place} | ({"sha256": _sha256(source)} if source else {}))
 
 
+def split_own(what: str) -> tuple[str, str] | None:
+    """``"file.py:Name:key=value"`` -> ``("file.py:Name", "key=value")``; None of another form."""
+    place, _, rest = what.partition(":")
+    name, _, arguments = rest.partition(":")
+    word = f"{place}:{name}"
+    return (word, arguments) if is_own(word) else None
+
+
+def origin_of(cls: type) -> dict[str, str] | None:
+    """Where a class of a user's own comes from, so that :func:`load_origin` finds it again.
+
+    None for a class of this package, and for one that was typed into an interpreter.
+    """
+    module = sys.modules.get(cls.__module__)
+    if module is None or cls.__module__.partition(".")[0] in ("tokenenv", "agents"):
+        return None
+    file = getattr(module, "__file__", None)
+    if cls.__module__.startswith(_PREFIX) or cls.__module__ == "__main__":
+        if file is None:
+            return None
+        path = Path(file).resolve()
+        return {"file": str(path), "name": cls.__qualname__, "sha256": _sha256(path)}
+    return {"module": cls.__module__, "name": cls.__qualname__}
+
+
+def load_origin(origin: Any) -> Any:
+    """The class that :func:`origin_of` described. Its module or file is executed.
+
+    Raises:
+        UserError: it is no such description, or the class can't be found; a file that has changed
+            since is not executed.
+    """
+    parts = [origin.get(key) for key in ("module", "file")] if isinstance(origin, dict) else []
+    place = next((part for part in parts if isinstance(part, str)), None)
+    if place is None or not is_own(f"{place}:{origin.get('name')}"):
+        raise UserError(f"{origin!r:.120} doesn't say where a class comes from: save it again")
+    path = Path(place)
+    if "file" in origin and path.is_file() and _sha256(path) != origin.get("sha256"):
+        raise UserError(
+            f"'{place}' has changed since its class '{origin['name']}' was saved: restore it, or "
+            f"name the method anew as {place}:{origin['name']}"
+        )
+    return load_own(f"{place}:{origin['name']}").object
+
+
 def _is_module(place: str) -> bool:
     return all(part.isidentifier() for part in place.split("."))
 
@@ -78,7 +124,7 @@ def _is_module(place: str) -> bool:
 def _import_file(word: str, path: Path, digest: str) -> ModuleType:
     """The file as a module that is known to ``sys.modules``, as dataclasses and pickle need it."""
     key = hashlib.sha256(f"{path}\n{digest}".encode()).hexdigest()[:16]
-    name = f"tokenenv_own_{key}_{path.stem}"
+    name = f"{_PREFIX}{key}_{path.stem}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)

@@ -24,8 +24,7 @@ from agents.finetune.student import Trainee
 from agents.workers import ALONE, Workers
 from tokenenv.data import Batch, ImageSource
 from tokenenv.errors import UserError
-from tokenenv.vit.backbone import Backbone
-from tokenenv.vit.load import Dense
+from tokenenv.vit.dense import Dense
 
 
 class Batches(Protocol):
@@ -67,7 +66,7 @@ class FineTuner:
     def __init__(
         self,
         student: Trainee,
-        teacher: Backbone | Dense,
+        teacher: Dense,
         batches: Batches,
         config: FineTuneConfig,
         seed: int,

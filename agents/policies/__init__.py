@@ -20,8 +20,8 @@ from agents.policies.heuristics import (
 )
 from tokenenv.errors import UserError
 from tokenenv.game.policy import Method, Policy
-from tokenenv.game.stored import remake
-from tokenenv.reducers import REDUCERS
+from tokenenv.game.stored import find_class, remake
+from tokenenv.reducers import REDUCERS, Reducer
 from tokenenv.storage import read_tensors
 
 POLICY = "policy.safetensors"
@@ -35,8 +35,11 @@ class Stored(Protocol):
     """A class of policies that can be read back."""
 
     @classmethod
-    def remade(cls, config: dict[str, Any]) -> Policy:
-        """A policy with this :meth:`~tokenenv.Policy.config`, its class left out."""
+    def remade(cls, config: dict[str, Any], trust: bool = False) -> Policy:
+        """A policy with this :meth:`~tokenenv.Policy.config`, its class left out.
+
+        ``trust``: whether code of somebody's own, which the config names, may be run.
+        """
 
 
 POLICIES: dict[str, type[Stored]] = {
@@ -63,19 +66,25 @@ def register_policy(cls: P) -> P:
     return cls
 
 
-def load_policy(path: Path) -> Method:
+def load_policy(path: Path, trust: bool = False) -> Method:
     """Read the method that its ``save`` wrote.
 
+    Args:
+        path: the file.
+        trust: whether code of somebody's own, which the file names, may be run.
+
     Raises:
-        UserError: no such file, or not a method.
+        UserError: no such file, not a method, or one of an own class without ``trust``.
     """
     tensors, config = read_tensors(path)
     try:
-        method = _remade(dict(config))
+        method = _remade(dict(config), trust)
         if isinstance(method, nn.Module):
             method.load_state_dict(tensors)
             method.eval()
-    except (KeyError, TypeError, RuntimeError) as error:
+    except UserError as error:
+        raise UserError(f"'{path}' can't be loaded: {error}") from error
+    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
         reason = str(error).splitlines()[-1].strip()  # torch puts what is wrong into the last line
         raise UserError(
             f"'{path}' is not a policy of this version ({reason}): train it anew"
@@ -83,13 +92,15 @@ def load_policy(path: Path) -> Method:
     return method
 
 
-def _remade(config: dict[str, Any]) -> Method:
-    reducers = REDUCERS.values()
+def _remade(config: dict[str, Any], trust: bool) -> Method:
     if config["class"] == "Nobody":  # how reducers were kept once
-        return remake(config["rules"], reducers)
-    if config["class"] in {cls.__name__ for cls in reducers}:
-        return remake(config, reducers)
-    return POLICIES[config.pop("class")].remade(config)
+        config = config["rules"]
+    known = [*REDUCERS.values(), *POLICIES.values()]
+    name, cls = config["class"], find_class(config, known, trust)
+    if isinstance(cls, type) and issubclass(cls, Reducer):
+        return remake({"class": name, **config}, [cls])
+    made: Method = cls.remade(config, trust)
+    return made
 
 
 def shipped() -> list[str]:
@@ -97,15 +108,19 @@ def shipped() -> list[str]:
     return sorted(p.parent.name for p in SHIPPED.glob(f"*/{POLICY}"))
 
 
-def load(what: str | Path) -> Method:
+def load(what: str | Path, trust: bool = False) -> Method:
     """A method: from a folder that keeps one, such as a run's, or the name of a shipped one.
 
+    Args:
+        what: the folder, or the name.
+        trust: whether code of somebody's own, which the folder's file names, may be run.
+
     Raises:
-        UserError: neither of the two.
+        UserError: neither of the two, or a file that :func:`load_policy` refuses.
     """
     for folder in (Path(what), SHIPPED / str(what)):
         if (folder / POLICY).is_file():
-            return load_policy(folder / POLICY)
+            return load_policy(folder / POLICY, trust)
     raise UserError(
         f"'{what}' is neither a run folder with a {POLICY} nor a shipped policy "
         f"({', '.join(shipped()) or 'none'}): train one with 'tokenenv train rl4evit'"

@@ -210,9 +210,12 @@ class ActorPolicy(Trainable):
         }
 
     @classmethod
-    def remade(cls, config: dict[str, Any]) -> ActorPolicy:
+    def remade(cls, config: dict[str, Any], trust: bool = False) -> ActorPolicy:
         """An untrained policy of this :meth:`config`."""
-        rules, widths = remake(config.pop("rules"), RULES.values()), Widths(**config.pop("widths"))
+        rules, widths = (
+            remake(config.pop("rules"), RULES.values(), trust),
+            Widths(**config.pop("widths")),
+        )
         return cls(rules, widths, **config)
 
 

@@ -132,6 +132,6 @@ class DynamicViTPolicy(nn.Module, Policy):
         }
 
     @classmethod
-    def remade(cls, config: dict[str, Any]) -> DynamicViTPolicy:
+    def remade(cls, config: dict[str, Any], trust: bool = False) -> DynamicViTPolicy:
         """An untrained policy of this :meth:`config`."""
-        return cls(remake(config.pop("rules"), [TokenPrune]), **config)
+        return cls(remake(config.pop("rules"), [TokenPrune], trust), **config)

@@ -250,9 +250,9 @@ class GatedPolicy(Trainable):
         }
 
     @classmethod
-    def remade(cls, config: dict[str, Any]) -> GatedPolicy:
+    def remade(cls, config: dict[str, Any], trust: bool = False) -> GatedPolicy:
         """An untrained policy of this :meth:`config`."""
-        rules = remake(config.pop("rules"), [LayerPrune])
+        rules = remake(config.pop("rules"), [LayerPrune], trust)
         return cls(rules, config.pop("widths"), **config)
 
     def _split(self, seen: Columns) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,9 +28,9 @@ class Heuristic(Policy):
         return made_of | {"class": type(self).__name__, "rules": describe(self.rules)}
 
     @classmethod
-    def remade(cls, config: dict[str, Any]) -> Any:
+    def remade(cls, config: dict[str, Any], trust: bool = False) -> Any:
         """The policy of this :meth:`config`."""
-        rules = remake(config.pop("rules"), RULES.values())
+        rules = remake(config.pop("rules"), RULES.values(), trust)
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
         return cls(rules=rules, **values)  # type: ignore[call-arg]
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
-from agents.policies import load, shipped
+from agents.policies import POLICY, SHIPPED, load, shipped
 from agents.policies.heuristics import (
     KeepAll,
     MergeAbove,
@@ -19,9 +22,10 @@ from agents.policies.heuristics import (
 )
 from tokenenv.errors import UserError
 from tokenenv.game.checks import spread_blocks
-from tokenenv.game.policy import Method, Policy
+from tokenenv.game.policy import Method, Policy, as_method
 from tokenenv.game.rules import LayerMerge, TokenPrune
-from tokenenv.reducers import REDUCERS
+from tokenenv.own import load_own, split_own
+from tokenenv.reducers import REDUCERS, Reducer
 from tokenenv.words import Words
 
 
@@ -43,31 +47,38 @@ def usages() -> dict[str, str]:
     return policies | {name: reducer.usage for name, reducer in REDUCERS.items()}
 
 
-def parse_policy(what: str, depth: int) -> Method:
+def parse_policy(what: str, depth: int, trust: bool = False) -> Method:
     """A method by name.
 
     Args:
-        what: one of :func:`usages`, a run folder, or the name of a shipped policy; the last two may
-            end in ``:threshold=0.6`` where the policy has a threshold.
+        what: one of :func:`usages`; a run folder, or the name of a shipped policy, which may end in
+            ``:threshold=0.6`` where the policy has a threshold; or ``module:Name:key=value``, or
+            ``path/to/file.py:Name:key=value``, of a reducer, a policy or a function that gives one.
         depth: number of blocks of the model, for the default decision blocks.
+        trust: whether code of somebody's own, which a folder's file names, may be run.
 
     Raises:
         UserError: unknown name, unknown or missing argument, value out of range.
     """
     name, rest = split_name(what)
     known = usages()
-    if not (name in known or Path(name).is_dir() or name in shipped()):
+    own = None if name in known or Path(name).is_dir() else split_own(what)
+    if not (own or name in known or Path(name).is_dir() or name in shipped()):
         names = ", ".join([*known, *shipped()])
         raise UserError(f"'{what}' is neither a run folder nor a policy: choose from {names}")
-    words = Words(what, rest, known.get(name, "what was learned takes none but threshold=..."))
+    usage = known.get(name, "what was learned takes none but threshold=...")
+    words = Words(what, rest, usage)
     method: Method
-    if name in WORDS:
+    if own:
+        method = _own(what, *own, depth)
+    elif name in WORDS:
         method = WORDS[name].build(words, depth)
     elif name in REDUCERS:
         method = REDUCERS[name].from_words(words, depth)
     else:
-        method = _learned(words, load(name))
-    words.check_all_read()
+        method = _learned(words, load(name, trust))
+    if not own:
+        words.check_all_read()
     return method
 
 
@@ -76,7 +87,59 @@ def split_name(what: str) -> tuple[str, str]:
     if Path(what).is_dir():
         return what, ""
     name, _, rest = what.partition(":")
-    return name, rest
+    return (name, rest) if name in usages() else split_own(what) or (name, rest)
+
+
+def plain(what: str) -> str:
+    """A folder by one name: ``./runs/a/`` is ``runs/a``; ``./evit`` stays, ``evit`` is a method."""
+    known = usages()
+    if what in known or not Path(what).is_dir():
+        return what
+    folder = os.path.normpath(what)
+    return os.path.join(".", folder) if folder in known else folder
+
+
+def folder_of(what: str) -> Path | None:
+    """Where a run or a shipped policy is kept; None for anything else."""
+    name = split_name(what)[0]
+    folder = SHIPPED / name if name in shipped() else Path(name)
+    kept = name not in usages() and (folder / POLICY).is_file()
+    return folder if kept else None
+
+
+def _own(what: str, word: str, rest: str, depth: int) -> Method:
+    """A method that a module or a file of the user's defines."""
+    found = load_own(word).object
+    if isinstance(found, Method):
+        if rest:
+            raise UserError(f"'{word}' is a method already: leave ':{rest}' out")
+        return found
+    if not callable(found):
+        raise UserError(f"'{word}' is {found!r:.60}: name a reducer, a policy, or a function")
+    if isinstance(found, type) and issubclass(found, Reducer):
+        names = [field.name for field in fields(found) if field.name != "depth"]
+        words = Words(what, rest, found.usage or f"{word} takes {', '.join(names)}")
+        method: Method = found.from_words(words, depth)
+    else:
+        parameters = inspect.signature(found).parameters
+        words = Words(what, rest, f"{word} takes {', '.join(parameters) or 'no arguments'}")
+        method = as_method(_called(found, words, depth))
+    words.check_all_read()
+    return method
+
+
+def _called(make: Callable[..., Any], words: Words, depth: int) -> Any:
+    """What a class or a function makes of the arguments; ``depth`` is the model's, unasked."""
+    hints = get_type_hints(getattr(make, "__init__") if isinstance(make, type) else make)  # noqa: B009
+    given: dict[str, Any] = {}
+    for name, parameter in inspect.signature(make).parameters.items():
+        if name == "depth":
+            given[name] = depth
+        elif words.has(name):
+            given[name] = words.value(name, hints.get(name, str), depth)
+        elif parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
+            raise words.missing(name)
+    return make(**given)
 
 
 def _learned(words: Words, policy: Method) -> Method:

@@ -29,8 +29,7 @@ from tokenenv.measure.printing import (
     report_skipped,
 )
 from tokenenv.storage import write_json
-from tokenenv.vit.backbone import Backbone
-from tokenenv.vit.load import Dense
+from tokenenv.vit.dense import Dense
 
 _STATISTICS = 1000
 _PER_CLASS = 4
@@ -62,7 +61,7 @@ class FineTuning:
         open_teacher = (
             request.model.open_dense if config.any_family else request.model.open_backbone
         )
-        self.teacher: Backbone | Dense = open_teacher(request.data)
+        self.teacher: Dense = open_teacher(request.data)
         self.source = request.training_images(self.teacher)
         fit, held_back = self.source.split(config.held_back, seed=request.seed)
         check_batch(config, len(fit), workers.count)
@@ -149,7 +148,7 @@ class FineTuning:
         write_json(out / REPORT, report)
         plot_history(out / "curve.png", trainer.history, None, shown="loss")
         print_result(final, result, frozen=False)
-        print_parameters(counts)
+        print_parameters(counts["parameters"], counts["parameters_dense"])
         bounds = [row["bound"] for row in trainer.history if "bound" in row]
         if bounds:
             print(

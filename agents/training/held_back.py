@@ -14,7 +14,7 @@ from tokenenv.data import ImageSource
 from tokenenv.game.policy import Method
 from tokenenv.measure import evaluation as metrics
 from tokenenv.vit.backbone import Backbone
-from tokenenv.vit.load import Dense
+from tokenenv.vit.dense import Dense
 
 
 class HeldBack:
@@ -31,9 +31,7 @@ class HeldBack:
         UserError: fewer images than processes.
     """
 
-    def __init__(
-        self, backbone: Backbone | Dense, source: ImageSource, workers: Workers = ALONE
-    ) -> None:
+    def __init__(self, backbone: Dense, source: ImageSource, workers: Workers = ALONE) -> None:
         self.backbone, self.source, self._workers = backbone, source, workers
         self._share = source.share(workers.rank, workers.count, even=False)
         self._dense = torch.zeros(len(self._share), dtype=torch.long)

@@ -15,8 +15,8 @@ from agents.training.run import Run
 from tokenenv.data import ImageSource, open_source
 from tokenenv.errors import UserError
 from tokenenv.measure.opening import Model
-from tokenenv.vit.backbone import Backbone
-from tokenenv.vit.load import RANDOM, Dense
+from tokenenv.vit.dense import Dense
+from tokenenv.vit.load import RANDOM
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Request:
     seed: int = 0
     resume: bool = False
 
-    def training_images(self, backbone: Backbone | Dense) -> ImageSource:
+    def training_images(self, backbone: Dense) -> ImageSource:
         """The images to train on and to compare policies with.
 
         Raises:
@@ -57,7 +57,7 @@ class Request:
             )
         return source.subset(self.images, self.seed)
 
-    def final_images(self, backbone: Backbone | Dense, held_back: ImageSource) -> ImageSource:
+    def final_images(self, backbone: Dense, held_back: ImageSource) -> ImageSource:
         """The images of the report: the test part of the digits; of other data those held back."""
         if self.data in (None, "digits"):
             return open_source(self.data, backbone.model, split="test")

@@ -78,7 +78,7 @@ def train(
     request = Request(
         system=found,
         config=with_settings(preset(found.config, model), settings),
-        model=Model(model or EMBEDDED, _text(weights), device, dtype),
+        model=Model(model or EMBEDDED, _text(weights), device, dtype, named=model is not None),
         data=_text(data),
         out=None if out is None else Path(out),
         images=None if images is None else _whole("images", images, 1),

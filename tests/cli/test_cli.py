@@ -26,7 +26,7 @@ from agents.training import Run
 from agents.training.rl import PolicyTraining
 from agents.training.trainer import CHECKPOINT, Trainer
 from tokenenv.cli.main import main
-from tokenenv.measure import evaluation as metrics
+from tokenenv.measure import candidate
 from tokenenv.storage import read_tensors
 from tokenenv.vit.digits import WEIGHTS, digits
 
@@ -466,14 +466,14 @@ def test_a_ctrl_c_in_an_evaluation(
     def press(*args: Any, **kwargs: Any) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(metrics, "evaluate", press)
+    monkeypatch.setattr(candidate, "evaluate", press)
     assert main(["evaluate", "keep-all", "--json", "new/r.json"]) == 130
     assert capsys.readouterr().err == "tokenenv: interrupted\n"
     assert not Path("new").exists()
 
 
 def test_a_programming_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "evaluate", fail)
+    monkeypatch.setattr(candidate, "evaluate", fail)
     with pytest.raises(Failed):
         main(["evaluate", "keep-all"])
 

@@ -26,7 +26,8 @@ from tokenenv.errors import UserError
 from tokenenv.game.cost import Cost
 from tokenenv.measure import evaluation as metrics
 from tokenenv.storage import flatten_state, read_tensors, unflatten_state, write_tensors
-from tokenenv.vit.load import Dense, check_name, load_model, untrained_model
+from tokenenv.vit.dense import Dense
+from tokenenv.vit.load import check_name, load_model, untrained_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -19,8 +19,10 @@ from torch.testing import assert_close
 from agents.policies.words import parse_policy
 from tokenenv.cli.main import main
 from tokenenv.game.cost import Cost, measured_macs
-from tokenenv.game.policy import Policy, play
+from tokenenv.game.policy import play
+from tokenenv.measure import candidate
 from tokenenv.measure import speed as bench
+from tokenenv.measure.candidate import MethodCandidate, sliced
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -30,8 +32,9 @@ KEYS = {
 }  # fmt: skip
 
 
-def policies(*names: str) -> dict[str, Policy]:
-    return {name: parse_policy(name, backbone().depth) for name in names}
+def policies(*names: str) -> list[MethodCandidate]:
+    methods = {name: parse_policy(name, backbone().depth) for name in names}
+    return [MethodCandidate(name, method, backbone()) for name, method in methods.items()]
 
 
 def test_ratios_are_taken_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +58,7 @@ def test_ratios_are_taken_within_a_round(monkeypatch: pytest.MonkeyPatch) -> Non
     dense, half = bench.bench(
         backbone(), policies("norm:keep=0.5"), images, rounds=3, progress=done.append
     )
-    assert sum(done) == bench.timings(1, 3)
+    assert sum(done) == bench.timings(policies("norm:keep=0.5"), 3)
     assert asked == [1] + 9 * [3]  # no timing is shorter than a quarter of a second
     assert (dense.what, dense.speedup, dense.realised_share) == ("dense", 1.0, 1.0)
     assert (half.speedup, half.speedup_q25, half.speedup_q75) == (2.0, 2.0, 2.0)
@@ -84,13 +87,13 @@ def test_the_slice_costs_what_its_token_counts_say(kind: str) -> None:
     images = image_for(model, 1)
     with torch.inference_mode():
         whole = [model.prefix + model.patches] * model.depth
-        assert_close(bench.sliced(model, images, whole, whole), model(images), atol=1e-5, rtol=0)
+        assert_close(sliced(model, images, whole, whole), model(images), atol=1e-5, rtol=0)
         policy = parse_policy("tome:r=9", model.depth)
         episode = play(model, policy, images)
     attended = [int(n) for n in episode.attended]
     fed = [int(n) for n in episode.fed]
     assert fed == [n - 9 for n in attended]
-    found = measured_macs(lambda: bench.sliced(model, images, attended, fed))
+    found = measured_macs(lambda: sliced(model, images, attended, fed))
     expected = Cost(model).backbone_macs(episode.attended, episode.fed).item()
     assert found == pytest.approx(expected, rel=1e-3)
 
@@ -103,7 +106,7 @@ def test_a_policy_draws_the_same_in_every_round(monkeypatch: pytest.MonkeyPatch)
         lengths.append(episode.counts[-1].tolist())
         return episode
 
-    monkeypatch.setattr(bench, "play", noted)
+    monkeypatch.setattr(candidate, "play", noted)
     monkeypatch.setattr(bench, "_SHORTEST", 0.0)
     bench.bench(
         backbone(), policies("random:keep=0.3..0.9,seed=2"), torch.randn(9, 1, 8, 8), rounds=2
@@ -175,7 +178,7 @@ def test_ctrl_c_keeps_finished_batches(monkeypatch: pytest.MonkeyPatch) -> None:
             signal.raise_signal(signal.SIGINT)
         return play(*args)
 
-    monkeypatch.setattr(bench, "play", press)
+    monkeypatch.setattr(candidate, "play", press)
     command = "bench keep-all keep-all --batch 1,1,2 --rounds 1 --json b.json"
     assert main(command.split()) == 130
     rows = json.loads(Path("b.json").read_text())

@@ -21,8 +21,9 @@ from agents.policies.heuristics import MergeRandom
 from agents.policies.words import parse_policy
 from tokenenv.cli.main import main
 from tokenenv.game.rules import LayerMerge
-from tokenenv.measure import evaluation as metrics
+from tokenenv.measure import candidate
 from tokenenv.measure import speed as bench
+from tokenenv.measure.candidate import MethodCandidate
 from tokenenv.vit.digits import WEIGHTS
 
 FILES = {"table.md", "table.csv", "table.json", "pareto.png", "state"}
@@ -79,7 +80,7 @@ def test_the_folder_holds_what_evaluate_and_bench_say(capsys: pytest.CaptureFixt
 
 def press_in_evaluation(monkeypatch: pytest.MonkeyPatch, number: int) -> list[Any]:
     """Press Ctrl-C in the ``number``-th evaluation; returns the policies evaluated."""
-    evaluate, asked, calls = metrics.evaluate, [], itertools.count(1)
+    evaluate, asked, calls = candidate.evaluate, [], itertools.count(1)
 
     def watched(backbone: Any, policy: Any, source: Any, **options: Any) -> Any:
         asked.append(policy)
@@ -87,7 +88,7 @@ def press_in_evaluation(monkeypatch: pytest.MonkeyPatch, number: int) -> list[An
             signal.raise_signal(signal.SIGINT)
         return evaluate(backbone, policy, source, **options)
 
-    monkeypatch.setattr(metrics, "evaluate", watched)
+    monkeypatch.setattr(candidate, "evaluate", watched)
     return asked
 
 
@@ -109,8 +110,8 @@ def test_after_ctrl_c_the_same_command_goes_on(
     assert len(asked) == 2 and isinstance(asked[1], MergeRandom)
     assert untimed(table) == untimed(whole)
 
-    monkeypatch.setattr(metrics, "evaluate", fail)
-    monkeypatch.setattr("tokenenv.cli.compare.bench", fail)
+    monkeypatch.setattr(candidate, "evaluate", fail)
+    monkeypatch.setattr("tokenenv.api.compare.bench", fail)
     before = {name: Path("compare", name).read_bytes() for name in FILES - {"state"}}
     again = compare(SMALL)
     assert again == table
@@ -127,7 +128,7 @@ def test_ctrl_c_while_timing_keeps_the_batch_sizes_done(
             signal.raise_signal(signal.SIGINT)
         return measured(*args, **options)
 
-    monkeypatch.setattr("tokenenv.cli.compare.bench", press)
+    monkeypatch.setattr("tokenenv.api.compare.bench", press)
     assert main(shlex.split(SMALL.format(""))) == 130
     assert "3 of 3 rows are evaluated" in capsys.readouterr().err
     part = json.loads(Path("compare/table.json").read_text())
@@ -270,10 +271,11 @@ def test_backbones_of_their_own_on_the_clock() -> None:
     from tokenenv.vit.backbone import Backbone
 
     short = Backbone(timm.create_model("digits_vit", depth=2))
-    policies = {name: parse_policy("tome:r=3", 2) for name in ("own", "shared")}
-    images = torch.randn(2, 1, 8, 8)
-    dense, own, shared = bench.bench(
-        backbone(), policies, images, backbones={"own": short}, rounds=1
-    )
+    played_on = {"own": short, "shared": backbone()}
+    candidates = [
+        MethodCandidate(name, parse_policy("tome:r=3", 2), model)
+        for name, model in played_on.items()
+    ]
+    dense, own, shared = bench.bench(backbone(), candidates, torch.randn(2, 1, 8, 8), rounds=1)
     assert own.gmacs < 0.5 * shared.gmacs < dense.gmacs
     assert own.gmacs_dense == shared.gmacs_dense == dense.gmacs

@@ -197,7 +197,7 @@ def compared(timed: bool = True) -> Comparison:
 
 def test_all_tables_say_the_same() -> None:
     found = compared()
-    table = found.as_json()
+    table = found.to_dict()
     assert [r["what"] for r in table["rows"]] == ["dense", "tome:r=4", "tome:r=8", "runs/a|b"]
     assert [r["pareto"] for r in table["rows"]] == [True, False, True, True]
     assert json.loads(json.dumps(table))["rows"][1]["speeds"][1]["images_per_s"] == 20

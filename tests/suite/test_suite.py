@@ -21,11 +21,11 @@ from agents.policies.words import parse_policy
 from agents.systems.registry import SYSTEMS
 from agents.systems.settings import with_settings, word
 from tokenenv import open_source
-from tokenenv.cli import suite
 from tokenenv.errors import UserError
 from tokenenv.measure import evaluation as metrics
 from tokenenv.suite import learners as suite_learners
 from tokenenv.suite import report, results
+from tokenenv.suite import run as suite_run
 from tokenenv.suite.opened import OpenTask, open_task, spread
 from tokenenv.suite.results import Point, Result, hits, references, unpack_hits
 from tokenenv.suite.tasks import POINTS, TASKS, Task, find_task
@@ -58,7 +58,7 @@ def test_run_score_plot_and_marl_eval(
     assert sum(not TINY.low <= point["macs"] <= TINY.high + 0.05 for point in swept) <= 2
 
     # Nothing runs again, and nothing changes.
-    monkeypatch.setattr(suite, "_run_one", None)
+    monkeypatch.setattr(suite_run, "_run_one", None)
     capsys.readouterr()
     assert run(f"run tiny-prune-v0 {learners}") == 0
     assert capsys.readouterr().out.count("(kept)") == 5 and kept() == found
@@ -101,14 +101,14 @@ def check_marl_eval(layout: dict[str, Any]) -> None:
 def test_ctrl_c_keeps_what_is_done(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole, turns = suite._run_one, iter(range(9))
+    whole, turns = suite_run._run_one, iter(range(9))
 
     def pressed(*args: Any) -> Result:
         if next(turns) == 1:
             raise KeyboardInterrupt
         return whole(*args)
 
-    monkeypatch.setattr(suite, "_run_one", pressed)
+    monkeypatch.setattr(suite_run, "_run_one", pressed)
     assert run("run tiny-prune-v0 --learner random") == 130
     assert "results so far are kept; the same command goes on" in capsys.readouterr().err
     first = kept()

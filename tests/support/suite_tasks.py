@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from tokenenv.cli import suite
 from tokenenv.cli.main import main
 from tokenenv.suite import report, tasks
 from tokenenv.suite.tasks import TASKS, Task, find_task
@@ -29,7 +28,7 @@ TINY_MERGE = dataclasses.replace(
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder of its own, and two small tasks more."""
     monkeypatch.chdir(tmp_path)
-    for module in (tasks, report, suite):
+    for module in (tasks, report):
         monkeypatch.setattr(module, "TASKS", (*TASKS, TINY, TINY_MERGE))
 
 

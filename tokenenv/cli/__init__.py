@@ -1,1 +1,1 @@
-"""What the commands of the command line do; :mod:`tokenenv.cli.main` reads their options."""
+"""The command line: one module for each command, its options and a call of a function."""

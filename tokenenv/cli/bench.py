@@ -1,109 +1,125 @@
-"""``tokenenv bench``: policies against the dense model on the clock."""
+"""``tokenenv bench``: its options, the call of :func:`tokenenv.bench`, its table."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import io
-import itertools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
-from agents.policies.words import parse_policy
-from tokenenv.cli.common import open_backbone, open_dense
-from tokenenv.cli.evaluate import adopt, fit, writable_file
-from tokenenv.cli.merged import open_merged
-from tokenenv.data import open_source
-from tokenenv.data.pixels import Preprocess
+from tokenenv.cli.options import (
+    WHAT,
+    Parser,
+    add_dtype,
+    add_execution,
+    add_model_options,
+    add_trust,
+    batches,
+    positive,
+    writable_file,
+)
 from tokenenv.errors import UserError
-from tokenenv.game.policy import Method
-from tokenenv.measure.speed import DENSE, Speed, bench, timings
-from tokenenv.storage import write_bytes, write_json
-from tokenenv.vit.backbone import Backbone
-from tokenenv.vit.load import DIGITS_MODELS, Dense
+
+if TYPE_CHECKING:
+    from tokenenv.api.bench import Speeds
+    from tokenenv.measure.speed import Speed
+
+
+def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
+    """The command's options."""
+    bench = commands.add_parser(
+        "bench",
+        help="how much faster methods make a model, and how much faster they could",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Time the dense model and methods in turns, in one process. 'sliced' is the "
+        "same model\nmerely cut to the method's token counts: the limit. 'share' is the part of "
+        "that speed-up\nthat is real. Images are those of --data, else random. The embedded digits "
+        "model is too\nsmall to become faster: what a decision costs shows there.",
+        epilog="examples:\n  tokenenv bench tome:r=3 random:keep=0.5..0.9\n"
+        "  tokenenv bench tome:r=13 random:keep=0.5..0.9,blocks=3/6/9 --model "
+        "deit_small_patch16_224 --weights random --batch 1,64 --json speed.json --out speed.png",
+    )
+    bench.add_argument("what", metavar="WHAT", nargs="+", help=WHAT)
+    add_model_options(bench)
+    add_dtype(bench)
+    bench.add_argument(
+        "--batch", type=batches, default="1,8,64", metavar="N,N", help="default: 1,8,64"
+    )
+    bench.add_argument("--threads", type=positive, metavar="N", help="default: torch's choice")
+    bench.add_argument("--rounds", type=positive, default=7, metavar="N", help="default: 7")
+    add_execution(bench)
+    bench.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="let torch.compile work on all of them (default: on CUDA)",
+    )
+    bench.add_argument("--json", metavar="FILE", help="write the numbers there")
+    bench.add_argument("--out", metavar="FILE", help="draw them into this PNG")
+    add_trust(bench)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
-    args.what, args.batch = list(dict.fromkeys(args.what)), list(dict.fromkeys(args.batch))
+    from tokenenv.api.bench import bench
+
     if args.json and args.out and Path(args.json).resolve() == Path(args.out).resolve():
         raise UserError("--json and --out name the same file: give two")
+    table = _Table()
     with contextlib.ExitStack() as places:  # before minutes of work
         places.enter_context(writable_file(args.json))
         places.enter_context(writable_file(args.out, "--out"))
-        if args.threads:
-            torch.set_num_threads(args.threads)
-        merged = open_merged(args, args.what)
-        played = [what for what in args.what if what not in merged]
-        adopt(args, *played)
-        backbone: Backbone | Dense
-        policies: dict[str, Method] = {}
-        if played:
-            whole, name = open_backbone(args, images=False)
-            policies = {what: parse_policy(what, whole.depth) for what in played}
-            for policy in policies.values():
-                fit(policy, whole, name)
-            backbone = whole
-        else:
-            backbone, name = open_dense(args, images=False)
-        images, origin = _images(args, backbone, name)
-        compiled = args.compile if args.compile is not None else backbone.device.type == "cuda"
-        how = f"{args.device}, {args.dtype}{', compiled' if compiled else ''}"
-        print(
-            f"{name}, {origin}, {how}, {torch.get_num_threads()} threads, "
-            f"torch {torch.__version__}, median of {args.rounds} rounds (1 MAC = 1 FLOP)"
-        )
-        print(_HEADER)
-        found: list[Speed] = []
         try:
-            for batch in args.batch:
-                some = images[torch.arange(batch, device=images.device) % len(images)]
-                total = timings(len(policies), args.rounds, len(merged))
-                with tqdm(total=total, desc=f"batch {batch}", leave=False, disable=None) as bar:
-                    rows = bench(
-                        backbone,
-                        policies,
-                        some,
-                        models=merged,
-                        rounds=args.rounds,
-                        compiled=compiled,
-                        execution=args.execution,
-                        progress=bar.update,
-                    )
-                found += rows
-                for row in rows:
-                    print(_line(row))
+            bench(
+                args.what,
+                model=args.model,
+                weights=args.weights,
+                data=args.data,
+                batch=args.batch,
+                threads=args.threads,
+                rounds=args.rounds,
+                execution=args.execution,
+                compile=args.compile,
+                device=args.device,
+                dtype=args.dtype,
+                trust=args.trust,
+                show=table.show,
+            )
         finally:
-            if found:  # also what was done before Ctrl-C
-                _write(args, found, name)
+            if table.printed:  # also what was done before Ctrl-C
+                _write(args, table.speeds)
     return 0
 
 
-def _write(args: argparse.Namespace, found: list[Speed], name: str) -> None:
+class _Table:
+    """The table on the screen, which grows with each batch size.
+
+    Attributes:
+        speeds: what was shown last; ``printed``: how many of its rows.
+    """
+
+    speeds: Speeds
+    printed = 0
+
+    def show(self, speeds: Speeds) -> None:
+        """Print what is new."""
+        if not speeds.rows:
+            print(f"{speeds.model}, {speeds.conditions}")
+            print(_HEADER)
+        for row in speeds.rows[self.printed :]:
+            print(_line(row))
+        self.speeds, self.printed = speeds, len(speeds.rows)
+
+
+def _write(args: argparse.Namespace, found: Speeds) -> None:
+    from tokenenv.measure.pictures import speed_picture
+    from tokenenv.storage import write_bytes, write_json
+
     if args.json:
-        write_json(Path(args.json), [row.as_json() for row in found])
+        write_json(Path(args.json), found.records())
         print(f"the numbers are in {args.json}")
     if args.out:
-        write_bytes(Path(args.out), picture(found, name))
+        write_bytes(Path(args.out), speed_picture(found.rows, found.model))
         print(f"the picture is in {args.out}")
-
-
-def _images(args: argparse.Namespace, backbone: Backbone | Dense, name: str) -> tuple[Tensor, str]:
-    """As many as the largest batch, or as there are, and where they are from."""
-    count = max(args.batch)
-    place = backbone.device
-    if args.data is None and name not in DIGITS_MODELS:
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randn((count, *Preprocess(backbone.model).shape), generator=generator)
-        return images.to(place, backbone.dtype), "random images"
-    source = open_source(args.data, backbone.model, split="test", limit=count)
-    images = source.batch(torch.arange(len(source))).images
-    if not len(images):
-        raise UserError(f"no image of '{source.name}' could be read: check the files")
-    return images.to(place, backbone.dtype), f"{len(images)} images of {source.name}"
 
 
 _HEADER = (
@@ -120,46 +136,5 @@ def _line(row: Speed) -> str:
     ]
     return (
         f"{row.batch:5}  {row.what:36}{row.images_per_s:9.1f}{quartiles:>24}{row.gmacs:9.4f}"
-        f"{_saved(row):9.1f}{row.peak_mib:10.1f}{limit[0]:>8}{limit[1]:>7}"
+        f"{row.saved:9.1f}{row.peak_mib:10.1f}{limit[0]:>8}{limit[1]:>7}"
     )
-
-
-def _saved(row: Speed) -> float:
-    return 100 * (1 - row.gmacs / row.gmacs_dense)
-
-
-def picture(rows: list[Speed], model: str) -> bytes:
-    """PNG: speed-up against multiply-adds saved, and the limit that the token counts set."""
-    # Not pyplot: it keeps figures, and looks for a display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.5, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    names = list(dict.fromkeys(row.what for row in rows if row.what != DENSE))
-    marks = dict(zip(names, itertools.cycle("os^Dv*XP")))
-    batches = sorted({row.batch for row in rows})
-    for row in rows:
-        if row.what == DENSE:
-            continue
-        colour, saved = f"C{batches.index(row.batch)}", _saved(row)
-        if row.slice_speedup is not None:
-            axis.plot([saved, saved], [row.speedup, row.slice_speedup], ":", color=colour, lw=1)
-            axis.plot(saved, row.slice_speedup, "_", color=colour, ms=14, mew=2)
-        spread = [[row.speedup - row.speedup_q25], [row.speedup_q75 - row.speedup]]
-        axis.errorbar(saved, row.speedup, spread, fmt=marks[row.what], color=colour, ms=6)
-    for number, batch in enumerate(batches):
-        axis.plot([], [], color=f"C{number}", lw=4, label=f"batch {batch}")
-    axis.plot([], [], "_", color="0.3", ms=14, mew=2, label="limit: the model sliced")
-    for name in names:
-        axis.plot([], [], marks[name], color="0.3", ms=6, label=name)
-    axis.axhline(1, color="0.4", lw=1)
-    axis.set_xlabel("multiply-adds saved, policy included, %")
-    axis.set_ylabel("speed-up over the dense model")
-    axis.set_title(f"{model}: median and quartiles of ratios within a round", fontsize=10)
-    axis.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120, format="png")
-    return buffer.getvalue()

@@ -1,41 +1,68 @@
-"""``tokenenv compress``: a model and a policy as one faster model on disk."""
+"""``tokenenv compress``: its options, and the call of :func:`tokenenv.compress`."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from agents.policies.words import parse_policy
-from tokenenv.cli.common import open_backbone
-from tokenenv.cli.evaluate import adopt, writable_file
-from tokenenv.cli.merged import is_merged
-from tokenenv.deploy.compressed import CONFIG, compress
-from tokenenv.deploy.onnx import check_export, export_onnx
+from tokenenv.cli.options import (
+    WHAT,
+    Parser,
+    add_dtype,
+    add_execution,
+    add_model_options,
+    add_trust,
+    writable_file,
+)
 from tokenenv.errors import UserError
+
+
+def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
+    """The command's options."""
+    compress = commands.add_parser(
+        "compress",
+        help="write a model and a method as one faster model",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Write a folder that tokenenv.load_compressed reads, and on demand an ONNX "
+        "file:\nfor one image at a time, whose tokens really leave.",
+        epilog="examples:\n  tokenenv compress norm:keep=0.7 --out fast\n"
+        "  tokenenv compress rl4evit-deit_tiny --weights deit.safetensors --out fast "
+        "--export fast.onnx",
+    )
+    compress.add_argument("what", metavar="WHAT", help=WHAT)
+    add_model_options(compress, images=False)
+    add_dtype(compress)
+    add_execution(compress)
+    compress.add_argument("--out", metavar="DIR", required=True, help="a new folder")
+    compress.add_argument(
+        "--export", metavar="FILE", help="write ONNX there (pip install tokenenv[export])"
+    )
+    add_trust(compress)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
+    from tokenenv.api.compress import compress
+    from tokenenv.deploy.onnx import check_export, export_onnx
+
     if args.export and Path(args.export).resolve() == Path(args.out).resolve():
         raise UserError("--out is a folder and --export a file: give them different names")
     with writable_file(args.export, "--export"):
-        if Path(args.what, CONFIG).is_file():
-            raise UserError(
-                f"'{args.what}' is compressed already: give the policy it was made with"
-            )
-        if is_merged(args.what):
-            raise UserError(
-                f"'{args.what}' is a model already, whose tokens merge by themselves: "
-                f"tokenenv.ltm.load_ltm('{args.what}') gives it"
-            )
         if args.export and args.dtype != "float32":
             raise UserError(f"--export writes float32 only, not {args.dtype}: leave --dtype out")
         if args.export:
             check_export()
-        adopt(args, args.what)
-        backbone, name = open_backbone(args, images=False)
-        fast = compress(backbone.model, parse_policy(args.what, backbone.depth), args.execution)
+        fast = compress(
+            args.model,
+            args.what,
+            args.execution,
+            weights=args.weights,
+            device=args.device,
+            dtype=args.dtype,
+            trust=args.trust,
+        )
         fast.save(args.out)
+        name = fast.backbone.architecture
         print(f"{name} with {args.what} is in {args.out}: tokenenv.load_compressed('{args.out}')")
         if args.export:
             print("exporting, which takes up to some minutes ...")

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import NoReturn
+
+from tokenenv.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -12,6 +17,40 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Exit with status 2."""
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+WHAT = (
+    "a method such as tome:r=8, evit:keep=0.7 or resize:size=192 ('tokenenv methods' lists them), "
+    "a run folder (LTM's too), a compressed model's folder or a shipped policy (policies also with "
+    ":threshold=0.6), or your own module:Name:key=value or path/to/file.py:Name:key=value"
+)
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """``--trust``."""
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="run the code of somebody's own that a saved method names",
+    )
+
+
+@contextlib.contextmanager
+def writable_file(path: str | None, option: str = "--json") -> Iterator[None]:
+    """See that the file which ``option`` names can be written.
+
+    Raises:
+        UserError: it cannot.
+    """
+    from tokenenv.storage import writable_folder
+
+    if path is None:
+        yield
+        return
+    if Path(path).is_dir():
+        raise UserError(f"{option} '{path}' is a folder: give the name of a file")
+    with writable_folder(Path(path).parent):
+        yield
 
 
 def add_execution(parser: argparse.ArgumentParser) -> None:

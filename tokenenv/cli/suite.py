@@ -1,46 +1,78 @@
-"""``tokenenv suite``: run learners on the suite's tasks, score them, draw them."""
+"""``tokenenv suite``: its options, and the calls of :mod:`tokenenv.suite`."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import re
-import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-from tqdm import tqdm
-
-from tokenenv.cli.evaluate import writable_file
+from tokenenv.cli.options import Parser, add_dtype, seeds, writable_file
 from tokenenv.errors import UserError
-from tokenenv.measure.printing import report_skipped
-from tokenenv.measure.state import conditions, fingerprint
-from tokenenv.storage import writable_folder, write_bytes, write_json
-from tokenenv.suite.learners import BUILT_IN, Learner, Means, find_learner
-from tokenenv.suite.opened import (
-    OpenTask,
-    dense_hits,
-    dense_predictions,
-    open_task,
-    read_points,
-    sweep,
-)
-from tokenenv.suite.picture import picture
-from tokenenv.suite.report import Report, make_report
-from tokenenv.suite.results import (
-    Result,
-    check_conditions,
-    find_results,
-    read_result,
-    references,
-)
-from tokenenv.suite.tasks import POINTS, TASKS, Task, find_task
+
+if TYPE_CHECKING:
+    from tokenenv.suite.report import Report
+
+
+def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
+    """The command's options."""
+    suite = commands.add_parser(
+        "suite",
+        help="the benchmark: run learners on fixed tasks, score and draw them",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Fixed, versioned tasks with budgets, seeds and reference results. The score "
+        "is the area under\na learner's front of top-1 over multiply-adds: random's is 0, a "
+        "hindsight oracle's is 1.",
+        epilog="examples:\n  tokenenv suite list\n"
+        "  tokenenv suite run digits-prune-v0 --learner mappo\n"
+        "  tokenenv suite run digits-prune-v0 --learner my_module:learn --seeds 0,1,2\n"
+        "  tokenenv suite run deit-tiny-merge-v0 --learner dora-deit_tiny --data imagenet/train "
+        "--test-data imagenet/val\n"
+        "  tokenenv suite score suite --marl-eval scores.json",
+    )
+    actions = suite.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("list", help="tasks and learners, one line each")
+    run = actions.add_parser(
+        "run",
+        help="let learners learn, and measure them on images that nobody learns from",
+        description="One result for each task, learner and seed. Those that are there already are "
+        "kept; after Ctrl-C the same command goes on.",
+    )
+    run.add_argument("tasks", metavar="TASK", nargs="+", help="see 'tokenenv suite list'")
+    run.add_argument(
+        "--learner",
+        action="append",
+        required=True,
+        metavar="NAME",
+        help="see 'tokenenv suite list'; a shipped policy; a run folder; or module:function or "
+        "file.py:function, your own function(task, seed) that gives a policy or a list of them; "
+        "repeatable",
+    )
+    run.add_argument("--seeds", type=seeds, metavar="S,S", help="default: those of the task")
+    run.add_argument("--out", default="suite", metavar="DIR", help="default: suite")
+    run.add_argument("--weights", metavar="FILE", help="of DeiT-Tiny, for tasks on photographs")
+    run.add_argument("--data", metavar="DIR", help="photographs to learn from, for those tasks")
+    run.add_argument("--test-data", metavar="DIR", help="other photographs to test on, for those")
+    run.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda ...; default: cpu")
+    add_dtype(run, "what learners train in; tests are in float32")
+    score = actions.add_parser("score", help="tables of scores, beside the reference results")
+    plot = actions.add_parser("plot", help="fronts and intervals of the scores as a picture")
+    for reader in (score, plot):
+        reader.add_argument(
+            "out", metavar="DIR", nargs="?", help="of 'run'; left out: the references alone"
+        )
+    score.add_argument(
+        "--marl-eval", metavar="FILE", help="write the scores there as marl-eval reads them"
+    )
+    plot.add_argument("--file", default="suite.png", metavar="PNG", help="default: suite.png")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
+    from tokenenv.storage import write_bytes
+    from tokenenv.suite.picture import picture
+    from tokenenv.suite.report import make_report
+    from tokenenv.suite.results import read_result
+
     if args.action == "list":
         print(_listing())
         return 0
@@ -60,7 +92,26 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _run(args: argparse.Namespace) -> None:
+    from tokenenv.suite.learners import Means
+    from tokenenv.suite.run import run_suite
+
+    run_suite(
+        args.tasks,
+        args.learner,
+        seeds=args.seeds,
+        out=args.out,
+        test_data=args.test_data,
+        means=Means(args.weights, args.data, args.device, args.dtype),
+    )
+    print(f"tokenenv suite score {args.out} and tokenenv suite plot {args.out} show the results")
+
+
 def _listing() -> str:
+    from tokenenv.suite.learners import BUILT_IN
+    from tokenenv.suite.results import references
+    from tokenenv.suite.tasks import TASKS
+
     lines = ["tasks:"]
     for task in TASKS:
         shown = len({result.learner for result in references(task.name)})
@@ -80,152 +131,14 @@ def _listing() -> str:
     return "\n".join(lines)
 
 
-def _run(args: argparse.Namespace) -> None:
-    """Run what is missing, one file for each task, learner and seed."""
-    tasks = [find_task(name) for name in dict.fromkeys(args.tasks)]
-    learners = [find_learner(name) for name in dict.fromkeys(args.learner)]
-    for task in tasks:
-        for learner in learners:
-            learner.check(task)
-    out = Path(args.out)
-    with writable_folder(out):
-        try:
-            for task in tasks:
-                opened = open_task(
-                    task,
-                    weights=args.weights,
-                    data=args.data,
-                    test_data=args.test_data,
-                    device=args.device,
-                )
-                _run_task(opened, learners, out, args)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("results so far are kept; the same command goes on") from None
-    print(f"tokenenv suite score {out} and tokenenv suite plot {out} show the results")
-
-
-def _run_task(
-    opened: OpenTask, learners: list[Learner], out: Path, args: argparse.Namespace
-) -> None:
-    """Write the results that are missing."""
-    task, test = opened.spec, opened.test
-    common = {
-        **conditions(task.model, opened.backbone.model, test),
-        "learnt_from": f"{opened.train.name}, {len(opened.train)} images",
-        "task": task.settings(),
-    }
-    missing = []
-    for learner in learners:
-        now = {**common, "code": learner.code}
-        learnt_in = args.dtype if learner.trains else learner.learnt_in
-        if learnt_in:
-            now["learnt_in"] = learnt_in
-        for seed in _seeds(args.seeds, task, learner):
-            path = _place(out, task, learner, seed)
-            if path.is_file():
-                _print_result(_kept(path, learner, now), "kept")
-            else:
-                missing.append((learner, seed, path, now))
-    if missing:
-        dense = dense_predictions(opened)
-    for number, (learner, seed, path, now) in enumerate(missing, 1):
-        # Only a run under the same conditions is gone on with.
-        digest = hashlib.sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()[:8]
-        folder = out / "runs" / f"{path.stem}-{digest}"
-        result = _run_one(opened, learner, seed, dense, folder, args, now)
-        write_json(path, result.as_json())
-        _print_result(result, f"{number}/{len(missing)}, {result.seconds:.0f} s")
-    report_skipped(test)
-
-
-def _run_one(
-    opened: OpenTask,
-    learner: Learner,
-    seed: int,
-    dense: torch.Tensor,
-    folder: Path,
-    args: argparse.Namespace,
-    now: dict[str, Any],
-) -> Result:
-    """Let a learner learn, and read its points."""
-    task, start = opened.spec, time.perf_counter()
-    opened.played, opened.learnt_in = 0, set()
-    means = Means(args.weights, args.data, args.device, args.dtype)
-    policies = learner.learn(opened, seed, folder, means)
-    opened.check_budget()
-    if fingerprint(opened.backbone.model.state_dict()) != now["weights"]:
-        raise UserError(
-            f"learner '{learner.name}' changed the weights of '{task.model}', which stay frozen in "
-            "the suite: let it work on a copy"
-        )
-    for policy in policies.values():
-        opened.check_policy(policy)
-        if isinstance(policy, torch.nn.Module):
-            policy.to(opened.backbone.device).eval()
-    only = next(iter(policies.values()))
-    swept = len(policies) == 1 and only.adjustable
-    images = len(opened.test) * (POINTS if swept else len(policies))
-    words = f"{learner.name} seed {seed}"
-    with tqdm(total=images, unit="image", desc=words, leave=False, disable=None) as bar:
-        if swept:
-            points = sweep(opened, only, dense, bar.update)
-        else:
-            points = read_points(opened, policies, dense, bar.update)
-    result = Result(
-        task.name,
-        learner.name,
-        seed,
-        {"learnt_in": " and ".join(sorted(opened.learnt_in)) or "float32", **now},
-        round(time.perf_counter() - start, 1),
-        opened.backbone.classes,
-        int((dense >= 0).sum()),
-        dense_hits(opened, dense),
-        tuple(points),
-    )
-    _ = result.area  # refuses numbers that are none, before they are kept
-    return result
-
-
-def _seeds(asked: list[int] | None, task: Task, learner: Learner) -> list[int]:
-    if learner.deterministic:
-        return [0]
-    return asked if asked is not None else list(range(task.seeds))
-
-
-def _place(out: Path, task: Task, learner: Learner, seed: int) -> Path:
-    name = re.sub(r"[^\w.-]+", "_", learner.name)
-    return out / "results" / task.name / f"{task.name}-{name}-{seed}.json"
-
-
-def _kept(path: Path, learner: Learner, now: dict[str, Any]) -> Result:
-    """A result that is there already.
-
-    Raises:
-        UserError: it can't be read, or is of another learner or made under other conditions.
-    """
-    result = read_result(path)
-    if result.learner != learner.name:
-        raise UserError(
-            f"'{path}' holds learner '{result.learner}', not '{learner.name}': give another --out"
-        )
-    check_conditions(result, now, path)
-    return result
-
-
-def _print_result(result: Result, note: str) -> None:
-    print(
-        f"{result.task} {result.learner} seed {result.seed}: top-1 {100 * result.area:.2f} % over "
-        f"the range, {100 * result.saved():.1f} % saved within a point ({note})",
-        flush=True,
-    )
-
-
 def _results(args: argparse.Namespace) -> list[Path]:
     """The files to score; without a folder none, and the references are shown.
 
     Raises:
         UserError: the folder holds none.
     """
+    from tokenenv.suite.results import find_results
+
     if args.out is None:
         return []
     found = list(find_results(Path(args.out)))
@@ -238,6 +151,8 @@ def _results(args: argparse.Namespace) -> list[Path]:
 
 
 def _write_marl_eval(report: Report, path: Path) -> None:
+    from tokenenv.storage import write_json
+
     layout, left_out = report.marl_eval()
     write_json(path, layout)
     print(f"\nscores for marl-eval are in {path}")

@@ -201,7 +201,9 @@ class CompressedViT(nn.Module):
             "and pooling, and can't be read back: save its state_dict() and build it by your code"
         )
         try:
-            twin = load_compressed(folder, self.backbone.device)
+            twin = load_compressed(
+                folder, self.backbone.device, trust=True
+            )  # its own class is here
         except UserError as error:
             raise UserError(f"{words} ({error})") from None
         shape = (1, *self.backbone.image_shape)
@@ -239,11 +241,19 @@ def _dropped(model: nn.Module) -> list[float]:
     return [float(rate or 0.0) for rate in known]
 
 
-def load_compressed(folder: str | Path, device: str | torch.device = "cpu") -> CompressedViT:
+def load_compressed(
+    folder: str | Path, device: str | torch.device = "cpu", trust: bool = False
+) -> CompressedViT:
     """The model that :meth:`CompressedViT.save` wrote.
 
+    Args:
+        folder: what it wrote.
+        device: where to put the model.
+        trust: whether code of somebody's own, which the folder names, may be run.
+
     Raises:
-        UserError: no such folder, or it is not complete.
+        UserError: no such folder, it is not complete, or its method is of a class of somebody's own
+            and there is no ``trust``.
     """
     import agents  # the only policies that come with a way to read them back
 
@@ -261,4 +271,4 @@ def load_compressed(folder: str | Path, device: str | torch.device = "cpu") -> C
             f"'{folder}' holds no compressed model ({CONFIG}: {type(error).__name__}): "
             "give a folder that 'tokenenv compress' or save() wrote"
         ) from None
-    return compress(model, agents.load(folder), execution)
+    return compress(model, agents.load(folder, trust), execution)

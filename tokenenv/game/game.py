@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -64,6 +64,7 @@ class Game:
         agent_dim, shared_dim, state_dim: widths of the observation's parts.
         images, labels, index: ``(B, C, H, W)``, ``(B,)``, and ``(B,)`` positions in the source.
         dense: ``(B, K)`` float32 logits of the dense model; ``answers``: those of all images met.
+        on_reset: called with the number of episodes before they start; does nothing unless set.
         history: ``(B, P)`` bool which patches a token stood for after each decision so far.
         counts: ``(B,)`` visual tokens before the first decision and after each one so far.
     """
@@ -98,6 +99,7 @@ class Game:
         self.repeats = repeats
         self._per_batch, self._part = batch_size // repeats, (0, 1)
         self.answers = DenseAnswers(backbone, rules)
+        self.on_reset: Callable[[int], object] = lambda episodes: None
         self._prepared = False
         self.seed(seed)
         self.episode: Episode | None = None
@@ -127,6 +129,7 @@ class Game:
     @torch.no_grad()
     def reset(self) -> Observation:
         """Take the next batch of images and play up to the first decision."""
+        self.on_reset(self.batch_size)
         batch = self.stream.next()
         device = self.backbone.device
         self.images = batch.images.to(device, self.backbone.dtype, non_blocking=True)

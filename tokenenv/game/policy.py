@@ -14,6 +14,7 @@ from tokenenv.game.episode import Episode, Execution, default_execution
 from tokenenv.game.reduction import Reduction
 from tokenenv.game.rules.base import Rules
 from tokenenv.game.rules.observation import Observation
+from tokenenv.game.stored import with_origin
 from tokenenv.storage import write_tensors
 from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.tokens import Tokens
@@ -101,7 +102,7 @@ class Method:
             UserError: the method has no config, or the file can't be written.
         """
         tensors = dict(self.state_dict()) if isinstance(self, nn.Module) else {}
-        write_tensors(path, tensors, self.config())
+        write_tensors(path, tensors, {**self.config(), **with_origin(type(self))})
 
 
 class Policy(Method):

@@ -6,25 +6,58 @@ from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from tokenenv.errors import UserError
+from tokenenv.own import load_origin, origin_of
+
 
 def describe(made: Any) -> dict[str, Any]:
     """A dataclass instance as JSON; :func:`remake` undoes it."""
     assert is_dataclass(made) and not isinstance(made, type)
-    return {"class": type(made).__name__, **{f.name: getattr(made, f.name) for f in fields(made)}}
+    values = {field.name: getattr(made, field.name) for field in fields(made)}
+    return {"class": type(made).__name__, **values, **with_origin(type(made))}
 
 
-def remake(described: dict[str, Any], known: Iterable[type]) -> Any:
+def with_origin(cls: type) -> dict[str, Any]:
+    """Where a class of a user's own comes from, for a file that names it; else nothing."""
+    origin = origin_of(cls)
+    return {} if origin is None else {"origin": origin}
+
+
+def remake(described: dict[str, Any], known: Iterable[type], trust: bool = False) -> Any:
     """What :func:`describe` described.
 
     Args:
         described: from a file.
-        known: the classes that it may be.
+        known: the classes that it may be without ``trust``.
+        trust: whether the code that defines another class may be run.
 
     Raises:
         KeyError: of an unknown class. TypeError: with fields that it does not have.
+        UserError: of a user's own class, without ``trust``, or one that is not found.
     """
     values: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in described.items()
+        key: tuple(value) if isinstance(value, list) else value for key, value in described.items()
     }
-    classes = {cls.__name__: cls for cls in known}
-    return classes[values.pop("class")](**values)
+    cls = find_class(values, known, trust)
+    return cls(**values)
+
+
+def find_class(config: dict[str, Any], known: Iterable[type], trust: bool) -> Any:
+    """The class that a config names; ``class`` and ``origin`` are taken out of it.
+
+    Raises:
+        KeyError, UserError: as :func:`remake`.
+    """
+    name, origin = config.pop("class"), config.pop("origin", None)
+    found = {cls.__name__: cls for cls in known}.get(name)
+    if found is not None:
+        return found
+    if origin is None:
+        raise KeyError(f"class '{name}'")
+    if trust:
+        return load_origin(origin)
+    place = origin.get("module") or origin.get("file") if isinstance(origin, dict) else origin
+    raise UserError(
+        f"it holds a '{name}' of {place!r}, which is code of somebody's own: to run it, "
+        "give trust=True (--trust)"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import itertools
 from collections.abc import Sequence
@@ -195,7 +196,7 @@ class Comparison:
         }
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Everything, with what the numbers mean."""
         front = [row.what for row in pareto_front(self.rows)]
         return {
@@ -210,8 +211,11 @@ class Comparison:
             },
         }
 
-    def as_csv(self) -> str:
-        """A line for each row; what was timed has a column for each batch size."""
+    def records(self) -> list[dict[str, Any]]:
+        """A flat dict for each row, as ``pandas.DataFrame`` takes them.
+
+        What was timed has a column for each batch size.
+        """
         front = pareto_front(self.rows)
         lines = []
         for row in self.rows:
@@ -219,11 +223,29 @@ class Comparison:
             for speed in line.pop("speeds"):
                 line |= {f"{key}_b{speed['batch']}": speed[key] for key in _TIMED}
             lines.append(line)
-        text = io.StringIO()
+        return lines
+
+    def as_csv(self) -> str:
+        """A line for each row, see :meth:`records`."""
+        lines, text = self.records(), io.StringIO()
         writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
         return text.getvalue()
+
+    def _repr_html_(self) -> str:
+        lines = "".join(
+            f"<tr><th>{html.escape(r.what)}</th><td>{in_words(r.frozen)}</td><td>{r.top1:.2f}</td>"
+            f"<td>{_lost(r)}</td><td>{r.agreement:.1f}</td><td>{r.gmacs:.4f}</td>"
+            f"<td>{r.saved:.1f}</td></tr>"
+            for r in self.rows
+        )
+        title = f"{self.model}, {self.dense.images} images of {self.data} (1 MAC = 1 FLOP)"
+        return (
+            f"<table><caption>{html.escape(title)}</caption><tr><th></th><th>backbone</th>"
+            "<th>top-1 %</th><th>lost, pp [95 %]</th><th>same as dense %</th><th>GMACs</th>"
+            f"<th>saved %</th></tr>{lines}</table>"
+        )
 
     def as_markdown(self) -> str:
         """Three tables: accuracy and cost, what each method covers, time."""

@@ -18,7 +18,7 @@ from tokenenv.game.cost import Cost, measured_macs
 from tokenenv.game.episode import Episode, Execution
 from tokenenv.game.policy import Method, as_method, play
 from tokenenv.vit.backbone import Backbone
-from tokenenv.vit.load import Dense
+from tokenenv.vit.dense import Dense
 
 
 def macs_of(episode: Episode, method: Method, cost: Cost) -> Tensor:
@@ -134,7 +134,7 @@ def evaluate(
     batch_size: int = 64,
     restrict: bool = False,
     dense: Tensor | None = None,
-    reference: Backbone | None = None,
+    reference: Dense | None = None,
     execution: Execution | None = None,
     progress: Callable[[int], object] = lambda n: None,
 ) -> Evaluation:
@@ -173,7 +173,7 @@ def evaluate(
         read,
         backbone if reference is None else reference,
         source,
-        dense_macs=cost.dense() if reference is None else Cost(reference).dense(),
+        dense_macs=dense_macs(backbone if reference is None else reference, source.shape),
         batch_size=batch_size,
         restrict=restrict,
         dense=dense,
@@ -183,7 +183,7 @@ def evaluate(
 
 def evaluate_model(
     model: nn.Module,
-    reference: Backbone | Dense,
+    reference: Dense,
     source: ImageSource,
     *,
     lengths: Sequence[int],
@@ -226,7 +226,7 @@ def evaluate_model(
 
 @torch.inference_mode()
 def dense_predictions(
-    model: Backbone | Dense,
+    model: Dense,
     source: ImageSource,
     *,
     batch_size: int = 64,
@@ -246,7 +246,7 @@ def dense_predictions(
     return found
 
 
-def dense_macs(model: Backbone | Dense, shape: Sequence[int]) -> float:
+def dense_macs(model: Dense, shape: Sequence[int]) -> float:
     """Multiply-adds of a dense model for one image of ``shape (C, H, W)``."""
     return Cost(model).dense() if isinstance(model, Backbone) else model_macs(model, shape)
 
@@ -274,7 +274,7 @@ class _Outcome(NamedTuple):
 def _side_by_side(
     run: Callable[[Tensor], Any],
     read: Callable[[Any], _Outcome],
-    untouched: Backbone | Dense,
+    untouched: Dense,
     source: ImageSource,
     *,
     dense_macs: float,

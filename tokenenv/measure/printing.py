@@ -63,10 +63,9 @@ def parameters_json(model: nn.Module, dense: nn.Module) -> dict[str, int]:
     return {"parameters": counts[0], "parameters_dense": counts[1]}
 
 
-def print_parameters(counts: dict[str, int]) -> None:
-    """What :func:`parameters_json` gave, in millions."""
-    own, dense = (counts[name] / 1e6 for name in ("parameters", "parameters_dense"))
-    print(f"  {own:.3f} M parameters, dense {dense:.3f} M")
+def print_parameters(parameters: int, dense: int) -> None:
+    """How many parameters a model and the dense one have, in millions."""
+    print(f"  {parameters / 1e6:.3f} M parameters, dense {dense / 1e6:.3f} M")
 
 
 def in_words(saving: float, drop: float) -> str:

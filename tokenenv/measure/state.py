@@ -97,13 +97,29 @@ class State:
 
     def save_speeds(self, batch: int, asked: dict[str, Any], rows: list[Speed]) -> None:
         """Keep the times of a batch size."""
-        write_json(self._speeds(batch), {"asked": asked, "rows": [row.as_json() for row in rows]})
+        write_json(self._speeds(batch), {"asked": asked, "rows": [row.to_dict() for row in rows]})
 
     def _row(self, key: str) -> Path:
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
 
     def _speeds(self, batch: int) -> Path:
         return self.folder / f"batch-{batch}.json"
+
+
+class Memory:
+    """In place of :class:`State` for a comparison that is written nowhere."""
+
+    def load(self, key: str) -> None:
+        """Nothing is kept."""
+
+    def save(self, key: str, result: Evaluation) -> None:
+        """Nothing is kept."""
+
+    def load_speeds(self, batch: int, asked: dict[str, Any]) -> None:
+        """Nothing is kept."""
+
+    def save_speeds(self, batch: int, asked: dict[str, Any], rows: list[Speed]) -> None:
+        """Nothing is kept."""
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 
 from agents.policies import load
-from agents.policies.words import parse_policy
+from agents.policies.words import folder_of, parse_policy
 from agents.systems.registry import SYSTEMS
 from agents.systems.settings import preset
 from agents.training.start import train
 from agents.training.trainer import CHECKPOINT
-from tokenenv.cli.evaluate import folder_of
 from tokenenv.errors import UserError
 from tokenenv.game.policy import as_method
 from tokenenv.game.rewards import Damage

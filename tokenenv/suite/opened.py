@@ -70,15 +70,12 @@ class OpenTask:
             raise UserError(f"task '{self.spec.name}' has its own {', '.join(own)}: leave it out")
         game = build_game(**self.options | {"model": self.model_in(dtype)}, **options)
         self.learnt_in.add(str(game.backbone.dtype).removeprefix("torch."))
-        start = game.reset
-
-        def reset() -> Any:
-            self.played += game.batch_size
-            self.check_budget()
-            return start()
-
-        game.reset = reset  # type: ignore[method-assign]
+        game.on_reset = self._count
         return game
+
+    def _count(self, episodes: int) -> None:
+        self.played += episodes
+        self.check_budget()
 
     def model_in(self, dtype: str) -> Backbone:
         """The backbone; a copy of it where ``dtype`` is another than float32."""

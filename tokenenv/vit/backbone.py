@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from tokenenv.errors import UserError
 from tokenenv.vit import attention, blocks
 from tokenenv.vit.blocks import Wanted
+from tokenenv.vit.dense import Dense
 from tokenenv.vit.families import family_of
 from tokenenv.vit.packing import unpack
 from tokenenv.vit.tokens import Tokens
@@ -36,7 +36,7 @@ class Context:
     attention: Tensor | None = None
 
 
-class Backbone(nn.Module):
+class Backbone(Dense):
     """A timm model of a registered family, in stages.
 
     timm's ``VisionTransformer`` is one: ViT, DeiT (distilled too), register tokens, pre-norm
@@ -66,12 +66,8 @@ class Backbone(nn.Module):
 
     def __init__(self, model: nn.Module, *, freeze: bool = True) -> None:
         family = family_of(model)
-        super().__init__()
-        if freeze:
-            model.eval().requires_grad_(False)
+        super().__init__(model, freeze=freeze)
         self.family = family
-        # What timm's modules hold is not typed; Any here keeps it out of every line below.
-        self.model = cast(Any, model)
         self.blocks = family.blocks
         self.depth = len(self.blocks)
         self.dim = family.dim
@@ -100,10 +96,6 @@ class Backbone(nn.Module):
     def dtype(self) -> torch.dtype:
         """The parameters' floating-point type."""
         return self.family.parameter.dtype
-
-    def forward(self, images: Tensor) -> Tensor:
-        """The dense model: images ``(B, C, H, W)`` -> logits ``(B, classes)``."""
-        return self.model(images)
 
     def embed(self, images: Tensor) -> Tokens:
         """Images ``(B, C, H, W)``, normalised -> the tokens before block 0."""

@@ -8,7 +8,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,35 +26,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 RANDOM = "random"
 """In place of a weights file: an untrained model."""
-
-
-class Dense(nn.Module):
-    """A frozen timm classifier of any family, whole: what others are compared with.
-
-    It has those attributes of a :class:`Backbone` that don't depend on its stages.
-
-    Args:
-        model: the timm model; it is used as it is, not copied.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = cast(Any, model.eval().requires_grad_(False))
-        self.classes = int(self.model.num_classes)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The parameters' floating-point type."""
-        return next(self.parameters()).dtype
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images ``(B, C, H, W)``, normalised -> logits ``(B, classes)``."""
-        return self.model(images)
 
 
 def load_backbone(

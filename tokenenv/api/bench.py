@@ -1,0 +1,145 @@
+"""How much faster methods make a model, and how much faster they could."""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tokenenv.api.opening import Opened, named_model, open_candidates, text
+from tokenenv.data import open_source
+from tokenenv.data.pixels import Preprocess
+from tokenenv.errors import UserError
+from tokenenv.game.episode import Execution
+from tokenenv.measure.speed import Speed, timings
+from tokenenv.measure.speed import bench as time_all
+from tokenenv.vit.load import DIGITS_MODELS
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Times of the dense model and of candidates.
+
+    Attributes:
+        model: timm's name of the dense model.
+        conditions: on what the times were taken, in words.
+        rows: for each batch size the dense model, then the candidates.
+    """
+
+    model: str
+    conditions: str
+    rows: tuple[Speed, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON."""
+        return {"model": self.model, "conditions": self.conditions, "rows": self.records()}
+
+    def records(self) -> list[dict[str, Any]]:
+        """A flat dict for each row, as ``pandas.DataFrame`` takes them."""
+        return [row.to_dict() for row in self.rows]
+
+    def _repr_html_(self) -> str:
+        lines = "".join(
+            f"<tr><td>{row.batch}</td><th>{html.escape(row.what)}</th>"
+            f"<td>{row.images_per_s:.1f}</td><td>{row.speedup:.3f}</td>"
+            f"<td>{row.speedup_q25:.3f} to {row.speedup_q75:.3f}</td><td>{row.gmacs:.4f}</td></tr>"
+            for row in self.rows
+        )
+        title = f"{self.model}, {self.conditions}"
+        return (
+            f"<table><caption>{html.escape(title)}</caption><tr><th>batch</th><th></th>"
+            f"<th>images/s</th><th>speed-up</th><th>quartiles</th><th>GMACs</th></tr>{lines}</table>"
+        )
+
+
+def bench(
+    what: Sequence[Any],
+    *,
+    model: str | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    data: str | os.PathLike[str] | None = None,
+    batch: Sequence[int] = (1, 8, 64),
+    threads: int | None = None,
+    rounds: int = 7,
+    execution: Execution | None = None,
+    compile: bool | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    trust: bool = False,
+    show: Any = None,
+) -> Speeds:
+    """Time the dense model and methods in turns, in one process; as ``tokenenv bench``.
+
+    Args:
+        what: methods, each as :func:`tokenenv.evaluate` takes it.
+        model: as there, as are ``weights``, ``device``, ``dtype`` and ``trust``.
+        weights: as there.
+        data: images; None: the embedded digits, else random ones.
+        batch: batch sizes.
+        threads: of torch; None leaves it as it is.
+        rounds: how often each is timed.
+        execution: how images of different lengths share a batch, see
+            :class:`~tokenenv.game.episode.Episode`; None takes what suits the device.
+        compile: whether ``torch.compile`` works on all of them; None: on CUDA.
+        device: as there.
+        dtype: as there.
+        trust: as there.
+        show: called with the times so far whenever a batch size is done, at first with none; what
+            it has been called with is also there after Ctrl-C.
+
+    Raises:
+        UserError: anything in what was asked for that can't be.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    whats, batches = list(dict.fromkeys(what)), list(dict.fromkeys(batch))
+    opened = open_candidates(
+        whats, named_model(model, weights, device, dtype), images=False, trust=trust
+    )
+    images, origin = _images(opened, text(data), max(batches))
+    compiled = compile if compile is not None else opened.dense.device.type == "cuda"
+    conditions = (
+        f"{origin}, {device}, {dtype}{', compiled' if compiled else ''}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, median of {rounds} rounds "
+        "(1 MAC = 1 FLOP)"
+    )
+    found = Speeds(opened.model.name, conditions, ())
+    if show:
+        show(found)
+    for size in batches:
+        some = images[torch.arange(size, device=images.device) % len(images)]
+        total = timings(opened.candidates, rounds)
+        with tqdm(total=total, desc=f"batch {size}", leave=False, disable=None) as bar:
+            rows = time_all(
+                opened.dense,
+                opened.candidates,
+                some,
+                rounds=rounds,
+                compiled=compiled,
+                execution=execution,
+                progress=bar.update,
+            )
+        found = Speeds(found.model, conditions, (*found.rows, *rows))
+        if show:
+            show(found)
+    return found
+
+
+def _images(opened: Opened, data: str | None, count: int) -> tuple[Tensor, str]:
+    """At most ``count`` images, as many as there are, and where they are from."""
+    dense = opened.dense
+    if data is None and opened.model.name not in DIGITS_MODELS:
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn((count, *Preprocess(dense.model).shape), generator=generator)
+        return images.to(dense.device, dense.dtype), "random images"
+    source = open_source(data, dense.model, split="test", limit=count)
+    images = source.batch(torch.arange(len(source))).images
+    if not len(images):
+        raise UserError(f"no image of '{source.name}' could be read: check the files")
+    return images.to(dense.device, dense.dtype), f"{len(images)} images of {source.name}"

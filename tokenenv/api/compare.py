@@ -1,0 +1,256 @@
+"""Many methods on the same images: rows of tables, times, a picture; resumable."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from agents.policies.words import plain
+from tokenenv.api.opening import Opened, named_model, open_candidates, text
+from tokenenv.data import ImageSource, open_source
+from tokenenv.errors import UserError
+from tokenenv.measure.candidate import Candidate
+from tokenenv.measure.comparison import (
+    Comparison,
+    Row,
+    best_row,
+    dense_row,
+    expand,
+    in_words,
+    make_row,
+)
+from tokenenv.measure.evaluation import Evaluation, dense_predictions
+from tokenenv.measure.pareto import picture
+from tokenenv.measure.printing import report_skipped
+from tokenenv.measure.speed import DENSE, Speed, bench, timings
+from tokenenv.measure.state import Memory, State, conditions
+from tokenenv.storage import writable_folder, write_bytes, write_json
+
+_BATCH = 64  # as evaluate's; how images are batched decides only what random policies draw
+
+
+def compare(
+    what: Sequence[Any],
+    *,
+    model: str | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    data: str | os.PathLike[str] | None = None,
+    limit: int | None = None,
+    batch: Sequence[int] = (1, 64),
+    rounds: int = 5,
+    out: str | os.PathLike[str] | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    trust: bool = False,
+) -> Comparison:
+    """Evaluate methods on one model and the same images, then time them; as ``tokenenv compare``.
+
+    Rows are printed as they are done. With ``out``, Ctrl-C keeps those that are done, and the same
+    call goes on; rows that are there already are not evaluated again.
+
+    Args:
+        what: methods, each as :func:`tokenenv.evaluate` takes it; in a word ``key=1|2|3`` is a
+            sweep.
+        model: as there, as are ``weights``, ``data``, ``limit``, ``device``, ``dtype`` and
+            ``trust``.
+        weights: as there.
+        data: as there.
+        limit: as there.
+        batch: batch sizes to time; empty: nothing is timed.
+        rounds: how often each is timed.
+        out: a folder for ``table.md``, ``table.csv``, ``table.json`` and ``pareto.png``, and for
+            what it takes to go on; None: nothing is written.
+        device: as there.
+        dtype: as there.
+        trust: as there.
+
+    Raises:
+        UserError: anything in what was asked for that can't be.
+        KeyboardInterrupt: after Ctrl-C; the message says how many rows are kept.
+    """
+    whats = list(dict.fromkeys(itertools.chain.from_iterable(map(_each, what))))
+    folder = None if out is None else Path(out)
+    place = contextlib.nullcontext() if folder is None else writable_folder(folder)
+    with place:  # before minutes of work
+        opened = open_candidates(
+            whats, named_model(model, weights, device, dtype), data=text(data), trust=trust
+        )
+        source = open_source(text(data), opened.dense.model, split="test", limit=limit)
+        common = {"dtype": dtype, **conditions(opened.model.name, opened.dense.model, source)}
+        state = Memory() if folder is None else State(folder, common)
+        print(
+            f"comparing {len(whats)} rows on {opened.model.name}: {len(source)} images of "
+            f"{source.name}"
+        )
+        print(_HEADER)
+        work = _Work(opened, source, state, rounds, list(dict.fromkeys(batch)))
+        try:
+            work.evaluate()
+            report_skipped(source)
+            work.time()
+        except KeyboardInterrupt:
+            if work.done:
+                _write(work.comparison(), folder)
+            raise KeyboardInterrupt(
+                f"{len(work.done)} of {len(whats)} rows are evaluated; the same command goes on"
+            ) from None
+        comparison = work.comparison()
+        _write(comparison, folder)
+    return comparison
+
+
+def _each(what: Any) -> list[Any]:
+    """The points of a sweep; a folder by one name; anything else as it is."""
+    return [plain(one) for one in expand(what)] if isinstance(what, str) else [what]
+
+
+def _write(comparison: Comparison, folder: Path | None) -> None:
+    """Tables and picture."""
+    if folder is None:
+        return
+    write_bytes(folder / "table.md", comparison.as_markdown().encode())
+    write_bytes(folder / "table.csv", comparison.as_csv().encode())
+    write_json(folder / "table.json", comparison.to_dict())
+    write_bytes(folder / "pareto.png", picture(comparison))
+
+
+class _Work:
+    """A comparison under way.
+
+    Attributes:
+        done: the evaluation of each candidate that has one, by its name.
+        times: rows of each batch size that was timed.
+    """
+
+    def __init__(
+        self,
+        opened: Opened,
+        source: ImageSource,
+        state: State | Memory,
+        rounds: int,
+        batches: list[int],
+    ) -> None:
+        self.opened, self.source, self.state = opened, source, state
+        self.rounds, self.batches = rounds, batches
+        self.done: dict[str, Evaluation] = {}
+        self.times: dict[int, list[Speed]] = {}
+
+    def evaluate(self) -> None:
+        """Fill :attr:`done` with what the state has and what it lacks.
+
+        Raises:
+            UserError: not the same images can be read as before.
+        """
+        candidates = self.opened.candidates
+        for candidate in candidates:
+            if (kept := self.state.load(candidate.key)) is not None:
+                self.done[candidate.what] = kept
+                print(_line(self._row(candidate)))
+        missing = [each for each in candidates if each.what not in self.done]
+        if not missing:
+            return
+        images, passes = len(self.source), len(missing) + (not self.done)
+        with tqdm(total=passes * images, unit="image", leave=False, disable=None) as bar:
+            dense = self._dense(bar)
+            for number, candidate in enumerate(missing, passes - len(missing)):
+                bar.update(number * images - bar.n)  # the unreadable ones
+                bar.set_description(candidate.what)
+                result = candidate.evaluate(
+                    self.opened.dense, self.source, batch_size=_BATCH, dense=dense,
+                    progress=bar.update,
+                )  # fmt: skip
+                if not torch.equal(torch.where(dense >= 0)[0], result.index):
+                    raise UserError(
+                        f"other images of '{self.source.name}' can be read than in the rows "
+                        "before: restore the files, or give a new --out"
+                    )
+                self.done[candidate.what] = result
+                self.state.save(candidate.key, result)
+                tqdm.write(_line(self._row(candidate)))
+                best = best_row(self._rows())
+                if best:
+                    bar.set_postfix_str(f"within a point: {best.what} saves {best.saved:.1f} %")
+
+    def _dense(self, bar: tqdm[Any]) -> Tensor:
+        """``(len(source),)`` the dense model's predictions, as a row has them; -1: unreadable."""
+        if self.done:
+            known = next(iter(self.done.values()))
+            return torch.full((len(self.source),), -1).index_put((known.index,), known.dense)
+        bar.set_description(DENSE)
+        return dense_predictions(
+            self.opened.dense, self.source, batch_size=_BATCH, progress=bar.update
+        )
+
+    def time(self) -> None:
+        """Fill :attr:`times`: all rows of a batch size in turns, unless the state has them."""
+        if not self.batches:
+            return
+        dense, candidates = self.opened.dense, self.opened.candidates
+        readable = next(iter(self.done.values())).index
+        images = self.source.batch(readable[: max(self.batches)]).images
+        images = images.to(dense.device, dense.dtype)
+        asked = {
+            "rows": sorted(each.key for each in candidates),
+            "rounds": self.rounds,
+            "device": self.opened.model.device,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+        for batch in self.batches:
+            rows = self.state.load_speeds(batch, asked)
+            if rows is None:
+                total = timings(candidates, self.rounds)
+                with tqdm(total=total, desc=f"batch {batch}", leave=False, disable=None) as bar:
+                    some = images[torch.arange(batch, device=images.device) % len(images)]
+                    rows = bench(dense, candidates, some, rounds=self.rounds, progress=bar.update)
+                self.state.save_speeds(batch, asked, rows)
+            self.times[batch] = rows
+            for row in rows:
+                speed = f"{row.images_per_s:9.1f} images/s{row.speedup:7.2f} x"
+                print(f"  batch {batch}: {row.what:44}{speed}")
+
+    def comparison(self) -> Comparison:
+        """The rows that are done."""
+        speeds: dict[str, list[Speed]] = {}
+        for speed in itertools.chain.from_iterable(self.times.values()):
+            speeds.setdefault(speed.what, []).append(speed)
+        first = next(iter(self.done.values()))
+        model = self.opened.model
+        timing = (
+            f"{model.device}, {model.dtype}, {torch.get_num_threads()} threads, "
+            f"torch {torch.__version__}, median of {self.rounds} rounds"
+        )
+        return Comparison(
+            [dense_row(first, speeds.get(DENSE, ())), *self._rows(speeds)],
+            model.name,
+            self.source.name,
+            timing if self.times else "",
+        )
+
+    def _rows(self, speeds: dict[str, list[Speed]] | None = None) -> list[Row]:
+        finished = [each for each in self.opened.candidates if each.what in self.done]
+        return [self._row(each, (speeds or {}).get(each.what, ())) for each in finished]
+
+    def _row(self, candidate: Candidate, speeds: Sequence[Speed] = ()) -> Row:
+        found = self.done[candidate.what]
+        return make_row(candidate.what, candidate.group, candidate.frozen, found, speeds)
+
+
+_HEADER = f"  {'':46}{'top-1 %':>9}{'lost, pp [95 %]':>24}{'same %':>8}{'GMACs':>9}{'saved %':>9}"
+
+
+def _line(row: Row) -> str:
+    lost = f"{row.lost:.2f} [{row.lost_low:.2f}, {row.lost_high:.2f}]"
+    mark = "" if row.frozen else f"  {in_words(row.frozen)}"
+    return (
+        f"  {row.what:46}{row.top1:9.2f}{lost:>24}{row.agreement:8.1f}{row.gmacs:9.4f}"
+        f"{row.saved:9.1f}{mark}"
+    )

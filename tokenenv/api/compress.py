@@ -1,0 +1,64 @@
+"""A model and a method as one faster model."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import nn
+
+from tokenenv.api.opening import named_model, open_candidates
+from tokenenv.api.what import NamedMethod, NamedWord, method_of, name_what, no_method
+from tokenenv.deploy.compressed import CompressedViT
+from tokenenv.deploy.compressed import compress as compress_model
+from tokenenv.errors import UserError
+from tokenenv.game.episode import Execution
+from tokenenv.measure.candidate import MethodCandidate
+from tokenenv.vit.families import family_of
+
+
+def compress(
+    model: nn.Module | str | None,
+    what: Any,
+    execution: Execution | None = None,
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    trust: bool = False,
+) -> CompressedViT:
+    """A faster model: a method decides which tokens go on, the others are not computed.
+
+    Args:
+        model: a timm model that :class:`~tokenenv.Backbone` takes, which is copied and stays as it
+            is; or timm's name of one; None: what ``what`` was trained on, else ``digits_vit``.
+        what: the method, as :func:`tokenenv.evaluate` takes it; copied.
+        execution: how images of different lengths share a batch, see
+            :class:`~tokenenv.game.episode.Episode`; None takes what suits the device.
+        weights: of a model given by name, as :func:`tokenenv.evaluate` takes them.
+        device: of a model given by name.
+        dtype: of a model given by name.
+        trust: run code that a saved method names, see :func:`agents.load`.
+
+    Returns:
+        The module, in ``eval`` mode.
+
+    Raises:
+        UserError: a model that is compressed already or not supported, a method for another model,
+            an unknown execution.
+    """
+    if isinstance(model, CompressedViT):
+        raise UserError("the model is compressed already: compress the timm model it was made of")
+    if isinstance(model, nn.Module):
+        return compress_model(
+            model, method_of(what, len(family_of(model).blocks), trust), execution
+        )
+    named = name_what(what, trust)
+    if not isinstance(named, NamedWord | NamedMethod):
+        raise UserError(no_method(named))
+    opened = open_candidates(
+        [what], named_model(model, weights, device, dtype), images=False, trust=trust
+    )
+    (candidate,) = opened.candidates
+    assert isinstance(candidate, MethodCandidate)
+    return compress_model(candidate.backbone.model, candidate.method, execution)

@@ -1,0 +1,137 @@
+"""Accuracy, multiply-adds and speed of a method beside the dense model."""
+
+from __future__ import annotations
+
+import html
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from tokenenv.api.opening import named_model, open_candidates, text
+from tokenenv.data import ImageSource, open_source
+from tokenenv.measure.evaluation import Evaluation
+from tokenenv.measure.printing import evaluation_bar, evaluation_json
+
+
+@dataclass(frozen=True, repr=False)
+class Evaluated:
+    """What a method came to on a set of images.
+
+    Attributes:
+        what: the method, as it was named.
+        model: timm's name of the dense model; ``dtype``: what both computed in.
+        frozen: whether the backbone is the dense model's; else it was fine-tuned.
+        parameters, parameters_dense: how many each model has.
+        source: the images.
+        evaluation: predictions and costs of every image.
+    """
+
+    what: str
+    model: str
+    dtype: str
+    frozen: bool
+    parameters: int
+    parameters_dense: int
+    source: ImageSource
+    evaluation: Evaluation
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers, and every image's predictions, as JSON."""
+        said = evaluation_json(self.model, self.source, self.evaluation) | {"dtype": self.dtype}
+        if self.parameters != self.parameters_dense:
+            said |= {"parameters": self.parameters, "parameters_dense": self.parameters_dense}
+        if not self.frozen:
+            said["frozen"] = False
+        return {**said, "predictions": self.predictions()}
+
+    def predictions(self) -> list[dict[str, Any]]:
+        """``file``, ``label``, ``dense`` and ``reduced`` class of every image."""
+        result, files = self.evaluation, self.source.files
+        columns = (result.index, result.labels, result.dense, result.reduced)
+        return [
+            {"file": files[index], "label": label, "dense": dense, "reduced": reduced}
+            for index, label, dense, reduced in zip(*(c.tolist() for c in columns), strict=True)
+        ]
+
+    def __repr__(self) -> str:
+        r = self.evaluation.report()
+        return (
+            f"<Evaluated {self.what} on {self.model}: top-1 {r['top1']:.2f} % (dense "
+            f"{r['top1_dense']:.2f} %), {self.evaluation.saving:.1f} % fewer MACs, "
+            f"{r['images']} images>"
+        )
+
+    def _repr_html_(self) -> str:
+        r = self.evaluation.report()
+        rows = [
+            ("dense", r["top1_dense"], r["gmacs_dense"], r["images_per_s_dense"]),
+            (self.what, r["top1"], r["gmacs"], r["images_per_s"]),
+        ]
+        lines = "".join(
+            f"<tr><th>{html.escape(name)}</th><td>{top1:.2f}</td><td>{gmacs:.4f}</td>"
+            f"<td>{speed:.1f}</td></tr>"
+            for name, top1, gmacs, speed in rows
+        )
+        title = f"{self.model}, {r['images']} images of {self.source.name} (1 MAC = 1 FLOP)"
+        return (
+            f"<table><caption>{html.escape(title)}</caption><tr><th></th><th>top-1 %</th>"
+            f"<th>GMACs/image</th><th>images/s</th></tr>{lines}</table>"
+        )
+
+
+def evaluate(
+    what: Any,
+    *,
+    model: str | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    data: str | os.PathLike[str] | None = None,
+    limit: int | None = None,
+    batch: int = 64,
+    restrict: bool = False,
+    device: str = "cpu",
+    dtype: str = "float32",
+    trust: bool = False,
+) -> Evaluated:
+    """Run every image through the dense model and through a method; as ``tokenenv evaluate``.
+
+    Args:
+        what: a word such as ``"tome:r=8"``, the folder of a run, of an LTM model or of a compressed
+            one, a shipped policy's name, ``"module:Name:key=value"`` or
+            ``"file.py:Name:key=value"`` of one's own, or the policy, reducer, run or model itself.
+        model: timm's name of the model; None: what ``what`` was trained on, else ``digits_vit``.
+        weights: a ``.safetensors`` or ``.pth`` state dict, or ``"random"``; None: the embedded or
+            timm's own.
+        data: a folder of class/image, or a torchvision data set such as ``"CIFAR10:ROOT"``; None:
+            the embedded digits.
+        limit: at most so many images; None: all.
+        batch: images per batch.
+        restrict: predict only among the classes of ``data`` (the ImageNet-A and -R protocol).
+        device: ``"cpu"``, ``"cuda"`` ...
+        dtype: what the models compute in: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        trust: run code that a saved method names, see :func:`agents.load`.
+
+    Raises:
+        UserError: anything in what was asked for that can't be.
+    """
+    opened = open_candidates(
+        [what],
+        named_model(model, weights, device, dtype),
+        data=text(data),
+        trust=trust,
+    )
+    (candidate,) = opened.candidates
+    source = open_source(text(data), opened.dense.model, split="test", limit=limit)
+    with evaluation_bar(source) as progress:
+        found = candidate.evaluate(
+            opened.dense, source, batch_size=batch, restrict=restrict, progress=progress
+        )
+    return Evaluated(
+        what=candidate.what,
+        model=opened.model.name,
+        dtype=dtype,
+        frozen=candidate.frozen,
+        parameters=candidate.parameters(),
+        parameters_dense=sum(p.numel() for p in opened.dense.parameters()),
+        source=source,
+        evaluation=found,
+    )

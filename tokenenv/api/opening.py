@@ -1,0 +1,129 @@
+"""The dense model, and candidates beside it, from what a user names."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tokenenv.api.what import MadeOf, Named, check_same_model, name_what
+from tokenenv.errors import UserError
+from tokenenv.measure.candidate import Candidate
+from tokenenv.measure.opening import Model
+from tokenenv.vit.backbone import Backbone
+from tokenenv.vit.dense import Dense
+from tokenenv.vit.load import EMBEDDED
+
+
+@dataclass(frozen=True)
+class Opened:
+    """All that is needed to evaluate and to time.
+
+    Attributes:
+        model: what was opened as the dense model.
+        dense: that model; a :class:`~tokenenv.Backbone` unless all candidates are whole models.
+        candidates: in the order in which they were named.
+    """
+
+    model: Model
+    dense: Dense
+    candidates: tuple[Candidate, ...]
+
+
+def open_candidates(
+    whats: Sequence[Any],
+    model: Model,
+    *,
+    data: str | None = None,
+    images: bool = True,
+    trust: bool = False,
+) -> Opened:
+    """Open everything that was named, the dense model first.
+
+    Where the user did not name ``model``, it is the one that the first of ``whats`` that knows it
+    was made of, before any fine-tuning. All of ``whats`` are parsed before weights are read.
+
+    Args:
+        whats: see :func:`~tokenenv.api.what.name_what`.
+        model: the dense model that the user named, or a default.
+        data: the images that the user named; None: the embedded models' own.
+        images: whether images are needed.
+        trust: whether code that a file names may be run.
+
+    Raises:
+        UserError: something can't be understood or loaded, or doesn't fit the model.
+    """
+    named = _distinct([name_what(what, trust) for what in whats])
+    known = [each.made_of() for each in named]
+    model = _named_model(model, named, known)
+    whole = all(each.whole for each in named)
+    depth = 0 if whole else model.depth()
+    if depth is not None:
+        _read(named, model, depth)
+    dense = _open_dense(model, known, data, images, whole)
+    if depth is None and isinstance(dense, Backbone):
+        _read(named, model, dense.depth)
+    return Opened(model, dense, tuple(each.candidate(dense, model) for each in named))
+
+
+def _read(named: Sequence[Named], model: Model, depth: int) -> None:
+    for each in named:
+        each.read(model.name, depth)
+
+
+def _distinct(named: list[Named]) -> list[Named]:
+    """The same, each with a name of its own."""
+    seen: Counter[str] = Counter()
+    for each in named:
+        seen[each.what] += 1
+        if seen[each.what] > 1:
+            each.what = f"{each.what} ({seen[each.what]})"
+    return named
+
+
+def _named_model(model: Model, named: Sequence[Named], known: Sequence[MadeOf]) -> Model:
+    """The dense model, with the name and the weights that the user left out."""
+    tuned = [(each.what, made) for each, made in zip(named, known, strict=True) if made.tuned]
+    for what, made in tuned:
+        check_same_model([what], made, model.name if model.named else tuned[0][1].model)
+    if model.named:
+        return model
+    first = next((made for made in known if made.model), MadeOf())
+    made = tuned[0][1] if tuned else first
+    return replace(
+        model,
+        name=made.model or EMBEDDED,
+        weights=model.weights or made.weights,
+        named=made.model is not None,
+    )
+
+
+def _open_dense(
+    model: Model, known: Sequence[MadeOf], data: str | None, images: bool, whole: bool
+) -> Dense:
+    """The dense model; the fine-tuned one of which no token leaves, where that is all there is."""
+    try:
+        opened = model.open_dense if whole else model.open_backbone
+        return opened(data, images=images)
+    except UserError as error:
+        tuned = {made.tuned for made in known}
+        if len(tuned) != 1 or None in tuned:
+            raise
+        found = replace(model, weights=tuned.pop()).open_backbone(data, images=images)
+        print(f"the model before fine-tuning is out of reach ({error})")
+        print("so 'dense' is the fine-tuned model of which no token leaves")
+        return found
+
+
+def named_model(
+    name: str | None, weights: str | os.PathLike[str] | None, device: str, dtype: str
+) -> Model:
+    """The model that a function's arguments name."""
+    return Model(name or EMBEDDED, text(weights), device, dtype, named=name is not None)
+
+
+def text(path: str | os.PathLike[str] | None) -> str | None:
+    """A path as text."""
+    return None if path is None else os.fspath(path)

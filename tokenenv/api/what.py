@@ -1,0 +1,359 @@
+"""What is evaluated, timed, compared or compressed, as a user names it; opened in two steps.
+
+First everything is named that needs neither weights nor images, so that a mistake in it is found at
+once; then, with the dense model at hand, it becomes a candidate.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from agents.policies import POLICY
+from agents.policies.words import folder_of, parse_policy, split_name
+from agents.training import Run
+from agents.training.run import CONFIG as RUN_CONFIG
+from agents.training.run import MODEL, REPORT
+from tokenenv.deploy.compressed import CONFIG as COMPRESSED
+from tokenenv.deploy.compressed import CompressedViT, load_compressed
+from tokenenv.errors import UserError
+from tokenenv.game.policy import Method, as_method
+from tokenenv.ltm.model import LTM
+from tokenenv.ltm.storage import CONFIG as LTM_CONFIG
+from tokenenv.ltm.storage import load_ltm
+from tokenenv.measure.candidate import Candidate, MethodCandidate, ModelCandidate
+from tokenenv.measure.opening import Model
+from tokenenv.measure.state import fingerprint
+from tokenenv.storage import read_tensors
+from tokenenv.vit.backbone import Backbone
+from tokenenv.vit.dense import Dense
+from tokenenv.vit.load import load_backbone
+
+
+@dataclass(frozen=True)
+class MadeOf:
+    """The dense model that something was made of.
+
+    Attributes:
+        model: its timm name; None where nothing is known.
+        weights: a file, or None for timm's own.
+        tuned: weights that were fine-tuned from those; None where the backbone stayed as it was.
+    """
+
+    model: str | None = None
+    weights: str | None = None
+    tuned: str | None = None
+
+
+class Named(Protocol):
+    """Something that a user named."""
+
+    what: str
+    whole: bool
+    """Whether it is a model by itself, so that the dense one need not be cut into stages."""
+
+    def made_of(self) -> MadeOf:
+        """What it says of the dense model."""
+
+    def read(self, model: str, depth: int) -> None:
+        """Understand all of it that needs no weights, for a model of ``depth`` blocks.
+
+        Raises:
+            UserError: it can't be understood, or is made for another model.
+        """
+
+    def candidate(self, dense: Dense, model: Model) -> Candidate:
+        """It, beside the dense model that ``model`` names.
+
+        Raises:
+            UserError: it can't be loaded, or doesn't fit the model.
+        """
+
+
+def name_what(what: Any, trust: bool = False) -> Named:
+    """What a user named, or an object of a kind that this module knows.
+
+    Args:
+        what: a word, a folder, a run, a method, a model with LTM blocks, or a compressed model.
+        trust: whether code that a file names may be run to load what it holds.
+
+    Raises:
+        UserError: it is none of these, or has arguments that it can't have.
+    """
+    if isinstance(what, Run):
+        what = what.folder
+    if isinstance(what, os.PathLike):
+        what = os.fspath(what)
+    if isinstance(what, LTM):
+        return NamedLTM("LTM", what, trust)
+    if isinstance(what, CompressedViT):
+        return NamedCompressed("compressed", what, trust)
+    if not isinstance(what, str):
+        method = as_method(what)
+        return NamedMethod(_title(method), method)
+    folder, more = split_name(what)
+    for config, kind, words in (
+        (LTM_CONFIG, NamedLTM, "has LTM blocks"),
+        (COMPRESSED, NamedCompressed, "is a compressed model"),
+    ):
+        if Path(folder, config).is_file():
+            if more:
+                raise UserError(
+                    f"'{folder}' {words}, nothing of which can be set here: leave ':{more}' out"
+                )
+            return kind(what, None, trust)
+    return NamedWord(what, trust)
+
+
+def _kind(method: Method) -> str:
+    return type(method).__name__
+
+
+def _title(method: Method) -> str:
+    """What to call a method that has no name: its class, and its settings where it shows them."""
+    shown = repr(method)
+    return shown if is_dataclass(method) and len(shown) <= 80 else _kind(method)
+
+
+def _key(what: str, method: Method) -> str:
+    """Of a method without a file: its config and parameters; of one that can't be saved itself."""
+    try:
+        config = json.dumps(method.config(), sort_keys=True)
+    except UserError:
+        return f"{what} {id(method)}"
+    tensors = dict(method.state_dict()) if isinstance(method, nn.Module) else {}
+    return f"{what} {hashlib.sha256(config.encode()).hexdigest()} {fingerprint(tensors)}"
+
+
+@dataclass
+class NamedMethod:
+    """A policy or a reducer that is there already."""
+
+    what: str
+    method: Method
+    whole = False
+
+    def made_of(self) -> MadeOf:
+        """What it was trained on."""
+        return MadeOf(self.method.trained_on.split(".")[0] or None)
+
+    def read(self, model: str, depth: int) -> None:
+        """There is nothing to read."""
+
+    def candidate(self, dense: Dense, model: Model) -> Candidate:
+        """It on the dense model."""
+        assert isinstance(dense, Backbone)
+        self.method.check_fit(dense, model.name)
+        self.method.on(dense.device)
+        return MethodCandidate(
+            self.what,
+            self.method,
+            dense,
+            key=_key(self.what, self.method),
+            group=_kind(self.method),
+        )
+
+
+@dataclass
+class NamedWord:
+    """A method by name, one of a user's own, or what a run folder or the package keeps."""
+
+    what: str
+    trust: bool
+    whole = False
+    method: Method | None = None
+
+    @property
+    def folder(self) -> Path | None:
+        """Where a run or a shipped policy is kept; None for anything else."""
+        return folder_of(self.what)
+
+    def made_of(self) -> MadeOf:
+        """What the folder says."""
+        return MadeOf() if self.folder is None else _said_by(self.folder)
+
+    def read(self, model: str, depth: int) -> None:
+        """Read the words, or the policy's file."""
+        self.method = parse_policy(self.what, depth, trust=self.trust)
+
+    def candidate(self, dense: Dense, model: Model) -> Candidate:
+        """It on the dense model, or on its own fine-tuned one."""
+        assert isinstance(dense, Backbone) and self.method is not None
+        known, method, backbone = self.made_of(), self.method, dense
+        digest = hashlib.sha256()
+        if self.folder is not None:
+            digest.update((self.folder / POLICY).read_bytes())
+        if known.tuned is not None:
+            check_same_model([self.what], known, model.name)
+            digest.update(Path(known.tuned).read_bytes())
+            backbone = load_backbone(model.name, known.tuned, dense.device, dense.dtype)
+        method.check_fit(backbone, model.name)
+        key = f"{self.what} {digest.hexdigest()}"
+        frozen = known.tuned is None
+        group = split_name(self.what)[0]
+        return MethodCandidate(self.what, method.on(dense.device), backbone, frozen, key, group)
+
+
+@dataclass
+class NamedLTM:
+    """A model with LTM blocks: one that is there, or the folder of one."""
+
+    what: str
+    model: LTM | None
+    trust: bool
+    whole = True
+
+    def made_of(self) -> MadeOf:
+        """What the folder says."""
+        if self.model is not None:
+            return MadeOf(self.model.pretrained_cfg.get("architecture") or None)
+        run, own = Path(self.what, RUN_CONFIG), Path(self.what, LTM_CONFIG)
+        try:
+            if run.is_file():
+                known = json.loads(run.read_text())
+                return MadeOf(known["model"], known["weights"])
+            said = json.loads(own.read_text())
+            if not isinstance(said["ltm"], dict):
+                raise TypeError
+            return MadeOf(said["model"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"'{self.what}' holds no LTM model, or doesn't say which one it was made of "
+                f"({type(error).__name__}): restore it"
+            ) from None
+
+    def read(self, model: str, depth: int) -> None:
+        """See that it was made of the model."""
+        known = self.made_of().model
+        if known is not None and known != model:
+            raise UserError(
+                f"'{self.what}' is a {known} with LTM blocks, not a {model}: "
+                "compare it with its own model"
+            )
+
+    def candidate(self, dense: Dense, model: Model) -> Candidate:
+        """The model."""
+        if self.model is not None:
+            return ModelCandidate(self.what, self.model.eval(), key=self.what, group=self.what)
+        digest = hashlib.sha256(Path(self.what, MODEL).read_bytes()).hexdigest()
+        loaded = load_ltm(self.what, dense.device).to(dense.dtype)
+        return ModelCandidate(self.what, loaded, key=f"{self.what} {digest}", group=self.what)
+
+
+@dataclass
+class NamedCompressed:
+    """A compressed model: one that is there, or the folder of one."""
+
+    what: str
+    model: CompressedViT | None
+    trust: bool
+    whole = False
+
+    def made_of(self) -> MadeOf:
+        """The folder's own model and weights."""
+        if self.model is not None:
+            return MadeOf(self.model.backbone.architecture or None)
+        name, _ = _said_in(Path(self.what, COMPRESSED))
+        return MadeOf(name, str(Path(self.what, MODEL)))
+
+    def read(self, model: str, depth: int) -> None:
+        """There is nothing to read."""
+
+    def candidate(self, dense: Dense, model: Model) -> Candidate:
+        """Its method on its own backbone."""
+        fast, key = self.model, self.what
+        if fast is None:
+            fast = load_compressed(self.what, dense.device, trust=self.trust).to(dense.dtype)
+            digest = hashlib.sha256(Path(self.what, POLICY).read_bytes())
+            digest.update(Path(self.what, MODEL).read_bytes())
+            key = f"{self.what} {digest.hexdigest()}"
+        return MethodCandidate(self.what, fast.policy, fast.backbone, key=key, group=self.what)
+
+
+def method_of(what: Any, depth: int, trust: bool = False) -> Method:
+    """The policy or reducer that a user named, for a model of ``depth`` blocks.
+
+    Raises:
+        UserError: it can't be understood, or is a model already.
+    """
+    named = name_what(what, trust)
+    if isinstance(named, NamedWord):
+        named.read("", depth)
+        assert named.method is not None
+        return named.method
+    if isinstance(named, NamedMethod):
+        return named.method
+    raise UserError(no_method(named))
+
+
+def no_method(named: Named) -> str:
+    """Why something that is a model already can't be put into another."""
+    if isinstance(named, NamedLTM):
+        return (
+            f"'{named.what}' is a model already, whose tokens merge by themselves: "
+            f"tokenenv.ltm.load_ltm('{named.what}') gives it"
+        )
+    return f"'{named.what}' is compressed already: give the policy it was made with"
+
+
+def check_same_model(whats: list[str], known: MadeOf, model: str | None) -> None:
+    """Check that ``model``, if given, is what was fine-tuned.
+
+    Raises:
+        UserError: it is another one.
+    """
+    if model is not None and known.model and model.split(".")[0] != known.model.split(".")[0]:
+        raise UserError(
+            f"{' and '.join(whats)}: a {known.model} was fine-tuned there, not a {model}: take "
+            "that model"
+        )
+
+
+def _said_by(folder: Path) -> MadeOf:
+    """Model and weights of a run folder or a shipped policy.
+
+    Raises:
+        UserError: the folder doesn't say, or its own weights are missing.
+    """
+    config = folder / RUN_CONFIG
+    if not config.is_file():
+        return MadeOf(read_tensors(folder / POLICY)[1].get("trained_on"))
+    model, weights = _said_in(config)
+    own = folder / MODEL
+    if own.is_file():
+        return MadeOf(model, weights, str(own))
+    if _fine_tuned(folder):
+        raise UserError(f"run '{folder}' was fine-tuned and '{own}' is missing: restore it")
+    return MadeOf(model, weights)
+
+
+def _fine_tuned(folder: Path) -> bool:
+    """Whether a run says that it trained its backbone too; runs that say nothing did not."""
+    for file in (folder / RUN_CONFIG, folder / REPORT):
+        try:
+            if json.loads(file.read_text()).get("frozen") is False:
+                return True
+        except (OSError, ValueError, AttributeError):  # not a run's
+            continue
+    return False
+
+
+def _said_in(config: Path) -> tuple[str, str | None]:
+    """Model and weights as the JSON file names them."""
+    try:
+        found = json.loads(config.read_text())
+        model, weights = found["model"], found.get("weights")
+        if not isinstance(model, str) or not isinstance(weights, str | None):
+            raise TypeError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"'{config}' doesn't say model and weights ({type(error).__name__}): "
+            "restore it, or give --model and --weights"
+        ) from None
+    return model, weights

@@ -1,0 +1,46 @@
+"""The picture of times."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Sequence
+
+from tokenenv.measure.speed import DENSE, Speed
+
+
+def speed_picture(rows: Sequence[Speed], model: str) -> bytes:
+    """PNG: speed-up against multiply-adds saved, and the limit that the token counts set."""
+    # Not pyplot: it keeps figures, and looks for a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.5, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    names = list(dict.fromkeys(row.what for row in rows if row.what != DENSE))
+    marks = dict(zip(names, itertools.cycle("os^Dv*XP")))
+    batches = sorted({row.batch for row in rows})
+    for row in rows:
+        if row.what == DENSE:
+            continue
+        colour, saved = f"C{batches.index(row.batch)}", row.saved
+        if row.slice_speedup is not None:
+            axis.plot([saved, saved], [row.speedup, row.slice_speedup], ":", color=colour, lw=1)
+            axis.plot(saved, row.slice_speedup, "_", color=colour, ms=14, mew=2)
+        spread = [[row.speedup - row.speedup_q25], [row.speedup_q75 - row.speedup]]
+        axis.errorbar(saved, row.speedup, spread, fmt=marks[row.what], color=colour, ms=6)
+    for number, batch in enumerate(batches):
+        axis.plot([], [], color=f"C{number}", lw=4, label=f"batch {batch}")
+    axis.plot([], [], "_", color="0.3", ms=14, mew=2, label="limit: the model sliced")
+    for name in names:
+        axis.plot([], [], marks[name], color="0.3", ms=6, label=name)
+    axis.axhline(1, color="0.4", lw=1)
+    axis.set_xlabel("multiply-adds saved, policy included, %")
+    axis.set_ylabel("speed-up over the dense model")
+    axis.set_title(f"{model}: median and quartiles of ratios within a round", fontsize=10)
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120, format="png")
+    return buffer.getvalue()

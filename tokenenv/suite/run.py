@@ -1,0 +1,212 @@
+"""Running the suite: learners learn on tasks, and their points are read on the test images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from tokenenv.errors import UserError
+from tokenenv.measure.printing import report_skipped
+from tokenenv.measure.state import conditions, fingerprint
+from tokenenv.storage import writable_folder, write_json
+from tokenenv.suite.learners import Learner, Means, find_learner
+from tokenenv.suite.opened import (
+    OpenTask,
+    dense_hits,
+    dense_predictions,
+    open_task,
+    read_points,
+    sweep,
+)
+from tokenenv.suite.results import Result, check_conditions, read_result
+from tokenenv.suite.tasks import POINTS, Task, find_task
+
+
+def run_suite(
+    tasks: Sequence[str],
+    learners: Sequence[str],
+    *,
+    seeds: Sequence[int] | None = None,
+    out: str | Path = "suite",
+    test_data: str | None = None,
+    means: Means | None = None,
+) -> list[Path]:
+    """Run what is missing, one result for each task, learner and seed; as ``tokenenv suite run``.
+
+    Args:
+        tasks: names of tasks.
+        learners: names of learners, see :func:`~tokenenv.suite.learners.find_learner`.
+        seeds: None: those of each task.
+        out: folder of the results; those that are there already are kept.
+        test_data: photographs to test on, for tasks that bring none.
+        means: what learners train with.
+
+    Returns:
+        The files of all results that were asked for.
+
+    Raises:
+        UserError: anything in what was asked for that can't be, or a learner that breaks a rule.
+        KeyboardInterrupt: after Ctrl-C; results so far are kept.
+    """
+    chosen = [find_task(name) for name in dict.fromkeys(tasks)]
+    found = [find_learner(name) for name in dict.fromkeys(learners)]
+    means = means or Means()
+    for task in chosen:
+        for learner in found:
+            learner.check(task)
+    paths: list[Path] = []
+    with writable_folder(Path(out)):
+        try:
+            for task in chosen:
+                opened = open_task(
+                    task,
+                    weights=means.weights,
+                    data=means.data,
+                    test_data=test_data,
+                    device=means.device,
+                )
+                paths += _run_task(opened, found, Path(out), seeds, means)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("results so far are kept; the same command goes on") from None
+    return paths
+
+
+@dataclass(frozen=True)
+class _Todo:
+    """A result to be made: learner, seed, file, and the conditions that it is made under."""
+
+    learner: Learner
+    seed: int
+    path: Path
+    conditions: dict[str, Any]
+
+
+def _run_task(
+    opened: OpenTask,
+    learners: Sequence[Learner],
+    out: Path,
+    seeds: Sequence[int] | None,
+    means: Means,
+) -> list[Path]:
+    """Write the results that are missing; the files of all."""
+    task, test = opened.spec, opened.test
+    todo = [
+        _Todo(learner, seed, _place(out, task, learner, seed), now)
+        for learner in learners
+        for now in [_conditions(opened, learner, means)]
+        for seed in _seeds(seeds, task, learner)
+    ]
+    missing = []
+    for each in todo:
+        if each.path.is_file():
+            _print_result(_kept(each), "kept")
+        else:
+            missing.append(each)
+    if missing:
+        dense = dense_predictions(opened)
+    for number, each in enumerate(missing, 1):
+        # Only a run under the same conditions is gone on with.
+        digest = hashlib.sha256(json.dumps(each.conditions, sort_keys=True).encode()).hexdigest()
+        folder = out / "runs" / f"{each.path.stem}-{digest[:8]}"
+        result = _run_one(opened, each, dense, folder, means)
+        write_json(each.path, result.as_json())
+        _print_result(result, f"{number}/{len(missing)}, {result.seconds:.0f} s")
+    report_skipped(test)
+    return [each.path for each in todo]
+
+
+def _conditions(opened: OpenTask, learner: Learner, means: Means) -> dict[str, Any]:
+    """Under which a learner's results are made."""
+    now = {
+        **conditions(opened.spec.model, opened.backbone.model, opened.test),
+        "learnt_from": f"{opened.train.name}, {len(opened.train)} images",
+        "task": opened.spec.settings(),
+        "code": learner.code,
+    }
+    learnt_in = means.dtype if learner.trains else learner.learnt_in
+    return now | ({"learnt_in": learnt_in} if learnt_in else {})
+
+
+def _run_one(
+    opened: OpenTask, todo: _Todo, dense: torch.Tensor, folder: Path, means: Means
+) -> Result:
+    """Let a learner learn, and read its points."""
+    learner, seed, now = todo.learner, todo.seed, todo.conditions
+    task, start = opened.spec, time.perf_counter()
+    opened.played, opened.learnt_in = 0, set()
+    policies = learner.learn(opened, seed, folder, means)
+    opened.check_budget()
+    if fingerprint(opened.backbone.model.state_dict()) != now["weights"]:
+        raise UserError(
+            f"learner '{learner.name}' changed the weights of '{task.model}', which stay frozen in "
+            "the suite: let it work on a copy"
+        )
+    for policy in policies.values():
+        opened.check_policy(policy)
+        policy.on(opened.backbone.device)
+    only = next(iter(policies.values()))
+    swept = len(policies) == 1 and only.adjustable
+    images = len(opened.test) * (POINTS if swept else len(policies))
+    words = f"{learner.name} seed {seed}"
+    with tqdm(total=images, unit="image", desc=words, leave=False, disable=None) as bar:
+        if swept:
+            points = sweep(opened, only, dense, bar.update)
+        else:
+            points = read_points(opened, policies, dense, bar.update)
+    result = Result(
+        task.name,
+        learner.name,
+        seed,
+        {"learnt_in": " and ".join(sorted(opened.learnt_in)) or "float32", **now},
+        round(time.perf_counter() - start, 1),
+        opened.backbone.classes,
+        int((dense >= 0).sum()),
+        dense_hits(opened, dense),
+        tuple(points),
+    )
+    _ = result.area  # refuses numbers that are none, before they are kept
+    return result
+
+
+def _seeds(asked: Sequence[int] | None, task: Task, learner: Learner) -> Sequence[int]:
+    if learner.deterministic:
+        return [0]
+    return asked if asked is not None else list(range(task.seeds))
+
+
+def _place(out: Path, task: Task, learner: Learner, seed: int) -> Path:
+    name = re.sub(r"[^\w.-]+", "_", learner.name)
+    return out / "results" / task.name / f"{task.name}-{name}-{seed}.json"
+
+
+def _kept(todo: _Todo) -> Result:
+    """A result that is there already.
+
+    Raises:
+        UserError: it can't be read, or is of another learner or made under other conditions.
+    """
+    path, learner = todo.path, todo.learner
+    result = read_result(path)
+    if result.learner != learner.name:
+        raise UserError(
+            f"'{path}' holds learner '{result.learner}', not '{learner.name}': give another --out"
+        )
+    check_conditions(result, todo.conditions, path)
+    return result
+
+
+def _print_result(result: Result, note: str) -> None:
+    print(
+        f"{result.task} {result.learner} seed {result.seed}: top-1 {100 * result.area:.2f} % over "
+        f"the range, {100 * result.saved():.1f} % saved within a point ({note})",
+        flush=True,
+    )

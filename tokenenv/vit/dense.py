@@ -1,0 +1,43 @@
+"""A dense model, whole: what methods are compared with."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+
+class Dense(nn.Module):
+    """A frozen timm classifier of any family; a :class:`~tokenenv.Backbone` is one in stages.
+
+    Args:
+        model: the timm model; it is used as it is, not copied.
+        freeze: whether to put it into ``eval`` mode and to freeze its parameters.
+
+    Attributes:
+        model: as given.
+        classes: number of classes.
+    """
+
+    def __init__(self, model: nn.Module, *, freeze: bool = True) -> None:
+        super().__init__()
+        if freeze:
+            model.eval().requires_grad_(False)
+        # What timm's modules hold is not typed; Any here keeps it out of every line below.
+        self.model = cast(Any, model)
+        self.classes = int(self.model.num_classes)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' floating-point type."""
+        return next(self.parameters()).dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images ``(B, C, H, W)``, normalised -> logits ``(B, classes)``."""
+        return self.model(images)
