@@ -20,10 +20,12 @@ def require_own_agents() -> None:
         ImportError: there is none, or another; the message names its path and the remedy.
     """
     spec = find_spec("agents")
-    places = [] if spec is None else list(spec.submodule_search_locations or [spec.origin])
-    if spec is not None and spec.origin is not None and _is_own(Path(spec.origin)):
-        return
-    found = f"'agents' is the package at {places[0]}" if places else "there is no package 'agents'"
+    found = "there is no package 'agents'"
+    if spec is not None:
+        if spec.origin is not None and _is_own(Path(spec.origin)):
+            return
+        folders = spec.submodule_search_locations
+        found = f"'agents' is the package at {folders[0] if folders else spec.origin}"
     raise ImportError(
         f"tokenenv needs the package 'agents' that is installed with it, but {found}: install "
         "tokenenv into a clean virtual environment, or uninstall the other distribution (or "
