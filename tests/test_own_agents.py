@@ -38,6 +38,7 @@ def other(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     "code",
     [
         "import tokenenv; tokenenv.compress",
+        "import tokenenv; tokenenv.train",
         "import tokenenv.suite",
         "from tokenenv.cli.main import main",
     ],

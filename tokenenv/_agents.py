@@ -14,7 +14,7 @@ def require_own_agents() -> None:
 
     Other distributions have a package named ``agents`` too. It may stand earlier on ``sys.path``,
     or its files may have replaced ours in the same folder. Nothing of it is run to find that out.
-    Every room that imports ``agents`` calls this in its ``__init__``.
+    Every room above ``agents`` that imports it calls this in its ``__init__``.
 
     Raises:
         ImportError: there is none, or another; the message names its path and the remedy.
