@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+# tokenenv looks for this line: another distribution has a package named agents too.
+DISTRIBUTION = "tokenenv"
+
 __all__ = ["MAPPO", "ActorPolicy", "MAPPOConfig", "PettingZooArena", "load", "parse_policy"]
 
 _HOME = {

@@ -121,6 +121,35 @@ def advantages(
     return found
 
 
+def ppo_loss(
+    agents: Agents,
+    args: argparse.Namespace,
+    view: Tensor,
+    active: Tensor,
+    action: Tensor,
+    old: Tensor,
+    gain: Tensor,
+    target: Tensor,
+) -> Tensor:
+    """Clipped surrogate, entropy bonus and value loss of ``B`` decisions of ``A`` agents each.
+
+    ``view`` is ``(B, A, F)``; ``active``, ``action`` and ``old`` (the log-probability of the action
+    when it was taken) are ``(B, A)``; ``gain`` (the advantage) and ``target`` (the return) are
+    ``(B,)``.
+    """
+    choice = agents.policy(view, active)
+    ratio = (choice.log_prob(action) - old).exp()
+    gain = gain[:, None]
+    surrogate = torch.min(ratio * gain, ratio.clamp(1 - args.clip, 1 + args.clip) * gain)
+    # Only those that could act count.
+    weight = active / active.sum()
+    return (
+        -(surrogate * weight).sum()
+        - args.entropy * (choice.entropy() * weight).sum()
+        + 0.5 * (agents.value(view, active) - target).square().mean()
+    )
+
+
 def main() -> None:
     args = arguments()
     torch.manual_seed(args.seed)
@@ -161,20 +190,7 @@ def main() -> None:
         flat = [x.flatten(0, 1) for x in (views, actives, actions, old, gains, targets)]
         for _ in range(args.epochs):
             for index in torch.randperm(len(flat[0])).chunk(args.minibatches):
-                view_, active_, action_, old_, gain, target = (x[index] for x in flat)
-                choice = agents.policy(view_, active_)
-                ratio = (choice.log_prob(action_) - old_).exp()
-                gain = gain[:, None]
-                surrogate = torch.min(
-                    ratio * gain, ratio.clamp(1 - args.clip, 1 + args.clip) * gain
-                )
-                # Only those that could act count.
-                weight = active_ / active_.sum()
-                loss = (
-                    -(surrogate * weight).sum()
-                    - args.entropy * (choice.entropy() * weight).sum()
-                    + 0.5 * (agents.value(view_, active_) - target).square().mean()
-                )
+                loss = ppo_loss(agents, args, *(x[index] for x in flat))
                 optimiser.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(agents.parameters(), args.max_grad_norm)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from tokenenv._agents import require_own_agents
 from tokenenv._version import __version__
 from tokenenv.envs import ids
 from tokenenv.errors import UserError
@@ -139,6 +140,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(f"tokenenv.{_HOME[name]}"), name)
     if name in _AGENTS_HOME:
+        require_own_agents()
         return getattr(import_module(_AGENTS_HOME[name]), name)
     if name in _MODULES:
         return import_module(f"tokenenv.{name}")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import doctest
 import subprocess
 import sys
-from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -297,12 +295,6 @@ def test_make_imports_the_package_by_itself() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True"
-
-
-@pytest.mark.parametrize("face", ["token_prune", "token_prune_gym", "token_prune_vector"])
-def test_examples_in_the_documentation(face: str) -> None:
-    result = doctest.testmod(import_module(f"tokenenv.envs.{face}"))
-    assert result.attempted and not result.failed
 
 
 def test_defaults_follow_the_model() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-import importlib
 import pickle
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -322,18 +320,6 @@ def test_mistakes_in_play() -> None:
         turns.step(None if turns.terminations[turns.agent_selection] else 0)
     with pytest.raises(UserError, match=r"no episode is running: call reset\(\) first"):
         turns.step(0)
-
-
-@pytest.mark.parametrize(
-    "module",
-    [*(f"tokenenv.envs.{face}" for face in ("layer", "layer_merge_gym", "layer_prune_gym",
-                                            "layer_vector", "sb3")), "agents.policies.sb3"],
-)  # fmt: skip
-def test_examples_in_the_documentation(module: str) -> None:
-    if module.endswith("sb3"):
-        pytest.importorskip("stable_baselines3")
-    result = doctest.testmod(importlib.import_module(module))
-    assert result.attempted and not result.failed
 
 
 # Pictures -----------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import doctest
 import importlib
 import os
 import re
@@ -154,13 +153,6 @@ def test_a_missing_library_is_named(name: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delitem(sys.modules, f"tokenenv.envs.{name}", raising=False)
     with pytest.raises(UserError, match=rf"is not installed: pip install 'tokenenv\[{name}\]'"):
         importlib.import_module(f"tokenenv.envs.{name}")
-
-
-@pytest.mark.parametrize("name", ["torchrl", "benchmarl"])
-def test_examples_in_the_documentation(name: str) -> None:
-    pytest.importorskip(name, reason=f"{name} is not installed: pip install '.[{name}]'")
-    result = doctest.testmod(importlib.import_module(f"tokenenv.envs.{name}"))
-    assert result.attempted and not result.failed
 
 
 # BenchMARL ----------------------------------------------------------------------------------------

@@ -4,6 +4,9 @@ Tasks are in :mod:`tokenenv.suite.tasks`, what they measure in :mod:`tokenenv.su
 Importing this imports no torch.
 """
 
+from tokenenv._agents import require_own_agents
 from tokenenv.suite.tasks import TASKS, Task, find_task
 
 __all__ = ["TASKS", "Task", "find_task"]
+
+require_own_agents()
