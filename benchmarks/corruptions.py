@@ -41,12 +41,12 @@ from typing import Any
 import numpy as np
 import torch
 from compare import interval
-from tokenenv.cli.common import open_backbone
 from torch import Tensor
 from tqdm import tqdm
 
 from agents.policies.words import parse_policy
-from tokenenv.cli.evaluate import fit, writable_file
+from tokenenv.api.opening import named_model
+from tokenenv.cli.options import writable_file
 from tokenenv.data import ImageSource, open_source
 from tokenenv.data.pixels import one_line
 from tokenenv.errors import UserError
@@ -141,10 +141,12 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--batch {args.batch} is too small; use at least 1")
     library()  # before minutes of work
     with writable_file(args.json):
-        backbone, model = open_backbone(args)
+        named = named_model(args.model, args.weights, args.device, "float32")
+        backbone, model = named.open_backbone(args.data), named.name
         policies = [parse_policy(what, backbone.depth) for what in args.what]
         for policy in policies:
-            fit(policy, backbone, model)
+            policy.check_fit(backbone, model)
+            policy.on(backbone.device)
         source = open_source(args.data, backbone.model, split="test", limit=args.limit)
         check_images(source)
         print(f"{model}, {len(source)} images of {source.name}; {MAC_NOTE}")

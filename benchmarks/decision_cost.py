@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from agents.policies.words import parse_policy
-from tokenenv.cli.main import positive
+from tokenenv.cli.options import positive
 from tokenenv.errors import run_script
-from tokenenv.game import episode
-from tokenenv.game.policy import play
+from tokenenv.game.policy import Policy, play
+from tokenenv.measure.candidate import MethodCandidate
 from tokenenv.measure.speed import bench
-from tokenenv.vit import attention, blocks, reduction
+from tokenenv.vit import attention, blocks, packing
 from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.load import load_model, untrained_model
 from tokenenv.vit.tokens import Packing
@@ -62,9 +62,9 @@ def main() -> None:
             print(f"  {name:18}{100 * share:5.1f} %")
     if args.share:
         for policy in policies.values():
-            if hasattr(policy, "trained_on"):
-                policy.trained_on = ""
-        for row in bench(backbone, policies, images, rounds=args.rounds)[1:]:
+            policy.trained_on = ""
+        candidates = [MethodCandidate(*item, backbone) for item in policies.items()]
+        for row in bench(backbone, candidates, images, rounds=args.rounds)[1:]:
             print(
                 f"{row.what}: {100 * (1 - row.gmacs / row.gmacs_dense):.1f} % fewer MACs (1 MAC = "
                 f"1 FLOP), {row.speedup:.3f} x, realised share {row.realised_share:.3f}"
@@ -97,16 +97,16 @@ def _shares(backbone: Backbone, policy: Any, images: torch.Tensor) -> dict[str, 
         return call
 
     steps: list[tuple[Any, str, str]] = [
-        (type(policy.rules), "match", "match"),
-        (type(policy.rules), "observe", "observe"),
-        (type(policy.rules), "apply", "apply"),
-        (type(policy), "act", "policy"),
+        (type(policy.reduction), "prepare", "match"),
+        (type(policy.reduction), "apply", "apply"),
+        *([(type(policy.rules), "observe", "observe")] if isinstance(policy, Policy) else []),
+        *([(type(policy), "act", "policy")] if isinstance(policy, Policy) else []),
         (attention, "class_row", "class attention"),
         (attention, "first_scores", "class attention"),
         (blocks, "mean_head", "mean keys"),
         (Packing, "unpack", "pack, unpack"),
-        (reduction, "pack", "pack, unpack"),
-        (episode.reduction, "compact", "pack, unpack"),
+        (packing, "pack", "pack, unpack"),
+        (packing, "compact", "pack, unpack"),
     ]
     whole = {(owner, attribute): getattr(owner, attribute) for owner, attribute, _ in steps}
     for owner, attribute, name in steps:

@@ -23,7 +23,7 @@ from agents.systems.dora import DoraConfig
 from agents.training.held_back import HeldBack
 from agents.training.judgement import calibrate
 from tokenenv import load_backbone, open_source
-from tokenenv.cli.main import positive
+from tokenenv.cli.options import positive
 from tokenenv.errors import UserError, run_script
 
 TRIES = 9  # thresholds

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tokenenv import Backbone, load_backbone, open_source
-from tokenenv.cli.main import positive
+from tokenenv.cli.options import positive
 from tokenenv.errors import run_script
 from tokenenv.game.cost import Cost
 from tokenenv.game.policy import play

@@ -19,7 +19,7 @@ from typing import Any
 from repeated import reports, saved, settings, spread, train
 from tqdm import tqdm
 
-from tokenenv.cli.main import positive
+from tokenenv.cli.options import positive
 
 SETTINGS = {
     "dora": [],

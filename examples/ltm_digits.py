@@ -18,7 +18,7 @@ from pathlib import Path
 from repeated import reports, saved, settings, spread, train
 from tqdm import tqdm
 
-from tokenenv.cli.main import positive
+from tokenenv.cli.options import positive
 
 ROWS: dict[str, list[str]] = {"dense, fine-tuned": ["ratio=1"], "LTM": []}
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from repeated import reports, saved, settings, spread, train
 from tqdm import tqdm
 
-from tokenenv.cli.main import positive
+from tokenenv.cli.options import positive
 
 ROWS = {
     "top-k by class attention (none)": ("mstm", ["merge=false", "multi_scale=false"]),

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from agents import MAPPO, ActorPolicy, MAPPOConfig
 from agents.policies.actor import Widths
 from tokenenv import AlphaBeta, Backbone, build_game, load_backbone
-from tokenenv.cli.main import positive
+from tokenenv.cli.options import positive
 
 BETA = 0.1
 

@@ -18,7 +18,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from agents.policies.sb3 import SB3Policy
 from tokenenv import open_source
-from tokenenv.cli.main import positive
+from tokenenv.cli.options import positive
 from tokenenv.envs.sb3 import SB3VecEnv
 from tokenenv.measure import evaluation as metrics
 

@@ -101,6 +101,11 @@ class GatedPolicy(Trainable):
         with torch.no_grad():
             self.skip.weight[feature] = slope
 
+    @property
+    def strict(self) -> int:
+        """-1: a higher threshold opens fewer gates, and so removes fewer tokens."""
+        return -1
+
     def draw(
         self, seen: Columns, generator: torch.Generator, rows: Rows = WHOLE
     ) -> tuple[Tensor, Columns]:

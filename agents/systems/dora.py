@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import nn
 
@@ -261,8 +261,8 @@ class DoraPruneConfig(_DoraCommon):
 
     def policy(self, game: Game, model: str) -> GatedPolicy:
         """An untrained policy for ``game``; initialised from torch's global generator."""
-        assert isinstance(game.rules, LayerPrune)
-        steps, layout = len(game.rules.blocks), game.rules.layout(game.backbone)
+        rules = cast(LayerPrune, game.rules)
+        steps, layout = len(rules.blocks), rules.layout(game.backbone)
         if len(self.initial_budget) not in (1, steps):
             raise UserError(
                 f"initial_budget={word(self.initial_budget)} is for "
@@ -276,7 +276,7 @@ class DoraPruneConfig(_DoraCommon):
                 f"{game.backbone.patches} tokens {LEAST} stay, so give at most {most}"
             )
         policy = GatedPolicy(
-            game.rules,
+            rules,
             {
                 "key": game.shared_dim - steps - 3,
                 "own": game.agent_dim,

@@ -29,6 +29,7 @@ from agents.policies import load_policy
 from agents.systems import find_system
 from agents.training.request import Request
 from agents.workers import Workers
+from tokenenv.api.opening import named_model, open_candidates
 from tokenenv.cli.main import main
 from tokenenv.data import Batch, Stream
 from tokenenv.errors import UserError
@@ -392,10 +393,13 @@ def test_resuming_a_finished_run_changes_nothing(run: Path) -> None:
     assert (run / "model.safetensors").read_bytes() == before
 
 
-def test_two_fine_tuned_backbones_are_not_one(run: Path, tmp_path: Path, capsys: Any) -> None:
-    shutil.copytree(run, tmp_path / "other")
-    assert main(["bench", str(run), str(tmp_path / "other"), "--batch", "1"]) == 2
-    assert "one at a time" in capsys.readouterr().err
+def test_fine_tuned_backbones_each_run_on_their_own(run: Path, tmp_path: Path, capsys: Any) -> None:
+    other = str(shutil.copytree(run, tmp_path / "other"))
+    assert main(["bench", str(run), other, "--batch", "1", "--rounds", "1"]) == 0
+    assert other in capsys.readouterr().out
+    opened = open_candidates([str(run), other], named_model(None, None, "cpu", "float32"))
+    one, two = (each.backbone for each in opened.candidates)
+    assert one is not two and opened.dense not in (one, two)
 
 
 def test_a_second_phase_keeps_the_policy(tmp_path: Path) -> None:

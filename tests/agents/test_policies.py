@@ -10,6 +10,8 @@ from agents.policies import load_policy
 from agents.policies.actor import ActorPolicy, Widths
 from agents.policies.heuristics import KeepAll, RandomPrune, TopK, keep_highest
 from agents.policies.words import parse_policy
+from agents.systems.registry import find_system
+from agents.systems.settings import preset
 from tokenenv import UserError, load_backbone, open_source
 from tokenenv.game.checks import spread_blocks
 from tokenenv.game.cost import Cost
@@ -155,3 +157,18 @@ def test_shipped_dora_does_less_damage(name: str, yardstick: str, real_data: Pat
     saved, damage = saving_and_damage(name)
     saved_alike, damage_alike = saving_and_damage(yardstick)
     assert saved > saved_alike and damage < 0.8 * damage_alike
+
+
+@pytest.mark.parametrize("system", ["rl4evit", "dora", "dora-prune"])
+def test_a_threshold_removes_more_or_fewer_as_the_policy_says(system: str) -> None:
+    """Calibration searches in the direction that ``strict`` names."""
+    config = preset(find_system(system).config, None)
+    torch.manual_seed(0)
+    game = config.game(load_backbone(), open_source("digits", load_backbone().model, limit=64))
+    policy = config.policy(game, "digits_vit").eval()
+    images = open_source("digits", game.backbone.model, limit=32).batch(torch.arange(32)).images
+    left = []
+    for threshold in (0.02, 0.98):
+        policy.threshold = threshold
+        left.append(play(game.backbone, policy, images).counts[-1].sum().item())
+    assert (left[1] < left[0]) == (policy.strict == 1) and left[0] != left[1]

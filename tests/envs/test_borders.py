@@ -122,7 +122,7 @@ def test_a_reward_of_another_shape_is_named() -> None:
 
     envs = gym.make_vec("tokenenv/TokenPrune-v0", num_envs=2, reward=flat, **small())
     envs.reset(seed=0)
-    with pytest.raises(UserError, match=r"function has shape \(2,\): give \(2, 64\), or \(2, 1\)"):
+    with pytest.raises(UserError, match=r"flat has shape \(2,\): give \(2, 64\), or \(2, 1\)"):
         envs.step(np.ones((2, 64), dtype=np.int64))
 
 

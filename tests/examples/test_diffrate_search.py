@@ -77,5 +77,5 @@ def test_what_it_prints_evaluate_takes(script: ModuleType, capsys: pytest.Captur
     script.main(["--saving", "10", "--images", "8", "--step", "8"])
     spec, saved = capsys.readouterr().out.splitlines()
     policy = parse_policy(spec, 12)
-    assert isinstance(policy.rules, DiffRate)
+    assert isinstance(policy, DiffRate)
     assert float(saved.split()[0]) >= 10

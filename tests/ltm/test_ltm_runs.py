@@ -294,7 +294,7 @@ def test_compare_shows_it_beside_policies(run: Path, tmp_path: Path, capsys: Any
         ("evaluate {run}:threshold=0.6", "leave ':threshold=0.6' out"),
         ("compare {run}:threshold=0.4|0.6 --out {new}", "leave ':threshold=0.4' out"),
         ("bench {broken}", "holds no LTM model"),
-        ("evaluate {broken}", "doesn't say which model"),
+        ("evaluate {broken}", "doesn't say which one it was made of"),
         ("train ltm --set ratio=1.5 --out {new}", "ratio=1.5"),
         ("train ltm --set ratio=nan --out {new}", "ratio=nan"),
         ("train ltm --set eta=-1 --out {new}", "eta=-1"),

@@ -22,6 +22,7 @@ from tokenenv.game.cost import Cost, measured_macs
 from tokenenv.game.episode import EXECUTIONS
 from tokenenv.game.policy import play
 from tokenenv.measure import evaluation as metrics
+from tokenenv.measure.candidate import MethodCandidate
 from tokenenv.measure.speed import bench
 from tokenenv.reducers.resize import smaller
 from tokenenv.vit.backbone import Backbone
@@ -147,8 +148,8 @@ def test_evaluated_beside_the_dense_model() -> None:
 
 def test_on_the_clock() -> None:
     backbone = family_model("deit")
-    policies = {"resize": parse_policy("resize:size=64", 4)}
-    dense, small = bench(backbone, policies, image_for(backbone, 4), rounds=2)
+    candidates = [MethodCandidate("resize", parse_policy("resize:size=64", 4), backbone)]
+    dense, small = bench(backbone, candidates, image_for(backbone, 4), rounds=2)
     assert small.gmacs == Cost(smaller(backbone, 64)).dense() / 1e9
     assert small.gmacs_dense == dense.gmacs == Cost(backbone).dense() / 1e9
     assert small.peak_mib < dense.peak_mib
