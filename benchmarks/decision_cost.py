@@ -62,7 +62,8 @@ def main() -> None:
             print(f"  {name:18}{100 * share:5.1f} %")
     if args.share:
         for policy in policies.values():
-            policy.trained_on = ""
+            if isinstance(policy, Policy):
+                policy.trained_on = ""  # play whatever model is named
         candidates = [MethodCandidate(*item, backbone) for item in policies.items()]
         for row in bench(backbone, candidates, images, rounds=args.rounds)[1:]:
             print(

@@ -129,7 +129,7 @@ class Student(Trainee):
         self.model = model
         self.soft = isinstance(policy, Policy) and policy.soft
         # A backbone's parameters are the model's own: not a second time in state_dict().
-        self.__dict__["backbone"] = Backbone(model, freeze=False)
+        self.__dict__["backbone"] = Backbone(model, freeze=False, proven=True)
         if self.soft:
             self.policy = policy
         else:

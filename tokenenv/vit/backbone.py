@@ -13,6 +13,7 @@ from tokenenv.vit.blocks import Wanted
 from tokenenv.vit.dense import Dense
 from tokenenv.vit.families import family_of
 from tokenenv.vit.packing import unpack
+from tokenenv.vit.proof import prove
 from tokenenv.vit.tokens import Tokens
 
 
@@ -46,6 +47,8 @@ class Backbone(Dense):
     Args:
         model: the timm model; it is used as it is, not copied.
         freeze: whether to put it into ``eval`` mode and to freeze its parameters.
+        proven: whether it is known already that its stages give the model's own logits; else that
+            is checked on two random images, see :func:`tokenenv.vit.proof.prove`.
 
     Attributes:
         model: as given.
@@ -58,13 +61,14 @@ class Backbone(Dense):
         classes: number of classes.
 
     Raises:
-        UserError: for an architecture whose stages are not known; the message names the part.
+        UserError: for an architecture whose stages are not known, or a model with code of its own
+            that they would leave out; the message names the part.
     """
 
     compiled = False
     """Whether the parts of a block run through ``torch.compile``: one graph for every length."""
 
-    def __init__(self, model: nn.Module, *, freeze: bool = True) -> None:
+    def __init__(self, model: nn.Module, *, freeze: bool = True, proven: bool = False) -> None:
         family = family_of(model)
         super().__init__(model, freeze=freeze)
         self.family = family
@@ -76,6 +80,8 @@ class Backbone(Dense):
         self.grid = family.grid
         self.patches = self.grid[0] * self.grid[1]
         self.classes = family.classes
+        if not proven:
+            prove(self)
 
     @property
     def architecture(self) -> str:

@@ -24,6 +24,9 @@ DIGITS_MODELS = (EMBEDDED, "digits_vit_16")
 DTYPES = ("float32", "bfloat16", "float16")
 """What a backbone may compute in."""
 
+_PROVEN: set[str] = set()
+"""Names of models whose stages gave their own logits in this process."""
+
 RANDOM = "random"
 """In place of a weights file: an untrained model."""
 
@@ -50,7 +53,10 @@ def load_backbone(
             dtype.
     """
     place, precision = check_device(device), check_dtype(dtype)
-    return Backbone(load_model(name, weights)).to(place, precision)
+    # Of a named model only the weights differ from one time to the next.
+    backbone = Backbone(load_model(name, weights), proven=name in _PROVEN).to(place, precision)
+    _PROVEN.add(name)
+    return backbone
 
 
 def load_model(
@@ -97,6 +103,8 @@ def load_model(
 def untrained_model(name: str) -> nn.Module:
     """A timm model with random weights, always the same ones, in eval mode."""
     timm = import_timm()
+    import tokenenv.vit.digits  # noqa: F401  (registers digits_vit with timm)
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return timm.create_model(name).eval()
