@@ -41,7 +41,7 @@ import torch
 
 import tokenenv.vit.digits  # noqa: F401  (registers digits_vit)
 from tokenenv import Backbone, Game, ImageSource, build_game, load_backbone, open_source
-from tokenenv.envs.token_prune import parallel_env
+from tokenenv.envs.token_prune_pettingzoo import parallel_env
 from tokenenv.envs.token_prune_vector import TokenPruneVectorEnv
 from tokenenv.errors import run_script
 from tokenenv.vit.load import check_dtype

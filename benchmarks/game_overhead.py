@@ -27,7 +27,7 @@ from agents import MAPPO, ActorPolicy, MAPPOConfig, PettingZooArena
 from agents.policies.actor import Widths
 from tokenenv import Backbone, Game, TokenPrune, build_game, load_backbone, open_source
 from tokenenv.cli.options import positive
-from tokenenv.envs.token_prune import parallel_env
+from tokenenv.envs.token_prune_pettingzoo import parallel_env
 from tokenenv.envs.token_prune_vector import TokenPruneVectorEnv
 from tokenenv.errors import run_script
 
