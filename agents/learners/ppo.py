@@ -153,8 +153,8 @@ class PPO:
         self.order = torch.Generator().manual_seed(seed)
         self.observation: Observation | None = None
 
-    # Not before the first update: who builds a learner may yet find a mistake that others don't,
-    # and must not leave them waiting for an exchange.
+    # Cached at the first update, not set before: an exchange in __init__ would leave the other
+    # processes waiting if this one still fails while it is set up.
     @cached_property
     def rows(self) -> Rows:
         """The positions of this process's copies among those of all processes."""
@@ -296,7 +296,7 @@ class PPO:
     ) -> dict[str, Tensor]:
         """One optimiser step of actor and critic on a minibatch.
 
-        ``size``: the sums of :func:`measure` over all processes; None in a single process.
+        ``size``: the sums of :func:`measure` over all processes; None: those of this minibatch.
 
         Returns:
             Numbers that add up over the processes, and the norm of the actor's gradient.

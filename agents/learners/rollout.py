@@ -116,7 +116,7 @@ def advantages(
 
 
 def minibatches(steps: int, rows: Rows, count: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Split steps times copies at random into ``count`` minibatches; agents of a copy stay together.
+    """Split steps x copies at random into ``count`` minibatches, with all agents of a copy in one.
 
     The copies of all processes are split, and each process gets its own entries of every
     minibatch, possibly none.

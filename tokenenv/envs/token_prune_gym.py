@@ -53,7 +53,7 @@ class TokenPruneEnv(GameEnv):
     | 1 | `cls_attention`: log of the class token's attention over its mean | -4 | log P |
     | 1 | `redundancy`: cosine with a more attended token's key (not by default) | -1 | 1 |
     | 2 | `similarity`: cosine with class and mean token (not by default) | -1 | 1 |
-    | 1 | `norm`: log length of the embedding over its mean (not by default) | -4 | log P |
+    | 1 | `norm`: log norm of the embedding over its mean (not by default) | -4 | log P |
     | P | `agent_id`: one-hot number of the token (not by default) | 0 | 1 |
     | D | the class token after that LayerNorm (without one: mean of tokens left) | -inf | inf |
 

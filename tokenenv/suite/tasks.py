@@ -72,7 +72,7 @@ class Task:
 
     @property
     def target_saving(self) -> float:
-        """Saving of multiply-adds at the middle of the range, percent; for learners with a target."""
+        """Saving at the middle of the range, percent of MACs; for learners with a target."""
         return round(100 * (1 - (self.low + self.high) / 2), 3)
 
     def settings(self) -> dict[str, Any]:
