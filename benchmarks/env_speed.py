@@ -126,7 +126,7 @@ def numbers(parser: argparse.ArgumentParser, option: str, text: str) -> list[int
     return list(dict.fromkeys(found))
 
 
-# Contestants--------------------------------------------------------------------------------------
+# Contestants -------------------------------------------------------------------------------------
 def of_batch(
     backbone: Backbone, source: ImageSource, batch: int, often: dict[str, Any]
 ) -> list[Contestant]:
@@ -309,7 +309,7 @@ def measure(
     """Agent-steps and units per second of each contestant in each round after a warm-up."""
     heard: dict[str, list[tuple[float, float]]] = {c.name: [] for c in contestants}
     for turn in range(rounds + 1):
-        # A random order, as the one before leaves the caches warm for the next.
+        # Every second round is in reverse order, as a contestant may warm the next one's caches.
         for c in contestants if turn % 2 else reversed(contestants):
             units, steps, start = 0, 0, time.perf_counter()
             while units == 0 or time.perf_counter() - start < seconds:

@@ -45,7 +45,7 @@ class Search:
 
     backbone: Backbone
     images: Tensor
-    native: Tensor
+    dense: Tensor
     cost: Cost
 
     def outcome(self, rates: DiffRate) -> Outcome:
@@ -54,7 +54,7 @@ class Search:
         episode = play(self.backbone, policy, self.images)
         assert episode.logits is not None
         log_probs = F.log_softmax(episode.logits.float(), -1)
-        damage = F.kl_div(log_probs, self.native, reduction="batchmean", log_target=True)
+        damage = F.kl_div(log_probs, self.dense, reduction="batchmean", log_target=True)
         macs = macs_of(episode, policy, self.cost).mean().item()
         return Outcome(damage.item(), 1 - macs / self.cost.dense())
 
@@ -111,8 +111,8 @@ def main(argv: list[str] | None = None) -> None:
     backbone = load_backbone(args.model, args.weights)
     source = open_source(args.data, backbone.model, split="train", limit=args.images)
     images = source.batch(torch.arange(len(source))).images
-    native = F.log_softmax(backbone(images).float(), -1)
-    search = Search(backbone, images, native, Cost(backbone))
+    dense = F.log_softmax(backbone(images).float(), -1)
+    search = Search(backbone, images, dense, Cost(backbone))
     step = args.step or max(1, backbone.patches // 24)
     rates = search.run(args.saving / 100, step)
     found = search.outcome(rates)

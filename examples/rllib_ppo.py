@@ -3,8 +3,8 @@
     pip install 'tokenenv[rllib]'      # in an environment of its own: RLlib pins Gymnasium
     python examples/rllib_ppo.py --updates 10 --seed 0
 
-RLlib's own ``ParallelPettingZooEnv`` wraps the PettingZoo parallel environment. Each env runner is a
-process with its own copy of the model, and every observation passes through Python;
+RLlib's own ``ParallelPettingZooEnv`` wraps the PettingZoo parallel environment. Each env runner is
+a process with its own copy of the model, and every observation passes through Python;
 ``torchrl_mappo.py`` is faster.
 """
 

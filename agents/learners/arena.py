@@ -129,12 +129,12 @@ class PettingZooArena:
         truncated: list[set[str]] = [set() for _ in self.envs]
         state = np.zeros((self.batch_size, self.state_dim), np.float32)
         for i, env in enumerate(self.envs):
-            living = set(env.agents)
-            chosen = {n: int(moves[i, j]) for j, n in enumerate(self.names) if n in living}
+            present = set(env.agents)
+            chosen = {n: int(moves[i, j]) for j, n in enumerate(self.names) if n in present}
             seen, reward, ended, cut_off, self._infos[i] = env.step(chosen)
             rewards[i] = [reward.get(n, 0.0) for n in self.names]
             self._seen[i] = {n: seen[n] for n in env.agents}
-            truncated[i] = {n for n in living if cut_off[n] and not ended[n]}
+            truncated[i] = {n for n in present if cut_off[n] and not ended[n]}
             if truncated[i]:
                 last[i] = seen
                 if self._has_state:

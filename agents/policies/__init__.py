@@ -94,7 +94,7 @@ def load_policy(path: Path, trust: bool = False) -> Method:
 
 
 def _remade(config: dict[str, Any], trust: bool) -> Method:
-    if config["class"] == "Nobody":  # how reducers were kept once
+    if config["class"] == "Nobody":  # earlier versions stored reducers so
         config = config["rules"]
     known = [*REDUCERS.values(), *POLICIES.values()]
     name, cls = config["class"], find_class(config, known, trust)

@@ -138,7 +138,7 @@ class GatedPolicy(Trainable):
             score = score + noise(score)
         # Gumbel top-k is an ordered sample without replacement (Plackett-Luce).
         order = score.sort(stable=True, dim=1, descending=True).indices
-        living = open_["active"].sum(1, keepdim=True)
+        left = open_["active"].sum(1, keepdim=True)
 
         def everywhere(values: Tensor) -> Tensor:
             return values.new_zeros(len(gate), *values.shape[1:]).index_copy(0, opened, values)
@@ -147,7 +147,7 @@ class GatedPolicy(Trainable):
             "gate": gate,
             "budget": everywhere(budget),
             "order": everywhere(order),
-            "share": everywhere(count / living),
+            "share": everywhere(count / left),
         }
         action = torch.ones_like(seen["active"], dtype=torch.long)
         return action.index_copy(0, opened, self._action(order, count)), choice
@@ -272,8 +272,8 @@ class GatedPolicy(Trainable):
         """``(B, 1)`` log-odds of an open gate, ``(B, M)`` bool feasible budgets."""
         key, block, history = self._split(seen)
         logit = self.gate(torch.cat([key, self.gate_block(block), history], 1))
-        living = seen["active"].sum(1, keepdim=True)
-        return logit, self.budgets <= (living - LEAST)
+        left = seen["active"].sum(1, keepdim=True)
+        return logit, self.budgets <= (left - LEAST)
 
     def _encode(self, seen: Columns) -> Tensor:
         """``(B, 1 + A, width)``: class token, then the agents."""

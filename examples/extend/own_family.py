@@ -3,8 +3,8 @@
     python examples/extend/own_family.py
 
 timm's vit_base_patch16_rpn_224 has another kind of block: its norms come after attention and after
-the MLP (ResPostBlock). Once a family defines the token-wise parts of such a block, these models work
-everywhere: in games, published methods, cost, compress and fine-tuning.
+the MLP (ResPostBlock). With a family that defines the token-wise parts of such a block, these
+models work everywhere: in games, published methods, cost, compress and fine-tuning.
 """
 
 from __future__ import annotations
