@@ -141,7 +141,7 @@ def ppo_loss(
     ratio = (choice.log_prob(action) - old).exp()
     gain = gain[:, None]
     surrogate = torch.min(ratio * gain, ratio.clamp(1 - args.clip, 1 + args.clip) * gain)
-    # Only those that could act count.
+    # Inactive agents are masked out.
     weight = active / active.sum()
     return (
         -(surrogate * weight).sum()

@@ -60,6 +60,6 @@ def find_class(config: dict[str, Any], known: Iterable[type], trust: bool) -> An
         return load_origin(origin)
     place = origin.get("module") or origin.get("file") if isinstance(origin, dict) else origin
     raise UserError(
-        f"it holds a '{name}' of {place!r}, which is code of somebody's own: to run it, "
+        f"it holds a '{name}' of {place!r}, which is a user's own code: to run it, "
         "give trust=True (--trust)"
     )
