@@ -1,4 +1,4 @@
-"""Several processes that train one model together, as ``torchrun`` starts them."""
+"""Data-parallel training: the processes that ``torchrun`` starts, and what they exchange."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ from torch import Tensor, nn
 from tokenenv.errors import UserError
 
 _PATIENCE = timedelta(minutes=30)
-"""How long a process that hangs is waited for; one that ends is missed at once."""
+"""How long to wait for a process that hangs; one that has ended is noticed at once."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Workers:
-    """Who this process is among those that train together.
+    """The processes that train together, seen from this one, and their exchanges.
 
-    What is exchanged is the same in all of them afterwards, to the last bit. Alone nothing is
-    exchanged, and nothing is rounded differently.
+    The result of every exchange is bitwise the same in all processes. A single process exchanges
+    nothing, so its numbers are not rounded differently.
 
     Attributes:
-        rank: 0 for the one that prints and writes.
-        count: how many there are.
+        rank: number of this process; 0 prints and writes.
+        count: number of processes.
     """
 
     rank: int = 0
     count: int = 1
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """The module, whose gradients become the mean over all processes."""
+        """The module, wrapped so that its gradients are averaged over all processes."""
         if self.count == 1:
             return module
         return nn.parallel.DistributedDataParallel(module)
 
     def alone(self, wrapped: nn.Module, yes: bool) -> AbstractContextManager[Any]:
-        """Where ``yes``, gradients add up here before they are exchanged."""
+        """A context that, if ``yes``, accumulates gradients without exchanging them."""
         if yes and isinstance(wrapped, nn.parallel.DistributedDataParallel):
             return wrapped.no_sync()
         return contextlib.nullcontext()
 
     def agree(self, flag: bool) -> bool:
-        """Whether any of the processes says so."""
+        """Whether any of the processes passes True."""
         if self.count == 1:
             return flag
         said = torch.tensor(int(flag), device=_device())
@@ -59,7 +59,7 @@ class Workers:
         return bool(said.item())
 
     def sum(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Every tensor's sum over the processes, in one exchange; added up in float64."""
+        """The sum of each tensor over the processes, in one exchange; added in float64."""
         if self.count == 1:
             return tensors
         flat = torch.cat([tensor.flatten().double() for tensor in tensors])
@@ -70,11 +70,14 @@ class Workers:
     def sum_gradients(
         self, gradients: Sequence[Tensor | None], like: Sequence[Tensor]
     ) -> list[Tensor | None]:
-        """Every gradient's sum over the processes, in one exchange; None where nobody has one.
+        """The sum of each gradient over the processes, in one exchange.
 
         Args:
-            gradients: of this process, of one dtype.
-            like: for each a tensor of its shape.
+            gradients: this process's gradients, all of one dtype; None for a missing one.
+            like: for each gradient a tensor of its shape.
+
+        Returns:
+            The sums; None if no process has that gradient.
         """
         if self.count == 1:
             return list(gradients)
@@ -85,18 +88,19 @@ class Workers:
         ]
         flat = torch.cat([*(part.flatten() for part in parts), parts[0].new_tensor(there)])
         dist.all_reduce(flat)
-        *sums, voices = flat.split([*(part.numel() for part in parts), len(parts)])
-        # An optimiser passes over a parameter without gradient, and moves one whose gradient is
-        # zero. Reading the voices makes an accelerator wait: only who lacks one asks.
+        *sums, owners = flat.split([*(part.numel() for part in parts), len(parts)])
+        # An optimiser skips a parameter without a gradient but moves one with a zero gradient, so
+        # None must stay None. Reading the values back synchronises; only a process that lacks a
+        # gradient needs them.
         if not all(there):
-            there = [voice > 0 for voice in voices.tolist()]
+            there = [count > 0 for count in owners.tolist()]
         return [
             total.view_as(part) if yes else None
             for total, part, yes in zip(sums, parts, there, strict=True)
         ]
 
     def mean(self, numbers: Sequence[float], weight: int) -> list[float]:
-        """Means over the processes of numbers that are means over ``weight`` things in each."""
+        """Weighted means over the processes; ``weight`` is this process's number of items."""
         if self.count == 1:
             return list(numbers)
         mine = torch.tensor([*numbers, 1.0], dtype=torch.float64, device=_device()) * weight
@@ -104,7 +108,7 @@ class Workers:
         return (mine[:-1] / mine[-1]).tolist()
 
     def gather(self, value: T) -> list[T]:
-        """Every process's value, by rank. For what is exchanged once: it is pickled."""
+        """The values of all processes, by rank. They are pickled; for rare exchanges only."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
@@ -113,12 +117,13 @@ class Workers:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """A mistake that one process meets here ends all of them, and is said once.
+        """A context in which a ``UserError`` of one process ends all, with one message.
 
-        Nothing may be exchanged inside: who has met a mistake would take no part.
+        Nothing may be exchanged inside, as a process that has failed would not take part.
 
         Raises:
-            UserError: in the first process. SystemExit: with status 2, in the others.
+            UserError: in the first process.
+            SystemExit: with status 2, in the others.
         """
         mistake = None
         try:
@@ -132,12 +137,12 @@ class Workers:
             raise self.mistake(met[0]) from None
 
     def mistake(self, words: str) -> BaseException:
-        """What to raise for a mistake that all processes meet: only the first says it."""
+        """The exception for an error that all processes meet: only the first one shows it."""
         return SystemExit(2) if self.rank else UserError(words)
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
-        """Only the first process prints."""
+        """Silence all processes but the first."""
         if not self.rank:
             yield
             return
@@ -150,13 +155,13 @@ ALONE = Workers()
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows that this process has of a batch which lies in the processes one after the other.
+    """The rows of this process in a batch that is divided among processes in order of rank.
 
     Attributes:
-        workers: who shares the batch.
-        first: position of the first row in the whole batch.
-        here: rows in this process.
-        total: rows in all.
+        workers: the processes that share the batch.
+        first: position of this process's first row in the whole batch.
+        here: number of rows in this process.
+        total: number of rows in all processes.
     """
 
     workers: Workers = ALONE
@@ -166,7 +171,7 @@ class Rows:
 
     @staticmethod
     def of(workers: Workers, here: int) -> Rows:
-        """Where ``here`` rows of this process lie; the processes tell each other how many."""
+        """The rows of this process, which has ``here``; exchanges the numbers of all."""
         if workers.count == 1:
             return Rows(workers, 0, here, here)
         counts = torch.zeros(workers.count, dtype=torch.int64, device=_device())
@@ -176,10 +181,10 @@ class Rows:
         return Rows(workers, sum(each[: workers.rank]), here, sum(each))
 
     def rand(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        """Uniform numbers for tensors of ``shape``, which has this process's rows.
+        """Uniform random numbers of ``shape``, whose first dimension is this process's rows.
 
-        All processes draw those of the whole batch, each takes its own: who has how many makes no
-        difference, and their generators stay in step.
+        All processes draw the numbers of the whole batch and take their own rows. The numbers so
+        do not depend on the division, and the generators stay in the same state.
         """
         if self.workers.count == 1:
             return torch.rand(tuple(shape), generator=generator, device=generator.device)
@@ -187,7 +192,7 @@ class Rows:
         return whole[self.first : self.first + self.here]
 
     def pick(self, order: Tensor) -> Tensor:
-        """Of positions in steps x all rows those that are here, as positions in steps x here."""
+        """The positions of this process, of those in steps x total, as ones in steps x here."""
         if self.workers.count == 1:
             return order
         row = order % self.total - self.first
@@ -200,13 +205,13 @@ WHOLE = Rows()
 
 @contextlib.contextmanager
 def join(device: str) -> Iterator[tuple[Workers, str]]:
-    """The processes that ``torchrun`` started, or this one alone; and the device to work on.
+    """A context with the processes that ``torchrun`` started, or this one, and the device.
 
-    ``device``: as a user says it; of several GPUs each process gets its own.
+    ``device``: as the user gives it; with several GPUs each process gets its own.
 
     Raises:
-        UserError: fewer GPUs than processes, processes that cannot find each other, or one of
-            them ended or hangs.
+        UserError: fewer GPUs than processes, the processes cannot connect, or one of them has
+            ended or hangs.
     """
     count = _number("WORLD_SIZE", 1)
     if count == 1:
@@ -227,10 +232,10 @@ def join(device: str) -> Iterator[tuple[Workers, str]]:
         yield Workers(rank, count), device
     except KeyboardInterrupt:
         if rank:
-            raise SystemExit(130) from None  # the first process says how it goes on
+            raise SystemExit(130) from None  # the first process prints how to resume
         raise
     except RuntimeError as error:
-        # gloo's are plain ones; of anything else the traceback tells more.
+        # gloo raises plain RuntimeErrors; of any other error the traceback is more useful.
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise UserError(
@@ -243,12 +248,12 @@ def join(device: str) -> Iterator[tuple[Workers, str]]:
 
 
 def _device() -> str:
-    """Where the processes exchange numbers."""
+    """The device on which the processes exchange tensors."""
     return "cuda" if dist.get_backend() == "nccl" else "cpu"
 
 
 def _number(name: str, default: int | None = None) -> int:
-    """What ``torchrun`` says in the environment."""
+    """A number that ``torchrun`` sets in the environment."""
     text = os.environ.get(name, default)
     try:
         return int(text)  # type: ignore[arg-type]
@@ -260,7 +265,7 @@ def _number(name: str, default: int | None = None) -> int:
 
 
 def _own_gpu(device: str, local: int, processes: int) -> str:
-    """The GPU of this process, of those of its machine."""
+    """The name of this process's GPU among those of its machine."""
     found = torch.cuda.device_count()
     if device == "cuda" and processes <= found:
         return f"cuda:{local}"
@@ -274,5 +279,5 @@ def _own_gpu(device: str, local: int, processes: int) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    """The first sentence, without the place in the source code that gloo puts before it."""
+    """The first line of an error, without the source location that gloo puts before it."""
     return str(error).partition("\n")[0].rpartition("] ")[2].partition(". ")[0]

@@ -3,9 +3,9 @@
     tokenenv evaluate A ... --json a.json; tokenenv evaluate B ... --json b.json
     python benchmarks/compare.py a.json b.json
 
-Prints both against their dense model and against each other: the difference in top-1, percentage
-points, with a 95 % bootstrap interval over the images (10,000 draws, fixed seed). Many policies
-against the dense model at once: tokenenv compare.
+Prints the difference in top-1 of each to the dense model and to each other, in percentage points,
+with a 95 % bootstrap interval over the images (10,000 samples, fixed seed). To compare many
+policies with the dense model, use tokenenv compare.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tokenenv.measure.evaluation import paired_difference
 
 
 def read_report(path: Path) -> Any:
-    """What ``tokenenv evaluate --json`` wrote."""
+    """The file that ``tokenenv evaluate --json`` wrote."""
     try:
         found = json.loads(path.read_text())
         found["predictions"]  # a report of another command has none

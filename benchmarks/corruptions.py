@@ -1,6 +1,6 @@
 """Policies on corrupted images they were not trained on: ImageNet-C's corruptions, unchanged.
 
-    pip install imagecorruptions-imaug    # what the extra "corruptions" holds
+    pip install imagecorruptions-imaug    # the package in the extra "corruptions"
     python benchmarks/corruptions.py tome:r=8 cls-attention:keep=0.8 --model deit_tiny_patch16_224
         --weights deit_tiny_patch16_224.safetensors --data imagenet/val --limit 1000
         --severities 1/3/5 --json corruptions.json
@@ -85,14 +85,14 @@ _OWN_GENERATOR = ("impulse_noise", "glass_blur")
 
 @dataclass
 class Row:
-    """What the policies did under one corruption.
+    """The results under one corruption.
 
     Attributes:
-        name: of the corruption, or ``"clean"``.
-        dense: ``(n,)`` share of the severities at which the dense model was right, image by image.
-        right: the same of each policy.
-        saved: multiply-adds each policy saved, percent, mean over images and severities.
-        severities: the numbers of each severity, for ``--json``.
+        name: name of the corruption, or ``"clean"``.
+        dense: ``(n,)`` for each image, the share of severities at which the dense model is correct.
+        right: the same for each policy.
+        saved: multiply-adds that each policy saves, percent, mean over images and severities.
+        severities: the results at each severity, for ``--json``.
     """
 
     name: str
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """What :func:`main` does, with mistakes raised as ``UserError``."""
+    """The work of :func:`main`, with the user's mistakes raised as ``UserError``."""
     names, severities = parse_corruptions(args.corruptions), parse_severities(args.severities)
     if args.batch < 1:
         raise UserError(f"--batch {args.batch} is too small; use at least 1")
@@ -305,7 +305,7 @@ def library() -> Callable[..., np.ndarray]:
 
 
 def check_images(source: ImageSource) -> None:
-    """See that the library can work on images of this size.
+    """Check that the library supports images of this size.
 
     Raises:
         UserError: they are grey or too small.
@@ -319,7 +319,7 @@ def check_images(source: ImageSource) -> None:
 
 
 def check(name: str, severity: int) -> None:
-    """Refuse what the library doesn't have.
+    """Check that the library has a corruption and a severity.
 
     Raises:
         UserError: unknown corruption, or severity out of range.

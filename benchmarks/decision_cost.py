@@ -1,11 +1,12 @@
-"""How much of a forward pass goes into deciding: matching, observing, the policy, gathering.
+"""The share of a forward pass that decisions take: matching, observing, the policy, gathering.
 
-On a CPU, where a call returns when its work is done:
+Runs on a CPU, where a call returns when its work is done:
 
     python benchmarks/decision_cost.py tome:r=13 random:keep=0.5..0.9,blocks=3/6/9 --batch 64
 
-A policy plays whatever model is named, also one that it was not trained for: costs of a larger one.
-``--share`` adds the speed-up, and its share of that of a model merely sliced to the same lengths.
+A policy runs on any model, also one that it was not trained for, to measure the cost on a larger
+one. ``--share`` adds the speed-up, and its ratio to that of a model whose tokens are only sliced to
+the same lengths.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def main() -> None:
 
 
 def _shares(backbone: Backbone, policy: Any, images: torch.Tensor) -> dict[str, float]:
-    """Which part of one forward pass each step took; steps within steps are counted once."""
+    """The share of one forward pass that each step took; nested steps are counted once."""
     seconds = dict.fromkeys(
         (
             "mean keys", "class attention", "match", "observe", "policy", "apply", "pack, unpack",

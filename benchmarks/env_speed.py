@@ -1,28 +1,28 @@
-"""Agent-steps per second of every face, of what else one could play, and of the bare ViT.
+"""Agent-steps per second of the environments, of other libraries' games, and of the bare ViT.
 
     python benchmarks/env_speed.py
     python benchmarks/env_speed.py --device cuda --batch 64,256,1024
     OMP_NUM_THREADS=2 python benchmarks/env_speed.py --json speed.json
 
-An agent-step is one living agent deciding once. All is measured in one process, in rounds in which
-each contestant plays in turn; printed are the median of the rounds and the quartiles. It is the
-embedded game; the dense model's logits of all images are there beforehand, as after the first epoch
-of a training. The contestants:
+An agent-step is one action of one active agent. Everything is measured in one process, in rounds in
+which each contestant plays in turn; printed are the median and the quartiles over the rounds. The
+game is the embedded one, and the dense model's logits of all images are computed in advance, as
+after the first epoch of training. The contestants:
 
-- bare ViT, the limit: timm's model on the same images under inference_mode. Its agent-steps are
-  those of the game below it, in the time of one forward pass: what a game for nothing would reach.
-- tensor game: nobody prunes, so that as much is computed as in the bare ViT. Three decisions, or
-  "every block": ``blocks=range(12)``, without the feature of attention, which block 0 doesn't have.
-- VectorEnv, TorchRLEnv: nobody prunes.
-- tensor game, random: all draw keep or prune, as in the naive loop, with which it is compared; with
-  three decisions and with one in every block.
+- bare ViT, the upper limit: timm's model on the same images under inference_mode. Its agent-steps
+  are those of the game below it in the time of one forward pass, as if the game cost nothing.
+- tensor game: all tokens are kept, so that as much is computed as in the bare ViT. Three decisions,
+  or "every block": ``blocks=range(12)``, without the attention feature, which block 0 doesn't have.
+- VectorEnv, TorchRLEnv: all tokens are kept.
+- tensor game, random: random keep or prune, for comparison with the naive loop; with three
+  decisions, and with one in every block.
 - naive loop: one image at a time through PettingZoo's parallel env, ``action_space.sample()`` for
-  each agent. "PettingZoo, one image": nobody prunes, with actions made beforehand.
+  each agent. "PettingZoo, one image": all tokens are kept, with actions made in advance.
 - VMAS (``pip install vmas``) and MPE2 through SuperSuit (``pip install mpe2 supersuit``): both
-  simple_spread, three agents, random actions drawn beforehand.
+  simple_spread, three agents, random actions made in advance.
 
-Then how cost grows with the images of a batch, and with tokens (64, 256, 1,024 agents: larger
-images of the embedded ViT, random weights), beside the bare ViT's.
+Then it prints how the cost grows with the images in a batch, and with the tokens (64, 256, 1,024
+agents: larger images of the embedded ViT, random weights), compared with the bare ViT.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ import torch
 
 import tokenenv.vit.digits  # noqa: F401  (registers digits_vit)
 from tokenenv import Backbone, Game, ImageSource, build_game, load_backbone, open_source
-from tokenenv.envs.token_prune import parallel_env
+from tokenenv.envs.token_prune_pettingzoo import parallel_env
 from tokenenv.envs.token_prune_vector import TokenPruneVectorEnv
 from tokenenv.errors import run_script
 from tokenenv.vit.load import check_dtype
@@ -51,7 +51,7 @@ EVERY_BLOCK = ("token", "position", "progress")
 
 
 class Contestant(NamedTuple):
-    """Who plays: ``play`` runs one unit and tells its agent-steps; ``images`` in each."""
+    """One row of the table: ``play`` runs a unit of ``images`` and returns its agent-steps."""
 
     name: str
     batch: int
@@ -126,7 +126,7 @@ def numbers(parser: argparse.ArgumentParser, option: str, text: str) -> list[int
     return list(dict.fromkeys(found))
 
 
-# Who plays ----------------------------------------------------------------------------------------
+# Contestants -------------------------------------------------------------------------------------
 def of_batch(
     backbone: Backbone, source: ImageSource, batch: int, often: dict[str, Any]
 ) -> list[Contestant]:
@@ -257,7 +257,7 @@ def prepared(env: Any, play: Callable[[], int]) -> Callable[[], int]:
 
 
 def others() -> list[tuple[str, Callable[[int], Callable[[], int]]]]:
-    """What is installed of the other libraries' games."""
+    """The other libraries' games that are installed."""
     made = []
     for name, libraries, maker in (
         ("VMAS simple_spread", ("vmas",), vmas),
@@ -306,10 +306,10 @@ def mpe2(batch: int) -> Callable[[], int]:
 def measure(
     contestants: list[Contestant], rounds: int, seconds: float, device: str
 ) -> dict[str, list[tuple[float, float]]]:
-    """Agent-steps and units per second of each in each round; the first warms up."""
+    """Agent-steps and units per second of each contestant in each round after a warm-up."""
     heard: dict[str, list[tuple[float, float]]] = {c.name: [] for c in contestants}
     for turn in range(rounds + 1):
-        # Who comes after whom changes, and so who finds the caches warm.
+        # Every second round is in reverse order, as a contestant may warm the next one's caches.
         for c in contestants if turn % 2 else reversed(contestants):
             units, steps, start = 0, 0, time.perf_counter()
             while units == 0 or time.perf_counter() - start < seconds:
@@ -359,7 +359,7 @@ def summary(measured: dict[str, list[tuple[float, float]]], batch: int) -> str:
 
 
 def grown(rows: list[dict[str, Any]], *names: str) -> dict[str, dict[int, float]]:
-    """Seconds per image of each batch over those of the smallest."""
+    """Seconds per image of each batch size, relative to the smallest."""
     made: dict[str, dict[int, float]] = {}
     for name in names:
         cost = {r["batch"]: 1 / r["images_per_second"] for r in rows if r["name"] == name}
@@ -370,7 +370,7 @@ def grown(rows: list[dict[str, Any]], *names: str) -> dict[str, dict[int, float]
 
 
 def of_side(side: int, args: argparse.Namespace) -> dict[str, float]:
-    """Game and bare ViT on images of ``side`` pixels, a token each, eight at a time."""
+    """Game and bare ViT on eight images of ``side`` x ``side`` pixels, one token per pixel."""
     backbone = Backbone(timm.create_model("digits_vit", img_size=side))
     backbone = backbone.to(args.device, check_dtype(args.dtype))
     source = open_source("digits", backbone.model, split="train", limit=16)

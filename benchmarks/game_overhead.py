@@ -1,16 +1,16 @@
-"""What the game costs beside the model it plays, and how fast each face steps.
+"""The cost of the game relative to its model, and the speed of each environment interface.
 
     python benchmarks/game_overhead.py
     python benchmarks/game_overhead.py --model deit_tiny_patch16_224 --batch 64 --device cuda
 
-First table: a whole game in which nobody prunes against timm's own forward of the same images,
-in turns, in one process; the ratio is taken round by round. Both read their images from the same
-source. Random weights: the time does not depend on them.
+First table: a whole game that keeps all tokens and timm's own forward pass of the same images, in
+turns, in one process; the ratio is taken round by round. Both read their images from the same
+source. The weights are random, as the time does not depend on them.
 
 Second table: agent-steps per second (images x agents x decisions) in Isaac Lab's three columns:
-stepping alone with actions drawn beforehand, with the policy's inference, and with training. Each
-face plays the embedded digits model. Nobody prunes in the first column; the untrained policy of
-the others keeps nine of ten tokens, which makes stepping itself cheaper.
+stepping alone with actions made in advance, with the policy's inference, and with training. Each
+interface plays the embedded digits model. All tokens are kept in the first column; the untrained
+policy of the others keeps nine of ten tokens, which makes stepping itself cheaper.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from agents import MAPPO, ActorPolicy, MAPPOConfig, PettingZooArena
 from agents.policies.actor import Widths
 from tokenenv import Backbone, Game, TokenPrune, build_game, load_backbone, open_source
 from tokenenv.cli.options import positive
-from tokenenv.envs.token_prune import parallel_env
+from tokenenv.envs.token_prune_pettingzoo import parallel_env
 from tokenenv.envs.token_prune_vector import TokenPruneVectorEnv
 from tokenenv.errors import run_script
 
@@ -147,7 +147,7 @@ def vector_env(backbone: Backbone, batch: int) -> tuple[float, float, float]:
 
 
 def split(joined: torch.Tensor, policy: ActorPolicy) -> tuple[torch.Tensor, torch.Tensor]:
-    """A face's joined view -> the agent's own part and the shared part."""
+    """Split an environment's observation into the agent's own and the shared features."""
     own = policy.widths.own
     return joined[..., :own], joined[..., 0, own:]
 

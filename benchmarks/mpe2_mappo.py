@@ -1,11 +1,11 @@
-"""Our MAPPO beside TorchRL's on two tasks of MPE2: same copies, seeds, budget and settings.
+"""Our MAPPO and TorchRL's on two tasks of MPE2, with the same copies, seeds, budget and settings.
 
     pip install 'tokenenv[mpe2]'
     python benchmarks/mpe2_mappo.py --out mpe2-mappo
 
 Tasks: simple_spread_v3 (3 agents, 5 actions) and simple_reference_v3 (2 agents, 50 actions), with
-MPE2's own defaults. After 25 steps a time limit cuts an episode off, and both learners bootstrap
-there. Both play the same :class:`agents.PettingZooArena`, so what differs is the learner:
+MPE2's own defaults. A time limit truncates episodes after 25 steps, and both learners bootstrap
+there. Both play the same :class:`agents.PettingZooArena`, so only the learners differ:
 
 - ours: :class:`agents.MAPPO` with its own networks (LayerNorm, ReLU, orthogonal start; the critic
   sees the agent's own view and the state), normalised and clipped values, advantages normalised
@@ -15,17 +15,17 @@ there. Both play the same :class:`agents.PettingZooArena`, so what differs is th
   actor on the own view, critic on all views, parameters shared), advantages normalised for each
   agent apart, one optimiser.
 
-:class:`Settings` holds for both: neither is tuned without the other. A discount of 0.99 instead of
-0.95 was worse for both (one seed of simple_spread_v3): values then grow to a hundred times the
-reward of a step, of whose variance TorchRL's critic explained nothing after 24,000 steps.
+:class:`Settings` are used for both; neither is tuned separately. A discount of 0.99 instead of 0.95
+was worse for both (one seed of simple_spread_v3): values then grow to a hundred times the reward
+of a step, and TorchRL's critic explained none of their variance after 24,000 steps.
 
-Measured is the return of the training episodes themselves, summed over an episode, mean over its
-agents. "final" is the mean over the last tenth of the budget, "area" that over the whole of it,
-"start" that over the first update; each the mean over the seeds, lowest and highest in brackets.
-Seconds are of one thread's processor time, the games included.
+The table has returns of training episodes, summed over an episode, mean over its agents. "final" is
+the mean over the last tenth of the budget, "area" over the whole budget, "start" over the first
+update; each is the mean over the seeds, with lowest and highest in brackets. Seconds are processor
+time of one thread, games included.
 
-Every finished run is a JSON of its own in --out and is not made again: Ctrl-C keeps what is done,
-and the same command goes on. Beside them are summary.json and curves.png.
+Every finished run is a JSON file in --out and is not repeated, so after Ctrl-C the same command
+resumes. The folder also gets summary.json and curves.png.
 """
 
 from __future__ import annotations
@@ -59,18 +59,18 @@ CYCLES = 25
 
 @dataclass(frozen=True)
 class Settings:
-    """What both learners share.
+    """The settings of both learners.
 
     Attributes:
-        steps: budget in environment steps, all copies together; an agent-step is not a step.
-        copies: environments that are played side by side.
-        episodes: played by each copy for one update.
-        epochs, minibatches: passes over a rollout, parts per pass.
-        lr: Adam's, for actor and critic; its epsilon is 1e-5.
+        steps: budget in environment steps of all copies together; not in agent-steps.
+        copies: number of environments played in parallel.
+        episodes: episodes of each copy per update.
+        epochs, minibatches: passes over a rollout, minibatches per pass.
+        lr: Adam's learning rate for actor and critic; its epsilon is 1e-5.
         gamma, lam: discount and GAE's lambda.
         clip, entropy: PPO's epsilon and the weight of the entropy bonus.
         hidden: widths of the hidden layers, of actor and critic.
-        max_grad_norm: the gradients' greatest length.
+        max_grad_norm: largest gradient norm.
     """
 
     steps: int = 64_000
@@ -93,7 +93,7 @@ class Settings:
 
     @property
     def updates(self) -> int:
-        """As many as the budget pays for, at least one."""
+        """Number of updates in the budget, at least one."""
         return max(1, self.steps // self.per_update)
 
 
@@ -201,20 +201,20 @@ LEARNERS: dict[str, Callable[[PettingZooArena, Settings, int], Iterator[float]]]
 def train(
     task: str, learner: str, seed: int, settings: Settings, progress: Callable[[int], Any]
 ) -> dict[str, Any]:
-    """One run.
+    """Train one learner on one task with one seed.
 
     Args:
-        task: of :data:`TASKS`.
-        learner: of :data:`LEARNERS`.
-        seed: of the copies, the networks and the actions.
-        settings: of the run.
+        task: one of :data:`TASKS`.
+        learner: one of :data:`LEARNERS`.
+        seed: seed of the copies, the networks and the actions.
+        settings: settings of the run.
         progress: called with the environment steps of each update.
 
     Returns:
-        What its JSON holds; ``curve`` is the mean return of each update's episodes.
+        The run's JSON; ``curve`` is the mean return of each update's episodes.
     """
     module = importlib.import_module(f"mpe2.{task}")
-    # A thousand apart: the copies of two seeds have no seed in common.
+    # A thousand apart, so that the copies of two seeds have no seed in common.
     arena = PettingZooArena(
         lambda: module.parallel_env(max_cycles=CYCLES), settings.copies, seed=1000 * seed
     )
@@ -242,7 +242,7 @@ def as_json(settings: Settings) -> dict[str, Any]:
 
 
 def read(path: Path, settings: Settings) -> dict[str, Any] | None:
-    """A finished run, or None where there is none.
+    """A finished run, or None if there is none.
 
     Raises:
         UserError: it can't be read, or was made with other settings.
@@ -265,7 +265,7 @@ def read(path: Path, settings: Settings) -> dict[str, Any] | None:
 
 
 def library(name: str) -> None:
-    """See that a library can be imported.
+    """Check that a library can be imported.
 
     Raises:
         UserError: it cannot.
@@ -279,7 +279,7 @@ def library(name: str) -> None:
 
 
 def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each task and learner, each ``[mean, lowest, highest]`` over the seeds."""
+    """``[mean, lowest, highest]`` over the seeds of each number, for each task and learner."""
     rows = []
     for task, learner in dict.fromkeys((run["task"], run["learner"]) for run in runs):
         own = [r for r in runs if (r["task"], r["learner"]) == (task, learner)]
@@ -312,7 +312,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def draw(path: Path, runs: list[dict[str, Any]]) -> None:
     """One panel per task: mean and range over the seeds, a running mean of 5 updates."""
-    # Not pyplot: it keeps figures, and looks for a display.
+    # Not pyplot: it keeps figures in memory and looks for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -357,7 +357,7 @@ def main(argv: list[str] | None = None) -> int:
         help=f"environment steps of a run; default: {Settings.steps}",
     )  # fmt: skip
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)  # the networks are tiny, and a seed is the same run everywhere
+    torch.set_num_threads(1)  # the networks are tiny, and a seed must give the same run anywhere
     try:
         return run(args)
     except UserError as error:
@@ -366,7 +366,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """What :func:`main` does, with mistakes raised as ``UserError``."""
+    """The work of :func:`main`, with the user's mistakes raised as ``UserError``."""
     tasks = choose("task", args.tasks, TASKS)
     learners = choose("learner", args.learners, tuple(LEARNERS))
     settings = Settings(steps=args.steps)
@@ -378,7 +378,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--{option} {value} is too small; use at least {least}")
     for name in ("mpe2", *(["torchrl.objectives.multiagent"] if "torchrl" in learners else [])):
         library(name)
-    # Seed after seed: stopped early, all tasks and learners have about as many.
+    # Seed by seed, so that all tasks and learners have about as many runs if stopped early.
     wanted = [(t, k, s) for s in range(args.seeds) for t in tasks for k in learners]
     out = Path(args.out)
     with writable_folder(out):
@@ -406,7 +406,7 @@ def finish(
     paths: dict[Which, Path],
     settings: Settings,
 ) -> bool:
-    """Make the runs that are missing; True if Ctrl-C came between."""
+    """Make the runs that are missing; True if interrupted by Ctrl-C."""
     size = settings.updates * settings.per_update
     with tqdm(total=size * len(wanted), initial=size * len(runs), unit="step", disable=None) as bar:
         try:

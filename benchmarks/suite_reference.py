@@ -1,4 +1,4 @@
-"""Take a folder of ``tokenenv suite run`` into the package as the suite's reference results.
+"""Copy a folder of ``tokenenv suite run`` into the package as the suite's reference results.
 
     OMP_NUM_THREADS=1 tokenenv suite run digits-prune-v0 --learner random --learner heuristic \
         --learner untrained --learner ippo --learner mappo
@@ -6,7 +6,8 @@
         --learner untrained --learner dora --learner sb3-ppo
     python benchmarks/suite_reference.py suite
 
-A task's file is replaced as a whole: scores are measured against its random and heuristic learners.
+A task's file is replaced as a whole, because scores are relative to its random and heuristic
+learners.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def main() -> None:
         rows = [result for result in results if result.task == task.name]
         if not rows:
             continue
-        make_yardstick(task, rows)  # refuses a task that nothing could be measured against
+        make_yardstick(task, rows)  # raises if the task has no yardstick
         lines = ",\n".join(json.dumps(row.as_json()) for row in rows)
         path = REFERENCE / f"{task.name}.json"
         write_bytes(path, f"[\n{lines}\n]\n".encode())

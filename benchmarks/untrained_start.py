@@ -1,11 +1,12 @@
-"""What training adds to DORA: the same start untrained, at the same cost.
+"""What training adds to DORA: the untrained initial policy at the same cost.
 
     python benchmarks/untrained_start.py dora-strict-deit_tiny --data imagenet/train --out untrained
     tokenenv evaluate untrained --data imagenet/val --json untrained.json
     tokenenv evaluate dora-strict-deit_tiny --data imagenet/val --json trained.json
     python benchmarks/compare.py trained.json untrained.json
 
-The start's threshold is set for the saving that the trained policy has on the same training images.
+The threshold of the untrained policy is set so that its saving equals that of the trained policy on
+the same training images.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ TRIES = 9  # thresholds
 
 
 def as_trained(what: str) -> DoraConfig:
-    """The settings that the run says it was started with."""
+    """The settings with which the run was started."""
     folder = folder_of(what)
     path = folder and folder / "config.json"
     said = json.loads(path.read_text()) if path and path.is_file() else {}

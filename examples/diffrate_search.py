@@ -1,13 +1,13 @@
-"""Find DiffRate's rates for a model and a saving: how many tokens each block drops and merges.
+"""Find DiffRate's rates for a model and a saving: how many tokens each block prunes and merges.
 
     python examples/diffrate_search.py --saving 50
     python examples/diffrate_search.py --model deit_tiny_patch16_224 --data imagenet/train \
         --images 64 --saving 35
 
-DiffRate (Chen et al., ICCV 2023) learns its rates by gradient. This search is greedy and needs no
-gradient: of all blocks, and of dropping and merging, it takes ``--step`` tokens more where the
-divergence from the dense model's predictions grows least per multiply-add saved, until the saving
-is reached. No labels are read. What it prints, ``tokenenv evaluate`` and ``compare`` take.
+DiffRate (Chen et al., ICCV 2023) learns its rates by gradient. This search is greedy and needs
+neither gradients nor labels: in each step it prunes or merges ``--step`` more tokens in the block
+where the divergence from the dense model's predictions grows least per multiply-add saved, until
+the saving is reached. It prints words that ``tokenenv evaluate`` and ``compare`` take.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tokenenv.reducers import DiffRate
 
 @dataclass(frozen=True)
 class Outcome:
-    """What rates do: mean KL divergence from the dense predictions, share of the MACs saved."""
+    """The effect of rates: mean KL divergence from the dense predictions, share of MACs saved."""
 
     damage: float
     saving: float
@@ -41,28 +41,29 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Search:
-    """The images that rates are tried on, and what the dense model says of them."""
+    """The images that rates are tried on, and the dense model's predictions for them."""
 
     backbone: Backbone
     images: Tensor
-    native: Tensor
+    dense: Tensor
     cost: Cost
 
     def outcome(self, rates: DiffRate) -> Outcome:
-        """Of one pass over the images."""
+        """The outcome of rates, from one pass over the images."""
         policy = rates
         episode = play(self.backbone, policy, self.images)
         assert episode.logits is not None
         log_probs = F.log_softmax(episode.logits.float(), -1)
-        damage = F.kl_div(log_probs, self.native, reduction="batchmean", log_target=True)
+        damage = F.kl_div(log_probs, self.dense, reduction="batchmean", log_target=True)
         macs = macs_of(episode, policy, self.cost).mean().item()
         return Outcome(damage.item(), 1 - macs / self.cost.dense())
 
     def run(self, saving: float, step: int) -> DiffRate:
         """The first rates on the greedy path that save ``saving`` of the multiply-adds.
 
-        What a move costs mostly grows with the moves before it. So only the move that was cheapest
-        when last tried is tried again, until the cheapest is one tried at the present rates.
+        The cost of a move mostly grows with the moves made before it. So only the move that was
+        cheapest when last tried is tried again, until the cheapest one was tried at the current
+        rates.
         """
         depth = self.backbone.depth
         rates = DiffRate(tuple(range(depth)), (0,) * depth, (0,) * depth)
@@ -110,8 +111,8 @@ def main(argv: list[str] | None = None) -> None:
     backbone = load_backbone(args.model, args.weights)
     source = open_source(args.data, backbone.model, split="train", limit=args.images)
     images = source.batch(torch.arange(len(source))).images
-    native = F.log_softmax(backbone(images).float(), -1)
-    search = Search(backbone, images, native, Cost(backbone))
+    dense = F.log_softmax(backbone(images).float(), -1)
+    search = Search(backbone, images, dense, Cost(backbone))
     step = args.step or max(1, backbone.patches // 24)
     rates = search.run(args.saving / 100, step)
     found = search.outcome(rates)

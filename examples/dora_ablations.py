@@ -1,12 +1,12 @@
-"""What each part of DORA is good for: its ablations, trained and compared at equal cost.
+"""Ablations of DORA, trained and compared at equal cost.
 
     python examples/dora_ablations.py --out runs/ablations --seeds 3 --jobs 2
 
-Every row of the table is ``tokenenv train`` with one thing changed, once per seed; the threshold of
-each trained policy is then set for the same saving, as nearly as it allows: rows that differ in it
-still don't compare in accuracy alone. Runs
-that are finished are not repeated: the same command goes on where it stopped. What follows ``--``
-goes to every training, such as ``-- --model deit_tiny_patch16_224 --data imagenet/train``.
+Every row of the table is ``tokenenv train`` with one setting changed, once per seed. The threshold
+of each trained policy is then set so that all rows have about the same saving; accuracies of rows
+whose savings differ can't be compared directly. Finished runs are not repeated, so the same command
+resumes. Options after ``--`` are passed to every training, such as
+``-- --model deit_tiny_patch16_224 --data imagenet/train``.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def folder(row: str, seed: int, out: Path) -> Path:
-    """Of one run."""
+    """The folder of one run."""
     return out / f"{row.replace(', ', '-').replace(' ', '_')}-{seed}"
 
 

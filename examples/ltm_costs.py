@@ -2,9 +2,9 @@
 
     python examples/ltm_costs.py
 
-No weights are needed. The paper's FLOPs are multiply-adds of its README (1 MAC = 1 FLOP), whose
-count is not uniform: its MobileViT figures fit 224 pixels without the two products of attention,
-the last column here. What is comparable are the percentages.
+No weights are needed. The paper's FLOPs are the multiply-adds of its README (1 MAC = 1 FLOP). They
+are not counted in the same way for all models: the MobileViT figures match 224 pixels without the
+two matrix products of attention, which is the last column here. Compare the percentages.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""LTM on the embedded digits beside the dense model, fine-tuned alike.
+"""LTM on the embedded digits, compared with the dense model fine-tuned in the same way.
 
     python examples/ltm_digits.py --out runs/ltm-digits
     python examples/ltm_digits.py --out runs/no-bound -- --set eta=0
 
-Both rows of the table are ``tokenenv train ltm``, once per seed: same updates, images, order and
-distillation from the model before; the dense one has a ratio of 1. The bound on the information
-bottleneck is measured on images that nobody trains on, before and after. Runs that are finished are
-not repeated: the same command goes on where it stopped. What follows ``--`` goes to every training,
-such as ``-- --model deit_tiny_patch16_224 --data imagenet/train``.
+Both rows of the table are ``tokenenv train ltm``, once per seed, with the same updates, images,
+order and distillation; the dense one has a ratio of 1. The bound on the information bottleneck is
+measured on held-back images before and after. Finished runs are not repeated, so the same command
+resumes. Options after ``--`` are passed to every training, such as
+``-- --model deit_tiny_patch16_224 --data imagenet/train``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def folder(out: Path, row: str, seed: int) -> Path:
-    """Of one run."""
+    """The folder of one run."""
     return out / f"{row.split(',')[0].lower()}-{seed}"
 
 

@@ -1,10 +1,10 @@
-"""What each part of MSTM is good for, and EViT beside it: trained alike, compared at equal tokens.
+"""Ablations of MSTM, and EViT: trained in the same way, compared at equal numbers of tokens.
 
     python examples/mstm_ablation.py --out runs/mstm-ablation --keep 0.3
 
-Every row of the table is ``tokenenv train`` with one thing changed, once per seed, from the same
-pretrained model with the same images in the same order. Runs that are finished are not repeated:
-the same command goes on where it stopped. What follows ``--`` goes to every training, such as
+Every row of the table is ``tokenenv train`` with one setting changed, once per seed, from the same
+pretrained model with the same images in the same order. Finished runs are not repeated, so the same
+command resumes. Options after ``--`` are passed to every training, such as
 ``-- --model deit_tiny_patch16_224 --data imagenet/train``.
 """
 
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def folder(out: Path, row: str, seed: int) -> Path:
-    """Of one run."""
+    """The folder of one run."""
     number = list(ROWS).index(row)
     return out / f"{number}-{ROWS[row][0]}-{seed}"
 

@@ -1,4 +1,4 @@
-"""What the tables of these examples share: trainings that are done once, and their spread."""
+"""Helpers for the examples that print tables: run each training once, and show the spread."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any
 
 
 def train(where: Path, system: str, options: list[str]) -> None:
-    """``tokenenv train`` in a process of its own, unless it is done; a broken one goes on.
+    """Run ``tokenenv train`` in its own process unless it is finished; an interrupted one resumes.
 
     Args:
-        where: the run folder; what is printed goes to ``log.txt`` there, and the options to
+        where: the run folder; the output is written to ``log.txt`` there, the options to
             ``options.txt``.
-        system: what is trained.
-        options: of the command, but ``--out`` and ``--resume``.
+        system: the system to train.
+        options: options of the command other than ``--out`` and ``--resume``.
 
     Raises:
-        SystemExit: the training failed, or what lies there was trained with other options.
+        SystemExit: the training failed, or the folder holds a run with other options.
     """
     where.mkdir(parents=True, exist_ok=True)
     words, known = shlex.join([system, *options]), where / "options.txt"
@@ -36,7 +36,7 @@ def train(where: Path, system: str, options: list[str]) -> None:
     if (where / "checkpoint.safetensors").exists():
         command.append("--resume")
     with open(where / "log.txt", "a") as log:
-        # One thread each: with more, runs beside each other wait for each other.
+        # One thread each: with more, runs in parallel slow each other down.
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False)
     if done.returncode:
@@ -49,16 +49,16 @@ def settings(changed: list[str]) -> list[str]:
 
 
 def reports(folders: list[Path]) -> list[dict[str, Any]]:
-    """What the runs in these folders came to."""
+    """The reports of the runs in these folders."""
     return [json.loads((folder / "report.json").read_text()) for folder in folders]
 
 
 def saved(runs: list[dict[str, Any]]) -> str:
-    """Multiply-adds saved, percent, as a cell."""
+    """A table cell with the multiply-adds saved, percent."""
     return spread([100 * (1 - run["gmacs"] / run["gmacs_dense"]) for run in runs], ".1f")
 
 
 def spread(values: list[float], form: str) -> str:
-    """``mean [lowest, highest]``."""
+    """``mean [lowest, highest]`` as text."""
     mean, low, high = (format(f(values), form) for f in (statistics.mean, min, max))
     return f"{mean} [{low}, {high}]"

@@ -1,15 +1,16 @@
-"""RL4EViT's balance: how many tokens stay alive for a given alpha / beta.
+"""RL4EViT's equilibrium: how many tokens are kept for a given alpha / beta.
 
     python examples/rl4evit_equilibrium.py --out equilibrium.png
 
-Every living token pays beta; the living share alpha if the prediction is right. A token is
-indifferent when alpha p / alive = beta, so with a probability p of being right the balance is
-alive* = p alpha / beta. The paper's Fig. 3 shows the share of tokens kept against alpha / beta.
+The agent of every kept token pays beta, and these agents share alpha if the prediction is correct.
+With a probability p of a correct prediction, keeping and pruning are worth the same to an agent if
+alpha p / kept = beta, so the equilibrium is kept* = p alpha / beta (docs/papers.md, section 6). The
+paper's Fig. 3 shows the share of tokens kept against alpha / beta.
 
-This plays the embedded game with RL4EViT's own reward and one decision, trains MAPPO for each
-ratio and several seeds, and draws the share of tokens that the trained policy keeps beside the
-balance at the accuracy it reaches. What is sampled while training is shown: the balance is one of
-expectations.
+This script trains MAPPO on the embedded game with RL4EViT's own reward and one decision, for each
+ratio and several seeds. It draws the share of tokens that the trained policy keeps, and the
+equilibrium at the accuracy it reaches. Both are means over sampled actions in training, because
+the equilibrium is one of expectations.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ BETA = 0.1
 def kept_and_right(
     backbone: Backbone, ratio: float, seed: int, updates: int
 ) -> tuple[float, float]:
-    """Mean share of living tokens and of right predictions over the last fifth of training."""
+    """Mean share of kept tokens and of correct predictions over the last fifth of training."""
     torch.manual_seed(seed)
     game = build_game(
         model=backbone,

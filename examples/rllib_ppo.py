@@ -3,9 +3,9 @@
     pip install 'tokenenv[rllib]'      # in an environment of its own: RLlib pins Gymnasium
     python examples/rllib_ppo.py --updates 10 --seed 0
 
-The PettingZoo parallel environment goes into RLlib's own ``ParallelPettingZooEnv``. Each env runner
-is a process with its own copy of the model, and every observation passes through Python: for more
-speed take ``torchrl_mappo.py``.
+RLlib's own ``ParallelPettingZooEnv`` wraps the PettingZoo parallel environment. Each env runner is
+a process with its own copy of the model, and every observation passes through Python;
+``torchrl_mappo.py`` is faster.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--episodes", type=int, default=64, help="images in an update")
     args = parser.parse_args()
-    # The driver learns, the two runners play.
+    # The driver trains, and the two runners play.
     ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="error")
     register_env("TokenPrune-v0", make)
     batch = args.episodes * 3 * 64  # decisions, agents

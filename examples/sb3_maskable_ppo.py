@@ -1,10 +1,10 @@
-"""stable-baselines3's PPO and sb3-contrib's MaskablePPO on a game of one agent per image.
+"""stable-baselines3's PPO and sb3-contrib's MaskablePPO on a game with one agent per image.
 
     pip install 'tokenenv[sb3]'
     python examples/sb3_maskable_ppo.py --algorithm maskable --updates 20 --seed 0
 
-In every block the agent says how many tokens merge. ``SB3VecEnv`` plays a batch of images at once;
-what was learned is then measured on held-out images like any other policy.
+In every block the agent chooses how many tokens are merged. ``SB3VecEnv`` plays a batch of images
+at once. The trained policy is then evaluated on held-out images like any other policy.
 """
 
 from __future__ import annotations

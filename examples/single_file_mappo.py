@@ -1,11 +1,11 @@
-"""MAPPO on the token game in one file: nothing of this project but the environment.
+"""MAPPO on the token game in one file, which imports only the environment from this project.
 
     python examples/single_file_mappo.py --updates 60 --seed 0
 
-Each of an image's 64 tokens is an agent that may prune itself before three blocks of a small
-Vision Transformer. All are paid alike: for the fidelity of the prediction, minus a price for the
-tokens that stay. The policy is shared and sees an agent's own view; the critic sees what all agents
-of the image see, on average (Yu et al. 2022, "The Surprising Effectiveness of PPO in Cooperative
+Each of an image's 64 tokens has an agent that keeps or prunes it before three blocks of a small
+Vision Transformer. All agents get the same reward: the fidelity of the prediction minus a price for
+kept tokens. The policy is shared and reads an agent's own observation; the critic reads the mean
+over the agents of the image (Yu et al. 2022, "The Surprising Effectiveness of PPO in Cooperative
 Multi-Agent Games"). Copy it and change it.
 """
 
@@ -42,7 +42,7 @@ def arguments() -> argparse.Namespace:
 
 
 def make(args: argparse.Namespace, split: str, num_envs: int) -> gym.vector.VectorEnv:
-    """Images in a batch, tensors in and out; ``split``: of the digits."""
+    """The environment with a batch of images from part ``split`` of the digits, on tensors."""
     return gym.make_vec(
         "tokenenv/TokenPrune-v0",
         num_envs=num_envs,
@@ -69,7 +69,7 @@ def perceptron(inputs: int, outputs: int, gain: float) -> nn.Sequential:
 
 
 class Agents(nn.Module):
-    """One actor for all agents, and a critic of the image: ``view (..., A, F)``."""
+    """One actor for all agents, and a critic for the image; inputs ``view (..., A, F)``."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -77,12 +77,12 @@ class Agents(nn.Module):
         self.critic = perceptron(width + 1, 1, gain=1.0)
 
     def policy(self, view: Tensor, active: Tensor) -> Categorical:
-        """The choices of ``(..., A)`` agents; who may not act has no choice but 0."""
+        """Action distributions of ``(..., A)`` agents; inactive agents always choose 0."""
         forbidden = torch.stack([torch.zeros_like(active), ~active], dim=-1)
         return Categorical(logits=self.actor(view).masked_fill(forbidden, -1e9))
 
     def value(self, view: Tensor, active: Tensor) -> Tensor:
-        """``(...)`` what the team still gets: from the mean view of those left, and how many."""
+        """``(...)`` value of the team, from the mean view of active agents and their number."""
         weight = active[..., None].float()
         mean = (view * weight).sum(-2) / weight.sum(-2).clamp(min=1)
         return self.critic(torch.cat([mean, weight.mean(-2)], dim=-1))[..., 0]
@@ -141,7 +141,7 @@ def ppo_loss(
     ratio = (choice.log_prob(action) - old).exp()
     gain = gain[:, None]
     surrogate = torch.min(ratio * gain, ratio.clamp(1 - args.clip, 1 + args.clip) * gain)
-    # Only those that could act count.
+    # Inactive agents are masked out.
     weight = active / active.sum()
     return (
         -(surrogate * weight).sum()
@@ -174,7 +174,7 @@ def main() -> None:
                 action = choice.sample()
                 value = agents.value(view, active)
             then, reward, done, _, info = envs.step(action)
-            # The environment adds up what the agents get: a team member's share is the mean.
+            # The environment returns the sum over the agents; the team reward is the mean.
             row = view, active, action, choice.log_prob(action), value, reward / count, done
             rows.append(row)
             if done.all():

@@ -1,10 +1,10 @@
-"""A learner of your own in the suite: a function of a task and a seed that gives a policy.
+"""A learner of your own in the suite: a function of a task and a seed that returns a policy.
 
     tokenenv suite run digits-prune-v0 --learner examples.suite_own_learner:learn --seeds 0,1
     tokenenv suite score suite
 
-The policy has a threshold, so the suite reads its whole front. One without gives a single point; a
-list of up to ten policies gives a point each. ``task.test`` is for the suite alone.
+If the policy has a threshold, as here, the suite measures its whole front. A policy without one is
+a single point; a list of up to ten policies gives a point for each. Do not train on ``task.test``.
 """
 
 from __future__ import annotations

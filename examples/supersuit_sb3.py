@@ -3,10 +3,10 @@
     pip install 'tokenenv[supersuit]'
     python examples/supersuit_sb3.py --updates 20 --seed 0
 
-SuperSuit makes an environment of each agent of some copies of the PettingZoo parallel environment.
-The roster must be fixed (``on_prune="mask"``, the default), and PPO sees no action mask: what a
-pruned token does is ignored. Games of one agent per image need none of this:
-see ``sb3_maskable_ppo.py``.
+SuperSuit turns each agent of several copies of the PettingZoo parallel environment into one
+environment. The set of agents must be fixed (``on_prune="mask"``, the default). PPO gets no action
+mask, so actions of pruned tokens are ignored. Games with one agent per image need no SuperSuit, see
+``sb3_maskable_ppo.py``.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class Curve(BaseCallback):
 
 
 def make(copies: int, seed: int, **kwargs: object) -> VecEnv:
-    """``copies`` images, an SB3 environment for each of their tokens."""
+    """A stable-baselines3 ``VecEnv`` with an environment for each token of ``copies`` images."""
     single = token_prune_v0.parallel_env(**REWARD, **kwargs)
     each_agent = supersuit.pettingzoo_env_to_vec_env_v1(single)
-    # No processes: they would each hold the model, and forked ones hang in torch.
+    # No processes: each would hold the model, and forked ones hang in torch.
     joined = supersuit.concat_vec_envs_v1(each_agent, copies, 0, base_class="stable_baselines3")
-    joined.venv.reset(seed=seed)  # seed() would fail: SuperSuit's wrapper has nobody to ask
+    joined.venv.reset(seed=seed)  # SuperSuit's wrapper has no seed()
     return VecMonitor(joined)
 
 

@@ -3,12 +3,12 @@
     pip install 'tokenenv[tianshou]'
     python examples/tianshou_dqn.py --updates 12 --seed 0
 
-One agent per block says how many tokens merge there; one network is shared by all. Tianshou takes
-what the next agent sees as what follows an action: that is the truth in games played in turn
-(``layer_merge_v0``, ``layer_prune_v0``). In ``token_prune_v0`` all tokens decide at once, and only
-the last to be asked would be told a reward.
+One agent per block chooses how many tokens are merged there, and all share one network. Tianshou
+takes the next agent's observation as the result of an action, which is right in games played in
+turn (``layer_merge_v0``, ``layer_prune_v0``). In ``token_prune_v0`` all agents act at once, and
+only the last one asked would get a reward.
 
-The curve is unsteady: one image that loses its class costs what several others earn. More updates
+The curve is unsteady, because one misclassified image costs what several others earn. More updates
 did not help; ``sb3_maskable_ppo.py`` learns the same game better.
 """
 
@@ -32,7 +32,7 @@ from tokenenv import Backbone, layer_merge_v0, load_backbone
 
 
 def make(backbone: Backbone, split: str) -> PettingZooEnv:
-    """One image; ``mask_in="obs"`` is where Tianshou looks for the legal actions."""
+    """One image; Tianshou reads legal actions from the observation (``mask_in="obs"``)."""
     return PettingZooEnv(layer_merge_v0.env(model=backbone, split=split, mask_in="obs"))
 
 
@@ -78,7 +78,7 @@ def main() -> None:
     collector.reset()
     print(f"held-out images before: mean return {evaluate():.2f}")
     for update in range(1, args.updates + 1):
-        # Not eps_training: of several agents' policies none is told that it is being trained.
+        # Not eps_training: with several agents, Tianshou does not set the policies to training.
         policy.set_eps_inference(max(0.05, 1 - update / (0.7 * args.updates)))
         found = collector.collect(n_episode=args.episodes)
         with policy_within_training_step(learner.policy):

@@ -1,10 +1,10 @@
-"""TorchRL's own MAPPO on the token game, everything on tensors.
+"""TorchRL's own MAPPO on the token game, with tensors throughout.
 
     pip install 'tokenenv[torchrl]' 'torchrl>=0.14'
     python examples/torchrl_mappo.py --updates 40 --seed 0
 
 The environment is a TorchRL ``EnvBase`` with a batch of images; the loss, the advantages and the
-networks are TorchRL's. All agents of an image get the same reward; the critic sees its state.
+networks are TorchRL's. All agents of an image get the same reward; the critic reads its state.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ REWARD = {"reward": "cooperative", "reward_kwargs": {"beta": 0.2, "shared": True
 
 
 class Critic(nn.Module):
-    """A value for each agent, from the image's state; alike, for they are paid alike."""
+    """A value for each agent, from the image's state; all the same, as their rewards are."""
 
     def __init__(self, env: TorchRLEnv) -> None:
         super().__init__()
@@ -60,13 +60,13 @@ def networks(env: TorchRLEnv) -> tuple[ProbabilisticActor, TensorDictModule]:
 
 
 def play(env: TorchRLEnv, actor: ProbabilisticActor, episodes: int) -> TensorDict:
-    """``(B, T)`` transitions; the images go on where the last call stopped."""
+    """``(B, T)`` transitions, continuing from where the last call stopped."""
     with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
         return env.rollout(episodes * env.game.steps, actor, break_when_any_done=False)
 
 
 def mean_return(data: TensorDict) -> float:
-    """Of the agents, per episode."""
+    """Mean return of an agent per episode."""
     episodes = data["next", "done"].sum()
     return (data["next", "agents", "reward"].mean(-2).sum() / episodes).item()
 

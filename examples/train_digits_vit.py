@@ -3,11 +3,10 @@
     python examples/train_digits_vit.py --hold-back 0.2      # compare choices, save nothing
     python examples/train_digits_vit.py --out weights.safetensors
 
-Choices are made on training images held back; the run that writes the weights trains on all 1197
-and looks at the 600 test images once, at its end, for the accuracy it writes into the file.
+Settings were chosen on held-back training images. The run that writes the weights trains on all
+1197 images and uses the 600 test images once, at its end, for the accuracy in the file.
 
-Each training step drops a random 0 to 30 % of the pixels' tokens (none at test time). It
-regularises.
+Each training step drops a random 0 to 30 % of the tokens, as regularisation; none at test time.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ MOST_DROPPED = 0.3  # of the visual tokens
 
 
 def augment(images: Tensor, rng: torch.Generator) -> Tensor:
-    """Turn, stretch and shift ``(B, C, H, W)`` images a little, and add noise."""
+    """Rotate, scale and shift ``(B, C, H, W)`` images slightly, and add noise."""
 
     def uniform(low: float, high: float) -> Tensor:
         return torch.rand(len(images), generator=rng) * (high - low) + low

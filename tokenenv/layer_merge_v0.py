@@ -1,4 +1,4 @@
-"""PettingZoo's classic form: ``from tokenenv import layer_merge_v0``."""
+"""The PettingZoo module of the game: ``from tokenenv import layer_merge_v0``."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 from pettingzoo import AECEnv
 from pettingzoo.utils import wrappers
 
-from tokenenv.envs.layer import LayerMergeAECEnv, LayerMergeParallelEnv
+from tokenenv.envs.layer_pettingzoo import LayerMergeAECEnv, LayerMergeParallelEnv
 
 __all__ = ["env", "parallel_env", "raw_env"]
 
 
 def parallel_env(**kwargs: Any) -> LayerMergeParallelEnv:
-    """Make the parallel env; it takes what :class:`LayerMergeParallelEnv` takes."""
+    """Make the parallel env, with the arguments of :class:`LayerMergeParallelEnv`."""
     return LayerMergeParallelEnv(**kwargs)
 
 

@@ -1,4 +1,4 @@
-"""PettingZoo's classic form: ``from tokenenv import layer_prune_v0``."""
+"""The PettingZoo module of the game: ``from tokenenv import layer_prune_v0``."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 from pettingzoo import AECEnv
 from pettingzoo.utils import wrappers
 
-from tokenenv.envs.layer import LayerPruneAECEnv, LayerPruneParallelEnv
+from tokenenv.envs.layer_pettingzoo import LayerPruneAECEnv, LayerPruneParallelEnv
 
 __all__ = ["env", "parallel_env", "raw_env"]
 
 
 def parallel_env(**kwargs: Any) -> LayerPruneParallelEnv:
-    """Make the parallel env; it takes what :class:`LayerPruneParallelEnv` takes."""
+    """Make the parallel env, with the arguments of :class:`LayerPruneParallelEnv`."""
     return LayerPruneParallelEnv(**kwargs)
 
 

@@ -1,5 +1,5 @@
-"""PettingZoo's classic form: ``from tokenenv import token_prune_v0``."""
+"""The PettingZoo module of the game: ``from tokenenv import token_prune_v0``."""
 
-from tokenenv.envs.token_prune import env, parallel_env, raw_env
+from tokenenv.envs.token_prune_pettingzoo import env, parallel_env, raw_env
 
 __all__ = ["env", "parallel_env", "raw_env"]

@@ -1,1 +1,1 @@
-"""Training a backbone together with what removes its tokens, one trainer for all methods."""
+"""Fine-tuning a backbone together with a method that removes tokens; one trainer for all."""

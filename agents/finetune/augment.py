@@ -1,4 +1,4 @@
-"""Images as a model should see them in training, by timm's transforms."""
+"""Augmentation of training images by timm's transforms."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from tokenenv.errors import UserError
 def augmentation(
     model: nn.Module, shape: tuple[int, int, int], *, crop: float, hflip: float, auto_augment: str
 ) -> Callable[[Tensor], Tensor] | None:
-    """A random function of ``(C, H, W)`` uint8 pixels, or None where nothing shall change.
+    """A random function of ``(C, H, W)`` uint8 pixels; None if the settings change nothing.
 
-    It draws from the generators of Python, NumPy and torch.
+    It uses the global generators of Python, NumPy and torch.
 
     Args:
-        model: for which interpolation the images are resized with.
-        shape: of an image.
-        crop: the least share of the image's area that is seen, then resized to all of it.
-        hflip: probability of a mirror image.
-        auto_augment: timm's words, such as ``rand-m9-mstd0.5-inc1``; empty for none.
+        model: the model, whose configuration names the interpolation.
+        shape: ``(C, H, W)`` of an image.
+        crop: smallest share of the image's area in a random resized crop; 1: no crop.
+        hflip: probability of a horizontal flip.
+        auto_augment: timm's name of a policy, such as ``rand-m9-mstd0.5-inc1``; empty: none.
 
     Raises:
-        UserError: timm does not know the words.
+        UserError: timm does not know the policy.
     """
     if crop == 1 and not hflip and not auto_augment:
         return None

@@ -1,4 +1,4 @@
-"""The settings of a fine-tuning run, and what is built from them."""
+"""The settings of fine-tuning runs, one class per method."""
 
 from __future__ import annotations
 
@@ -39,34 +39,34 @@ DIGITS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class FineTuneConfig(SystemConfig):
-    """What every fine-tuning run can set with ``--set key=value``.
+    """Settings of all fine-tuning runs (``--set key=value`` on the command line).
 
-    The defaults are for an ImageNet model; :meth:`for_digits` for the embedded one.
+    The defaults are for an ImageNet model; :meth:`for_digits` has those for the embedded one.
 
     Attributes:
-        updates: steps of the optimiser.
-        batch: images per step, of all processes together.
-        accumulate: parts in which a process goes through its images, where memory is short.
-        optimizer: the name of one of timm's.
-        lr, min_lr: highest learning rate, and the one that its cosine ends at.
-        added_rate: how many times as fast learns what the pretrained model does not have.
-        warmup: share of the updates in which the rate rises.
-        weight_decay: of all but vectors.
-        clip: highest norm of the gradient.
-        ema: decay of the moving average of the weights, which is what is kept; 0 keeps the last.
+        updates: optimiser steps.
+        batch: images per step, over all processes.
+        accumulate: number of parts in which a process runs its images, to save memory.
+        optimizer: timm's name of an optimiser.
+        lr, min_lr: highest learning rate, and that at the end of the cosine schedule.
+        added_rate: factor of the learning rate for parameters that the pretrained model lacks.
+        warmup: share of the updates in which the learning rate rises.
+        weight_decay: weight decay of matrices; vectors have none.
+        clip: largest gradient norm.
+        ema: decay of the moving average of the weights, which is saved; 0 saves the last weights.
         class_loss, logit_loss: weights of cross entropy, and of the divergence from the dense
             model's logits (DynamicViT's: 1, 0.5).
-        smoothing: of the labels.
-        mixup, cutmix: alpha of timm's Mixup; 0 for none.
-        crop: the least share of an image's area that training sees.
-        hflip: probability of a mirror image.
-        auto_augment: timm's words, such as rand-m9-mstd0.5-inc1; empty for none.
+        smoothing: label smoothing.
+        mixup, cutmix: alpha of timm's Mixup; 0: none.
+        crop: smallest share of an image's area in a random resized crop.
+        hflip: probability of a horizontal flip.
+        auto_augment: timm's name of a policy, such as rand-m9-mstd0.5-inc1; empty: none.
         amp: mixed precision; ``auto``: bfloat16 on a GPU that has it, else float16, none on a CPU.
-        held_back: share of the training images on which weights are compared, not trained.
-        evaluate_every: updates between two such comparisons.
+        held_back: share of the training images held back to select the best weights.
+        evaluate_every: updates between evaluations on these.
 
     Raises:
-        UserError: a value out of its range.
+        UserError: a value is out of range.
     """
 
     updates: int = 2000
@@ -93,7 +93,7 @@ class FineTuneConfig(SystemConfig):
     evaluate_every: int = 100
 
     any_family: ClassVar[bool] = False
-    """Whether the method needs no :class:`Backbone`: it works on families that have none."""
+    """Whether the method also takes models for which there is no :class:`Backbone`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,7 +105,7 @@ class FineTuneConfig(SystemConfig):
 
     @classmethod
     def for_digits(cls) -> FineTuneConfig:
-        """Settings for the embedded model."""
+        """The default settings for the embedded model."""
         return cls(**DIGITS)
 
     def training(self, request: Request, workers: Workers, out: Path) -> FineTuning:
@@ -115,26 +115,26 @@ class FineTuneConfig(SystemConfig):
         return FineTuning(request, self, workers, out)
 
     def student(self, teacher: Any, model: str) -> Trainee:
-        """What is trained: a copy of ``teacher``'s timm model, named ``model``, with the method.
+        """The student: a copy of ``teacher``'s timm model, named ``model``, with the method.
 
-        Initialised from torch's global generator.
+        New parameters are initialised with torch's global generator.
         """
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class ReducingConfig(FineTuneConfig):
-    """Settings of methods in which a policy decides between the blocks of a ViT.
+    """Settings of methods that reduce tokens between the stages of a ViT.
 
     Attributes:
-        token_loss: weight of the squared error of the tokens left against the dense model's
+        token_loss: weight of the squared error between the tokens left and the dense model's
             (DynamicViT's: 0.5).
     """
 
     token_loss: float = 0.5
 
     def student(self, teacher: Backbone, model: str) -> Student:
-        """A copy of the backbone's model, and what decides in it."""
+        """A copy of the backbone's model, with the method that reduces its tokens."""
         copied = copy.deepcopy(teacher.model).requires_grad_(True)
         self.prepare(copied)
         policy = self.method(teacher, model)
@@ -142,23 +142,23 @@ class ReducingConfig(FineTuneConfig):
         return Student(copied, policy)
 
     def prepare(self, model: nn.Module) -> None:
-        """Give the pretrained model what the method adds, in place."""
+        """Add the method's own parts to the pretrained model, in place."""
 
     def method(self, backbone: Backbone, model: str) -> Method:
-        """What decides in ``backbone``, named ``model``."""
+        """The method for ``backbone``, whose timm name is ``model``."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class MSTMConfig(ReducingConfig):
-    """What is MSTM's own, see :class:`~tokenenv.reducers.MSTM`.
+    """Settings of MSTM, see :class:`~tokenenv.reducers.MSTM`.
 
     Attributes:
         keep: share of the tokens that is crucial at each reduction.
-        blocks: where tokens merge; empty: three, spread evenly.
-        merge: whether the others merge; without it they leave.
-        multi_scale: whether the model also sees patches of twice the size.
-        weight, similarity: how tokens merge.
+        blocks: the blocks in which tokens are merged; empty: three, spread evenly.
+        merge: whether the other tokens are merged; else they are pruned.
+        multi_scale: whether the model also embeds patches of twice the size.
+        weight, similarity: as for the reducer.
     """
 
     keep: float = 0.7
@@ -169,12 +169,12 @@ class MSTMConfig(ReducingConfig):
     similarity: Literal["keys", "tokens"] = "keys"
 
     def prepare(self, model: nn.Module) -> None:
-        """The second scale."""
+        """Add the second scale, if asked for."""
         if self.multi_scale:
             add_scale(model)
 
     def method(self, backbone: Backbone, model: str) -> Method:
-        """MSTM's mergence; without ``merge`` EViT, which then drops the others."""
+        """MSTM; without ``merge`` EViT without fusing, which prunes the other tokens."""
         blocks = self.blocks or spread_blocks(backbone.depth)
         if not self.merge:
             return EViT(blocks, self.keep, fuse=False)
@@ -183,12 +183,12 @@ class MSTMConfig(ReducingConfig):
 
 @dataclass(frozen=True)
 class EViTConfig(ReducingConfig):
-    """What is EViT's own, see :class:`~tokenenv.reducers.EViT`.
+    """Settings of EViT, see :class:`~tokenenv.reducers.EViT`.
 
     Attributes:
-        keep: share of the tokens that stays at each reduction.
-        blocks: where tokens leave; empty: three, spread evenly.
-        fuse: whether the others fuse into one token.
+        keep: share of the tokens kept at each reduction.
+        blocks: the blocks in which tokens are removed; empty: three, spread evenly.
+        fuse: whether the others are fused into one token; else they are pruned.
     """
 
     keep: float = 0.7
@@ -196,13 +196,13 @@ class EViTConfig(ReducingConfig):
     fuse: bool = True
 
     def method(self, backbone: Backbone, model: str) -> Method:
-        """EViT."""
+        """The EViT reducer."""
         return EViT(self.blocks or spread_blocks(backbone.depth), self.keep, self.fuse)
 
 
 @dataclass(frozen=True)
 class RL4EViTFineTuneConfig(ReducingConfig):
-    """RL4EViT's second phase: the policy is fixed and the backbone learns to live with it.
+    """RL4EViT's second phase: the policy is fixed, and the backbone is fine-tuned under it.
 
     Attributes:
         policy: a run folder, a shipped policy, or any WHAT that ``evaluate`` takes.
@@ -212,11 +212,11 @@ class RL4EViTFineTuneConfig(ReducingConfig):
 
     @classmethod
     def for_digits(cls) -> RL4EViTFineTuneConfig:
-        """Settings for the embedded model: no policy for it is shipped."""
+        """The default settings for the embedded model, for which no policy is shipped."""
         return cls(**DIGITS, policy="")
 
     def method(self, backbone: Backbone, model: str) -> Method:
-        """The trained one."""
+        """The policy that was trained before."""
         if not self.policy:
             raise UserError(
                 "whose decisions shall the backbone learn with? Train a policy with "
@@ -227,18 +227,18 @@ class RL4EViTFineTuneConfig(ReducingConfig):
 
 @dataclass(frozen=True)
 class DynamicViTConfig(ReducingConfig):
-    """What is DynamicViT's own, see :class:`~agents.policies.dynamicvit.DynamicViTPolicy`.
+    """Settings of DynamicViT, see :class:`~agents.policies.dynamicvit.DynamicViTPolicy`.
 
     Attributes:
-        keep: share of the tokens that stays at each pruning.
-        blocks: where tokens leave; empty: three, spread evenly.
+        keep: share of the tokens kept at each decision.
+        blocks: the decision blocks; empty: three, spread evenly.
     """
 
     keep: float = 0.7
     blocks: tuple[int, ...] = ()
 
     def method(self, backbone: Backbone, model: str) -> DynamicViTPolicy:
-        """Untrained predictors; initialised from torch's global generator."""
+        """Untrained predictors, initialised with torch's global generator."""
         if not backbone.has_class_token or backbone.family.pooling != "token":
             raise UserError(
                 f"model '{model}' pools its patches and DynamicViT's training can't hide them "

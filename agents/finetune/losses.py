@@ -1,4 +1,4 @@
-"""What a model learns from that loses tokens on the way: labels, and the dense model."""
+"""Distillation losses of a model with reduced tokens against the dense model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from torch import Tensor
 
 
 class Played(NamedTuple):
-    """What ``B`` images came to, with gradient; V visual tokens, P patches.
+    """The outputs of a student for ``B`` images, with gradient; V visual tokens, P patches.
 
     Attributes:
         logits: ``(B, classes)``.
         features: ``(B, V, D)`` the visual tokens after the final norm.
-        owner: ``(B, P)`` index into V of the token that stands for each patch, -1 once pruned.
-        there: ``(B, V)`` which visual tokens are there at the end.
-        shortfall: what the policy adds to the loss for missing its target; 0 for one that can't.
+        owner: ``(B, P)`` index into V of the token that stands for each patch, -1 if pruned.
+        there: ``(B, V)`` which visual tokens are kept at the end.
+        shortfall: scalar that the policy adds to the loss for missing its target share of tokens;
+            0 for a policy without one.
     """
 
     logits: Tensor
@@ -28,7 +29,7 @@ class Played(NamedTuple):
 
     @property
     def keep(self) -> Tensor:
-        """Share of the visual tokens left at the end, the mean over images."""
+        """Share of the visual tokens kept at the end, mean over the images."""
         return self.there.float().sum(1).mean() / self.owner.shape[1]
 
 
@@ -42,18 +43,19 @@ def logit_loss(logits: Tensor, dense: Tensor) -> Tensor:
 
 
 def token_loss(played: Played, dense: Tensor) -> Tensor:
-    """Mean squared error of the tokens that are left against the dense model's (equation 13).
+    """Mean squared error between the kept tokens and the dense model's (equation 13).
 
-    What stands for several patches is compared with the mean of theirs. The mean is taken over each
-    image's tokens, then over images: parts of a batch count by their images alone.
+    A token that stands for several patches is compared with the mean of the dense model's tokens
+    for them. The mean is taken over each image's tokens, then over images, so that every image has
+    the same weight.
 
     Args:
-        played: of the reduced model.
+        played: the outputs of the reduced model.
         dense: ``(B, P, D)`` the dense model's visual tokens after the final norm.
     """
     features, owner = played.features.float(), played.owner
     batch, count, width = features.shape
-    # Pruned patches go to one token more, that is cut off again.
+    # Pruned patches are collected in one extra token, which is cut off again.
     owner = torch.where(owner >= 0, owner, count)
     total = features.new_zeros(batch, count + 1, width)
     total = total.scatter_add(1, owner[..., None].expand_as(dense), dense.float())

@@ -1,4 +1,4 @@
-"""Learnable Token Merging in training: its settings, and the model with its bound."""
+"""Training of Learnable Token Merging: its settings, and the model with its bound."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from tokenenv.ltm.model import LTM, ltm
 from tokenenv.ltm.storage import write_ltm
 from tokenenv.measure import evaluation as metrics
 
-_BATCH = 64  # of the passes that take statistics
+_BATCH = 64  # images per batch when statistics are computed
 
 
-class Merged(NamedTuple):
-    """What ``B`` images came to, with gradient.
+class LTMOutput(NamedTuple):
+    """The outputs of a model with LTM blocks for ``B`` images, with gradient.
 
     Attributes:
         logits: ``(B, classes)``.
-        features: ``(B, D)`` the mean merged token of each LTM block.
-        keep: share of the tokens that the last blocks of the stacks work on, a mean.
+        features: for each LTM block, its ``(B, D)`` mean merged token.
+        keep: share of the tokens left in the last block of a stack, mean over the stacks.
     """
 
     logits: Tensor
@@ -43,7 +43,7 @@ class LTMStudent(Trainee):
     """A model with LTM blocks in training.
 
     Args:
-        model: it is used, not copied.
+        model: a model with LTM blocks; it is used, not copied.
     """
 
     files = ("model.safetensors", "ltm.json")
@@ -58,25 +58,25 @@ class LTMStudent(Trainee):
 
     @property
     def merges(self) -> bool:
-        """Whether any block merges; with a ratio of 1 none does."""
+        """Whether any block merges; False with a ratio of 1."""
         return any(len(stack.masks) for stack in self.model.stacks)
 
-    def forward(self, images: Tensor) -> Merged:
-        """Images ``(B, C, H, W)``, normalised -> how they fared."""
+    def forward(self, images: Tensor) -> LTMOutput:
+        """The outputs for normalised images ``(B, C, H, W)``."""
         with self.model.recording() as features:
             logits = self.model(images)
-        return Merged(logits, features, logits.new_tensor(self._keep))
+        return LTMOutput(logits, features, logits.new_tensor(self._keep))
 
     def before(self, done: int, clean: ImageSource, config: LTMConfig) -> None:
-        """Take the bound's statistics anew where they count: at first, then once per epoch."""
+        """Compute the bound's statistics if they are due: when its term starts, then per epoch."""
         weighs = self.merges and label_weight(done / config.updates, config.eta) > 0
         if weighs and (not self.bound.levels or done % config.evaluate_every == 0):
             self.bound.refresh(self._batches(clean))
 
     def terms(
-        self, played: Merged, dense: Tensor, labels: Tensor, config: LTMConfig
+        self, played: LTMOutput, dense: Tensor, labels: Tensor, config: LTMConfig
     ) -> dict[str, Tensor]:
-        """The bound's label term, once it counts."""
+        """The bound's label term, once its weight is above 0."""
         if not self.bound.levels:
             return {"bound_loss": played.logits.new_zeros(())}
         return {"bound_loss": config.eta * self.bound.loss(played.features, labels)}
@@ -86,12 +86,12 @@ class LTMStudent(Trainee):
         return {"levels": [[level.centroids, level.log_q] for level in self.bound.levels]}
 
     def remember(self, state: dict[str, Any]) -> None:
-        """Go on with these statistics."""
+        """Restore the bound's statistics."""
         levels = [[tensor.to(self.device) for tensor in level] for level in state["levels"]]
         self.bound.levels = [Level(*level) for level in levels]
 
     def judged(self, clean: ImageSource, held_back: ImageSource) -> dict[str, float]:
-        """The bound of images that its statistics have not seen."""
+        """The bound on held-back images, which are not in its statistics."""
         if not self.merges:
             return {}
         self.bound.refresh(self._batches(clean))
@@ -99,18 +99,18 @@ class LTMStudent(Trainee):
         return {"bound": report.bound, "ib": report.ib}
 
     def added(self) -> Iterator[nn.Parameter]:
-        """The masks'."""
+        """The parameters of the masks."""
         for stack in self.model.stacks:
             yield from stack.masks.parameters()
 
     def measured(self, source: ImageSource, teacher: Any, **options: Any) -> metrics.Evaluation:
-        """:func:`tokenenv.measure.evaluation.evaluate_model` of the model as it is."""
+        """The result of :func:`tokenenv.measure.evaluation.evaluate_model` for the model now."""
         return metrics.evaluate_model(
             self.model, teacher, source, lengths=self.model.lengths, **options
         )
 
     def write(self, folder: Path, source: ImageSource) -> None:
-        """The model, as :func:`tokenenv.ltm.load_ltm` reads it."""
+        """Write the model for :func:`tokenenv.ltm.load_ltm`."""
         write_ltm(self.model, folder)
 
     def _batches(self, source: ImageSource) -> Iterator[tuple[Tensor, Tensor]]:
@@ -122,18 +122,18 @@ class LTMStudent(Trainee):
 
 @dataclass(frozen=True)
 class LTMConfig(FineTuneConfig):
-    """What is LTM's own, see :func:`tokenenv.ltm.ltm`.
+    """Settings of LTM, see :func:`tokenenv.ltm.ltm`.
 
     Attributes:
         ratio: share of the tokens left after the last block of each transformer stack; 1 merges
-            nothing, which trains the dense model alike. 0: the default of the model's family.
-        mask: ``attention``, ``similar`` or ``linear``; ``auto``: ``similar`` in a ViT, elsewhere
+            nothing, which fine-tunes the dense model in the same way. 0: the family's default.
+        mask: ``attention``, ``similar`` or ``linear``; ``auto``: ``similar`` in a ViT, otherwise
             ``attention``.
-        blocks: those of each stack in which tokens merge; empty: three, spread evenly, under
-            ``similar`` masks in a ViT, else all.
+        blocks: the blocks of each stack that merge; empty: three, spread evenly, with ``similar``
+            masks in a ViT, otherwise all.
         hard: whether each token goes into one merged token only.
-        eta: weight of the bound's label term, once 30 % of the updates are done; 0 for none. Its
-            statistics, of four training images per class or 1000 in all, are taken anew every
+        eta: weight of the bound's label term after 30 % of the updates; 0: none. Its statistics,
+            from four training images per class or 1000 in all, are computed every
             ``evaluate_every`` updates.
     """
 
@@ -159,7 +159,7 @@ class LTMConfig(FineTuneConfig):
         return cls(**{**DIGITS, "updates": 100}, ratio=0.5)
 
     def student(self, teacher: Any, model: str) -> LTMStudent:
-        """The teacher's model with LTM blocks; masks are initialised from torch's generator."""
+        """The teacher's model with LTM blocks; masks are initialised with torch's generator."""
         vit, blocks = isinstance(teacher.model, VisionTransformer), self.blocks or None
         own: MaskKind = "similar" if vit else "attention"
         mask = own if self.mask == "auto" else self.mask

@@ -1,4 +1,4 @@
-"""What is trained: a model, and what loses tokens in it."""
+"""Students of fine-tuning: a model in training together with a method that reduces tokens."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from tokenenv.vit.tokens import Tokens
 
 
 class Trainee(nn.Module):
-    """A model in training, whatever it loses its tokens to; :class:`Student` or LTM's.
+    """The interface of models in fine-tuning: :class:`Student`, or LTM's.
 
-    ``forward`` takes images ``(B, C, H, W)``, normalised, and gives what has ``logits
-    (B, classes)``, with gradient, and ``keep``, the share of the tokens left at the end.
+    ``forward`` maps normalised images ``(B, C, H, W)`` to an object with ``logits (B, classes)``,
+    with gradient, and ``keep``, the share of the tokens left at the end.
 
     Attributes:
-        model: what is trained, and whose weights are kept.
-        files: what :meth:`write` writes.
+        model: the model that is trained and saved.
+        files: names of the files that :meth:`write` writes.
     """
 
     model: Any
@@ -38,7 +38,7 @@ class Trainee(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The parameters' device."""
         return next(self.parameters()).device
 
     @property
@@ -47,13 +47,16 @@ class Trainee(nn.Module):
         return next(self.parameters()).dtype
 
     def terms(self, played: Any, dense: Tensor, labels: Tensor, config: Any) -> dict[str, Tensor]:
-        """What the loss has beside cross entropy and the divergence from the teacher's logits.
+        """The terms of the loss beside cross entropy and divergence from the teacher's logits.
 
         Args:
-            played: what :meth:`forward` gave.
-            dense: what the teacher's ``forward_features`` gave for the same images.
+            played: the output of :meth:`forward`.
+            dense: the output of the teacher's ``forward_features`` for the same images.
             labels: ``(B,)`` int64.
             config: the settings.
+
+        Returns:
+            Weighted scalars by name.
         """
         raise NotImplementedError
 
@@ -67,34 +70,34 @@ class Trainee(nn.Module):
         """
 
     def remembered(self) -> dict[str, Any]:
-        """What :meth:`before` keeps between updates, beside parameters and buffers."""
+        """The state of :meth:`before` that is not in parameters and buffers."""
         return {}
 
     def remember(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`remembered`."""
+        """Restore the state from :meth:`remembered`."""
 
     def judged(self, clean: ImageSource, held_back: ImageSource) -> dict[str, float]:
-        """Fields of :class:`~agents.training.judgement.Judgement` that not all trainees have."""
+        """Further fields of :class:`~agents.training.judgement.Judgement` for this model."""
         return {}
 
     def added(self) -> Iterator[nn.Parameter]:
-        """The parameters that the pretrained model does not have."""
+        """The parameters that the pretrained model lacks."""
         raise NotImplementedError
 
     def measured(self, source: ImageSource, teacher: Any, **options: Any) -> metrics.Evaluation:
-        """:func:`~tokenenv.measure.evaluation.evaluate` of the model as it is."""
+        """The result of :func:`~tokenenv.measure.evaluation.evaluate` for the model now."""
         raise NotImplementedError
 
     def write(self, folder: Path, source: ImageSource) -> None:
-        """Write all that ``evaluate`` and others need; pictures show images of ``source``."""
+        """Write the files of a run folder; pictures show images of ``source``."""
         state = {name: t.detach().cpu().contiguous() for name, t in self.model.state_dict().items()}
         write_bytes(folder / "model.safetensors", save(state))
 
     def groups(self, weight_decay: float, added_rate: float) -> list[dict[str, Any]]:
-        """Parameters as timm's optimisers and schedules take them.
+        """Parameter groups for timm's optimisers and schedules.
 
-        Vectors (norms, biases, tokens) don't decay; what the pretrained model does not have learns
-        ``added_rate`` times as fast.
+        Vectors (norms, biases, tokens) have no weight decay; parameters that the pretrained model
+        lacks have ``added_rate`` times the learning rate.
         """
         added = {id(parameter) for parameter in self.added()}
         no_decay: set[str] = getattr(self.model, "no_weight_decay", set)()
@@ -110,14 +113,14 @@ class Trainee(nn.Module):
 
 
 class Student(Trainee):
-    """A timm model in training under a policy.
+    """A timm model in training whose tokens a method reduces.
 
-    Its parameters are the model's, and the policy's if that learns by gradient: if it has
-    ``soft_play``, which plays with decisions that have a gradient.
+    Its parameters are the model's, and also the method's if that is a policy with ``soft_play``,
+    which is trained by gradient.
 
     Args:
         model: a timm model that :class:`Backbone` takes; it is used, not copied.
-        policy: who decides.
+        policy: the policy or reducer.
     """
 
     files = ("model.safetensors", "policy.safetensors", "tokens.png")
@@ -128,7 +131,7 @@ class Student(Trainee):
         super().__init__()
         self.model = model
         self.soft = isinstance(policy, Policy) and policy.soft
-        # A backbone's parameters are the model's own: not a second time in state_dict().
+        # The backbone's parameters are the model's and must not be in state_dict() twice.
         self.__dict__["backbone"] = Backbone(model, freeze=False, proven=True)
         if self.soft:
             self.policy = policy
@@ -136,12 +139,12 @@ class Student(Trainee):
             self.__dict__["policy"] = policy
 
     def forward(self, images: Tensor) -> Played:
-        """Images ``(B, C, H, W)``, normalised -> how they fared."""
+        """The outputs for normalised images ``(B, C, H, W)``."""
         if self.soft and self.training:
             tokens, keep, shortfall = self.policy.soft_play(self.backbone, images)
             logits, there = self.backbone.classify(tokens), keep.detach()
         else:
-            # Tokens that left cost time on a CPU; elsewhere asking for lengths would.
+            # On a CPU removed tokens cost time; on other devices reading lengths would synchronise.
             execution: Execution = "padded" if images.device.type == "cpu" else "masked"
             episode = play(self.backbone, self.policy, images, execution)
             assert episode.logits is not None
@@ -151,14 +154,14 @@ class Student(Trainee):
         return Played(logits, features, _owner(tokens), there, shortfall)
 
     def terms(self, played: Any, dense: Tensor, labels: Tensor, config: Any) -> dict[str, Tensor]:
-        """The squared error of the tokens left, and what the policy adds."""
+        """The weighted squared error of the kept tokens, and the policy's own term."""
         return {
             "token_loss": config.token_loss * token_loss(played, dense[:, self.backbone.prefix :]),
             "shortfall": played.shortfall,
         }
 
     def added(self) -> Iterator[nn.Parameter]:
-        """The parameters that the pretrained model does not have."""
+        """The parameters that the pretrained model lacks."""
         for module in self.model.modules():
             if isinstance(module, MultiScaleEmbed):
                 yield from module.added()
@@ -166,11 +169,11 @@ class Student(Trainee):
             yield from self.policy.parameters()
 
     def measured(self, source: ImageSource, teacher: Any, **options: Any) -> metrics.Evaluation:
-        """:func:`tokenenv.measure.evaluation.evaluate` under the policy."""
+        """The result of :func:`tokenenv.measure.evaluation.evaluate` with the policy."""
         return metrics.evaluate(self.backbone, self.policy, source, reference=teacher, **options)
 
     def write(self, folder: Path, source: ImageSource) -> None:
-        """Model, policy, and a picture of which tokens leave."""
+        """Write model, policy, and a picture of the tokens that are removed."""
         super().write(folder, source)
         self.policy.save(folder / "policy.safetensors")
         write_token_pictures(folder / "tokens.png", self.backbone, self.policy, source)

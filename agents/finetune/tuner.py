@@ -1,4 +1,4 @@
-"""Fine-tuning: one update at a time, whatever the method."""
+"""The fine-tuning loop, the same for all methods: one update at a time."""
 
 from __future__ import annotations
 
@@ -31,36 +31,35 @@ class Batches(Protocol):
     """Endless batches of labelled images, such as :class:`tokenenv.data.Stream`."""
 
     def next(self) -> Batch:
-        """The next one."""
+        """The next batch."""
 
 
 class FineTuner:
-    """Trains a student to do what its dense teacher does, and what the labels say.
+    """Trains a student on labels and by distillation from its dense teacher.
 
-    Loss: cross entropy + KL to the teacher's logits + what the student adds, such as the squared
-    error of the surviving tokens against the teacher's (DynamicViT, Rao et al., NeurIPS 2021,
-    equation 16), by the weights of ``config``. Optimiser, schedule, mixup and moving average are
-    timm's.
+    The loss is cross entropy + KL to the teacher's logits + the student's own terms, such as the
+    squared error between kept tokens and the teacher's (DynamicViT, Rao et al., NeurIPS 2021,
+    equation 16), weighted by ``config``. Optimiser, schedule, mixup and moving average are timm's.
 
-    All that an update draws at random follows from the seed and the update's number: a run goes on
-    from :meth:`state_dict` exactly.
+    The random numbers of an update depend on the seed and the update's number only, so a run
+    resumed from :meth:`state_dict` continues exactly.
 
     Args:
-        student: it is trained in place.
+        student: the model to train, in place.
         teacher: the dense model, frozen.
-        batches: of ``batch / (processes x accumulate)`` images each; their source may augment them.
+        batches: batches of ``batch / (processes x accumulate)`` images, possibly augmented.
         config: the settings.
-        seed: of all that is drawn.
-        workers: who trains together.
-        clean: training images, not augmented, the same ones in every process; only for a student
-            that takes statistics of them.
+        seed: seed of all random numbers.
+        workers: the processes that train together.
+        clean: training images without augmentation, the same in every process; only for a student
+            that computes statistics of them.
 
     Attributes:
-        policy: the student with the moving average of the weights: what is judged and kept.
+        policy: the student with the moving average of the weights, which is evaluated and saved.
         done: updates so far.
 
     Raises:
-        UserError: an optimiser that timm does not know, a precision that the device does not have.
+        UserError: timm does not know the optimiser, or the device does not have the precision.
     """
 
     def __init__(
@@ -97,23 +96,23 @@ class FineTuner:
             )
         self._ema = ModelEmaV3(student, config.ema, use_warmup=True)
 
-    # Not before the first update: who builds this may yet find a mistake that others don't, and
-    # must not leave them waiting for an exchange.
+    # Cached at the first update, not set before: an exchange in __init__ would leave the other
+    # processes waiting if this one still fails while it is set up.
     @cached_property
     def _wrapped(self) -> nn.Module:
         return self.workers.wrap(self.student)
 
     @property
     def policy(self) -> nn.Module:
-        """See the class."""
+        """The student with the moving average of the weights."""
         averaged: nn.Module = self._ema.module
         return averaged
 
     def update(self) -> dict[str, float]:
-        """One step of the optimiser; returns means over the images that this process saw.
+        """One optimiser step; returns means over this process's images, by name.
 
         Raises:
-            UserError: the loss is not finite any more.
+            UserError: the loss is not finite.
         """
         config, parts = self.config, self.config.accumulate
         if self.clean is not None:
@@ -135,7 +134,7 @@ class FineTuner:
         self._optimizer.zero_grad(set_to_none=True)
         self.done += 1
         self._ema.update(self.student, self.done)
-        # All at once: every number read back makes an accelerator wait.
+        # All in one transfer, as each one synchronises with an accelerator.
         rows = torch.stack([torch.stack([*numbers.values(), norm]) for numbers in seen])
         means = dict(zip([*seen[0], "gradient_norm"], rows.mean(0).tolist(), strict=True))
         if self.workers.agree(not math.isfinite(means["loss"])):
@@ -172,7 +171,7 @@ class FineTuner:
         return torch.autocast(self._device.type, self._half)
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, their moving average, optimiser, scaler, updates done."""
+        """Weights, their moving average, optimiser, scaler, and number of updates."""
         return {
             "student": self.student.state_dict(),
             "average": self.policy.state_dict(),
@@ -183,7 +182,7 @@ class FineTuner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Resume from :meth:`state_dict`."""
         self.student.load_state_dict(state["student"])
         self.policy.load_state_dict(state["average"])
         self._optimizer.load_state_dict(state["optimizer"])
@@ -224,10 +223,10 @@ def _optimizer(student: Trainee, config: FineTuneConfig) -> torch.optim.Optimize
 
 
 def half_precision(amp: str, device: torch.device) -> torch.dtype | None:
-    """What autocast shall compute in; None for full precision.
+    """The precision of autocast; None for full precision.
 
     Raises:
-        UserError: float16 on a CPU, where small gradients would vanish.
+        UserError: float16 on a CPU, where small gradients underflow.
     """
     cuda = device.type == "cuda"
     if amp == "auto":
@@ -241,9 +240,9 @@ def half_precision(amp: str, device: torch.device) -> torch.dtype | None:
 
 @contextlib.contextmanager
 def _drawing(seed: int, update: int, rank: int, device: torch.device) -> Iterator[None]:
-    """All global generators as this update wants them; afterwards as they were.
+    """A context in which the global generators are seeded for an update; restored afterwards.
 
-    timm's transforms and mixup draw from Python's and NumPy's.
+    Besides torch's these are Python's and NumPy's, which timm's transforms and mixup use.
     """
     (number,) = np.random.SeedSequence([seed, update, rank]).generate_state(1).tolist()
     python, numpy = random.getstate(), np.random.get_state()

@@ -1,1 +1,1 @@
-"""PPO, MAPPO and what they learn from."""
+"""PPO and MAPPO: learners, critics, losses, rollouts, and the environments they play."""

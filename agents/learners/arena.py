@@ -1,4 +1,4 @@
-"""What a learner plays: the tensor game itself, or PettingZoo environments in its clothes."""
+"""The interface of games for learners: the tensor game, or adapted PettingZoo environments."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tokenenv.game.rules import Observation
 
 
 class Step(Protocol):
-    """What a step gives back.
+    """What a step of an arena returns.
 
-    ``observation`` is None when every episode has ended and the arena wants a reset;
-    ``reward`` is ``(B, A)``; ``done`` is ``(B,)`` bool. Where a time limit cuts episodes short,
-    it also has ``cut``, see :class:`PettingZooStep`.
+    ``observation`` is None when all episodes have ended and the arena must be reset; ``reward`` is
+    ``(B, A)`` or ``(B, 1)``; ``done`` is ``(B,)`` bool. If a time limit can end episodes, it also
+    has ``cut``, see :class:`PettingZooStep`.
     """
 
     @property
@@ -42,7 +42,7 @@ class Arena(Protocol):
     state_dim: int
 
     def reset(self) -> Observation:
-        """Start every copy anew."""
+        """Reset every copy."""
 
     def step(self, action: Tensor) -> Step:
         """Play ``action (B, A)`` integers in every copy."""
@@ -53,11 +53,11 @@ class PettingZooStep:
     """A :class:`Step` of :class:`PettingZooArena`.
 
     Attributes:
-        observation: of the next step; of a new episode where ``done``.
+        observation: the next observation; the first of a new episode where ``done``.
         reward: ``(B, A)``.
-        done: ``(B,)`` bool, the episode is over.
-        cut: what the agents whose part was truncated in this step saw last, those ``active``; a
-            learner bootstraps from it. None where no agent was truncated.
+        done: ``(B,)`` bool, whether the episode has ended.
+        cut: the last observation of agents that were truncated in this step, which are its
+            ``active`` ones; a learner bootstraps from it. None if no agent was truncated.
     """
 
     observation: Observation
@@ -69,22 +69,21 @@ class PettingZooStep:
 class PettingZooArena:
     """Several copies of any PettingZoo parallel environment as one :class:`Arena`.
 
-    Agents that die leave the dictionaries; here they stay on the roster as inactive agents that
-    see zeros. Inactive is also who stays but may not act: whose info says ``active_mask=False``, as
-    in this project's games; an info's ``action_mask`` says what is legal. A copy whose agents are
-    all gone is reset at once (its ``done`` is True); what was seen last where a time limit cut off
-    is in the step's ``cut``. The critic sees ``env.state()`` where the environment has one, else
-    all agents' views in a row. Copies are seeded ``seed``, ``seed + 1`` ...
+    An agent that is no longer in ``env.agents`` becomes inactive and observes zeros. Agents whose
+    info has ``active_mask=False`` are inactive, too, and an info's ``action_mask`` holds the legal
+    actions; this project's games have both. A copy whose agents are all gone is reset in the same
+    step (its ``done`` is True). The critic's state is ``env.state()`` if the environment has one,
+    else all agents' observations concatenated. Copies get seeds ``seed``, ``seed + 1`` ...
 
     Args:
-        make_env: builds one environment; all agents need the same Box observation and
+        make_env: builds one environment; all agents must have the same Box observation and
             Discrete action space.
-        copies: B.
-        seed: of the first copy.
-        device: where the learner wants its tensors.
+        copies: number B of environments.
+        seed: seed of the first copy.
+        device: device of the tensors.
 
     Raises:
-        UserError: for other spaces.
+        UserError: agents have other spaces, or different ones.
     """
 
     def __init__(
@@ -115,14 +114,14 @@ class PettingZooArena:
         )
 
     def reset(self) -> Observation:
-        """Start every copy anew; the seeds count for the first reset."""
+        """Reset every copy; only the first reset uses the seeds."""
         starts = [env.reset(seed=seed) for env, seed in zip(self.envs, self._seeds, strict=True)]
         self._seen, self._infos = map(list, zip(*starts, strict=True))
         self._seeds = [None] * len(self.envs)
         return self._observe()
 
     def step(self, action: Tensor) -> PettingZooStep:
-        """Play ``action (B, A)``."""
+        """Play ``action (B, A)`` integers in every copy."""
         rewards = np.zeros((self.batch_size, self.agents), np.float32)
         done = np.zeros(self.batch_size, bool)
         moves = action.cpu().numpy() + self._first_action
@@ -130,12 +129,12 @@ class PettingZooArena:
         truncated: list[set[str]] = [set() for _ in self.envs]
         state = np.zeros((self.batch_size, self.state_dim), np.float32)
         for i, env in enumerate(self.envs):
-            living = set(env.agents)
-            chosen = {n: int(moves[i, j]) for j, n in enumerate(self.names) if n in living}
+            present = set(env.agents)
+            chosen = {n: int(moves[i, j]) for j, n in enumerate(self.names) if n in present}
             seen, reward, ended, cut_off, self._infos[i] = env.step(chosen)
             rewards[i] = [reward.get(n, 0.0) for n in self.names]
             self._seen[i] = {n: seen[n] for n in env.agents}
-            truncated[i] = {n for n in living if cut_off[n] and not ended[n]}
+            truncated[i] = {n for n in present if cut_off[n] and not ended[n]}
             if truncated[i]:
                 last[i] = seen
                 if self._has_state:
@@ -159,7 +158,7 @@ class PettingZooArena:
         return self._frame(self._seen, acting, state, self._legal())
 
     def _legal(self) -> Tensor | None:
-        """``(B, A, actions)`` bool, what the infos say each may do; None where they don't."""
+        """``(B, A, actions)`` bool legal actions from the infos; None if these have no masks."""
         if not any("action_mask" in told for info in self._infos for told in info.values()):
             return None
         legal = np.ones((self.batch_size, self.agents, self.actions), bool)
@@ -178,7 +177,7 @@ class PettingZooArena:
         state: np.ndarray | None,
         legal: Tensor | None = None,
     ) -> Observation:
-        """Views of each copy's agents, those of ``acting`` active, in tensors."""
+        """The observations of all copies' agents as tensors; agents in ``acting`` are active."""
         own = np.zeros((self.batch_size, self.agents, self.agent_dim), np.float32)
         active = np.zeros((self.batch_size, self.agents), bool)
         for i, seen in enumerate(views):

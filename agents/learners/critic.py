@@ -1,4 +1,4 @@
-"""Critics of one value per image for DORA: they exist in training only."""
+"""DORA's critics, with one value per image; used in training only."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from tokenenv.game import Game
 
 
 class PrivilegedCritic(nn.Module):
-    """Sees what no agent may: all tokens, the dense model's logits, the course of the episode.
+    """A critic that reads all tokens, the dense model's logits and the progress of the episode.
 
-    DORA-pruning's critic (arXiv 2609.34325, "Privileged critic"): tokens projected to ``width``
-    behind a learned value token, ``depth`` pre-LN Transformer blocks; beside them projections of
-    the numbers about the episode and of the dense logits; one value per head of the actor. The
-    value of the selector also sees how many tokens are to leave.
+    DORA-pruning's critic (arXiv 2609.34325, "Privileged critic"): a learned value token and the
+    tokens, projected to ``width``, go through ``depth`` pre-LN Transformer blocks. The value token
+    is concatenated with projections of the numbers about the episode and of the dense logits.
+    There is one value per head of the actor; that of the selector also reads the budget.
 
     Args:
-        game: made with ``privileged=True``.
-        heads: the actor's heads; the first needs no choice.
-        width: of the Transformer; the paper's is 256.
-        depth: its blocks; the paper's are 2; 0 leaves the tokens out.
+        game: a game made with ``privileged=True``.
+        heads: the actor's heads; the value of the first does not depend on the choice.
+        width: width of the Transformer; 256 in the paper.
+        depth: number of its blocks; 2 in the paper; with 0 it does not read tokens.
     """
 
     def __init__(self, game: Game, heads: Sequence[str], width: int, depth: int) -> None:
@@ -36,7 +36,7 @@ class PrivilegedCritic(nn.Module):
         self.project = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width))
         self.prefix = nn.Parameter(torch.zeros(game.backbone.prefix, width))
         self.place = nn.Linear(64, width)
-        # About 64 numbers a head, as in the paper, where that divides the width.
+        # About 64 numbers per attention head, as in the paper, if that divides the width.
         heads_of = max(h for h in range(1, max(1, width // 64) + 1) if width % h == 0)
         layers = [
             nn.TransformerEncoderLayer(
@@ -51,7 +51,7 @@ class PrivilegedCritic(nn.Module):
         self.values = nn.ModuleDict({name: _value(read + (name == "selector")) for name in heads})
 
     def forward(self, seen: Columns, choice: Columns | None) -> dict[str, Tensor]:
-        """For each head ``(B, 1)``; without a choice for the first one only."""
+        """A value ``(B, 1)`` for each head; without a choice only for the first."""
         state = seen["state"]
         logits = state[:, self._logits]
         rest = torch.cat([state[:, : self._logits.start], state[:, self._logits.stop :]], 1)
@@ -76,14 +76,16 @@ class PrivilegedCritic(nn.Module):
         value = self.value_token + self.place(about)[:, None]
         x = torch.cat([value, x], 1)
         mask = torch.cat([torch.zeros_like(dead[:, :1]), dead], 1)
-        # A process may have nothing of a minibatch, and torch's attention can't do nothing.
+        # A process may have no rows of a minibatch, and torch's attention needs at least one.
         for layer in self.layers if len(x) else ():
             x = layer(x, src_key_padding_mask=mask)
         return self.norm(x[:, 0])
 
 
 class SymmetricCritic(nn.Module):
-    """Sees no more than the actor: the shared view and the mean of the agents' own. For comparison.
+    """A critic that reads only what the actor reads, for comparison with the privileged one.
+
+    Its input is the shared features and the mean of the agents' own features.
 
     Args:
         game: the game.

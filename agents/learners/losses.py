@@ -1,4 +1,4 @@
-"""Losses and statistics of PPO over what counts, here or in several processes together."""
+"""Masked losses and statistics of PPO, in one process or several."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from agents.policies.trainable import Columns
 from agents.workers import ALONE, Workers
 
 Size = dict[str, Tensor]
-"""Of a minibatch: what :func:`measure` finds."""
+"""The sums that :func:`measure` returns for a minibatch."""
 
 
 def measure(mask: Columns, value: Columns, returns: Tensor) -> Size:
-    """How many numbers, and how many values, of each head count; the first's sum of returns.
+    """Numbers of log-probabilities and of values that count, per head; and the sum of returns.
 
-    ``mask`` and ``value`` are of a rollout, the first head first; ``returns`` as its values.
+    Args:
+        mask: a rollout's masks, the first head first.
+        value: a rollout's values.
+        returns: shape of the first head's values.
     """
     counts = {name: counting(mask[name], value[name]) for name in mask}
     first = next(iter(counts.values()))
@@ -30,16 +33,16 @@ def measure(mask: Columns, value: Columns, returns: Tensor) -> Size:
 
 
 def counting(mask: Tensor, value: Tensor) -> Tensor:
-    """Where a value counts: one per number of the head, or one per copy for all of them."""
+    """Which values count: the head's mask, or, for one value per copy, whether any entry does."""
     return mask if mask.shape == value.shape else mask.any(-1, keepdim=True)
 
 
 def surgery(
     one: tuple[Tensor | None, ...], other: tuple[Tensor | None, ...]
 ) -> list[Tensor | None]:
-    """PCGrad (Yu et al. 2020) for two losses: the sum of their gradients without their conflict.
+    """PCGrad (Yu et al. 2020) for two losses: the sum of their projected gradients.
 
-    Each gradient loses its component along the other where the two point apart.
+    If the two have a negative dot product, each loses its component along the other.
     """
     pairs = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
     dot = sum(((a * b).sum() for a, b in pairs), torch.zeros(()))
@@ -57,9 +60,10 @@ def surgery(
 
 
 def masked_mean(values: Tensor, mask: Tensor, count: Tensor | None = None) -> Tensor:
-    """Mean of ``values`` where ``mask``; 0 where the mask is empty.
+    """Mean of ``values`` where ``mask`` is true; 0 if it is nowhere.
 
-    ``count``: of true entries in all processes; what is given back then adds up to the mean.
+    ``count``: number of true entries in all processes. The results of the processes then add up to
+    the mean over all.
     """
     count = mask.sum() if count is None else count
     return torch.where(mask, values, 0.0).sum() / count.clamp(min=1)
@@ -71,9 +75,9 @@ def normalise_advantage(
     over: Literal["global", "per_agent"],
     workers: Workers = ALONE,
 ) -> Tensor:
-    """``(T, B, A)`` to mean 0 and spread 1 over the active agents, or over each agent apart.
+    """Advantages ``(T, B, A)`` scaled to mean 0 and standard deviation 1 over active agents.
 
-    Mean and spread are those of all processes.
+    Either over all agents or for each agent separately; the statistics are those of all processes.
     """
     dims = (0, 1, 2) if over == "global" else (0, 1)
     count, total = workers.sum(
@@ -86,7 +90,7 @@ def normalise_advantage(
 
 
 def centre_groups(advantage: Tensor, active: Tensor, repeats: int) -> Tensor:
-    """Subtract the mean over the active agents of each ``repeats`` neighbours. ``(T, B, A)``."""
+    """Subtract from ``(T, B, A)`` the mean over active agents of all repeats of an image."""
     groups = (len(advantage), -1, repeats, advantage.shape[2])
     values, mask = advantage.reshape(groups), active.reshape(groups)
     count = mask.sum((2, 3), keepdim=True).clamp(min=1)
@@ -104,10 +108,10 @@ def policy_loss(
 ) -> tuple[Tensor, Tensor]:
     """PPO's clipped surrogate (Schulman et al. 2017, eq. 7) over active agents.
 
-    Tensors are ``(..., A)``; for ``count`` see :func:`masked_mean`. Returns the loss and the share
+    Tensors are ``(..., A)``; ``count`` as for :func:`masked_mean`. Returns the loss and the share
     of clipped ratios.
     """
-    # An agent that may not act has no meaningful ratio; without this, inf * 0 could be NaN.
+    # The ratio of an inactive agent is meaningless, and inf * 0 would be NaN.
     ratio = torch.where(active, log_prob - old_log_prob, 0.0).exp()
     surrogate = torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
     clipped = masked_mean(((ratio - 1).abs() > clip).float(), active, count)
@@ -124,9 +128,9 @@ def value_loss(
     huber_delta: float,
     count: Tensor | None = None,
 ) -> Tensor:
-    """Squared or Huber error, the larger of unclipped and clipped, over active agents.
+    """Squared or Huber error, the larger of unclipped and clipped, mean over active agents.
 
-    For ``count`` see :func:`masked_mean`.
+    ``count`` as for :func:`masked_mean`.
     """
 
     def error(prediction: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""MAPPO (Yu et al. 2022): PPO for many agents that share one actor and one critic."""
+"""MAPPO (Yu et al. 2022): PPO for agents that share one actor and one centralised critic."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class MAPPOConfig(PPOConfig):
 
     Attributes:
         hidden: widths of the critic's hidden layers.
-        centralised: whether the critic sees the global state; without it this is IPPO.
+        centralised: whether the critic reads the global state; without it this is IPPO.
     """
 
     hidden: tuple[int, ...] = (64, 64)
@@ -30,16 +30,16 @@ class MAPPOConfig(PPOConfig):
 class MAPPO(PPO):
     """Trains an :class:`ActorPolicy` in an arena.
 
-    The critic reads the agent's own view and the image's global state (an agent-specific global
-    state); actor and critic have separate Adam optimisers. Agents that may not act count in no
-    loss, no statistic and no advantage.
+    The critic reads the agent's own observation and the image's global state (an agent-specific
+    global state). Actor and critic have separate Adam optimisers. Inactive agents are masked out of
+    losses, statistics and advantages.
 
     Args:
         policy: the actor to train, in place.
         arena: the game.
         config: settings.
-        seed: of action sampling and minibatch order.
-        workers: who trains together, see :class:`~agents.learners.ppo.PPO`.
+        seed: seed of action sampling and minibatch order.
+        workers: the processes that train together, see :class:`~agents.learners.ppo.PPO`.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class MAPPO(PPO):
 
 
 class AgentCritic(nn.Module):
-    """A value for each agent, from its own view and the global state."""
+    """A value for each agent, from its own observation and the global state."""
 
     def __init__(self, policy: ActorPolicy, config: MAPPOConfig) -> None:
         super().__init__()
@@ -65,6 +65,6 @@ class AgentCritic(nn.Module):
         self.value = SharedMLP(policy.widths.own, state, config.hidden, 1, gain=1.0)
 
     def forward(self, seen: Columns, choice: Columns | None) -> dict[str, Tensor]:
-        """``{"action": (B, A)}`` normalised values."""
+        """Normalised values ``(B, A)`` for the only head, ``action``."""
         state = seen["state"] if self.centralised else seen["state"][..., :0]
         return {"action": self.value(seen["agents"], state)[..., 0]}

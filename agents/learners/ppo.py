@@ -1,4 +1,4 @@
-"""PPO (Schulman et al. 2017) for actions of several parts: what MAPPO and DORA have in common."""
+"""PPO (Schulman et al. 2017) for actions with several heads; MAPPO and DORA use it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Critic(Protocol):
     """Predicts normalised returns."""
 
     def __call__(self, seen: Columns, choice: Columns | None) -> dict[str, Tensor]:
-        """For each head ``(B, V)``; without a choice only what does not depend on it."""
+        """Values ``(B, V)`` for each head; without a choice only those independent of it."""
 
     def parameters(self) -> Iterable[nn.Parameter]: ...  # noqa: D102
     def state_dict(self) -> Mapping[str, Any]: ...  # noqa: D102
@@ -45,21 +45,32 @@ class Critic(Protocol):
 
 @dataclass(frozen=True)
 class PPOConfig:
-    """Settings of :class:`PPO`. Defaults are on-policy's MAPPO's unless said otherwise.
+    """Settings of :class:`PPO`; in parentheses stable-baselines3's name where it differs.
+
+    Defaults are those of on-policy's MAPPO unless noted.
 
     Attributes:
-        steps: rollout length T per update; an episode of the token game is shorter.
-        epochs, minibatches: passes over a rollout, parts per pass (on-policy: 15 and 1).
-        gamma, lam: discount and GAE's lambda. gamma 1: an episode has a handful of steps.
-        clip: PPO's epsilon, for the ratio and for the value change (normalised units).
-        actor_lr, critic_lr: Adam, epsilon 1e-5.
-        entropy: weight of the entropy bonus.
-        huber_delta: where the value loss turns linear (normalised units); 0 for squared error.
-        value_clip, value_norm: clip the value change; predict normalised returns.
-        advantage_norm: over all active agents at once, or for each agent apart.
-        repeats: how many neighbours in the batch play the same image; the mean advantage of
-            such a group is subtracted, which takes out what the image made of the reward.
-        max_grad_norm: of actor and of critic.
+        steps: rollout length T per update (``n_steps``); longer than an episode of the token game.
+        epochs: passes over a rollout (``n_epochs``); on-policy: 15.
+        minibatches: minibatches per pass; on-policy: 1. ``batch_size`` is the rollout's size
+            divided by it.
+        gamma: discount; 1, as an episode has few steps.
+        lam: GAE's lambda (``gae_lambda``).
+        clip: PPO's epsilon (``clip_range``), for the ratio and for the value change (normalised
+            units).
+        actor_lr, critic_lr: learning rates (``learning_rate``) of Adam with epsilon 1e-5.
+        entropy: weight of the entropy bonus (``ent_coef``).
+        huber_delta: error from which the value loss is linear (normalised units); 0: squared error.
+        value_clip: whether to clip the value change.
+        value_norm: whether the critic predicts normalised returns.
+        advantage_norm: normalise advantages over all active agents (``global``), or for each agent
+            separately (``per_agent``).
+        repeats: number of consecutive images in the batch that are the same; the mean advantage of
+            such a group is subtracted, which removes the image's own effect on the reward.
+        max_grad_norm: largest gradient norm of the actor and of the critic.
+
+    Raises:
+        UserError: a value is out of range or unknown.
     """
 
     steps: int = 3
@@ -91,23 +102,27 @@ class PPOConfig:
 class PPO:
     """Trains an actor in an arena with a critic.
 
-    Advantages come from the first head's values by GAE; ``R = A + V`` is the return of all, and a
-    further head's advantage is ``R`` less its own value (arXiv 2609.34325, "Optimisation"). Each
-    head has a clipped loss and an advantage normalised over the steps in which it counts. What may
-    not act counts in no loss, no statistic and no advantage. Where a time limit cuts an episode
-    short, the critic says what the rest would have been worth.
+    Advantages are computed by GAE from the first head's values. ``R = A + V`` is the return for all
+    heads, and another head's advantage is ``R`` minus its own value (arXiv 2609.34325,
+    "Optimisation"). Each head has a clipped loss and an advantage normalised over the steps in
+    which it is used. Inactive agents are masked out of losses, statistics and advantages. If a time
+    limit truncates an episode, the return is bootstrapped from the critic.
 
-    Several processes that play a part of the copies each learn what one would that plays them all:
-    they draw the same random numbers and minibatches, and exchange gradients and the sums from
-    which means are made. No copies of one image may lie in two processes.
+    In data-parallel training each process plays a part of the copies, and the result is that of a
+    single process with all copies: the processes draw the same random numbers and minibatches, and
+    exchange gradients and sums. All repeats of an image must be in the same process.
 
     Args:
         policy: the actor to train, in place.
         critic: predicts returns; on the policy's device.
-        arena: the game. If its reward is ``(B, 1)``, all agents of a copy share it, and one value.
+        arena: the game. If its reward is ``(B, 1)``, all agents of a copy share it and one value.
         config: settings.
-        seed: of action sampling and minibatch order.
-        workers: who trains together, each with an arena, and the same weights to start with.
+        seed: seed of action sampling and minibatch order.
+        workers: the processes that train together, each with its own arena and the same initial
+            weights.
+
+    Raises:
+        UserError: ``config.repeats`` differs from the game's.
     """
 
     def __init__(
@@ -138,11 +153,11 @@ class PPO:
         self.order = torch.Generator().manual_seed(seed)
         self.observation: Observation | None = None
 
-    # Not before the first update: who builds a learner may yet find a mistake that others don't,
-    # and must not leave them waiting for an exchange.
+    # Cached at the first update, not set before: an exchange in __init__ would leave the other
+    # processes waiting if this one still fails while it is set up.
     @cached_property
     def rows(self) -> Rows:
-        """Where the copies of this process lie among all."""
+        """The positions of this process's copies among those of all processes."""
         return Rows.of(self.workers, self.arena.batch_size)
 
     @torch.no_grad()
@@ -170,11 +185,11 @@ class PPO:
         return rollout, last, counting(seen["active"], last)
 
     def _beyond(self, result: Step) -> Tensor:
-        """``(B, V)`` predicted return after a time limit's cut; 0 where there was none.
+        """``(B, V)`` predicted return after a truncation; 0 where there was none.
 
-        The limit is no part of the game: what would have come is worth what the critic says of
-        the state where play stopped ("partial-episode bootstrapping", Pardo et al., "Time Limits
-        in Reinforcement Learning", ICML 2018). After an end of the game's own nothing comes.
+        A time limit is not part of the game, so the return after it is estimated by the critic at
+        the last observation ("partial-episode bootstrapping", Pardo et al., "Time Limits in
+        Reinforcement Learning", ICML 2018). After a termination the return is 0.
         """
         cut = getattr(result, "cut", None)
         if cut is None:
@@ -190,8 +205,8 @@ class PPO:
         """One rollout and its epochs of PPO.
 
         Returns:
-            What to log: means over the epochs, ``reward`` per value and finished episode, ``keep``
-            the share of decisions that keep.
+            Numbers to log: means over the epochs; ``reward``, per value and finished episode;
+            ``keep``, the share of decisions that keep their token.
 
         Raises:
             UserError: the rewards of the rollout, or the losses, are not finite.
@@ -216,7 +231,7 @@ class PPO:
         return self._report(rollout, logs)
 
     def _report(self, rollout: Rollout, logs: list[Columns]) -> dict[str, float]:
-        """What :meth:`update` gives back, of all processes."""
+        """The numbers that :meth:`update` returns, over all processes."""
         mine = {name: torch.stack([row[name] for row in logs]) for name in logs[0]}
         norm = mine.pop("actor_grad_norm")  # the same everywhere
         active = rollout.seen["active"]
@@ -237,7 +252,7 @@ class PPO:
         return {**means, "reward": total.item(), "keep": (keep / decisions.clamp(min=1)).item()}
 
     def _sizes(self, flat: Rollout, extra: Columns, parts: list[Tensor]) -> list[Size]:
-        """What :func:`measure` finds in each minibatch, in all processes together."""
+        """The sums of :func:`measure` for each minibatch, over all processes."""
         heads = self.policy.heads
         found = []
         for part in parts:
@@ -252,7 +267,7 @@ class PPO:
         ]
 
     def _credit(self, rollout: Rollout, last_value: Tensor, last_active: Tensor) -> Columns:
-        """Normalised advantages of every head, and the normalised returns."""
+        """Normalised advantages of every head, and normalised returns."""
         c, norm = self.config, self.value_norm
         value, last = rollout.value, last_value
         if c.value_norm:
@@ -279,12 +294,12 @@ class PPO:
     def _descend(
         self, batch: Rollout, extra: Columns, size: Size | None = None
     ) -> dict[str, Tensor]:
-        """One step of actor and critic on a minibatch.
+        """One optimiser step of actor and critic on a minibatch.
 
-        ``size``: what counts in all processes' minibatches, else what counts in this one.
+        ``size``: the sums of :func:`measure` over all processes; None: those of this minibatch.
 
         Returns:
-            Numbers that add up over the processes, and the norm of their common gradient.
+            Numbers that add up over the processes, and the norm of the actor's gradient.
         """
         c = self.config
         size = size or measure(batch.mask, batch.value, extra["returns"])
@@ -335,9 +350,10 @@ class PPO:
         }
 
     def _backward(self, losses: dict[str, Tensor], value: Tensor | None = None) -> None:
-        """Gradients of the sums of the actor's losses and the critic's, of all processes.
+        """Gradients of the sum of the actor's losses and of the critic's loss, over all processes.
 
-        Those of parameters that two heads share with PCGrad: of what each head wants as a whole.
+        Parameters that two heads share get their gradient by PCGrad, applied to each head's total
+        gradient over all processes.
         """
         parameters, pair = self.policy.shared() or ([], ())
         apart = [
@@ -361,7 +377,7 @@ class PPO:
                 parameter.grad = grad
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that resuming needs, beside the arena."""
+        """The state needed to resume, except the arena's."""
         return {
             "policy": self.policy.state_dict(),
             "critic": self.critic.state_dict(),
@@ -373,7 +389,7 @@ class PPO:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Resume from :meth:`state_dict`."""
         self.policy.load_state_dict(state["policy"])
         self.critic.load_state_dict(state["critic"])
         self.value_norm.load_state_dict(state["value_norm"])

@@ -18,20 +18,20 @@ from agents.workers import Rows
 class Rollout:
     """``T`` steps of ``B`` copies with ``A`` agents.
 
-    A head is a part of the action with a log-probability of its own. ``K`` is how many such
-    numbers it has per copy, ``V`` how many values: one per agent, or one per copy.
+    A head is a part of the action with a log-probability of its own. It has ``K`` of these per
+    copy, and ``V`` values: one per agent, or one per copy.
 
     Attributes:
-        seen: what was observed, ``(T, B, ...)`` each, of an observation.
-        choice: what the actor drew, in its own terms, ``(T, B, ...)`` each.
-        action: ``(T, B, A)`` int64 what was played.
-        log_prob: for each head ``(T, B, K)`` of what it drew.
-        mask: for each head ``(T, B, K)`` bool, whether that counts.
+        seen: the tensors of the observations, ``(T, B, ...)`` each.
+        choice: the tensors that the actor sampled, ``(T, B, ...)`` each, for its ``score``.
+        action: ``(T, B, A)`` int64 actions played.
+        log_prob: for each head ``(T, B, K)`` log-probability of its sample.
+        mask: for each head ``(T, B, K)`` bool, which entries of ``log_prob`` count.
         value: for each head ``(T, B, V)`` the critic's normalised prediction.
         reward: ``(T, B, V)``.
-        done: ``(T, B)`` bool, episode over after the step.
-        beyond: ``(T, B, V)`` predicted return, not normalised, from where a time limit cut an
-            episode short after the step; 0 where none did.
+        done: ``(T, B)`` bool, whether the episode ended after the step.
+        beyond: ``(T, B, V)`` predicted return, not normalised, after a truncation in this step;
+            0 where there was none.
     """
 
     seen: Columns
@@ -45,13 +45,13 @@ class Rollout:
     beyond: Tensor
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Rollout:
-        """``function`` of every tensor."""
+        """The rollout with ``function`` applied to every tensor."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         return Rollout(**{name: _map(function, value) for name, value in values.items()})
 
 
 def stack(rows: list[Rollout]) -> Rollout:
-    """Steps ``(B, ...)`` as a rollout ``(T, B, ...)``."""
+    """Stack steps ``(B, ...)`` to a rollout ``(T, B, ...)``."""
     values = {f.name: [getattr(row, f.name) for row in rows] for f in fields(Rollout)}
     return Rollout(**{name: _stack(parts) for name, parts in values.items()})
 
@@ -79,25 +79,25 @@ def advantages(
     gamma: float,
     lam: float,
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimates with agents that die before the episode ends.
+    """Generalised advantage estimates for agents that may become inactive within an episode.
 
-    For agents that stay active this is GAE (Schulman et al. 2016, eq. 16). An agent that is no
-    longer active has no value of its own: nobody trains the critic there. What the episode still
-    pays to it is a consequence of its last action and is counted in full, without bootstrapping.
+    For agents that stay active this is GAE (Schulman et al. 2016, eq. 16). For an inactive agent
+    the critic is not trained, so its value is not used. The rewards that the agent still gets are
+    consequences of its last action and are added to it in full, without bootstrapping.
 
     Args:
         reward: ``(T, B, A)``.
         value: ``(T, B, A)`` predicted returns, not normalised.
-        active: ``(T, B, A)`` bool, who could act.
-        done: ``(T, B)`` bool, episode over after the step.
+        active: ``(T, B, A)`` bool, which agents could act.
+        done: ``(T, B)`` bool, whether the episode ended after the step.
         last_value: ``(B, A)`` prediction for the state after the last step.
-        last_active: ``(B, A)`` bool, who can act there.
+        last_active: ``(B, A)`` bool, which agents can act there.
         gamma: discount.
         lam: GAE's lambda.
 
     Returns:
-        ``(T, B, A)`` advantages and the returns ``advantage + value``. Where an agent is not
-        active its advantage is 0 and its return is what the episode still pays it.
+        ``(T, B, A)`` advantages and the returns ``advantage + value``. For an inactive agent the
+        advantage is 0 and the return is the sum of the rewards that it still gets.
     """
     advantage = torch.zeros_like(reward)
     returns = torch.zeros_like(reward)
@@ -116,25 +116,25 @@ def advantages(
 
 
 def minibatches(steps: int, rows: Rows, count: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Split steps times copies at random into ``count`` parts; an image's agents stay together.
+    """Split steps x copies at random into ``count`` minibatches, with all agents of a copy in one.
 
-    Of the copies of all processes: a part here is what this one has of a part of the whole, and
-    may be empty.
+    The copies of all processes are split, and each process gets its own entries of every
+    minibatch, possibly none.
 
     Args:
         steps: T.
         rows: this process's copies.
-        count: of parts.
-        generator: on the CPU, in the same state in all processes.
+        count: number of minibatches.
+        generator: a CPU generator in the same state in all processes.
 
     Returns:
-        For each part positions in steps x copies.
+        For each minibatch, int64 positions in this process's steps x copies.
     """
     order = torch.randperm(steps * rows.total, generator=generator)
     return map(rows.pick, order.chunk(count))
 
 
 def pick(flat: Rollout, extra: Columns, index: Tensor) -> tuple[Rollout, Columns]:
-    """The rows ``index`` of tensors ``(T x B, ...)``."""
+    """The rows ``index`` of tensors ``(T * B, ...)``."""
     picked = partial(torch.index_select, dim=0, index=index)
     return flat.map(picked), {name: picked(value) for name, value in extra.items()}

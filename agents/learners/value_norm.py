@@ -1,4 +1,4 @@
-"""Running mean and spread of returns."""
+"""Running mean and standard deviation of returns."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from agents.workers import ALONE, Workers
 
 
 class ValueNorm(nn.Module):
-    """Running mean and spread of returns; the critic predicts normalised values.
+    """Running mean and standard deviation of returns; the critic predicts normalised values.
 
-    A debiased exponential average (on-policy's ValueNorm), but over the returns of active agents
-    only, once per rollout, with a decay that forgets (0.99 by default; the reference's 0.99999
-    hardly does), and part of the checkpoint.
+    A debiased exponential average as on-policy's ValueNorm, but only over the returns of active
+    agents, updated once per rollout, with a faster decay (0.99 by default instead of 0.99999), and
+    part of the checkpoint.
     """
 
     mean: Tensor
@@ -24,14 +24,14 @@ class ValueNorm(nn.Module):
         super().__init__()
         self.decay = decay
         for name in ("mean", "square", "weight"):
-            # The spread is a difference of large numbers where the mean is large.
+            # If the mean is large, the variance is a difference of large numbers.
             self.register_buffer(name, torch.zeros((), dtype=torch.float64))
 
     @torch.no_grad()
     def update(self, values: Tensor, active: Tensor, workers: Workers = ALONE) -> None:
-        """Take in all processes' ``values`` where ``active`` (same shape, bool).
+        """Update with all processes' ``values`` where ``active`` (same shape, bool) is true.
 
-        None active: nothing changes.
+        Without any active value nothing changes.
         """
         taken = torch.where(active, values, 0.0).double()
         count, total, squares = workers.sum(active.sum(), taken.sum(), (taken**2).sum())
@@ -50,11 +50,11 @@ class ValueNorm(nn.Module):
         return mean.float(), torch.where(started, spread.clamp(min=1e-4), 1.0).float()
 
     def normalise(self, values: Tensor) -> Tensor:
-        """Returns -> what the critic predicts."""
+        """Returns -> normalised values, which the critic predicts."""
         mean, spread = self._moments()
         return (values - mean) / spread
 
     def denormalise(self, values: Tensor) -> Tensor:
-        """What the critic predicts -> returns."""
+        """Normalised values, which the critic predicts -> returns."""
         mean, spread = self._moments()
         return values * spread + mean

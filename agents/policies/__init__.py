@@ -1,4 +1,4 @@
-"""Policies: what decides in a game, learned or not. Their registry, and where they are read."""
+"""Policies, learned or not: their registry, and loading them from files."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from tokenenv.reducers import REDUCERS, Reducer
 from tokenenv.storage import read_tensors
 
 POLICY = "policy.safetensors"
-"""What a folder that keeps a method calls its file."""
+"""Name of a method's file in a run folder."""
 
 SHIPPED = Path(__file__).parents[1] / "shipped"
-"""Folders of the policies that come with the package."""
+"""Folder with the policies that come with the package, one folder each."""
 
 
 class Stored(Protocol):
-    """A class of policies that can be read back."""
+    """A class of policies that can be loaded from a file."""
 
     @classmethod
     def remade(cls, config: dict[str, Any], trust: bool = False) -> Policy:
-        """A policy with this :meth:`~tokenenv.Policy.config`, its class left out.
+        """A policy, without weights, from its :meth:`~tokenenv.Policy.config` minus the class.
 
-        ``trust``: whether code of somebody's own, which the config names, may be run.
+        ``trust``: whether a user's own code that the config names may be run.
         """
 
 
@@ -49,13 +49,13 @@ POLICIES: dict[str, type[Stored]] = {
         MergeStrongest, RandomPrune, TopK,
     )
 }  # fmt: skip
-"""By the name of the class, as files have it."""
+"""Classes of policies by name, as files have it."""
 
 P = TypeVar("P", bound=type[Stored])
 
 
 def register_policy(cls: P) -> P:
-    """Let a class of policies be read back from files, under the class's name.
+    """Register a class of policies for loading, under the class's name; a decorator.
 
     Raises:
         UserError: the name is taken.
@@ -67,14 +67,15 @@ def register_policy(cls: P) -> P:
 
 
 def load_policy(path: Path, trust: bool = False) -> Method:
-    """Read the method that its ``save`` wrote.
+    """Load the method that ``save`` wrote.
 
     Args:
         path: the file.
-        trust: whether code of somebody's own, which the file names, may be run.
+        trust: whether a user's own code that the file names may be run.
 
     Raises:
-        UserError: no such file, not a method, or one of an own class without ``trust``.
+        UserError: the file does not exist, is not a method of this version, or holds one of a
+            user's own class and ``trust`` is False.
     """
     tensors, config = read_tensors(path)
     try:
@@ -93,7 +94,7 @@ def load_policy(path: Path, trust: bool = False) -> Method:
 
 
 def _remade(config: dict[str, Any], trust: bool) -> Method:
-    if config["class"] == "Nobody":  # how reducers were kept once
+    if config["class"] == "Nobody":  # earlier versions stored reducers so
         config = config["rules"]
     known = [*REDUCERS.values(), *POLICIES.values()]
     name, cls = config["class"], find_class(config, known, trust)
@@ -109,14 +110,14 @@ def shipped() -> list[str]:
 
 
 def load(what: str | Path, trust: bool = False) -> Method:
-    """A method: from a folder that keeps one, such as a run's, or the name of a shipped one.
+    """Load a method from a folder, such as a run folder, or a shipped one by name.
 
     Args:
         what: the folder, or the name.
-        trust: whether code of somebody's own, which the folder's file names, may be run.
+        trust: whether a user's own code that the folder's file names may be run.
 
     Raises:
-        UserError: neither of the two, or a file that :func:`load_policy` refuses.
+        UserError: it is neither of the two, or :func:`load_policy` refuses the file.
     """
     for folder in (Path(what), SHIPPED / str(what)):
         if (folder / POLICY).is_file():

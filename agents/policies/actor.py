@@ -20,7 +20,7 @@ from tokenenv.vit.backbone import Backbone
 
 @dataclass(frozen=True)
 class Widths:
-    """Widths of an observation's parts: agent's own view F, shared view G, state S."""
+    """Widths of an observation's parts: own features F, shared features G, state S."""
 
     own: int
     shared: int
@@ -28,53 +28,58 @@ class Widths:
 
 
 Decide = Literal["threshold", "systematic"]
-"""How probabilities become decisions, see :class:`ActorPolicy`."""
+"""How probabilities are turned into deterministic actions, see :class:`ActorPolicy`."""
 
 _ILLEGAL = -1e9
-_UNIT = 2**20  # probabilities are counted in these, since sums of whole numbers are exact
+_UNIT = 2**20  # probabilities as multiples of 1 / _UNIT, because integer sums are exact
 
 
 def systematic(chance: Tensor, active: Tensor) -> Tensor:
-    """Choose as often as ``chance`` says and as evenly as can be: systematic sampling.
+    """Systematic sampling: choose agents evenly, as many as their probabilities sum to.
 
-    Along the row of those that may act (tokens lie row by row of the image) chances add up; whoever
-    lifts the sum over the next whole number, less a half, is chosen. So of any stretch of the row
-    as many are chosen as its chances sum to, give or take one (Madow 1949, "On the theory of
-    systematic sampling, II"; the first pick is not drawn but in the middle).
+    The probabilities of active agents are summed cumulatively, in the order of the agents (tokens:
+    row by row of the image). An agent is chosen if it lifts the sum past the next integer plus one
+    half. In any interval of agents the number chosen then differs from the sum of probabilities by
+    less than about one (Madow 1949, "On the theory of systematic sampling, II"; there the offset is
+    random, here it is one half).
 
     Args:
         chance: ``(B, A)`` probabilities.
         active: ``(B, A)`` bool.
 
     Returns:
-        ``(B, A)`` bool. A chance of 1 is always taken, one of 0 never.
+        ``(B, A)`` bool. A probability of 1 is always chosen, one of 0 never.
     """
-    units = (chance.float() * _UNIT).round().long() * active  # times a power of two: exact
+    units = (chance.float() * _UNIT).round().long() * active  # a product by a power of 2 is exact
     reached = units.cumsum(1) + _UNIT // 2
     return reached // _UNIT > (reached - units) // _UNIT
 
 
 class ActorPolicy(Trainable):
-    """One perceptron shared by all agents, which says how likely each acts.
+    """One perceptron, shared by all agents, that gives the probabilities of each agent's actions.
 
-    Under rules that prune the last action is to keep, under rules that merge it is to merge.
+    The last of two actions is to keep under rules that prune, and to merge under rules that merge.
 
-    A linear path from both views to the log-odds of the last action runs beside the perceptron:
-    it starts where :meth:`lean_on` puts it, and learns soon how willing each block should be.
+    A linear layer from own and shared features to the log-odds of the last action is added to the
+    perceptron. :meth:`lean_on` initialises it, and it quickly learns a bias for each block.
 
     Args:
-        rules: the rules it was trained under.
-        widths: of the observations it reads.
+        rules: the rules it is trained under.
+        widths: widths of the observations it reads.
         hidden: widths of the hidden layers.
         actions: number of actions.
         initial: probability of the last action before training.
-        threshold: the probability from which on the last action is taken.
-        decide: how probabilities become decisions where there are two actions. ``threshold``: each
-            agent by itself. ``systematic``: as many agents act as the probabilities sum to, spread
-            over the image (:func:`systematic`); the threshold then shifts their log-odds, 0.5 by
-            nothing. It plays what was trained, where agents were right to be unsure: of equal
-            tokens that may go, every second one goes, not all or none.
-        trained_on: name of the backbone, for the error message when it doesn't fit.
+        threshold: the probability from which the last action is taken.
+        decide: how probabilities are turned into deterministic actions if there are two.
+            ``threshold``: each agent by itself. ``systematic``: as many agents take the last action
+            as the probabilities sum to, spread over the image (:func:`systematic`); the threshold
+            then shifts the log-odds, 0.5 not at all. This is closer to the stochastic policy that
+            was trained: of many tokens with probability one half it keeps every second one,
+            not all or none.
+        trained_on: timm's name of the backbone it is trained on.
+
+    Raises:
+        UserError: an unknown ``decide``.
     """
 
     heads: tuple[str, ...] = ("action",)
@@ -116,10 +121,10 @@ class ActorPolicy(Trainable):
         return torch.cat([logits[..., :-1], last], dim=-1)
 
     def lean_on(self, feature: slice, slope: float) -> None:
-        """Start with log-odds of the last action that rise by ``slope`` per unit of a feature.
+        """Initialise the log-odds of the last action to rise by ``slope`` per unit of a feature.
 
-        A policy that starts as a soft threshold on a good feature explores near sensible
-        decisions; from there on it is free to learn.
+        The untrained policy is then a soft threshold on that feature, so that it explores near
+        sensible decisions.
         """
         with torch.no_grad():
             self.skip.weight[:, feature] = slope
@@ -127,15 +132,15 @@ class ActorPolicy(Trainable):
     def draw(
         self, seen: Columns, generator: torch.Generator, rows: Rows = WHOLE
     ) -> tuple[Tensor, Columns]:
-        """Random actions ``(B, A)``, ``rows`` of a batch; they are all that was drawn."""
+        """Sample actions ``(B, A)`` for ``rows`` of a batch; returns them and the choice."""
         log_probs = self._log_probs(seen)
-        # Gumbel-max: one kernel for all agents, and a generator of our own.
+        # Gumbel-max samples all agents at once with our own generator.
         noise = rows.rand(log_probs.shape, generator)
         action = (log_probs - (-noise.clamp(min=1e-20).log()).log()).argmax(-1)
         return action, {"action": action}
 
     def score(self, seen: Columns, choice: Columns) -> dict[str, Head]:
-        """Log-probabilities ``(B, A)`` of the actions; those of the active count."""
+        """Log-probabilities ``(B, A)`` of the actions, with the mask of active agents."""
         log_probs = self._log_probs(seen)
         log_prob = log_probs.gather(-1, choice["action"][..., None])[..., 0]
         entropy = -(log_probs.exp() * log_probs).sum(-1)
@@ -149,12 +154,12 @@ class ActorPolicy(Trainable):
 
     @property
     def adjustable(self) -> bool:
-        """Of more than two actions the likeliest is taken, whatever the threshold."""
+        """Whether the threshold has an effect: only if there are two actions."""
         return self.actions == 2
 
     @torch.no_grad()
     def act(self, observation: Observation) -> Tensor:
-        """The deterministic decision, ``(B, A)``."""
+        """The deterministic actions ``(B, A)`` int64."""
         if self.actions != 2:
             return self._legal_logits(observation).argmax(-1)
         odds, bar = self._odds(observation), torch.logit(torch.tensor(self.threshold)).item()
@@ -169,11 +174,11 @@ class ActorPolicy(Trainable):
         return logits.masked_fill(~observation.legal, _ILLEGAL)
 
     def _odds(self, observation: Observation) -> Tensor:
-        """``(B, A)`` log-odds of the second of two actions."""
+        """Log-odds ``(B, A)`` of the second of two actions."""
         active = observation.active
         if observation.legal is not None or active.device.type != "cpu" or len(active) == 1:
             return _difference(self._legal_logits(observation))
-        # No work for those that may not act. Elsewhere the device would be waited for.
+        # Skip inactive agents. On other devices that would synchronise.
         some = active.flatten().nonzero()[:, 0]
         image = some.div(active.shape[1], rounding_mode="floor")
         own = observation.agents.flatten(0, 1).index_select(0, some)[:, None]
@@ -182,11 +187,11 @@ class ActorPolicy(Trainable):
         return odds.index_copy_(0, some, found[:, 0]).view_as(active)
 
     def macs(self, agents: Tensor, removed: Tensor) -> Tensor:
-        """Multiply-adds of one decision of ``agents`` agents that removed so many tokens."""
+        """Multiply-adds of one decision, see :meth:`tokenenv.Policy.macs`."""
         return self.actor.macs(agents) + agents * self.widths.own + self.widths.shared
 
     def check_fit(self, backbone: Backbone, name: str) -> None:
-        """Raise :class:`UserError` unless the policy belongs to the model."""
+        """Raise :class:`UserError` unless the policy fits the model."""
         super().check_fit(backbone, name)
         given = self.rules.agent_dim(backbone), self.rules.shared_dim(backbone)
         if (self.widths.own, self.widths.shared) != given:
@@ -197,7 +202,7 @@ class ActorPolicy(Trainable):
             )
 
     def config(self) -> dict[str, Any]:
-        """Everything but the weights, as JSON."""
+        """All settings but the weights, as JSON."""
         return {
             "class": "ActorPolicy",
             "rules": describe(self.rules),
@@ -211,7 +216,7 @@ class ActorPolicy(Trainable):
 
     @classmethod
     def remade(cls, config: dict[str, Any], trust: bool = False) -> ActorPolicy:
-        """An untrained policy of this :meth:`config`."""
+        """An untrained policy with the settings of :meth:`config`."""
         rules, widths = (
             remake(config.pop("rules"), RULES.values(), trust),
             Widths(**config.pop("widths")),
@@ -220,5 +225,5 @@ class ActorPolicy(Trainable):
 
 
 def _difference(logits: Tensor) -> Tensor:
-    """``(..., 2)`` -> ``(...)`` log-odds."""
+    """Log-odds ``(...)`` of the second of two actions from logits ``(..., 2)``."""
     return logits[..., 1] - logits[..., 0]

@@ -1,4 +1,4 @@
-"""DynamicViT: predictors, trained by gradient, say which tokens stay."""
+"""DynamicViT: token pruning by predictors that are trained by gradient."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.tokens import Tokens
 
 _RATIO_WEIGHT = 2.0
-"""Of the ratio loss (section 4.1: lambda_ratio)."""
+"""Weight of the ratio loss (section 4.1: lambda_ratio)."""
 
 
 class Predictor(nn.Module):
-    """Log-probabilities of leaving and staying (section 3.2, equations 1 to 4).
+    """Log-probabilities of pruning and keeping each token (section 3.2, equations 1 to 4).
 
-    A token's features have a half of its own and a half that is the mean over the tokens there.
+    Half of a token's features are its own, the other half is the mean over all kept tokens.
 
     Args:
         dim: width of a token.
@@ -41,25 +41,25 @@ class Predictor(nn.Module):
         )  # fmt: skip
 
     def forward(self, tokens: Tensor, there: Tensor) -> Tensor:
-        """``(B, V, D)`` tokens, ``(B, V)`` which are there -> ``(B, V, 2)``."""
+        """Tokens ``(B, V, D)``, ``(B, V)`` which are kept -> log-probabilities ``(B, V, 2)``."""
         local, common = self.own(tokens).chunk(2, dim=-1)
         common = mean_over(common, there)[:, None].expand_as(common)
         return self.out(torch.cat([local, common], dim=-1)).log_softmax(-1)
 
 
 class DynamicViTPolicy(nn.Module, Policy):
-    """Rao et al., NeurIPS 2021: before some blocks the tokens with the highest keep score stay.
+    """Rao et al., NeurIPS 2021: before some blocks the tokens with the highest keep score are kept.
 
-    The ``ceil(keep n)`` best of an image's ``n`` tokens at each of them. In training tokens leave
-    by Gumbel-softmax decisions with a straight-through gradient, and a loss pulls their number
-    there. Unlike the paper's, a predictor reads tokens through the coming block's LayerNorm, as
-    every agent here does.
+    At each decision the ``ceil(keep n)`` best of an image's ``n`` tokens are kept. In training,
+    tokens are pruned by Gumbel-softmax samples with a straight-through gradient, and a loss pulls
+    the share of kept tokens towards ``keep``. Unlike in the paper, predictors read the tokens after
+    the coming block's LayerNorm, as all agents here do.
 
     Args:
-        rules: where tokens leave; agents see their ``token`` alone.
+        rules: the rules; agents observe only their ``token``.
         dim: width of a token.
-        keep: share that stays of those there, in (0, 1].
-        trained_on: name of the backbone, for the error message when it doesn't fit.
+        keep: share of the visual tokens kept at each decision, in (0, 1].
+        trained_on: timm's name of the backbone it is trained on.
 
     Raises:
         UserError: the share is out of its range, or the width is not a multiple of 4.
@@ -75,18 +75,18 @@ class DynamicViTPolicy(nn.Module, Policy):
 
     @torch.no_grad()
     def act(self, observation: Observation) -> Tensor:
-        """``(B, A)`` 1 for those that stay."""
+        """``(B, A)`` int64, 1 for kept tokens."""
         score = self.predictors[observation.step](observation.agents, observation.active)[..., 1]
         return keep_highest(score, observation.active, self.keep)
 
     soft = True
 
     def soft_play(self, backbone: Backbone, images: Tensor) -> tuple[Tokens, Tensor, Tensor]:
-        """Run ``images (B, C, H, W)`` with decisions that are drawn and have a gradient.
+        """Run ``images (B, C, H, W)`` with sampled, differentiable decisions.
 
         Returns:
-            The tokens after the last block, all of them; ``(B, V)`` 1 for the visual ones that
-            are there (equations 5 to 7 and 10 to 11); the ratio loss (equation 15), weighted.
+            All tokens after the last block; ``(B, V)`` 1 for the visual tokens that are kept
+            (equations 5 to 7 and 10 to 11); the weighted ratio loss (equation 15).
         """
         tokens = backbone.embed(images)
         keep = torch.ones_like(tokens.visual_alive, dtype=torch.float32)
@@ -108,7 +108,7 @@ class DynamicViTPolicy(nn.Module, Policy):
         return tokens, keep, _RATIO_WEIGHT * torch.stack(missed).mean()
 
     def macs(self, agents: Tensor, removed: Tensor) -> Tensor:
-        """Multiply-adds of one decision of ``agents`` agents."""
+        """Multiply-adds of one decision, see :meth:`tokenenv.Policy.macs`."""
         layers = [m for m in self.predictors[0].modules() if isinstance(m, nn.Linear)]
         return agents * sum(layer.in_features * layer.out_features for layer in layers)
 
@@ -122,7 +122,7 @@ class DynamicViTPolicy(nn.Module, Policy):
             )
 
     def config(self) -> dict[str, Any]:
-        """Everything but the weights, as JSON."""
+        """All settings but the weights, as JSON."""
         return {
             "class": "DynamicViTPolicy",
             "rules": describe(self.rules),
@@ -133,5 +133,5 @@ class DynamicViTPolicy(nn.Module, Policy):
 
     @classmethod
     def remade(cls, config: dict[str, Any], trust: bool = False) -> DynamicViTPolicy:
-        """An untrained policy of this :meth:`config`."""
+        """An untrained policy with the settings of :meth:`config`."""
         return cls(remake(config.pop("rules"), [TokenPrune], trust), **config)

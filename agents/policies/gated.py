@@ -1,4 +1,4 @@
-"""DORA-pruning's actor: whether tokens leave, how many, and which (arXiv 2609.34325, "Actor")."""
+"""DORA-pruning's actor: whether to prune, how many tokens, which (arXiv 2609.34325, "Actor")."""
 
 from __future__ import annotations
 
@@ -22,26 +22,27 @@ class GatedPolicy(Trainable):
     """Gate, budget and selector of one agent per block.
 
     The gate reads the class token's key and the history. Only if it opens, an encoder reads the
-    keys of all living tokens; its class token says how many leave, its other tokens which.
-    Parameters are shared by all blocks, each of which has embeddings of its own.
+    keys of all tokens left; the budget is read from its class token, the selector's scores from its
+    other tokens. Parameters are shared by all blocks, and each block has embeddings of its own.
 
-    Three departures from the paper, each made because training starts from some hundred images,
-    not from 300,000: gate and budget start near a given schedule (both start flat there), and a
-    linear path from the block to the budget moves it soon; a token's score starts from a feature
-    that already tells which tokens matter, where the rules show one (:meth:`lean_on`), by weights
-    that each block has of its own; and the picks of one draw have a ratio each, as the words of a
-    sentence do, because the ratio of their product explodes with their number.
+    There are three departures from the paper, because training here has some hundred images and
+    not 300,000. (1) Gate and budget are initialised near a given schedule (in the paper both are
+    flat), and a linear layer from the block to the budget adapts it quickly. (2) If the rules have
+    a suitable feature, the scores are initialised by it (:meth:`lean_on`), with a weight per block.
+    (3) Each pick of the selector has its own PPO ratio, because the ratio of the product of all
+    picks explodes with their number.
 
     Args:
         rules: :class:`~tokenenv.game.rules.LayerPrune` with ``action="tokens"``.
-        widths: key width, agent's view F, patches P.
-        width: of the encoder; the paper's is 128 for a model of width 768.
+        widths: key width, width F of an agent's own features, number of patches P.
+        width: width of the encoder; in the paper 128 for a model of width 768.
         initial_gate: probability of an open gate before training.
-        initial_budget: number of tokens that leave by an open gate before training, give or take
-            a third; one for all blocks, or one for each.
-        selector: ``learned``; ``random`` draws instead, ``redundancy`` only reads :meth:`lean_on`.
-        threshold: the gate is open where its probability is at least this.
-        trained_on: name of the backbone, for the error message when it doesn't fit.
+        initial_budget: number of tokens pruned by an open gate before training, give or take a
+            third; one for all blocks, or one for each.
+        selector: ``learned``; ``random``: random tokens; ``redundancy``: only the feature of
+            :meth:`lean_on`.
+        threshold: the gate is open if its probability is at least this.
+        trained_on: timm's name of the backbone it is trained on.
     """
 
     budgets: Tensor
@@ -72,7 +73,7 @@ class GatedPolicy(Trainable):
         self.enter = nn.Linear(own, width)
         self.block = nn.Linear(steps, width, bias=False)
         self.history = nn.Linear(3, width, bias=False)
-        # The paper's four heads, where each has at least eight numbers.
+        # Four heads as in the paper, fewer if a head would be narrower than eight.
         heads = next(h for h in (4, 2, 1) if width % h == 0 and (width // h >= 8 or h == 1))
         self.encoder = nn.TransformerEncoderLayer(
             width, heads, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True
@@ -97,7 +98,7 @@ class GatedPolicy(Trainable):
             _start_at(module, bias)
 
     def lean_on(self, feature: slice, slope: float) -> None:
-        """Start with scores that rise by ``slope`` per unit of a feature; the highest leave."""
+        """Initialise the scores to rise by ``slope`` per unit of a feature; the highest prune."""
         with torch.no_grad():
             self.skip.weight[feature] = slope
 
@@ -109,11 +110,12 @@ class GatedPolicy(Trainable):
     def draw(
         self, seen: Columns, generator: torch.Generator, rows: Rows = WHOLE
     ) -> tuple[Tensor, Columns]:
-        """Random actions ``(B, A)``, ``rows`` of a batch; 0 for who leaves.
+        """Sample actions for ``rows`` of a batch.
 
         Returns:
-            They, and the choice: ``gate (B, 1)`` bool, ``budget (B, 1)`` index, ``order (B, A)``
-            agents in the order drawn, ``share (B, 1)`` of the living that leaves.
+            ``(B, A)`` actions, 0 for tokens to prune; and the choice: ``gate (B, 1)`` bool,
+            ``budget (B, 1)`` index, ``order (B, A)`` agents in the order sampled, ``share (B, 1)``
+            of the tokens left that is pruned.
         """
         gate_logit, feasible = self._gate(seen)
 
@@ -134,9 +136,9 @@ class GatedPolicy(Trainable):
         score = self._scores(z, open_, count)
         if self.chooser != "redundancy":
             score = score + noise(score)
-        # Gumbel top-k is an ordered draw without replacement (Plackett-Luce).
+        # Gumbel top-k is an ordered sample without replacement (Plackett-Luce).
         order = score.sort(stable=True, dim=1, descending=True).indices
-        living = open_["active"].sum(1, keepdim=True)
+        left = open_["active"].sum(1, keepdim=True)
 
         def everywhere(values: Tensor) -> Tensor:
             return values.new_zeros(len(gate), *values.shape[1:]).index_copy(0, opened, values)
@@ -145,13 +147,13 @@ class GatedPolicy(Trainable):
             "gate": gate,
             "budget": everywhere(budget),
             "order": everywhere(order),
-            "share": everywhere(count / living),
+            "share": everywhere(count / left),
         }
         action = torch.ones_like(seen["active"], dtype=torch.long)
         return action.index_copy(0, opened, self._action(order, count)), choice
 
     def score(self, seen: Columns, choice: Columns) -> dict[str, Head]:
-        """Gate and budget ``(B, 1)``; selector ``(B, A)``, one number per pick."""
+        """Log-probabilities of gate and budget ``(B, 1)``, and of each pick ``(B, A)``."""
         gate_logit, feasible = self._gate(seen)
         gate = choice["gate"]
         chances = nn.functional.logsigmoid(torch.cat([-gate_logit, gate_logit], 1))
@@ -159,7 +161,7 @@ class GatedPolicy(Trainable):
         possible = feasible.any(1, keepdim=True)
         found = {"gate": Head(chances.gather(1, gate.long()), entropy, possible)}
 
-        # Where the gate is closed there is nothing to encode: most blocks of most images.
+        # Encode only rows with an open gate; in most blocks of most images it is closed.
         rows = gate[:, 0].nonzero()[:, 0]
         open_ = {name: tensor[rows] for name, tensor in seen.items()}
         budget, order = choice["budget"][rows], choice["order"][rows]
@@ -184,7 +186,7 @@ class GatedPolicy(Trainable):
 
     @torch.no_grad()
     def act(self, observation: Observation) -> Tensor:
-        """The deterministic decision ``(B, A)``: open gates, likeliest budget, highest scores."""
+        """The deterministic actions ``(B, A)``: gate by threshold, likeliest budget, top scores."""
         seen = columns(observation)
         gate_logit, feasible = self._gate(seen)
         gate = gate_logit >= torch.logit(torch.tensor(self.threshold)).item()
@@ -198,7 +200,7 @@ class GatedPolicy(Trainable):
         budget = self._budget_logits(z, open_, feasible[rows]).argmax(1, keepdim=True)
         count = self.budgets[budget]
         score = self._scores(z, open_, count)
-        if self.chooser == "random":  # by the decision alone: nothing that a resumed run must know
+        if self.chooser == "random":  # depends on the decision only, so it needs no saved state
             dice = torch.Generator(score.device).manual_seed(observation.step)
             score = score + torch.rand(score.shape, generator=dice, device=score.device)
         order = score.sort(stable=True, dim=1, descending=True).indices
@@ -217,21 +219,21 @@ class GatedPolicy(Trainable):
         return gate + torch.where(removed > 0, encoder + heads, torch.zeros_like(agents))
 
     def rates(self) -> list[tuple[list[nn.Parameter], float]]:
-        """The paper's learning rates in proportion: gate and budget 1, the others 0.4."""
+        """Parameter groups with the paper's relative rates: gate and budget 1, others 0.4."""
         parts = (self.gate, self.gate_block, self.budget, self.budget_block)
         fast = [p for part in parts for p in part.parameters()]
         known = {id(p) for p in fast}
         return [(fast, 1.0), ([p for p in self.parameters() if id(p) not in known], 0.4)]
 
     def shared(self) -> tuple[list[nn.Parameter], tuple[str, str]] | None:
-        """The encoder serves budget and selector."""
+        """The encoder's parameters, which budget and selector share."""
         if self.chooser != "learned":
             return None
         modules = (self.enter_class, self.enter, self.block, self.history, self.encoder)
         return [p for m in modules for p in m.parameters()], ("budget", "selector")
 
     def check_fit(self, backbone: Backbone, name: str) -> None:
-        """Raise :class:`UserError` unless the policy belongs to the model."""
+        """Raise :class:`UserError` unless the policy fits the model."""
         super().check_fit(backbone, name)
         mine = (self.widths["own"], self.widths["key"] + len(self.rules.blocks) + 3)
         given = self.rules.agent_dim(backbone), self.rules.shared_dim(backbone)
@@ -243,7 +245,7 @@ class GatedPolicy(Trainable):
             )
 
     def config(self) -> dict[str, Any]:
-        """Everything but the weights, as JSON."""
+        """All settings but the weights, as JSON."""
         return {
             "class": "GatedPolicy",
             "rules": describe(self.rules),
@@ -256,22 +258,22 @@ class GatedPolicy(Trainable):
 
     @classmethod
     def remade(cls, config: dict[str, Any], trust: bool = False) -> GatedPolicy:
-        """An untrained policy of this :meth:`config`."""
+        """An untrained policy with the settings of :meth:`config`."""
         rules = remake(config.pop("rules"), [LayerPrune], trust)
         return cls(rules, config.pop("widths"), **config)
 
     def _split(self, seen: Columns) -> tuple[Tensor, Tensor, Tensor]:
-        """Class token's key, one-hot block, history."""
+        """The shared features split: class token's key, one-hot block, history."""
         key, steps = self.widths["key"], len(self.rules.blocks)
         shared = seen["shared"]
         return shared[:, :key], shared[:, key : key + steps], shared[:, key + steps :]
 
     def _gate(self, seen: Columns) -> tuple[Tensor, Tensor]:
-        """``(B, 1)`` log-odds of opening, ``(B, M)`` which budgets are possible."""
+        """``(B, 1)`` log-odds of an open gate, ``(B, M)`` bool feasible budgets."""
         key, block, history = self._split(seen)
         logit = self.gate(torch.cat([key, self.gate_block(block), history], 1))
-        living = seen["active"].sum(1, keepdim=True)
-        return logit, self.budgets <= (living - LEAST)
+        left = seen["active"].sum(1, keepdim=True)
+        return logit, self.budgets <= (left - LEAST)
 
     def _encode(self, seen: Columns) -> Tensor:
         """``(B, 1 + A, width)``: class token, then the agents."""
@@ -279,7 +281,7 @@ class GatedPolicy(Trainable):
         first = self.enter_class(key) + self.history(history)
         x = torch.cat([first[:, None], self.enter(seen["agents"])], 1) + self.block(block)[:, None]
         dead = torch.cat([torch.zeros_like(seen["active"][:, :1]), ~seen["active"]], 1)
-        if not len(x):  # every gate is closed, and torch's attention can't do nothing
+        if not len(x):  # all gates are closed, and torch's attention needs at least one row
             return x
         return self.encoder(x, src_key_padding_mask=dead)
 
@@ -288,14 +290,14 @@ class GatedPolicy(Trainable):
         return logits.masked_fill(~feasible, _NEVER)
 
     def _scores(self, z: Tensor, seen: Columns, count: Tensor) -> Tensor:
-        """``(B, A)``; the highest leave, those that may not act never do."""
-        if self.chooser == "random":  # who draws adds what is random
+        """``(B, A)`` scores, the highest are pruned; lowest for agents that may not act."""
+        if self.chooser == "random":  # equal scores; the caller adds random numbers
             return z.new_zeros(seen["active"].shape).masked_fill(~seen["active"], _NEVER)
         direct = (seen["agents"] @ self.skip(self._split(seen)[1])[..., None])[..., 0]
         if self.chooser == "redundancy":
             return direct.masked_fill(~seen["active"], _NEVER)
-        living = seen["active"].sum(1, keepdim=True).clamp(min=1)
-        told = z[:, 1:] + self.count((count / living).float())[:, None]
+        left = seen["active"].sum(1, keepdim=True).clamp(min=1)
+        told = z[:, 1:] + self.count((count / left).float())[:, None]
         score = self.selector(told)[..., 0] + direct
         return score.masked_fill(~seen["active"], _NEVER)
 
@@ -305,7 +307,7 @@ class GatedPolicy(Trainable):
 
 
 def _start_at(network: nn.Sequential, bias: Tensor | float) -> None:
-    """Let the output start near ``bias``."""
+    """Initialise a layer so that its output is near ``bias``."""
     last = network[-1]
     assert isinstance(last, nn.Linear)
     with torch.no_grad():
@@ -314,13 +316,13 @@ def _start_at(network: nn.Sequential, bias: Tensor | float) -> None:
 
 
 def plackett_luce(score: Tensor) -> Tensor:
-    """Log-probability of each pick of an ordered draw without replacement.
+    """Log-probability of each pick of an ordered sample without replacement.
 
-    ``log pi_S = sum_t [s_t - log sum_(j in R_t) exp(s_j)]``, ``R_t`` those not drawn before
-    (arXiv 2609.34325, "Sampling").
+    ``log pi_S = sum_t [s_t - log sum_(j in R_t) exp(s_j)]``, where ``R_t`` are the entries not
+    picked before (arXiv 2609.34325, "Sampling").
 
     Args:
-        score: ``(..., A)`` scores in the order drawn; those never drawn come last.
+        score: ``(..., A)`` scores in the order picked; those never picked come last.
 
     Returns:
         ``(..., A)`` the terms of the sum.

@@ -1,4 +1,4 @@
-"""Policies that learn nothing: the yardsticks."""
+"""Policies without learning, as baselines."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from tokenenv.vit.reduction import highest
 
 
 class Heuristic(Policy):
-    """A policy without a network: a dataclass of its rules, first, and settings."""
+    """A policy without a network: a dataclass whose first field is its rules."""
 
     def config(self) -> dict[str, Any]:
-        """The class, its rules and settings."""
+        """The class, its rules and settings, as JSON."""
         assert is_dataclass(self)
         made_of = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         return made_of | {"class": type(self).__name__, "rules": describe(self.rules)}
 
     @classmethod
     def remade(cls, config: dict[str, Any], trust: bool = False) -> Any:
-        """The policy of this :meth:`config`."""
+        """The policy with the settings of :meth:`config`."""
         rules = remake(config.pop("rules"), RULES.values(), trust)
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
         return cls(rules=rules, **values)  # type: ignore[call-arg]
@@ -37,7 +37,7 @@ class Heuristic(Policy):
 
 @dataclass
 class KeepAll(Heuristic):
-    """Nobody leaves: the dense model, played as a game."""
+    """Keeps all tokens: the dense model, run as a game."""
 
     rules: TokenPrune
 
@@ -45,19 +45,19 @@ class KeepAll(Heuristic):
         self.rules = replace(self.rules, features=("progress",), share=False)
 
     def act(self, observation: Observation) -> Tensor:
-        """``(B, A)`` ones."""
+        """``(B, A)`` int64 ones."""
         return torch.ones_like(observation.active, dtype=torch.long)
 
 
 @dataclass
 class RandomPrune(Heuristic):
-    """At each decision a random ``ceil(keep n)`` of an image's ``n`` living tokens stay.
+    """Keeps a random ``ceil(keep n)`` of an image's ``n`` visual tokens at each decision.
 
-    Of two ratios each image draws one between them, for all its decisions: a batch of images that
-    differ in length.
+    If ``keep`` is two ratios, each image draws one between them for all its decisions, so that the
+    images of a batch differ in length.
 
-    Draws come from a generator of its own, in the order of the calls and of the tokens as they
-    lie: the same images in another order, or in another execution, get other draws.
+    The policy has its own generator, and its samples depend on the order of the calls and of the
+    tokens: the same images in another order, or in another execution, get other samples.
     """
 
     rules: TokenPrune
@@ -78,7 +78,7 @@ class RandomPrune(Heuristic):
         self.rules = replace(self.rules, features=("progress",), share=False)
 
     def act(self, observation: Observation) -> Tensor:
-        """``(B, A)`` 1 for those that stay."""
+        """``(B, A)`` int64, 1 for kept tokens."""
         device = observation.active.device
         if self._generator is None:
             self._generator = torch.Generator(device).manual_seed(self.seed)
@@ -88,7 +88,7 @@ class RandomPrune(Heuristic):
         return keep_highest(score, observation.active, self._ratio)
 
     def _draw(self, batch: int, device: torch.device) -> float | Tensor:
-        """The ratio, or ``(B, 1)`` one of each image."""
+        """The ratio, or ``(B, 1)`` a ratio for each image."""
         if not isinstance(self.keep, tuple):
             return self.keep
         low, high = self.keep
@@ -97,10 +97,10 @@ class RandomPrune(Heuristic):
 
 @dataclass
 class TopK(Heuristic):
-    """At each decision the ``ceil(keep n)`` living tokens with the highest score stay.
+    """Keeps the ``ceil(keep n)`` of an image's ``n`` visual tokens with the highest feature.
 
     ``feature="cls_attention"`` is EViT's criterion without the fused token (Liang et al. 2022,
-    section 3.2), ``feature="norm"`` the length of the embedding.
+    section 3.2), ``feature="norm"`` the norm of the embedding.
     """
 
     rules: TokenPrune
@@ -112,15 +112,15 @@ class TopK(Heuristic):
         self.rules = replace(self.rules, features=(self.feature,), share=False)
 
     def act(self, observation: Observation) -> Tensor:
-        """``(B, A)`` 1 for those that stay."""
+        """``(B, A)`` int64, 1 for kept tokens."""
         score = observation.feature(self.feature)[..., 0]
         return keep_highest(score, observation.active, self.keep)
 
 
 def keep_highest(score: Tensor, active: Tensor, keep: float | Tensor) -> Tensor:
-    """1 for the ``ceil(keep n)`` highest of an image's ``n`` active scores.
+    """``(B, A)`` int64, 1 for the ``ceil(keep n)`` highest of an image's ``n`` active scores.
 
-    All ``(B, A)``; ``keep``: one ratio, or ``(B, 1)``.
+    ``score`` and ``active`` are ``(B, A)``; ``keep`` is one ratio, or ``(B, 1)``.
     """
     count = share_of(active.sum(1, keepdim=True), keep)
     return highest(score.masked_fill(~active, -torch.inf), count).long()
@@ -128,11 +128,11 @@ def keep_highest(score: Tensor, active: Tensor, keep: float | Tensor) -> Tensor:
 
 @dataclass
 class MergeStrongest(Heuristic):
-    """ToMe's schedule (Bolya et al. 2023): in every block the ``r`` most similar pairs merge.
+    """ToMe (Bolya et al. 2023): merges the ``r`` most similar pairs in every block.
 
-    Under rules with ``shuffle`` its predictions are those of the published code. With half of the
-    tokens at most, as the matching has it. ``r`` is one number for all blocks, or
-    one for each.
+    ``r`` is one number for all blocks, or one for each. At most half of the tokens are merged in a
+    block, as the matching has no more pairs. Under rules with ``shuffle`` the predictions equal
+    those of the published code.
     """
 
     rules: LayerMerge
@@ -153,7 +153,7 @@ class MergeStrongest(Heuristic):
         return self.r if isinstance(self.r, tuple) else (self.r,) * len(self.rules.blocks)
 
     def act(self, observation: Observation) -> Tensor:
-        """``(B, A)`` 1 for the pairs that merge."""
+        """``(B, A)`` int64, 1 for the pairs to merge."""
         score = observation.feature("similarity")[..., 0].masked_fill(
             ~observation.active, -torch.inf
         )
@@ -163,7 +163,8 @@ class MergeStrongest(Heuristic):
 def decreasing(r: int, blocks: int) -> tuple[int, ...]:
     """ToMe's decreasing schedule (section 4): from ``2 r`` pairs in the first block to none.
 
-    Rounded down, as the published code does: so a little fewer in all than ``r`` in every block.
+    Numbers are rounded down as in the published code, so fewer are merged in all than with a
+    constant ``r``.
     """
     last = max(blocks - 1, 1)
     return tuple(2 * r * (last - i) // last for i in range(blocks))
@@ -171,7 +172,7 @@ def decreasing(r: int, blocks: int) -> tuple[int, ...]:
 
 @dataclass
 class MergeAbove(Heuristic):
-    """In every block the pairs merge whose keys' cosine is at least ``similarity``."""
+    """Merges the pairs whose keys have a cosine of at least ``similarity``, in every block."""
 
     rules: LayerMerge
     similarity: float
@@ -182,14 +183,14 @@ class MergeAbove(Heuristic):
         self.rules = replace(self.rules, features=("similarity",), share=False)
 
     def act(self, observation: Observation) -> Tensor:
-        """``(B, A)`` 1 for the pairs that merge."""
+        """``(B, A)`` int64, 1 for the pairs to merge."""
         least = scaled(torch.tensor(self.similarity)).item()
         return (observation.feature("similarity")[..., 0] >= least).long()
 
 
 @dataclass
 class MergeRandom(Heuristic):
-    """In every block ``r`` random pairs of the matching merge; draws as :class:`RandomPrune`'s."""
+    """Merges ``r`` random pairs of the matching in every block; samples as RandomPrune's."""
 
     rules: LayerMerge
     r: int
@@ -201,7 +202,7 @@ class MergeRandom(Heuristic):
         self.rules = replace(self.rules, features=("similarity",), share=False)
 
     def act(self, observation: Observation) -> Tensor:
-        """``(B, A)`` 1 for the pairs that merge."""
+        """``(B, A)`` int64, 1 for the pairs to merge."""
         device = observation.active.device
         if self._generator is None:
             self._generator = torch.Generator(device).manual_seed(self.seed)
@@ -210,7 +211,11 @@ class MergeRandom(Heuristic):
 
 
 def check_pairs(r: int) -> int:
-    """``r``; a negative one raises :class:`UserError`."""
+    """``r``, unchanged.
+
+    Raises:
+        UserError: it is negative.
+    """
     if r < 0:
         raise UserError(f"r={r} pairs to merge: give 0 or more")
     return r

@@ -1,4 +1,4 @@
-"""Small networks that look at one agent at a time and share their weights among all agents."""
+"""Small networks that are applied to each agent with the same weights."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 
 class SharedMLP(nn.Module):
-    """One perceptron for every agent, fed with the agent's own view and one shared by all.
+    """A perceptron applied to each agent, with the agent's own and the shared features as input.
 
-    The first layer is split: the shared part is multiplied once per image, not once per agent,
-    which costs ``G x hidden`` instead of ``A x G x hidden``. Hidden layers are Linear,
-    LayerNorm, ReLU with orthogonal initialisation (on-policy's MAPPO networks).
+    The first layer is split so that the shared features are multiplied once per image, not once
+    per agent, which costs ``G x hidden`` instead of ``A x G x hidden``. Hidden layers are Linear,
+    LayerNorm, ReLU with orthogonal initialisation (as in on-policy's MAPPO networks).
 
     Args:
-        own: F, width of an agent's own view.
-        shared: G, width of the shared view, may be 0.
+        own: width F of an agent's own features.
+        shared: width G of the shared features, may be 0.
         hidden: widths of the hidden layers, at least one.
         out: outputs per agent.
         gain: gain of the last layer's orthogonal initialisation.
@@ -44,7 +44,7 @@ class SharedMLP(nn.Module):
         return self.head(self.body(self.first_norm(h).relu()))
 
     def macs(self, agents: Tensor) -> Tensor:
-        """Multiply-adds for ``agents`` agents of an image (tensor of any shape, float)."""
+        """Multiply-adds per image; ``agents``: float number of its agents, any shape."""
         per_agent = sum(
             m.weight.numel()
             for name, m in self.named_modules()

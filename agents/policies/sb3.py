@@ -1,4 +1,4 @@
-"""What stable-baselines3 or sb3-contrib trained on a per-block game, as a policy to evaluate."""
+"""A policy that stable-baselines3 or sb3-contrib trained on a per-block game, for evaluation."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tokenenv.game.rules import Observation
 
 
 class SB3Policy(Policy):
-    """A trained ``MlpPolicy`` that chooses counts, as a policy to evaluate.
+    """A trained ``MlpPolicy`` that chooses counts, as a policy for evaluation.
 
-    It decides deterministically. In place of an illegal action 0 is played, as by the
-    environments; a learner that asks for masks, as MaskablePPO, is told what is legal.
+    Actions are deterministic. As in the environments, an illegal action is replaced by 0; learners
+    that take masks, such as MaskablePPO, get them.
 
-    What is saved of a learner doesn't say that ``VecNormalize`` scaled what it saw, or which counts
-    its actions stand for: of one loaded without its environment only the shapes are compared.
+    A saved learner does not record whether ``VecNormalize`` scaled its observations, nor the counts
+    its actions stand for. For a learner loaded without its environment only shapes are checked.
 
     Args:
         learner: trained on ``tokenenv/LayerMerge-v0`` or ``tokenenv/LayerPrune-v0``.
@@ -30,8 +30,8 @@ class SB3Policy(Policy):
             :class:`~tokenenv.envs.sb3.SB3VecEnv`.
 
     Raises:
-        UserError: its spaces or rules are not those of the game, it saw scaled observations, or it
-            is no multilayer perceptron.
+        UserError: its spaces or rules are not those of the game, its observations were scaled, or
+            its network is not a multilayer perceptron.
 
     Example:
         >>> from stable_baselines3 import PPO
@@ -93,7 +93,7 @@ class SB3Policy(Policy):
         self._masks = "action_masks" in inspect.signature(learner.predict).parameters
 
     def act(self, observation: Observation) -> Tensor:
-        """``(B, 1)`` int64 choices."""
+        """``(B, 1)`` int64 counts' indices."""
         assert observation.legal is not None
         legal = observation.legal[:, 0]
         seen = torch.cat([observation.agents[:, 0], observation.shared], dim=1).float()
@@ -103,12 +103,12 @@ class SB3Policy(Policy):
         return torch.where(legal.gather(1, action), action, 0)
 
     def macs(self, agents: Tensor, removed: Tensor) -> Tensor:
-        """Multiply-adds of one decision."""
+        """Multiply-adds of one decision, see :meth:`tokenenv.Policy.macs`."""
         return torch.full_like(agents, self._macs)
 
 
 def _game_of(learner: Any) -> Game | None:
-    """What a learner's environment plays, if it still has one that lies in this process."""
+    """The game of a learner's environment; None if it has none in this process."""
     env = learner.get_env()
     envs = getattr(getattr(env, "unwrapped", None), "envs", None)
     one = envs[0].unwrapped if isinstance(envs, list) else envs

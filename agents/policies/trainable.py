@@ -1,4 +1,4 @@
-"""Policies that PPO trains: they draw actions at random and say how likely these were."""
+"""The interface of policies that PPO trains: sample actions, and score them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from tokenenv.game.policy import Policy
 from tokenenv.game.rules import Observation
 
 Columns = dict[str, Tensor]
-"""Tensors of a batch by name, their first dimensions alike."""
+"""Tensors of a batch by name, with the same first dimensions."""
 
 
 def columns(observation: Observation) -> Columns:
-    """The tensors of an observation: agents, shared, active, state; legal and tokens if there."""
+    """The tensors of an observation by field name, without those that are None."""
     names = ("agents", "shared", "active", "state", "legal", "tokens")
     found = {name: getattr(observation, name) for name in names}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 class Head(NamedTuple):
-    """One part of an action: ``(B, K)`` log-probabilities, entropies, and whether they count."""
+    """One head of an action: ``(B, K)`` log-probabilities, entropies, and which entries count."""
 
     log_prob: Tensor
     entropy: Tensor
@@ -31,10 +31,10 @@ class Head(NamedTuple):
 
 
 class Trainable(nn.Module, Policy):
-    """A policy that can be trained.
+    """A policy that PPO can train.
 
     Attributes:
-        heads: names of the parts of an action, the first of which always counts.
+        heads: names of the heads, the parts of an action; the first one is used in every step.
     """
 
     heads: tuple[str, ...]
@@ -43,15 +43,15 @@ class Trainable(nn.Module, Policy):
     def draw(
         self, seen: Columns, generator: torch.Generator, rows: Rows = WHOLE
     ) -> tuple[Tensor, Columns]:
-        """Random actions ``(B, A)``, ``rows`` of a batch; and what was drawn, for :meth:`score`."""
+        """Sample actions ``(B, A)`` for ``rows`` of a batch; also the choice for :meth:`score`."""
         raise NotImplementedError
 
     def score(self, seen: Columns, choice: Columns) -> dict[str, Head]:
-        """Every head's log-probability of ``choice``."""
+        """For every head the log-probabilities and entropies of ``choice``."""
         raise NotImplementedError
 
     def kept(self, action: Tensor) -> Tensor:
-        """Bool, as ``action``: which actions keep what they decide about."""
+        """Which actions keep tokens: bool of the shape of ``action``."""
         return self.rules.keeps(action)
 
     @property
@@ -60,9 +60,9 @@ class Trainable(nn.Module, Policy):
         return 1 if self.rules.last_keeps else -1
 
     def rates(self) -> list[tuple[list[nn.Parameter], float]]:
-        """Groups of parameters, and each one's share of the learning rate."""
+        """Groups of parameters, each with its factor of the learning rate."""
         return [(list(self.parameters()), 1.0)]
 
     def shared(self) -> tuple[list[nn.Parameter], tuple[str, str]] | None:
-        """Parameters that two heads share, whose gradients may be at odds; or None."""
+        """Parameters that two heads share, for PCGrad; None if there are none."""
         return None

@@ -1,4 +1,4 @@
-"""Methods by the words a user types: ``keep-all``, ``random:keep=0.7``, a run folder ..."""
+"""Methods by their names on the command line: ``keep-all``, ``random:keep=0.7``, a run folder."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from tokenenv.words import Words
 
 
 class Word(NamedTuple):
-    """A name for policies that a user can type.
+    """A policy's name on the command line.
 
     Attributes:
-        usage: how it is used, and what it does, in one line.
-        build: gets the arguments and the number of the model's blocks.
+        usage: its arguments, and what it does, in one line.
+        build: makes the policy from its arguments and the number of the model's blocks.
     """
 
     usage: str
@@ -42,7 +42,7 @@ class Word(NamedTuple):
 
 
 def usages() -> dict[str, str]:
-    """Every method that needs no training, and how it is used."""
+    """The usage line of every method that needs no training."""
     policies = {name: word.usage for name, word in WORDS.items()}
     return policies | {name: reducer.usage for name, reducer in REDUCERS.items()}
 
@@ -52,10 +52,11 @@ def parse_policy(what: str, depth: int, trust: bool = False) -> Method:
 
     Args:
         what: one of :func:`usages`; a run folder, or the name of a shipped policy, which may end in
-            ``:threshold=0.6`` where the policy has a threshold; or ``module:Name:key=value``, or
-            ``path/to/file.py:Name:key=value``, of a reducer, a policy or a function that gives one.
+            ``:threshold=0.6`` if the policy has a threshold; or ``module:Name:key=value``, or
+            ``path/to/file.py:Name:key=value``, of a reducer, a policy or a function that returns
+            one.
         depth: number of blocks of the model, for the default decision blocks.
-        trust: whether code of somebody's own, which a folder's file names, may be run.
+        trust: whether a user's own code that a folder's file names may be run.
 
     Raises:
         UserError: unknown name, unknown or missing argument, value out of range.
@@ -179,7 +180,7 @@ def _tome(words: Words, depth: int) -> Policy:
 
 WORDS: dict[str, Word] = {
     "keep-all": Word(
-        "nothing leaves; the dense model played as a game",
+        "prunes nothing; the dense model run as a game",
         lambda words, depth: KeepAll(_tokens(words, depth)),
     ),
     "random": Word(
@@ -191,22 +192,22 @@ WORDS: dict[str, Word] = {
         lambda words, depth: TopK(_tokens(words, depth), words.number("keep"), "cls_attention"),
     ),
     "norm": Word(
-        "norm:keep=0.7[,blocks=3/6/9]: top-k by length of the embedding",
+        "norm:keep=0.7[,blocks=3/6/9]: top-k by norm of the embedding",
         lambda words, depth: TopK(_tokens(words, depth), words.number("keep"), "norm"),
     ),
     "tome": Word(
-        "tome:r=8[,blocks=0/1/2][,schedule=decreasing][,proportional=0][,shuffle=0]: in every "
-        "block the 8 most similar pairs merge (ToMe); r=8/6/4 block by block; decreasing from 16 "
-        "to 0; shuffle=0 keeps the order of the patches",
+        "tome:r=8[,blocks=0/1/2][,schedule=decreasing][,proportional=0][,shuffle=0]: merges the 8 "
+        "most similar pairs in every block (ToMe); r=8/6/4 block by block; decreasing from 16 to "
+        "0; shuffle=0 keeps the order of the patches",
         _tome,
     ),
     "random-merge": Word(
-        "random-merge:r=8[,blocks=0/1/2][,seed=0]: 8 random pairs of ToMe's matching",
+        "random-merge:r=8[,blocks=0/1/2][,seed=0]: merges 8 random pairs of ToMe's matching",
         lambda words, depth: MergeRandom(_pairs(words, depth), words.whole("r"), words.seed()),
     ),
     "merge-above": Word(
-        "merge-above:similarity=0.9[,blocks=0/1/2]: all pairs at least so similar",
+        "merge-above:similarity=0.9[,blocks=0/1/2]: merges all pairs at least so similar",
         lambda words, depth: MergeAbove(_pairs(words, depth), words.number("similarity")),
     ),
 }
-"""Heuristic policies; reducers have words of their own, see :data:`tokenenv.reducers.REDUCERS`."""
+"""Heuristic policies by name; for reducers see :data:`tokenenv.reducers.REDUCERS`."""

@@ -1,10 +1,10 @@
-"""A backbone family of your own: models that the package refuses, without editing the package.
+"""A backbone family of your own, for models that the package does not support.
 
     python examples/extend/own_family.py
 
 timm's vit_base_patch16_rpn_224 has another kind of block: its norms come after attention and after
-the MLP (ResPostBlock). A family says what such a block does to each token; then everything that
-takes a backbone takes these models: games, published methods, cost, compress, fine-tuning.
+the MLP (ResPostBlock). With a family that defines the token-wise parts of such a block, these
+models work everywhere: in games, published methods, cost, compress and fine-tuning.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from tokenenv.vit.families.vision_transformer import (
 
 @register_family
 class ResPostFamily(VisionTransformerFamily):
-    """timm's VisionTransformer with residual post-norm: all but the blocks is known already."""
+    """timm's VisionTransformer with residual post-norm; it differs in the blocks only."""
 
     name = "res_post"
 
     @classmethod
     def block_refusal(cls, i: int, block: Any) -> str | None:
-        """Why not, naming the part; None for a block that is known."""
+        """The reason why the block is not supported; None if it is."""
         if type(block) is not ResPostBlock:
             return f"block {i} is a {type(block).__name__}, not a ResPostBlock"
         return attention_refusal(i, block.attn)
 
     @staticmethod
     def enter(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Attention reads the tokens as they are."""
+        """Attention reads the tokens without a norm."""
         return x, *queries_keys_values(block.attn, x)
 
     @staticmethod
@@ -57,12 +57,12 @@ class ResPostFamily(VisionTransformerFamily):
         return x + block.drop_path2(block.norm2(block.mlp(x)))
 
     def normalised(self, block: int, x: Tensor) -> Tensor:
-        """There is no norm in front of attention."""
+        """The tokens as they are: no norm precedes attention."""
         return x
 
 
 def small_model() -> torch.nn.Module:
-    """The model narrowed to scikit-learn's digits, with random weights."""
+    """A small version of the model for scikit-learn's digits, with random weights."""
     torch.manual_seed(0)
     options = {"img_size": 8, "patch_size": 1, "in_chans": 1, "num_classes": 10}
     shape = {"embed_dim": 48, "depth": 4, "num_heads": 3, "init_values": 1.0}

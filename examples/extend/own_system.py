@@ -1,13 +1,14 @@
-"""A system of your own: a reward, and a class of settings that says what is trained with it.
+"""A system of your own: a reward, and a class of settings that builds what is trained.
 
     python examples/extend/own_system.py
     tokenenv train examples/extend/own_system.py:LikelihoodConfig --set target_saving=50
     tokenenv evaluate runs/own_system-py-LikelihoodConfig-0
 
-Every token of the embedded digits decides three times whether it stays, as in RL4EViT. Here all of
-them are paid for the probability that the reduced model gives to the true class, where RL4EViT's
-agents are paid for a right answer. ``from agents.systems import register_system`` and
-``@register_system("likelihood")`` above the class give it a name for :func:`tokenenv.train`.
+Every token of the embedded digits has an agent that keeps or prunes it three times, as in RL4EViT.
+Here all agents are rewarded by the log-probability of the true class in the reduced model, where
+RL4EViT's agents are rewarded for a correct prediction. To give the system a name for
+:func:`tokenenv.train`, decorate the class with ``@register_system("likelihood")`` from
+``agents.systems``.
 """
 
 from __future__ import annotations
@@ -30,19 +31,19 @@ from tokenenv.vit.backbone import Backbone
 
 @dataclass(frozen=True)
 class Likelihood(Reward):
-    """The log-probability of the true class at the end, less what staying costs.
+    """The log-probability of the true class at the end, minus a price for kept tokens.
 
     Attributes:
-        price: of staying from one decision to the next; the closed loop changes it by
+        price: price of a kept token per decision; the closed loop changes it by
             :meth:`with_price`.
-        worst: the log-probability below which a prediction is no worse.
+        worst: lower bound of the log-probability.
     """
 
     price: float = 1e-4
     worst: float = -3.0
 
     def __call__(self, turn: Turn) -> Tensor:
-        """Rewards ``(B, A)``, of ``B`` images and ``A`` tokens."""
+        """Rewards ``(B, A)`` for ``B`` images with ``A`` agents."""
         reward = -self.price * turn.after.float()
         if turn.outcome is not None:
             log_prob = turn.outcome.logits.float().log_softmax(1)
@@ -57,10 +58,10 @@ class Likelihood(Reward):
 
 @dataclass(frozen=True)
 class LikelihoodConfig(PolicyConfig):
-    """What ``--set key=value`` and keyword arguments of ``train`` can set.
+    """The settings (``--set key=value``, or keyword arguments of ``train``).
 
     Attributes:
-        price: of staying from one decision to the next, before training.
+        price: price of a kept token per decision before training.
         hidden: widths of the actor's and critic's hidden layers.
         initial_keep: probability of keeping a token before training.
     """
@@ -75,7 +76,7 @@ class LikelihoodConfig(PolicyConfig):
     initial_keep: float = 0.9
 
     def game(self, backbone: Backbone, source: ImageSource) -> Game:
-        """One agent per token, before three blocks unless ``blocks`` says others."""
+        """A game with one agent per token; decisions before three blocks by default."""
         return tokenenv.build_game(
             rules="token_prune",
             model=backbone,
@@ -99,7 +100,7 @@ class LikelihoodConfig(PolicyConfig):
         return policy.to(game.backbone.device)
 
     def make_critic(self, policy: ActorPolicy, game: Game) -> AgentCritic:
-        """MAPPO's: a value for each agent, from its own view and the global state."""
+        """MAPPO's critic: a value for each agent, from its own features and the global state."""
         return AgentCritic(policy, MAPPOConfig(hidden=self.hidden))
 
 

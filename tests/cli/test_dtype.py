@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import tokenenv
 from tokenenv import ltm
 from tokenenv.cli.main import main
-from tokenenv.envs.vector import GameVectorEnv
+from tokenenv.envs.vector_base import GameVectorEnv
 from tokenenv.vit.digits import WEIGHTS
 from tokenenv.vit.load import load_model
 

@@ -1,4 +1,4 @@
-"""Labelled images for a model: sources, their order in training, and where they are opened."""
+"""Labelled images for a model: opening them, reading them, and their order in training."""
 
 from tokenenv.data.opening import Split, open_source
 from tokenenv.data.source import Batch, ImageSource

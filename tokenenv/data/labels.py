@@ -1,4 +1,4 @@
-"""From the names of a data set's classes to the outputs of a model's head."""
+"""Map the names of a data set's classes to the outputs of a model's head."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WNID = re.compile(r"n\d{8}")
 
 
 def head_outputs(model: nn.Module) -> int:
-    """How many classes the model's head tells apart (its ``num_classes``).
+    """The number of outputs of the model's head (its ``num_classes``).
 
     Raises:
         UserError: the model has no classification head.
@@ -34,20 +34,21 @@ def head_outputs(model: nn.Module) -> int:
 def map_classes(names: Sequence[str | Sequence[str]], model: nn.Module, owner: str) -> list[int]:
     """The head output each class belongs to.
 
-    Tried in this order: WordNet ids (``n01440764``) on an ImageNet head; whole numbers below the
-    number of outputs; the model's own label names, or ImageNet's; and, where there are as many
-    classes as outputs, their order. Names match whatever their case, and ``_`` is a space.
+    The first of these rules that fits is used: WordNet ids (``n01440764``) for an ImageNet head;
+    whole numbers below the number of outputs; the model's own label names, or ImageNet's; and, if
+    there are as many classes as outputs, their order. Names are compared without case, and ``_``
+    is a space.
 
     Args:
         names: one name, or several synonyms, for each class, in the data set's own order.
         model: a classifier whose ``num_classes`` is the number of outputs.
-        owner: what to call the data set in an error.
+        owner: the data set's name in an error message.
 
     Returns:
-        One index in ``[0, num_classes)`` for each name.
+        One index in ``[0, num_classes)`` for each class.
 
     Raises:
-        UserError: no rule fits, or a WordNet id is none of the head's.
+        UserError: no rule fits, or the head has no output for a WordNet id.
     """
     outputs = head_outputs(model)
     synonyms = [[name] if isinstance(name, str) else list(name) for name in names]
@@ -85,9 +86,9 @@ def map_classes(names: Sequence[str | Sequence[str]], model: nn.Module, owner: s
 
 
 def class_names(model: nn.Module) -> Callable[[int], str]:
-    """What to call each head output in a picture: its first, short name.
+    """A function that maps a head output to its short name for pictures.
 
-    The function it returns gives the index as text where no name is known.
+    If no name is known, it returns the index as text.
 
     Raises:
         UserError: the model has no classification head.
@@ -111,7 +112,7 @@ def _plain(name: str) -> str:
 
 
 def _imagenet(outputs: int) -> ImageNetInfo | None:
-    """What timm knows of the ImageNet with so many classes, if there is one."""
+    """Names in timm of the ImageNet subset with ``outputs`` classes; None if there is none."""
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
     subset = infer_imagenet_subset({"num_classes": outputs})
@@ -119,7 +120,7 @@ def _imagenet(outputs: int) -> ImageNetInfo | None:
 
 
 def _known_names(model: nn.Module, outputs: int) -> dict[str, int]:
-    """The names that mean exactly one output, unlike ImageNet's "crane", bird and machine."""
+    """The names that belong to one output only, unlike ImageNet's "crane", bird and machine."""
     meanings: dict[str, set[int]] = {}
     for index, names in enumerate(_names_of_outputs(model, outputs)):
         for name in names:
@@ -128,7 +129,7 @@ def _known_names(model: nn.Module, outputs: int) -> dict[str, int]:
 
 
 def _names_of_outputs(model: nn.Module, outputs: int) -> Iterable[Sequence[str]]:
-    """For each output the names the model, or else ImageNet, gives it."""
+    """The names of each output, from the model or else from ImageNet; empty if neither has any."""
     cfg: Any = getattr(model, "pretrained_cfg", None)
     own = cfg.get("label_names") if isinstance(cfg, Mapping) else None
     if own and len(own) == outputs:

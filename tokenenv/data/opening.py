@@ -35,12 +35,12 @@ def open_source(
         data: ``None`` or ``"digits"``: scikit-learn's digits, 1197 for training and 600 for
             testing. A folder laid out ``class/image``, or one that holds such folders named
             ``train`` and ``val`` (or ``test``). Otherwise the name of a torchvision data set,
-            ``NAME`` or ``NAME:ROOT``, downloaded to ``ROOT`` (``data``) where torchvision can; one
-            without a test part gives a fifth of its images as such.
-        model: the timm classifier the images are for: it fixes preprocessing and label indices.
-        split: which part to open, where ``data`` has parts.
-        limit: at most so many images, drawn with ``seed``, balanced over the classes.
-        seed: of that draw.
+            ``NAME`` or ``NAME:ROOT``, downloaded to ``ROOT`` (default ``data``) if torchvision can;
+            if it has no test part, a fifth of its images becomes the test part.
+        model: the timm classifier; it determines preprocessing and label indices.
+        split: which part to open if ``data`` has parts.
+        limit: the largest number of images; a random subset balanced over the classes.
+        seed: seed of that subset.
 
     Raises:
         UserError: there is no such data or part, it is empty, or its classes do not fit the model's
@@ -95,7 +95,7 @@ def _open_folder(root: Path, model: nn.Module, split: Split) -> ImageSource:
 
 
 def _part_of(root: Path, split: Split) -> Path:
-    """The folder of the asked part, where ``root`` holds ``train`` and ``val`` or ``test``."""
+    """The folder of ``split`` if ``root`` holds ``train`` and ``val`` or ``test``, else root."""
     parts = {
         part: next((root / name for name in names if (root / name).is_dir()), None)
         for part, names in _PART_FOLDERS.items()
@@ -143,7 +143,7 @@ def _open_torchvision(data: str, model: nn.Module, split: Split) -> ImageSource:
             f"{head_outputs(model)} outputs; use a model trained on this data set"
         )
     files = [f"{named.name}/{position}" for position in range(len(labels))]
-    # One thread: nobody promises that a data set bears more (FakeData seeds torch's generator).
+    # One thread: data sets need not be thread-safe (FakeData seeds torch's global generator).
     store = PixelStore(named.load, Preprocess(model))
     whole = ImageSource(f"{named.name}:{split}", files, labels, store)
     if named.has_parts:

@@ -1,4 +1,4 @@
-"""From image files to the tensors a model wants, each image decoded once."""
+"""From image files to a model's input tensors; each image is decoded once."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from tokenenv.errors import UserError
 
 CACHE_BYTES = int(1.5 * 2**30)
-"""How many bytes of decoded images one data set keeps in memory."""
+"""Bytes of decoded images that one data set keeps in memory."""
 
 DECODE_THREADS = min(8, os.cpu_count() or 1)
-"""How many image files are decoded at once; Pillow lets other threads run meanwhile."""
+"""Number of threads that decode image files; Pillow releases the GIL while it decodes."""
 
 
 class Preprocess:
-    """timm's evaluation transform for a model, cut in two where the image still is bytes.
+    """timm's evaluation transform for a model in two steps: uint8 pixels, then normalisation.
 
     Attributes:
-        shape: ``(C, H, W)`` of an image the model reads.
+        shape: ``(C, H, W)`` of the model's images.
 
     Raises:
         UserError: the model reads neither 1 nor 3 colour channels.
@@ -34,7 +34,7 @@ class Preprocess:
         from timm.data import create_transform, resolve_model_data_config
 
         config = resolve_model_data_config(model)
-        # timm's configuration describes the pretrained weights: a model made with another
+        # timm's configuration describes the pretrained weights; a model created with another
         # img_size or in_chans differs from it.
         channels, height, width = config["input_size"]
         channels = getattr(model, "in_chans", channels)
@@ -73,12 +73,12 @@ class PixelStore:
     """The decoded images of one data set, kept while they fit into ``CACHE_BYTES``.
 
     Args:
-        load: gives the image at a position; may raise anything on a bad one.
-        preprocess: for the model the images are for.
-        threads: how many may call ``load`` at once.
+        load: returns the image at a position; may raise any exception for an unreadable one.
+        preprocess: preprocessing for the model.
+        threads: number of threads that may call ``load`` at the same time.
 
     Attributes:
-        unreadable: why an image met so far could not be read, by its position.
+        unreadable: reasons why images could not be read so far, by position.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class PixelStore:
         self._room = CACHE_BYTES
 
     def read(self, positions: list[int]) -> list[Tensor | None]:
-        """``(C, H, W)`` uint8 for each position; None where the image is unreadable."""
+        """``(C, H, W)`` uint8 for each position; None if the image is unreadable."""
         unknown = dict.fromkeys(
             p for p in positions if p not in self._cache and p not in self.unreadable
         )
@@ -106,25 +106,25 @@ class PixelStore:
     def _decode_all(self, positions: list[int]) -> list[Tensor | None]:
         if self._threads == 1 or len(positions) < 2:
             return [self._decode(position) for position in positions]
-        # A pool for each call: threads kept between calls would not survive a fork.
+        # One pool per call, because threads kept between calls would not survive a fork.
         with ThreadPoolExecutor(self._threads) as pool:
             return list(pool.map(self._decode, positions))
 
     def _decode(self, position: int) -> Tensor | None:
         try:
             return self.preprocess.pixels(self._load(position))
-        except Exception as error:  # a bad file makes Pillow raise nearly anything
+        except Exception as error:  # Pillow raises many types of exception for bad files
             self.unreadable[position] = one_line(error)
             return None
 
 
 class AlteredPixels(PixelStore):
-    """The images of another store after a function of them, with a cache of their own.
+    """The images of another store after a deterministic function of them, cached separately.
 
     Args:
         clean: the other store; unreadable images are the same.
-        alter: makes of ``(C, H, W)`` uint8 pixels and their position others of the same shape.
-            The same pixels each time, or what is seen depends on the room in the cache.
+        alter: maps ``(C, H, W)`` uint8 pixels and their position to pixels of the same shape. It
+            must be deterministic, because only some results are cached.
     """
 
     def __init__(self, clean: PixelStore, alter: Callable[[Tensor, int], Tensor]) -> None:
@@ -139,7 +139,7 @@ class AlteredPixels(PixelStore):
 
 
 class AugmentedPixels(PixelStore):
-    """The images of another store after a random function of them, drawn anew at each reading."""
+    """The images of another store after a random function, applied anew at each reading."""
 
     def __init__(self, clean: PixelStore, augment: Callable[[Tensor], Tensor]) -> None:
         super().__init__(clean._load, clean.preprocess)
@@ -148,18 +148,18 @@ class AugmentedPixels(PixelStore):
         self._augment = augment
 
     def read(self, positions: list[int]) -> list[Tensor | None]:
-        """``(C, H, W)`` uint8 for each position; None where the image is unreadable."""
+        """``(C, H, W)`` uint8 for each position; None if the image is unreadable."""
         images = self._clean.read(positions)
         return [None if image is None else self._augment(image) for image in images]
 
 
 def one_line(error: Exception) -> str:
-    """Name and message of an exception, whatever it was, fit for a ``UserError``."""
+    """Name and message of any exception on one line, for a ``UserError``."""
     return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".: ")
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """Bring an image to a mode that converts to RGB without losing contrast, and silently."""
+    """Convert an image to a mode from which RGB can be made without clipping or a warning."""
     if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion saturates at 255
         levels = np.asarray(image).astype(np.int64).clip(0, 65535)
         return Image.fromarray((levels // 257).astype(np.uint8))

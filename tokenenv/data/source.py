@@ -1,7 +1,7 @@
-"""A source of labelled images, read when asked for.
+"""A source of labelled images, read on demand.
 
-A source decodes and preprocesses images as its model's timm configuration says, keeps the
-decoded bytes while they fit in memory, and leaves unreadable images out instead of failing.
+A source decodes and preprocesses images by its model's timm configuration, caches the decoded
+bytes while they fit in memory, and skips unreadable images instead of failing.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ class Batch(NamedTuple):
     """Some images of a source.
 
     Attributes:
-        images: ``(B, C, H, W)`` float32, normalised as the model wants.
+        images: ``(B, C, H, W)`` float32, normalised for the model.
         labels: ``(B,)`` int64 indices into the model's head.
         index: ``(B,)`` int64 positions in the source.
     """
 
     images: Tensor
     labels: Tensor
-    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which is not used
 
 
 class ImageSource:
-    """A list of labelled images, read when asked for; :func:`open_source` makes it.
+    """A list of labelled images, read on demand; :func:`open_source` makes it.
 
-    Sources made by :meth:`subset`, :meth:`split` and :meth:`share` have the decoded images, and the
-    record of unreadable ones, in common with the source they came from.
+    Sources made by :meth:`subset`, :meth:`split` and :meth:`share` share the decoded images, and
+    the record of unreadable ones, with the source they were made from.
 
     Attributes:
-        name: what reports call the data set, such as ``"digits:test"``.
+        name: the data set's name in reports, such as ``"digits:test"``.
         files: ``n`` names relative to the data set's root, such as ``"n01440764/7.jpg"``.
         labels: ``(n,)`` int64 indices into the model's head.
-        classes: sorted unique head indices of the whole data set, also in a part of it, so that
-            accuracy restricted to them means the same for both.
+        classes: sorted unique head indices of the whole data set; a part of it has the same, so
+            that accuracy restricted to these classes is comparable.
     """
 
     def __init__(self, name: str, files: list[str], labels: Tensor, store: PixelStore) -> None:
@@ -67,13 +67,13 @@ class ImageSource:
 
     @property
     def skipped(self) -> list[str]:
-        """Names of the unreadable images of this source met so far."""
+        """Files of this source that have turned out to be unreadable so far."""
         bad = self._store.unreadable
         return [file for file, p in zip(self.files, self._positions, strict=True) if p in bad]
 
     @property
     def unreadable(self) -> dict[int, str]:
-        """Why images met so far could not be read, by their position in the whole data set."""
+        """Reasons why images could not be read so far, by position in the whole data set."""
         return self._store.unreadable
 
     def batch(self, index: Tensor) -> Batch:
@@ -89,18 +89,18 @@ class ImageSource:
         return Batch(images, self.labels[kept], kept)
 
     def readable(self, index: Tensor) -> Tensor:
-        """``(B,)`` bool: not known to be unreadable."""
+        """``(B,)`` bool, False for images at ``index (B,)`` that are known to be unreadable."""
         bad = self._store.unreadable
         known = [self._positions[i] not in bad for i in index.tolist()]
         return torch.tensor(known, dtype=torch.bool)
 
     def check_readable(self) -> None:
-        """Do nothing, unless all images of this source have turned out unreadable.
+        """Check that some image of this source may be readable.
 
         Raises:
-            UserError: they have.
+            UserError: all have turned out to be unreadable.
         """
-        if len(self._store.unreadable) < len(self):  # asked before every batch, of any number
+        if len(self._store.unreadable) < len(self):  # cheap, as this runs before every batch
             return
         if len(self.skipped) == len(self):
             reason = self._store.unreadable[self._positions[0]]
@@ -110,9 +110,9 @@ class ImageSource:
             )
 
     def subset(self, n: int, seed: int) -> ImageSource:
-        """A random ``n`` of the images, the same number of each class as far as that is possible.
+        """A random subset of ``n`` images, balanced over the classes as far as possible.
 
-        All of them where there are no more than ``n``.
+        All images if there are no more than ``n``.
 
         Raises:
             UserError: ``n`` is less than one.
@@ -122,9 +122,9 @@ class ImageSource:
         return self._part(_draw(self.labels, min(n, len(self)), seed, proportional=False))
 
     def split(self, fraction: float, seed: int) -> tuple[ImageSource, ImageSource]:
-        """Two disjoint random parts: ``(the rest, a fraction of the images)``.
+        """Two disjoint random parts, with ``1 - fraction`` and ``fraction`` of the images.
 
-        Each class gives its share to both parts as far as that is possible.
+        Both have the same share of every class as far as possible.
 
         Raises:
             UserError: a part would be empty.
@@ -143,25 +143,28 @@ class ImageSource:
         """The same images, each passed through ``alter`` before it is normalised.
 
         Args:
-            name: of the new source.
-            alter: gets ``(C, H, W)`` uint8 pixels, resized and cropped, and the image's position
-                in the whole data set, which :meth:`subset` and :meth:`split` leave as it is;
-                gives pixels of the same shape and type, the same ones each time.
+            name: name of the new source.
+            alter: maps ``(C, H, W)`` uint8 pixels, resized and cropped, and the image's position
+                in the whole data set (which :meth:`subset` and :meth:`split` don't change) to
+                pixels of the same shape and type. It must be deterministic.
         """
         return self._seen_as(name, AlteredPixels(self._store, alter))
 
     def augmented(self, augment: Callable[[Tensor], Tensor]) -> ImageSource:
-        """The same images, each passed through ``augment`` anew whenever it is read.
+        """The same images, with a random ``augment`` applied at each reading.
 
-        ``augment`` gets ``(C, H, W)`` uint8 pixels, resized and cropped, and gives pixels of the
-        same shape and type.
+        ``augment`` maps ``(C, H, W)`` uint8 pixels, resized and cropped, to pixels of the same
+        shape and type.
         """
         return self._seen_as(self.name, AugmentedPixels(self._store, augment))
 
     def share(self, rank: int, of: int, *, even: bool = True) -> ImageSource:
-        """Every ``of``-th image from ``rank`` on; the shares are disjoint.
+        """Every ``of``-th image, starting at ``rank``: one of ``of`` disjoint shares.
 
-        ``even``: all are equally long, and the images that are left over in none.
+        Args:
+            rank: which share, from 0.
+            of: number of shares.
+            even: whether all shares have the same length; left-over images are then in none.
 
         Raises:
             UserError: there are fewer images than shares.
@@ -192,8 +195,9 @@ class ImageSource:
 def _draw(labels: Tensor, count: int, seed: int, *, proportional: bool) -> Tensor:
     """``count`` random positions, sorted: the same number, or the same share, of each class.
 
-    Every class shuffles its images and lines them up a step apart, from a random start within
-    one step: a step is 1, or the inverse of the class's size. The first ``count`` are taken.
+    The images of each class are shuffled and placed on a line, one step apart, from a random start
+    within the first step. A step is 1, or the inverse of the class's size if ``proportional``. The
+    first ``count`` images on the line are taken.
     """
     rng = np.random.default_rng(seed)
     classes, member = np.unique(labels.numpy(), return_inverse=True)

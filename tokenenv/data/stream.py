@@ -1,4 +1,4 @@
-"""Endless batches of a source, in an order that a seed fixes."""
+"""Endless batches of a source in an order that depends on a seed."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from tokenenv.errors import UserError
 
 
 class Stream:
-    """Endless batches of a source, each epoch in a new order that follows from the seed.
+    """Endless batches of a source, each epoch in a new order that depends on the seed.
 
     Every batch holds exactly ``batch_size`` readable images; it may span two epochs.
 
-    Of several processes each can read its part of every batch; the parts one after the other, by
-    rank, are the batch that one process alone would read, and all streams stand at the same place.
-    Before, each must know of every image that is unreadable: which one comes next depends on it.
+    In data-parallel training each process reads its part of every batch. The parts in order of
+    rank are the batch that a single process would read. All processes must know the unreadable
+    images in advance, because skipping one shifts all that follow.
 
     Args:
-        source: of the images.
-        batch_size: of the whole batch.
-        seed: of the order.
-        rank, of: which part of how many. Where ``of`` does not divide ``batch_size`` some parts
-            have an image more.
+        source: the images.
+        batch_size: images in a whole batch.
+        seed: seed of the order.
+        rank: which part of each batch to read, from 0.
+        of: number of parts. If it does not divide ``batch_size``, some parts have one image more.
 
     Raises:
         UserError: ``batch_size`` is less than one, or than ``of``.
@@ -46,15 +46,15 @@ class Stream:
 
     @property
     def part_size(self) -> int:
-        """How many of a batch's images this stream reads."""
+        """Number of images of each batch that this stream reads."""
         return self._part.stop - self._part.start
 
     def next(self) -> Batch:
         """Read the next ``batch_size`` images, or this stream's part of them.
 
         Raises:
-            UserError: none of the source's images is readable; or, in a part, one that nobody
-                knew of is not.
+            UserError: none of the source's images is readable; or, with several parts, an image
+                is unreadable that was not known to be.
         """
         if self.part_size < self._batch_size:
             return self._next_part()
@@ -96,7 +96,7 @@ class Stream:
         return index
 
     def state_dict(self) -> dict[str, int]:
-        """Where the stream stands; a stream that loads it goes on exactly from there."""
+        """The stream's position; a stream that loads it continues exactly from there."""
         return {
             "seed": self._seed,
             "epoch": self._epoch,
@@ -105,7 +105,7 @@ class Stream:
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where the stream that gave ``state`` stood.
+        """Continue from the position of the stream that returned ``state``.
 
         Raises:
             UserError: that stream's source had another number of images.

@@ -1,4 +1,4 @@
-"""torchvision's data sets, opened by name."""
+"""Open torchvision's data sets by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from tokenenv.data.pixels import one_line
 from tokenenv.errors import UserError
 
-# torchvision's data sets call the same part by different names.
+# torchvision's data sets have different names for the same part.
 _PART_NAMES = {"train": ("train", "trainval", "train-standard"), "test": ("test", "val", "valid")}
 
 
@@ -22,11 +22,11 @@ class NamedSet(NamedTuple):
     """A torchvision data set.
 
     Attributes:
-        name: as torchvision spells it.
-        load: gives the image at a position, from one thread at a time.
-        targets: ``(n,)`` int64 labels, as the data set numbers its classes.
-        classes: WordNet id or name(s) of each class, where the data set tells.
-        has_parts: whether it has a train and a test part, so that only the one asked for is here.
+        name: its name in torchvision.
+        load: returns the image at a position; not thread-safe.
+        targets: ``(n,)`` int64 labels in the data set's own numbering.
+        classes: WordNet id or name(s) of each class; None if the data set has none.
+        has_parts: whether it has a train and a test part; the set then is only the one asked for.
     """
 
     name: str
@@ -37,14 +37,14 @@ class NamedSet(NamedTuple):
 
 
 def open_named(data: str, split: str) -> NamedSet:
-    """Open ``NAME`` or ``NAME:ROOT``, downloading it to ``ROOT`` (``data``) where that works.
+    """Open ``NAME`` or ``NAME:ROOT``, downloading it to ``ROOT`` (default ``data``) if possible.
 
     Args:
         data: name, in any case, of a class in ``torchvision.datasets``, and its folder.
         split: ``"train"`` or ``"test"``.
 
     Raises:
-        UserError: there is no such data set, it cannot be had, or it has no class labels.
+        UserError: there is no such data set, it cannot be opened, or it has no class labels.
     """
     from torchvision import datasets
 
@@ -63,7 +63,7 @@ def open_named(data: str, split: str) -> NamedSet:
 
 
 def _construct(cls: Callable[..., Any], name: str, root: str, split: str) -> tuple[Any, bool]:
-    """The data set, and whether it knows a train and a test part."""
+    """The data set, and whether it has a train and a test part."""
     parameters = inspect.signature(cls).parameters
     given = {"root": root, "download": True}
     arguments = {key: value for key, value in given.items() if key in parameters}
@@ -78,9 +78,9 @@ def _construct(cls: Callable[..., Any], name: str, root: str, split: str) -> tup
     for choice in choices:
         try:
             return cls(**arguments, **choice), choice != {}
-        except ValueError as error:  # mostly: the part has another name here
+        except ValueError as error:  # mostly: the part has another name in this data set
             problem = problem or error
-        except Exception as error:  # no network, no archive, no rights: each has its own type
+        except Exception as error:  # no network, no archive, no permission: many types
             problem = error
             break
     assert problem is not None
@@ -91,7 +91,7 @@ def _construct(cls: Callable[..., Any], name: str, root: str, split: str) -> tup
 
 
 def _targets(dataset: Any, name: str) -> Tensor:
-    """``(n,)`` int64 labels, without decoding the images where the data set lists them."""
+    """``(n,)`` int64 labels, without decoding images if the data set lists its labels."""
     listed: Any = None
     for attribute in ("targets", "labels", "_labels"):
         if listed is None:
@@ -101,7 +101,7 @@ def _targets(dataset: Any, name: str) -> Tensor:
             samples = getattr(dataset, "_samples", dataset)
             listed = [samples[position][1] for position in range(len(dataset))]
         targets = torch.from_numpy(np.asarray(listed).astype(np.int64, casting="same_kind"))
-    except Exception as error:  # whatever these hold instead of one whole number an image
+    except Exception as error:  # other contents than one whole number per image
         raise _no_labels(name) from error
     if targets.shape != (len(dataset),) or not len(targets):
         raise _no_labels(name)

@@ -1,4 +1,4 @@
-"""BenchMARL's form of the games: tasks for its experiments, on :mod:`tokenenv.envs.torchrl`.
+"""The games as BenchMARL tasks, built on :mod:`tokenenv.envs.torchrl`.
 
 Needs ``pip install 'tokenenv[benchmarl]'``.
 """
@@ -21,7 +21,7 @@ except ImportError as error:
 
 
 class GameTaskClass(TaskClass):
-    """How BenchMARL makes and reads a :class:`~tokenenv.envs.torchrl.TorchRLEnv`.
+    """How BenchMARL creates and reads a :class:`~tokenenv.envs.torchrl.TorchRLEnv`.
 
     Its methods are those of BenchMARL's ``TaskClass``, where they are described.
     """
@@ -29,7 +29,7 @@ class GameTaskClass(TaskClass):
     def get_env_fun(
         self, num_envs: int, continuous_actions: bool, seed: int | None, device: Any
     ) -> Callable[[], EnvBase]:
-        """Makes a batch of ``num_envs`` images; ``config`` is what the game takes."""
+        """A function that creates the environment for ``num_envs`` images with this config."""
 
         def make() -> EnvBase:
             env = TorchRLEnv(_IDS[self.name], num_envs, **({"device": device} | self.config))
@@ -40,50 +40,50 @@ class GameTaskClass(TaskClass):
         return make
 
     def supports_continuous_actions(self) -> bool:
-        """No."""
+        """Whether actions may be continuous: False."""
         return False
 
     def supports_discrete_actions(self) -> bool:
-        """Yes."""
+        """Whether actions may be discrete: True."""
         return True
 
     def max_steps(self, env: EnvBase) -> int:
-        """Decisions per episode."""
+        """The number of decisions in an episode."""
         steps: int = env.game.steps
         return steps
 
     def has_render(self, env: EnvBase) -> bool:
-        """No."""
+        """Whether the environment can be rendered: False."""
         return False
 
     def group_map(self, env: EnvBase) -> dict[str, list[str]]:
-        """All agents in one group."""
+        """The name of the only group, with the names of all agents."""
         return env.group_map
 
-    # BenchMARL wants its specs without the dimension of the batch.
+    # BenchMARL takes specs without the batch dimension.
     def observation_spec(self, env: EnvBase) -> Composite:
-        """What agents see."""
+        """The spec of the agents' observations, ``(A, F + G)``."""
         return _group(env.full_observation_spec_unbatched, "observation")
 
     def action_mask_spec(self, env: EnvBase) -> Composite:
-        """Which actions are legal."""
+        """The spec of the mask of legal actions, ``(A, n)``."""
         return _group(env.full_observation_spec_unbatched, "action_mask")
 
     def action_spec(self, env: EnvBase) -> Composite:
-        """What agents may do."""
+        """The spec of the agents' actions, ``(A,)``."""
         return env.full_action_spec_unbatched
 
     def state_spec(self, env: EnvBase) -> Composite:
-        """The image's state, for a central critic."""
+        """The spec of the image's state for a centralised critic, ``(S,)``."""
         state = env.full_observation_spec_unbatched["state"]
         return Composite({"state": state.clone()}, device=env.device)
 
     def info_spec(self, env: EnvBase) -> None:
-        """None of an agent's own: :meth:`log_info` reads what is known of the images."""
+        """None: agents have no infos; :meth:`log_info` reads those of the images."""
 
     @staticmethod
     def log_info(batch: TensorDictBase) -> dict[str, float]:
-        """Tokens left and accuracy where episodes ended, illegal actions per episode."""
+        """Means over the ended episodes: tokens left, accuracy, illegal actions."""
         over, info = batch["next", "done"], batch["next", "info"]
         if not over.any():
             return {}
@@ -92,7 +92,7 @@ class GameTaskClass(TaskClass):
 
     @staticmethod
     def env_name() -> str:
-        """``tokenenv``."""
+        """The name under which BenchMARL logs these tasks: ``tokenenv``."""
         return "tokenenv"
 
 
@@ -113,11 +113,11 @@ class GameTask(Task):
 
     @staticmethod
     def associated_class() -> type[GameTaskClass]:
-        """Of all three."""
+        """The class that all three tasks are made of."""
         return GameTaskClass
 
     def get_task(self, config: dict[str, Any] | None = None) -> TaskClass:
-        """The task; ``config``: what :func:`~tokenenv.game.build.build_game` takes."""
+        """The task; ``config`` holds arguments of :func:`~tokenenv.game.build.build_game`."""
         return GameTaskClass(name=self.name, config=config or {})
 
 
@@ -129,7 +129,7 @@ _IDS = {
 
 
 def _group(spec: Composite, name: str) -> Composite:
-    """The entry ``name`` of the agents' group alone."""
+    """The spec with only the entry ``name`` of the agents' group."""
     group = spec[GROUP]
     kept = Composite({name: group[name].clone()}, shape=group.shape, device=group.device)
     return Composite({GROUP: kept}, device=spec.device)

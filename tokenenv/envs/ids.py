@@ -1,4 +1,4 @@
-"""The environments' ids, and where each of their faces lives."""
+"""The registered ids, and the class or function that each interface takes for an id."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ import pettingzoo
 from tokenenv.errors import UserError
 
 if TYPE_CHECKING:
-    from tokenenv.envs.vector import GameVectorEnv
+    from tokenenv.envs.vector_base import GameVectorEnv
 
 
 @dataclass(frozen=True)
 class EnvId:
     """One registered environment.
 
-    Entry points are strings, ``module:attribute``, so that registering imports no model library.
+    Entry points are strings, ``module:attribute``, so that registering imports neither torch nor
+    timm.
 
     Attributes:
         id: ``tokenenv/Name-v0``, the same in both registries.
         summary: one line on what the agents decide.
         env: the ``gymnasium.Env``.
         vector_env: its batched ``gymnasium.vector.VectorEnv``.
-        parallel: makes the PettingZoo parallel env; None where a game has a single agent.
-        aec: makes the PettingZoo AEC env; None as above.
+        parallel: makes the PettingZoo parallel env; None if the game has a single agent.
+        aec: makes the PettingZoo AEC env; None if the game has a single agent.
     """
 
     id: str
@@ -44,8 +45,8 @@ IDS = (
         summary="one agent per visual token: keep or prune before some blocks (RL4EViT)",
         env="tokenenv.envs.token_prune_gym:TokenPruneEnv",
         vector_env="tokenenv.envs.token_prune_vector:TokenPruneVectorEnv",
-        parallel="tokenenv.envs.token_prune:parallel_env",
-        aec="tokenenv.envs.token_prune:env",
+        parallel="tokenenv.envs.token_prune_pettingzoo:parallel_env",
+        aec="tokenenv.envs.token_prune_pettingzoo:env",
     ),
     EnvId(
         id="tokenenv/LayerMerge-v0",
@@ -57,7 +58,7 @@ IDS = (
     ),
     EnvId(
         id="tokenenv/LayerPrune-v0",
-        summary="one agent per block: how many tokens leave (DORA-pruning)",
+        summary="one agent per block: how many tokens are pruned (DORA-pruning)",
         env="tokenenv.envs.layer_prune_gym:LayerPruneEnv",
         vector_env="tokenenv.envs.layer_vector:LayerPruneVectorEnv",
         parallel="tokenenv.layer_prune_v0:parallel_env",
@@ -87,7 +88,7 @@ def vector_class(id: str) -> type[GameVectorEnv]:
 
 
 def register() -> None:
-    """Tell Gymnasium, and PettingZoo where it has a registry (from 1.27), of :data:`IDS`."""
+    """Register :data:`IDS` with Gymnasium, and with PettingZoo from 1.27, its first registry."""
     for entry in IDS:
         gymnasium.register(entry.id, entry.env, vector_entry_point=entry.vector_env)
         if hasattr(pettingzoo, "register"):

@@ -1,17 +1,17 @@
-"""Many images at once: the games of one agent per block as Gymnasium ``VectorEnv``."""
+"""The games with one agent per block as Gymnasium ``VectorEnv``, a batch of images each."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-from tokenenv.envs.vector import GameVectorEnv
+from tokenenv.envs.vector_base import GameVectorEnv
 
 
 class LayerMergeVectorEnv(GameVectorEnv):
-    """One batched game of ``num_envs`` images, shown as so many environments.
+    """One batched game of ``num_envs`` images; each image is one environment of the vector.
 
-    The game is that of :class:`~tokenenv.envs.layer_merge_gym.LayerMergeEnv`; see
-    :class:`~tokenenv.envs.vector.GameVectorEnv` for the arguments and the form of ``infos``.
+    The game is described at :class:`~tokenenv.envs.layer_merge_gym.LayerMergeEnv`; see
+    :class:`~tokenenv.envs.vector_base.GameVectorEnv` for the arguments and the form of ``infos``.
 
     Example:
         >>> import gymnasium as gym
@@ -27,10 +27,10 @@ class LayerMergeVectorEnv(GameVectorEnv):
 
 
 class LayerPruneVectorEnv(GameVectorEnv):
-    """One batched game of ``num_envs`` images, shown as so many environments.
+    """One batched game of ``num_envs`` images; each image is one environment of the vector.
 
-    The game is that of :class:`~tokenenv.envs.layer_prune_gym.LayerPruneEnv`; see
-    :class:`~tokenenv.envs.vector.GameVectorEnv` for the arguments and the form of ``infos``.
+    The game is described at :class:`~tokenenv.envs.layer_prune_gym.LayerPruneEnv`; see
+    :class:`~tokenenv.envs.vector_base.GameVectorEnv` for the arguments and the form of ``infos``.
 
     Example:
         >>> import gymnasium as gym

@@ -1,4 +1,4 @@
-"""The part that all faces of the games share: a batch of episodes as the outside sees them."""
+"""What the environments of all interfaces share: a batch of episodes with checked actions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RENDER_MODES = ["human", "rgb_array", "ansi"]
 
 
 def _now(name: str) -> property:
-    """A copy of what is so now, for faces to hand out: whoever gets it may write into it."""
+    """A property that returns a copy of the current value, so that callers may write into it."""
 
     def get(play: Play) -> Tensor:
         play._check_started()
@@ -29,32 +29,32 @@ def _now(name: str) -> property:
 
 
 class Play:
-    """A game with its observations joined to one array and its illegal actions counted.
+    """A game whose observations are one tensor and whose illegal actions are counted.
 
-    Everything is a tensor on the game's device that autograd can use, and the caller's own;
-    nothing makes an accelerator wait.
+    All values are tensors on the game's device that autograd can use, copies for the caller.
+    Nothing here synchronises with an accelerator.
 
     Args:
         game: ``B`` images, ``A`` agents each.
         render_mode: one of :data:`RENDER_MODES`, or None.
 
     Attributes:
-        width: ``F + G``, how many numbers an agent observes.
+        width: ``F + G``, the number of features that an agent observes.
         by_count: whether an image has one agent that chooses a count (``action="count"``). Then
             actions are ``(B,)`` and observations ``(B, F + G)``, else ``(B, A)`` and
             ``(B, A, F + G)``.
-        active: ``(B, A)`` bool, who may act now. After the end nobody, but where an agent is a
-            token (``token_prune``): who was left.
-        legal: ``(B, A, actions)`` bool, what each may do now. Doing nothing, 0, always is for
-            those who may not act.
+        active: ``(B, A)`` bool, which agents may act now. After the end all False, except with
+            one agent per token (``token_prune``): there, which tokens are left.
+        legal: ``(B, A, actions)`` bool, which actions are legal now. For an agent that may not
+            act, only 0 is.
         tokens_left: ``(B,)`` int64 visual tokens now.
         state: ``(B, S)`` float32 global state; after the end, that of the last decision.
         illegal: ``(B, A)`` int64, how many illegal actions each agent chose in this episode.
-        correct, dense_correct: ``(B,)`` bool, whether the reduced and the dense model name the
-            true class; False until the end.
+        correct, dense_correct: ``(B,)`` bool, whether the reduced and the dense model predict the
+            true class; False before the end.
 
     Raises:
-        UserError: unknown render mode; later, what is now before the first :meth:`reset`.
+        UserError: unknown render mode; on reading an attribute before the first :meth:`reset`.
     """
 
     def __init__(self, game: Game, render_mode: str | None) -> None:
@@ -69,20 +69,20 @@ class Play:
 
     @property
     def action_space(self) -> spaces.Discrete | spaces.MultiDiscrete:
-        """What is done to one image: a count, or a yes or no for each agent."""
+        """The action space of one image: a count, or 0 or 1 for each agent."""
         if self.by_count:
             return spaces.Discrete(self.game.actions)
         return spaces.MultiDiscrete([2] * self.game.agents)
 
     @property
     def observation_space(self) -> spaces.Box:
-        """What is seen of one image: ``(F + G,)``, or a row for each agent."""
+        """The observation space of one image: ``(F + G,)``, or ``(A, F + G)``."""
         shape = (self.width,) if self.by_count else (self.game.agents, self.width)
         return spaces.Box(-np.inf, np.inf, shape, np.float32)
 
     @property
     def needs_seed(self) -> bool:
-        """Whether no order of images was drawn yet."""
+        """Whether the order of the images has not been seeded yet."""
         return not self._seeded
 
     active = _now("active")
@@ -99,14 +99,18 @@ class Play:
         return self.game.counts[-1].clone()
 
     def seed(self, seed: int) -> None:
-        """Draw the order of images. A negative seed raises :class:`UserError`."""
+        """Seed the order of the images.
+
+        Raises:
+            UserError: the seed is negative.
+        """
         if seed < 0:
             raise UserError(f"seed {seed} is negative: give 0 or more")
         self.game.seed(seed)
         self._seeded = True
 
     def reset(self) -> Tensor:
-        """Start the next episodes; returns float32 observations."""
+        """Start the next episodes; returns float32 observations, see :attr:`by_count`."""
         seen = self.game.reset()
         wrong = torch.zeros_like(seen.active[:, 0])
         illegal = torch.zeros_like(seen.active, dtype=torch.int64)
@@ -120,11 +124,12 @@ class Play:
         """Play one decision.
 
         Args:
-            action: array or tensor of integers. In place of an illegal one 0 is played.
+            action: array or tensor of integers, see :attr:`by_count`. An illegal one is replaced
+                by 0.
 
         Returns:
             The next observations, zeros at the end; ``(B, A)`` float32 rewards, or ``(B, 1)``
-            where all agents of an image share it; whether the episodes have ended.
+            if all agents of an image share it; whether the episodes have ended.
 
         Raises:
             UserError: wrong shape or value, or no episode is running.
@@ -158,7 +163,7 @@ class Play:
         return observation, reward, over
 
     def draw(self, row: int = 0) -> NDArray[np.uint8] | str | None:
-        """Image ``row`` and its tokens after each decision: a picture, a text, or that printed.
+        """Image ``row`` and its tokens after each decision, as the render mode says.
 
         Raises:
             UserError: there is no render mode, or no episode was started.
@@ -186,13 +191,13 @@ class Play:
         self._now |= {"active": seen.active, "state": seen.state.float()}
         self._now["legal"] = self._legal(seen.legal)
         if self.by_count:
-            # Also where nothing can be removed: a value function must know how late it is.
+            # Shown to inactive agents too: a value function needs to know the decision's number.
             return torch.cat([seen.agents[:, 0], seen.shared], dim=-1).float()
         shared = seen.shared[:, None] * seen.active[..., None]
         return torch.cat([seen.agents, shared], dim=-1).float()
 
     def _legal(self, legal: Tensor | None) -> Tensor:
-        """``legal``; where the rules tell nothing, all for the active and 0 for the others."""
+        """``legal``; if the rules give none, all actions of active agents, and 0 of the others."""
         if legal is None:
             more = self._now["active"][..., None].expand(-1, -1, self.game.actions - 1)
             return torch.cat([torch.ones_like(more[..., :1]), more], dim=2)
@@ -207,7 +212,7 @@ class Play:
         if given.shape != shape:
             raise UserError(f"action has shape {tuple(given.shape)}: give one of shape {shape}")
         chosen = given.to(torch.int64)
-        # Elsewhere than on a CPU a look at the values would make the accelerator wait.
+        # Values are checked on a CPU only: reading them would synchronise with an accelerator.
         if given.device.type == "cpu":
             wrong = (chosen != given) | (chosen < 0) | (chosen >= self.game.actions)
             if wrong.any():
@@ -235,17 +240,17 @@ class Play:
 def open_play(
     rules: str, render_mode: str | None, game: dict[str, Any], batch_size: int = 1
 ) -> Play:
-    """The game of an environment whose ``rules`` and ``batch_size`` are its own.
+    """The game of an environment, which fixes ``rules`` and ``batch_size`` itself.
 
     Args:
-        rules: by name. Rules of one agent per block decide by ``count`` unless ``game`` tells
-            another ``action``: a number is what every learner can play.
+        rules: name of the rules. Those with one agent per block use ``action="count"`` unless
+            ``game`` has another ``action``: every learner can handle a Discrete space.
         render_mode: one of :data:`RENDER_MODES`, or None.
-        game: what :func:`~tokenenv.game.build.build_game` takes.
+        game: the other arguments of :func:`~tokenenv.game.build.build_game`.
         batch_size: images per episode.
 
     Raises:
-        UserError: a value that is unknown or doesn't go with the others.
+        UserError: a value is unknown or contradicts another one.
     """
     for name in ("rules", "batch_size"):
         if name in game:
@@ -258,16 +263,16 @@ def open_play(
 
 
 def one_image(action: Any) -> Tensor:
-    """The action of a single image as that of a batch of one.
+    """The action of a single image with a batch dimension of 1 added.
 
     Raises:
-        UserError: it is no array of numbers.
+        UserError: it is not an array of numbers.
     """
     return _as_numbers(action)[None]
 
 
 def _as_numbers(action: Any) -> Tensor:
-    """Actions in whatever form as a tensor that can be compared with integers."""
+    """Actions in any array-like form as a tensor that can be compared with integers."""
     if isinstance(action, Tensor):
         if not action.is_complex():
             return action
@@ -277,13 +282,13 @@ def _as_numbers(action: Any) -> Tensor:
         except (TypeError, ValueError):  # rows of different lengths, tensors of another device
             given = np.asarray(None)
         if given.dtype.kind in "biuf":
-            # torch compares no unsigned integers but bytes with others.
+            # torch can't compare unsigned integers wider than a byte with other types.
             return torch.as_tensor(given.astype(np.int64) if given.dtype.kind == "u" else given)
     raise UserError(f"action of {type(action).__name__} does not hold whole numbers only")
 
 
 def one_choice(action: Any, choices: int) -> int | None:
-    """One agent's action, a number in whatever form, as an int; None if it is no legal value."""
+    """One agent's action, any kind of number, as an int; None unless it is in 0..choices - 1."""
     try:
         given = _as_numbers(action)
     except UserError:

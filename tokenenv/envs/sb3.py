@@ -1,4 +1,4 @@
-"""stable-baselines3's own vectorised form of the games: one batched game, no processes.
+"""The games as a stable-baselines3 ``VecEnv``: one batched game, no processes.
 
 Needs ``pip install 'tokenenv[sb3]'``.
 """
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenenv.envs import ids
-from tokenenv.envs.vector import GameVectorEnv
+from tokenenv.envs.vector_base import GameVectorEnv
 from tokenenv.errors import UserError
 
 try:
@@ -26,19 +26,19 @@ class SB3VecEnv(VecEnv):
     """A batched game for the learners of stable-baselines3 and sb3-contrib.
 
     All images end together, and the next ones start in the same step. An info dict has the keys
-    of the Gymnasium environment's; at the end in addition ``terminal_observation``,
-    ``TimeLimit.truncated`` (always False) and ``episode``, with the return ``r`` and length ``l``
-    that learners log. MaskablePPO finds ``action_masks``.
+    of the Gymnasium environment's info, and at the end of an episode also
+    ``terminal_observation``, ``TimeLimit.truncated`` (always False) and ``episode``, with the
+    return ``r`` and length ``l`` that learners log. ``action_masks`` is there for MaskablePPO.
 
     Args:
         id: a registered id, such as ``tokenenv/LayerMerge-v0``.
         num_envs: number of images B in one batch.
         render_mode: ``human``, ``rgb_array``, ``ansi`` or None, for each image.
-        **game: what :func:`~tokenenv.game.build.build_game` takes.
+        **game: arguments of :func:`~tokenenv.game.build.build_game`.
 
     Raises:
-        UserError: stable-baselines3 is not installed, or a value that is unknown or doesn't go
-            with the others.
+        UserError: stable-baselines3 is not installed, or a value is unknown or contradicts
+            another one.
 
     Example:
         >>> from stable_baselines3 import PPO
@@ -62,7 +62,7 @@ class SB3VecEnv(VecEnv):
         )
 
     def reset(self) -> NDArray[np.float32]:
-        """Take the next images, from the order of the seed given to :meth:`seed` before.
+        """Start with the next images; a seed given to :meth:`seed` restarts their order.
 
         Returns:
             ``(B, ...)`` float32 observations.
@@ -99,7 +99,7 @@ class SB3VecEnv(VecEnv):
         return observations, rewards, ends, final
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: the environment holds no resources."""
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
         """An attribute of the batched game, which all images share, once per index."""
@@ -107,7 +107,7 @@ class SB3VecEnv(VecEnv):
         return [value for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        """Set an attribute of the batched game: for all images, whatever ``indices`` says."""
+        """Set an attribute of the batched game, for all images; ``indices`` is ignored."""
         setattr(self.envs, attr_name, value)
 
     def env_method(
@@ -127,16 +127,16 @@ class SB3VecEnv(VecEnv):
         return [None if results is None else results[i] for i in self._get_indices(indices)]
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: Any = None) -> list[bool]:
-        """Nothing is wrapped."""
+        """Whether each image's environment is wrapped: always False."""
         return [False for _ in self._get_indices(indices)]
 
     def get_images(self) -> Sequence[NDArray[np.uint8] | None]:
-        """A picture of each image, for ``render_mode="rgb_array"``."""
+        """A picture ``(H, W, 3)`` of each image, for ``render_mode="rgb_array"``."""
         return self.env_method("render")
 
 
 def _rows(infos: dict[str, Any], count: int) -> list[dict[str, Any]]:
-    """Gymnasium's infos of arrays as a dict of plain values for each image."""
+    """Gymnasium's vector infos as one dict of plain values per image."""
     rows: list[dict[str, Any]] = [{} for _ in range(count)]
     for key, values in infos.items():
         if key.startswith("_") or key.startswith("final_"):

@@ -1,4 +1,4 @@
-"""TorchRL's form of the games: one batched game on tensors, for TorchRL and BenchMARL.
+"""The games as TorchRL environments: one batched game on tensors, for TorchRL and BenchMARL.
 
 Needs ``pip install 'tokenenv[torchrl]'`` or ``'tokenenv[benchmarl]'``.
 """
@@ -29,31 +29,30 @@ GROUP = "agents"
 class TorchRLEnv(EnvBase):
     """A batched game of ``B`` images with ``A`` agents each, as a TorchRL environment.
 
-    Nothing leaves the game's device, no array is made. The roster is fixed: an agent that may no
-    longer act sees zeros, and its only legal action is 0. In place of an illegal action 0 is
-    played, and counted. In a game that decides by count ``A`` is 1.
+    All tensors stay on the game's device. The number of agents is fixed: an agent that may no
+    longer act observes zeros, and its only legal action is 0. An illegal action is replaced by 0
+    and counted. With ``action="count"`` ``A`` is 1.
 
     | Key | Shape | Meaning |
     |---|---|---|
-    | `("agents", "observation")` | `(B, A, F + G)` float32 | what an agent sees; zeros at the end |
+    | `("agents", "observation")` | `(B, A, F + G)` float32 | what an agent observes; zeros at the end |
     | `("agents", "action_mask")` | `(B, A, n)` bool | which of the `n` actions are legal |
-    | `("agents", "active_mask")` | `(B, A)` bool | whether the agent may act; at the end of `TokenPrune-v0` whether it was left, elsewhere False |
+    | `("agents", "active_mask")` | `(B, A)` bool | whether the agent may act; at the end False, but in `TokenPrune-v0` whether its token is left |
     | `("agents", "action")` | `(B, A)` int64 | 0 to `n - 1` |
     | `("agents", "reward")` | `(B, A, 1)` float32 | the agent's reward |
-    | `"state"` | `(B, S)` float32 | the image's state, for a central critic; at the end that of the last decision |
-    | `("info", "tokens_left")` | `(B, 1)` int64 | living tokens |
+    | `"state"` | `(B, S)` float32 | the image's state, for a centralised critic; at the end that of the last decision |
+    | `("info", "tokens_left")` | `(B, 1)` int64 | visual tokens left |
     | `("info", "illegal_actions")` | `(B, 1)` int64 | illegal actions in this episode |
-    | `("info", "correct")`, `("info", "dense_correct")` | `(B, 1)` bool | whether the reduced and the dense model name the true class; False until the end |
+    | `("info", "correct")`, `("info", "dense_correct")` | `(B, 1)` bool | whether the reduced and the dense model predict the true class; False before the end |
     | `"done"`, `"terminated"`, `"truncated"`, also under `"agents"` | `(B, 1)`, `(B, A, 1)` bool | all images and agents terminate together, nothing is truncated |
 
     Args:
         id: a registered id, such as ``tokenenv/TokenPrune-v0``.
         num_envs: number of images B in one batch.
-        **game: what :func:`~tokenenv.game.build.build_game` takes.
+        **game: arguments of :func:`~tokenenv.game.build.build_game`.
 
     Raises:
-        UserError: TorchRL is not installed, or a value that is unknown or doesn't go with the
-            others.
+        UserError: TorchRL is not installed, or a value is unknown or contradicts another one.
 
     Example:
         >>> from torchrl.envs.utils import check_env_specs
@@ -101,10 +100,10 @@ class TorchRLEnv(EnvBase):
         )
 
     def to(self, device: Any) -> TorchRLEnv:
-        """Nothing where the game is there already.
+        """The environment itself, if it is on ``device`` already.
 
         Raises:
-            UserError: another device: several environments may share the model.
+            UserError: it is on another device. It can't move: environments may share the model.
         """
         if torch.empty(0, device=device).device != self._play.game.backbone.device:
             raise UserError(
@@ -114,7 +113,7 @@ class TorchRLEnv(EnvBase):
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDict:
         wanted = None if tensordict is None else tensordict.get("_reset", None)
-        # Elsewhere than on a CPU a look at the values would make the accelerator wait.
+        # Values are checked on a CPU only: reading them would synchronise with an accelerator.
         if wanted is not None and wanted.device.type == "cpu" and not wanted.all():
             raise UserError(
                 "some images can't be reset without the others: all of a batch end together"

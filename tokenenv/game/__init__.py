@@ -1,4 +1,4 @@
-"""The Markov game: rules, rewards, and the walk of images through the model between decisions."""
+"""The Markov game: rules, rewards, episodes, and the protocol of policies."""
 
 from tokenenv.game.game import Game, Transition
 

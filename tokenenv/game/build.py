@@ -1,4 +1,4 @@
-"""From the keyword arguments that all faces share to a :class:`~tokenenv.game.Game`."""
+"""Build a :class:`~tokenenv.game.Game` from the keyword arguments that all environments share."""
 
 from __future__ import annotations
 
@@ -38,41 +38,42 @@ def build_game(
     privileged: bool = False,
     **settings: Any,
 ) -> Game:
-    """Build the game that an environment shows.
+    """Build a game; environments pass their keyword arguments on to this function.
 
     Args:
         rules: ``token_prune``, ``layer_merge``, ``layer_prune``, a name given to
-            :func:`~tokenenv.game.rules.register_rules`, or ready rules, which have their blocks and
-            settings.
-        model: a name that :func:`~tokenenv.vit.load.load_backbone` knows, or a ready backbone,
-            which several environments may share.
+            :func:`~tokenenv.game.rules.register_rules`, or an instance of rules, which has its
+            blocks and settings already.
+        model: a name that :func:`~tokenenv.vit.load.load_backbone` knows, or a backbone, which
+            several environments may share.
         weights: a file of weights for a model given by name.
-        data: a folder or data set name that :func:`~tokenenv.data.open_source` knows, or a ready
+        data: a folder or data set name that :func:`~tokenenv.data.open_source` knows, or an image
             source; None: the embedded digits.
-        split: which part of ``data`` to open where it has parts; a ready source is taken as it is.
+        split: which part of ``data`` to open if it has parts; ignored for an image source.
         blocks: the decision blocks; None: ``max_cycles`` of them, spread evenly over the model.
         max_cycles: decisions per episode; None: as many as ``blocks``, or 3 for ``token_prune``
             and one for each block otherwise.
         reward: a name, any :class:`~tokenenv.game.rewards.Reward`, or a function of a
             :class:`~tokenenv.game.rewards.Turn`; None: the rules' own, ``alpha_beta`` for
             ``token_prune`` and ``dora`` otherwise.
-        reward_kwargs: parameters of a reward given by name, in place of its defaults. Those are
-            the reward class's own, but for ``alpha``, ``24 * P / 196`` for ``P`` tokens (it keeps
-            the equilibrium share of tokens of RL4EViT's code), and keep-target's ``targets``,
-            ``0.7 ** (i + 1)`` after decision ``i``.
-        device: where to put a model given by name; a ready backbone stays where it is.
-        dtype: what a model given by name computes in: ``float32``, ``bfloat16`` or ``float16``;
-            observations and rewards are float32 all the same.
-        execution: ``masked``, ``padded`` or ``packed``; None takes what suits the device.
-        batch_size: images per episode, repeats counted.
+        reward_kwargs: parameters of a reward given by name, in place of its defaults. The defaults
+            are those of the reward's class, except for ``alpha``, ``24 * P / 196`` for ``P`` tokens
+            (so that the equilibrium share of tokens is that of RL4EViT's code), and the
+            ``targets`` of ``keep_target``, ``0.7 ** (i + 1)`` after decision ``i``.
+        device: where to put a model given by name; a given backbone stays where it is.
+        dtype: the precision of a model given by name: ``float32``, ``bfloat16`` or ``float16``.
+            Observations and rewards are always float32.
+        execution: ``masked``, ``padded`` or ``packed``; None: by device, see
+            :func:`~tokenenv.game.episode.default_execution`.
+        batch_size: images per episode, repeats included.
         repeats: how many times in a row each image is in the batch.
         privileged: whether observations hold what DORA's critic reads, see
             :class:`~tokenenv.game.Game`.
-        **settings: of the rules, such as ``features``; see :class:`~tokenenv.TokenPrune`,
+        **settings: settings of the rules, such as ``features``; see :class:`~tokenenv.TokenPrune`,
             :class:`~tokenenv.LayerMerge` and :class:`~tokenenv.LayerPrune`.
 
     Raises:
-        UserError: a value that is unknown or doesn't go with the others.
+        UserError: a value is unknown or contradicts another one.
     """
     if isinstance(model, str):
         backbone = load_backbone(model, weights, device, dtype)
@@ -105,10 +106,10 @@ def build_rules(
     max_cycles: int | None,
     settings: dict[str, Any],
 ) -> Rules:
-    """Rules by name for a model of ``depth`` blocks; ready ones as they are.
+    """Rules by name for a model of ``depth`` blocks; an instance is returned as it is.
 
     Raises:
-        UserError: unknown name or setting, a value out of its range, or settings for ready rules.
+        UserError: unknown name or setting, a value out of range, or settings beside an instance.
     """
     if isinstance(rules, Rules):
         given = {"blocks": blocks, "max_cycles": max_cycles, **settings}
@@ -135,7 +136,7 @@ def build_rules(
             "leave one of the two out"
         )
     chosen = cls.decision_blocks(depth, max_cycles) if blocks is None else tuple(blocks)
-    # Lists come from JSON and from users; rules are hashable.
+    # Lists come from JSON and from users; rules are hashable, so they hold tuples.
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
     made: Rules = cls(blocks=chosen, **values)
     return made
@@ -147,10 +148,12 @@ def build_reward(
     rules: Rules,
     patches: int,
 ) -> Reward:
-    """A reward by name with defaults for these rules and ``patches`` patches, or itself.
+    """A reward by name, with the defaults for these rules and ``patches`` patches.
+
+    A :class:`Reward` is returned as it is; a function is wrapped as one.
 
     Raises:
-        UserError: unknown name or parameter, or parameters for a reward that is no name.
+        UserError: unknown name or parameter, or parameters for a reward that is not a name.
     """
     reward = rules.default_reward if reward is None else reward
     if not isinstance(reward, str):

@@ -1,4 +1,4 @@
-"""Values that rules, rewards and reducers have in common, and their checks."""
+"""Checks and defaults of values that rules, rewards and reducers have in common."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_blocks(blocks: Sequence[int]) -> None:
 
 
 def check_features(features: Sequence[str], known: Sequence[str]) -> None:
-    """Raise :class:`UserError` unless ``features`` are some of ``known``, each only once."""
+    """Raise :class:`UserError` unless ``features`` are in ``known`` and none is repeated."""
     if not features or len(set(features)) < len(features):
         raise UserError(f"features={features!r}: name at least one, each only once")
     unknown = [f for f in features if f not in known]
@@ -47,7 +47,7 @@ def check_keep(keep: float) -> None:
 def spread_blocks(depth: int, count: int = 3) -> tuple[int, ...]:
     """``count`` decision blocks spread evenly over ``depth`` blocks: 3, 6, 9 of 12.
 
-    Fewer where there are not so many after the first.
+    Block 0 is never one; a model with fewer than ``count`` other blocks gets fewer.
     """
     count = max(1, min(count, depth - 1))
     return tuple(round(depth * (i + 1) / (count + 1)) for i in range(count))

@@ -17,11 +17,11 @@ from tokenenv.vit.backbone import Backbone
 def measured_macs(run: Callable[[], Any]) -> float:
     """Multiply-adds of matrix products and convolutions that ``run()`` really executes.
 
-    torch's own counter, which counts 2 per multiply-add. In some releases (2.13, 2.14) it misses
-    fused attention on a CPU, so attention runs as the matrix products it is made of.
+    Uses torch's FLOP counter, which counts 2 per multiply-add. In some releases (2.13, 2.14) it
+    misses fused attention on a CPU, so attention runs as separate matrix products.
     """
     counter = FlopCounterMode(display=False)
-    # The counter can't look inside inference tensors.
+    # The counter does not work with inference tensors.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         run()
     return counter.get_total_flops() / 2
@@ -30,9 +30,9 @@ def measured_macs(run: Callable[[], Any]) -> float:
 class Cost:
     """Closed-form multiply-adds per image, for any number of tokens in each block.
 
-    Per block with n tokens of width d: all linear layers (12 n d^2 for a plain block) and the two
-    products of attention (2 n^2 d); besides, the patch embedding and the head. Norms, softmax
-    and activations are not counted.
+    Counted are, per block with n tokens of width d, all linear layers (12 n d^2 for a plain block)
+    and the two matrix products of attention (2 n^2 d), and besides the patch embedding and the
+    head. Norms, softmax and activations are not counted.
 
     Args:
         backbone: the model.
@@ -48,7 +48,7 @@ class Cost:
         self._head, self._head_slope = head
 
     def _measure_ends(self) -> tuple[float, tuple[float, float]]:
-        """Embedding, and the head as intercept and slope in the number of tokens."""
+        """MACs of the patch embedding, and of the head: intercept and slope in the tokens."""
         backbone = self.backbone
         shape = (1, *backbone.image_shape)
         image = torch.zeros(shape, device=backbone.device, dtype=backbone.dtype)
@@ -68,8 +68,8 @@ class Cost:
         """Multiply-adds of each image.
 
         Args:
-            attended: for each block ``(B,)`` tokens its attention worked on, prefix included.
-            fed: the same for its MLP.
+            attended: for each block ``(B,)`` tokens in its attention, prefix included.
+            fed: for each block ``(B,)`` tokens in its MLP, prefix included.
 
         Returns:
             ``(B,)`` float64.
@@ -85,7 +85,7 @@ class Cost:
         return total + fed[-1].double() * self._head_slope
 
     def dense(self) -> float:
-        """Multiply-adds of the untouched model for one image."""
+        """Multiply-adds of the dense model for one image."""
         count = torch.tensor([self.backbone.prefix + self.backbone.patches])
         counts = [count] * self.backbone.depth
         return float(self.backbone_macs(counts, counts))
@@ -93,12 +93,12 @@ class Cost:
     def decision_macs(
         self, method: Method, attended: Sequence[Tensor], fed: Sequence[Tensor]
     ) -> Tensor:
-        """``(B,)`` multiply-adds of all decisions: what they read and compute.
+        """``(B,)`` multiply-adds of all decisions, including what they read.
 
         Args:
-            method: what decides.
+            method: the policy or reducer.
             attended: as for :meth:`backbone_macs`.
-            fed: likewise.
+            fed: as for :meth:`backbone_macs`.
         """
         full = self.backbone.prefix + self.backbone.patches
         reduction = method.reduction
@@ -114,5 +114,5 @@ class Cost:
 
 
 def _linear_macs(layers: Sequence[nn.Linear]) -> int:
-    """Multiply-adds per token."""
+    """Multiply-adds of linear layers per token."""
     return sum(layer.in_features * layer.out_features for layer in layers)

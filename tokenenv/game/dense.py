@@ -1,4 +1,4 @@
-"""What the dense model says of the images of a source: computed once for each, then kept."""
+"""The dense model's outputs for the images of a source: computed once for each, then kept."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tokenenv.vit.backbone import Backbone
 
 
 class DenseAnswers:
-    """Logits of the dense model, and its summary tokens where decisions are due, by image.
+    """The dense model's logits, and its summary tokens where decisions are due, by image.
 
     Args:
         backbone: the model.
         reduction: says in which blocks decisions are due.
 
     Attributes:
-        trail: whether summary tokens are kept too; setting it forgets what is known.
+        trail: whether summary tokens are kept, too; see :meth:`keep_trail`.
     """
 
     def __init__(self, backbone: Backbone, reduction: Reduction) -> None:
@@ -31,25 +31,26 @@ class DenseAnswers:
         return len(self._known)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget the outputs of all images."""
         self._known.clear()
 
     def keep_trail(self, trail: bool) -> None:
-        """Whether summary tokens are needed; what was computed without them is forgotten."""
+        """Keep summary tokens from now on if ``trail``; outputs without them are forgotten."""
         if trail and not self.trail:
             self.clear()
         self.trail = self.trail or trail
 
     def __call__(self, index: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-        """What the dense model says of some images; only unknown ones are computed.
+        """The dense model's outputs for some images; it runs only on those not yet known.
 
         Args:
             index: ``(B,)`` positions in the source.
             images: ``(B, C, H, W)``.
 
         Returns:
-            ``(B, K)`` float32 logits; ``(B, T, D)`` float32 summary tokens when each decision but
-            the first is due, and at the end; T = 0 without :attr:`trail`.
+            ``(B, K)`` float32 logits; ``(B, T, D)`` float32 summary tokens at the second to the
+            last decision and after the last block. T is the number of decisions, or 0 without
+            :attr:`trail`.
         """
         keys = index.tolist()
         missing = [i for i, key in enumerate(keys) if key not in self._known]
@@ -77,23 +78,32 @@ class DenseAnswers:
         return backbone.classify(tokens), torch.stack(trail, 1)
 
     def export(self) -> tuple[list[int], list[Tensor]]:
-        """All that is known: images' positions, and tensors on the CPU with a row for each."""
+        """Positions of all known images, and their outputs: CPU tensors with a row per image."""
         rows = zip(*self._known.values(), strict=True)
         return list(self._known), [torch.stack(column).cpu() for column in rows]
 
     def add(self, keys: Sequence[int], columns: Sequence[Tensor]) -> None:
-        """Take over what another game's :meth:`export` gave, of the same images."""
+        """Add what :meth:`export` of another game with the same source returned."""
         on_device = [column.to(self.backbone.device) for column in columns]
         for key, logits, trail in zip(keys, *on_device, strict=True):
             self._known[key] = (logits, trail)
 
 
-# Dense model's probability of the label, its margin, and its entropy.
 CONFIDENCE_DIM = 3
+"""Width of :func:`confidence`."""
 
 
 def confidence(dense: Tensor, labels: Tensor) -> Tensor:
-    """``(B, 3)`` what only a critic in training may know: how sure the dense model is."""
+    """How confident the dense model is; for critics in training only, as it needs the labels.
+
+    Args:
+        dense: ``(B, K)`` logits of the dense model.
+        labels: ``(B,)`` true classes.
+
+    Returns:
+        ``(B, 3)`` probability of the true class, its margin to the most probable other class, and
+        the entropy of the prediction in nats.
+    """
     p = dense.softmax(1)
     true = p.gather(1, labels[:, None])
     others = p.scatter(1, labels[:, None], 0.0).amax(1, keepdim=True)

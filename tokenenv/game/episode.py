@@ -1,4 +1,4 @@
-"""One batch of images on its way through the model, decision by decision."""
+"""One forward pass of a batch of images that stops at each decision for an action."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ EXECUTIONS = ("masked", "padded", "packed")
 
 
 def default_execution(device: torch.device) -> Execution:
-    """Packed on a CPU, where it saves most; masked elsewhere, where counts would be waited for."""
+    """``packed`` on a CPU, where it is fastest; else ``masked``, without host-device syncs."""
     return "packed" if device.type == "cpu" else "masked"
 
 
 class Episode:
-    """``B`` images on their way from their embedding to their logits; :meth:`start` makes one.
+    """The forward pass of ``B`` images in parts; :meth:`start` makes one.
 
     The model runs up to the next decision, waits for an action, and goes on.
 
     Attributes:
         backbone: the model.
-        reduction: where decisions fall, and what they do.
+        reduction: in which blocks decisions are due, and what they do.
         execution: see :meth:`start`.
-        tokens: the state now; packed where that is how they run and the reduction takes them so.
-        moment: the decision that is due; until :attr:`done`.
+        tokens: the state now; packed if ``execution`` is and the reduction takes packed tokens.
+        moment: the state at the decision that is due; not there once :attr:`done`.
         step: number of decisions taken.
         logits: ``(B, classes)`` once :attr:`done`, else None.
         counts: ``(B,)`` visual tokens before the first decision and after each one so far.
-        attended, fed: ``(B,)`` living tokens, prefix included, that the attention and the MLP
-            of each block run so far worked on.
+        attended, fed: for each block run so far, ``(B,)`` tokens in its attention and in its MLP,
+            prefix included.
     """
 
     moment: Moment
@@ -49,7 +49,7 @@ class Episode:
         self, backbone: Backbone, reduction: Reduction, tokens: Tokens, execution: Execution
     ) -> None:
         self.backbone, self.reduction, self.execution = backbone, reduction, execution
-        # A single image needs no packing: its tokens just leave.
+        # A single image needs no packing: its removed tokens are cut out.
         self._packed = execution == "packed" and reduction.packed and len(tokens.x) > 1
         self.tokens = packing.end_to_end(tokens) if self._packed else tokens
         self.step = 0
@@ -69,13 +69,13 @@ class Episode:
 
         Args:
             backbone: the model.
-            reduction: where decisions fall, and what they do.
+            reduction: in which blocks decisions are due, and what they do.
             images: ``(B, C, H, W)`` normalised images on the backbone's device.
-            execution: ``masked``: nothing moves, dead tokens are hidden from attention (no saving,
-                no host-device sync). ``padded``: the living tokens are compacted to the longest
-                image of the batch. ``packed``: every image goes on at its own length; between
-                decisions the living tokens of all lie end to end. All give the same logits, and
-                the same decisions of a policy that does not draw at random.
+            execution: ``masked``: removed tokens stay in memory and attention masks them (no
+                saving, no host-device sync). ``padded``: removed tokens are cut out, and all
+                images are padded to the longest of the batch. ``packed``: every image has its own
+                length, and the tokens of all images are concatenated without padding. All three
+                give the same logits and the same decisions of a deterministic policy.
 
         Raises:
             UserError: an unknown execution.
@@ -88,21 +88,23 @@ class Episode:
 
     @property
     def done(self) -> bool:
-        """Whether the logits are there."""
+        """Whether the last decision was taken and the logits are computed."""
         return self.logits is not None
 
     def observe(self, *, state: bool = False) -> Observation:
-        """What the agents see, as the tokens lie now; for rules, which have agents.
+        """What the agents observe, in the current order of the tokens; only if there are agents.
 
-        ``state``: whether to add the image's global state.
+        Args:
+            state: whether to add the image's global state.
         """
         assert isinstance(self.reduction, Rules)
         return self.reduction.observe(self.backbone, self.moment, state=state)
 
     def act(self, action: Tensor | None) -> None:
-        """Apply ``action``, as the tokens lie now, and run on to the next decision or the end.
+        """Apply an action and run the model up to the next decision, or to the logits.
 
-        ``action``: None for a reduction without agents.
+        Args:
+            action: as :meth:`Reduction.apply` takes it; None for a reduction without agents.
         """
         self.tokens = self.reduction.apply(self.moment, action)
         del self.moment  # keys and old tokens: memory that the next blocks can use
@@ -117,10 +119,15 @@ class Episode:
         self._advance()
 
     def finish(self, rows: Tensor) -> Tensor:
-        """``(b, classes)`` logits of some images if nothing more were removed from here on.
+        """The logits of some images if no further token were removed.
 
-        The stored state goes on, nothing is computed anew; the episode stays where it is.
-        ``rows``: ``(b,)`` which images.
+        Runs the remaining blocks from the current tokens; the episode itself does not change.
+
+        Args:
+            rows: ``(b,)`` indices of the images.
+
+        Returns:
+            ``(b, classes)`` logits.
         """
         if self.logits is not None:
             return self.logits[rows]
@@ -132,7 +139,7 @@ class Episode:
         return self.backbone.classify(packing.unpack(tokens))
 
     def _advance(self) -> None:
-        """Run to the next decision, or to the logits."""
+        """Run the model up to the next decision, or to the logits."""
         reduction, backbone = self.reduction, self.backbone
         decisions_left = self.step < len(reduction.blocks)
         # Half 2 b is the attention of block b, half 2 b + 1 its MLP.
@@ -157,7 +164,7 @@ class Episode:
 
     def _prepare(self) -> Match | None:
         device = self.tokens.x.device.type
-        if not torch.is_autocast_enabled(device):  # entering and leaving it takes its time
+        if not torch.is_autocast_enabled(device):  # the context manager takes time
             return self.reduction.prepare(self.tokens, self._context)
         with torch.autocast(device, enabled=False):
             return self.reduction.prepare(self.tokens, self._context)

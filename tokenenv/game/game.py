@@ -20,12 +20,12 @@ from tokenenv.vit.packing import unpack
 
 @dataclass(frozen=True)
 class Transition:
-    """What one step of the game gives back.
+    """What one step of the game returns.
 
     Attributes:
-        observation: the next decision; None when the episode has ended.
-        reward: ``(B, A)`` float32 per agent, or ``(B, 1)`` where all agents of an image share it.
-        done: ``(B,)`` bool, whose episode ended with this step; here all or none.
+        observation: at the next decision; None when the episode has ended.
+        reward: ``(B, A)`` float32 per agent, or ``(B, 1)`` if all agents of an image share it.
+        done: ``(B,)`` bool, which images' episodes ended with this step: all or none.
         outcome: logits and labels at the end of the episode, else None.
     """
 
@@ -38,35 +38,41 @@ class Transition:
 class Game:
     """Vision Transformer inference as a Markov game, batched on one device.
 
-    A fixed roster: an agent that may no longer act stays on it, sees zeros and its action is
-    ignored. All images of the batch end together after :attr:`steps` decisions. No Python loop
-    over images or agents; with masked execution no host-device sync before the end of an episode.
-    What the dense model says of an image, once computed, is kept on the device: its logits, and
-    where the reward asks for it a summary token per decision.
+    The number of agents is fixed: one that may no longer act observes zeros, and its action is
+    ignored. All images of the batch end together after :attr:`steps` decisions. There is no Python
+    loop over images or agents, and with masked execution no host-device sync before the end of an
+    episode. What the dense model computes for an image is kept on the device: its logits, and its
+    summary token at each decision if the reward needs it.
 
     Args:
         backbone: the frozen model.
-        rules: what agents see and do.
+        rules: what agents observe and do.
         reward: maps a :class:`~tokenenv.game.rewards.Turn` to ``(B, A)`` or ``(B, 1)`` rewards; may
-            be replaced between episodes, by one of another price say.
-        source: where the images come from.
-        batch_size: B, images per episode, repeats counted.
-        repeats: how many times in a row each image is in the batch; several tries at one image
-            tell a learner what the tries, and not the image, made of the reward.
-        seed: of the order of the images.
-        execution: ``masked``, ``padded`` or ``packed``; None takes what suits the device.
-        privileged: whether observations also hold what a critic of DORA reads in training: all
-            tokens, and in the state the dense model's logits and the course of the episode.
+            be replaced between episodes, for instance by one with another price.
+        source: the images.
+        batch_size: B, images per episode, repeats included.
+        repeats: how many times in a row each image is in the batch. The mean reward of the repeats
+            is a baseline that depends on the image only.
+        seed: seed of the order of the images.
+        execution: ``masked``, ``padded`` or ``packed``; None: by device, see
+            :func:`~tokenenv.game.episode.default_execution`.
+        privileged: whether observations also hold what DORA's critic reads in training: all
+            tokens, and in the state the dense model's logits and the progress of the episode.
 
     Attributes:
-        agents: number A of agents per image; ``actions``: of actions of each.
+        agents: number A of agents per image.
+        actions: number of actions of each agent.
         steps: decisions per episode.
-        agent_dim, shared_dim, state_dim: widths of the observation's parts.
+        agent_dim, shared_dim, state_dim: widths F, G and S of the observation's parts.
         images, labels, index: ``(B, C, H, W)``, ``(B,)``, and ``(B,)`` positions in the source.
-        dense: ``(B, K)`` float32 logits of the dense model; ``answers``: those of all images met.
+        dense: ``(B, K)`` float32 logits of the dense model.
+        answers: what the dense model said of all images played so far.
         on_reset: called with the number of episodes before they start; does nothing unless set.
-        history: ``(B, P)`` bool which patches a token stood for after each decision so far.
+        history: after each decision so far, ``(B, P)`` bool, which patches have a token.
         counts: ``(B,)`` visual tokens before the first decision and after each one so far.
+
+    Raises:
+        UserError: the rules don't fit the model, or ``batch_size`` is no multiple of ``repeats``.
     """
 
     def __init__(
@@ -105,19 +111,19 @@ class Game:
         self.episode: Episode | None = None
 
     def seed(self, seed: int) -> None:
-        """Start the order of the images anew."""
+        """Restart the order of the images from ``seed``."""
         if not self._prepared:
-            # Dense logits are rounded as the images met in batches: what was played before the
-            # seed would show in what comes after it.
+            # Rounding of dense logits depends on which images share a batch. Logits kept from
+            # before the seed would make what follows depend on what was played before.
             self.answers.clear()
         self.stream = Stream(self.source, self._per_batch, seed, *self._part)
         self.batch_size = self.stream.part_size * self.repeats
 
     def share(self, rank: int, of: int, seed: int) -> None:
-        """Play one of ``of`` processes' part of every batch, of images in the order of ``seed``.
+        """Play only part ``rank`` of ``of`` of every batch, for data-parallel training.
 
-        Together the processes play what one would; see :class:`~tokenenv.data.Stream` for what
-        they must know of unreadable images.
+        Together the processes play the batches that a single one would play from ``seed``; see
+        :class:`~tokenenv.data.Stream` for unreadable images.
 
         Raises:
             UserError: a batch has fewer different images than there are processes.
@@ -125,10 +131,10 @@ class Game:
         self._part = (rank, of)
         self.seed(seed)
 
-    # Not inference_mode: a learner's autograd must be able to save what it is shown.
+    # Not inference_mode: a learner's autograd must be able to save the observations.
     @torch.no_grad()
     def reset(self) -> Observation:
-        """Take the next batch of images and play up to the first decision."""
+        """Take the next batch of images and run the model up to the first decision."""
         self.on_reset(self.batch_size)
         batch = self.stream.next()
         device = self.backbone.device
@@ -214,7 +220,7 @@ class Game:
         return torch.full((len(self.images),), value, device=self.backbone.device)
 
     def _observe(self) -> Observation:
-        """The observation on the roster, with the critic's privileged numbers."""
+        """The observation ordered by agent, with the numbers that only a critic reads."""
         assert self.episode is not None
         seen = self.episode.observe(state=True)
         assert seen.state is not None
@@ -235,7 +241,7 @@ class Game:
         )
 
     def _all_tokens(self) -> Tensor:
-        """``(B, prefix + P, D)`` all living tokens, zeros for the others."""
+        """``(B, prefix + P, D)`` the tokens that are left, then zeros."""
         assert self.episode is not None
         tokens = unpack(self.episode.tokens)
         x = tokens.x * tokens.alive[..., None]
@@ -243,7 +249,7 @@ class Game:
         return torch.nn.functional.pad(x, (0, 0, 0, full - x.shape[1]))
 
     def _course(self) -> Tensor:
-        """``(B, 3)`` compression and damage so far, and what damage costs now."""
+        """``(B, 3)`` compression and damage so far, and the price of damage now."""
         depth, counts = self.backbone.depth, self.counts
         compressed = self._nothing()
         for block, before, after in zip(self.rules.blocks, counts, counts[1:], strict=False):
@@ -275,15 +281,15 @@ class Game:
             self._measured = (*self._measured, found)
 
     def _ask(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """What the dense model says of :attr:`images`, at positions ``index`` in the source."""
+        """The dense model's logits and summary tokens for :attr:`images`."""
         self.answers.keep_trail(self.reward.keeps_trail)
         return self.answers(index, self.images)
 
     def prepare(self, batch_size: int = 64) -> Iterator[int]:
-        """Run the dense model on the whole source ahead, or a share; yields images done.
+        """Run the dense model on the whole source in advance; yields numbers of images done.
 
-        Of several processes each does its share of the batches; what they find they tell each
-        other through :attr:`answers`.
+        After :meth:`share` it runs on this process's share of the batches only; the processes
+        then exchange their results through :attr:`answers`.
         """
         self._prepared = True
         rank, of = self._part
@@ -296,5 +302,4 @@ class Game:
             yield len(index)
 
 
-# Compression, damage, its price.
-_COURSE_DIM = 3
+_COURSE_DIM = 3  # compression, damage, and the price of damage

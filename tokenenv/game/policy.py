@@ -1,4 +1,4 @@
-"""Methods, which reduce the tokens of a model, and policies, the methods that play games."""
+"""Methods, which reduce the tokens of a model, and policies, methods that act in games."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ M = TypeVar("M", bound="Method")
 class Method:
     """Reduces the tokens of a model: a :class:`Policy`, or a :class:`~tokenenv.reducers.Reducer`.
 
-    What runs, measures and compresses a model takes any method. A subclass may also be an
-    ``nn.Module``; its parameters are then saved with it and follow it to its device.
+    Evaluation, measurement and compression take any method. A subclass may also be an
+    ``nn.Module``; its parameters are then saved and moved to a device with it.
 
     Attributes:
-        trained_on: timm's name of the model that it was trained on; empty where any will do.
-        threshold: the probability by which it decides, where it does so; else None.
+        trained_on: timm's name of the model that it was trained on; empty if any model fits.
+        threshold: the probability from which it acts, or None if it uses no such threshold.
     """
 
     trained_on: str = ""
@@ -43,17 +43,17 @@ class Method:
 
     @property
     def reduction(self) -> Reduction:
-        """Where tokens go, and how."""
+        """In which blocks tokens are removed, and how."""
         raise NotImplementedError
 
     def next_action(self, episode: Episode) -> Tensor | None:
-        """The action for the decision that is due; None where nothing is decided."""
+        """The action for the decision that is due; None for a method without agents."""
         raise NotImplementedError
 
     def decision_macs(
         self, backbone: Backbone, block: int, before: Tensor, after: Tensor
     ) -> Tensor:
-        """Multiply-adds of one decision, all that it reads and computes.
+        """Multiply-adds of one decision, including what it reads.
 
         Args:
             backbone: the model.
@@ -67,16 +67,16 @@ class Method:
         return self.reduction.macs(backbone, block, before)
 
     def check_fit(self, backbone: Backbone, name: str) -> None:
-        """See that the method belongs to a model.
+        """Check that the method can run on a model.
 
         Args:
             backbone: the model.
-            name: its timm name; empty where it has none.
+            name: its timm name; empty if it has none.
 
         Raises:
             UserError: it was trained for another model, or its reduction doesn't fit.
         """
-        # Some policies could read another model's tokens; numbers of one would mislead here.
+        # Some policies could run on another model, but results would be misleading.
         trained_on = self.trained_on
         if trained_on and name and trained_on.split(".")[0] != name.split(".")[0]:
             raise UserError(
@@ -86,7 +86,7 @@ class Method:
         self.reduction.check(backbone)
 
     def on(self: M, device: torch.device) -> M:
-        """Itself, with its parameters, if it has any, on ``device`` and in eval mode."""
+        """The method itself, its parameters (if any) moved to ``device`` and in eval mode."""
         if isinstance(self, nn.Module):
             self.to(device).eval()
         return self
@@ -106,10 +106,10 @@ class Method:
 
 
 class Policy(Method):
-    """Decides for all agents of a batch of images at once.
+    """Chooses the actions of all agents of a batch of images at once.
 
     Attributes:
-        rules: what it decides under.
+        rules: the rules of the game that it plays.
         soft: whether it has :meth:`soft_play`, and so can be trained by gradient.
     """
 
@@ -117,35 +117,43 @@ class Policy(Method):
     soft: bool = False
 
     def act(self, observation: Observation) -> Tensor:
-        """``(B, A)`` int64 actions, as the tokens lie."""
+        """``(B, A)`` int64 actions, in the current order of the tokens."""
         raise NotImplementedError
 
     def macs(self, agents: Tensor, removed: Tensor) -> Tensor:
-        """Multiply-adds of one decision of ``agents`` agents that removed so many tokens."""
+        """Multiply-adds of computing the actions of one decision.
+
+        Args:
+            agents: ``(B,)`` float64 number of agents that acted.
+            removed: ``(B,)`` number of tokens that the decision removed.
+
+        Returns:
+            ``(B,)``.
+        """
         return torch.zeros_like(agents)
 
     def soft_play(self, backbone: Backbone, images: Tensor) -> tuple[Tokens, Tensor, Tensor]:
-        """Run ``images (B, C, H, W)`` with decisions that are drawn and have a gradient.
+        """Run ``images (B, C, H, W)`` with sampled, differentiable decisions.
 
         Returns:
-            The tokens after the last block, all of them; ``(B, V)`` 1 for the visual ones that
-            are kept; what the decisions add to the loss.
+            All tokens after the last block; ``(B, V)`` 1 for the visual tokens that are kept, 0
+            for the others; a scalar that the decisions add to the loss.
         """
         raise NotImplementedError
 
     @property
     def reduction(self) -> Rules:
-        """The rules."""
+        """The policy's rules."""
         return self.rules
 
     def next_action(self, episode: Episode) -> Tensor:
-        """What :meth:`act` says of what the agents see."""
+        """The actions that :meth:`act` chooses for the current observation."""
         return self.act(episode.observe())
 
     def decision_macs(
         self, backbone: Backbone, block: int, before: Tensor, after: Tensor
     ) -> Tensor:
-        """Those of the observation and of :meth:`macs`."""
+        """Multiply-adds of the observation and of :meth:`macs`; arguments as for a method."""
         agents = self.rules.deciders(before - backbone.prefix)
         own = self.macs(agents, before - after)
         return own + super().decision_macs(backbone, block, before, after)
@@ -155,8 +163,8 @@ class DuckPolicy(Policy):
     """Any object with ``rules`` and ``act`` as a policy; :func:`as_method` makes one.
 
     Args:
-        policy: the object. Where its cost is asked for it needs :meth:`macs` too, and where it is
-            written to disk ``save(path)``.
+        policy: the object. To have its cost counted it needs :meth:`macs`, too, and to be written
+            to disk ``save(path)``.
     """
 
     def __init__(self, policy: Any) -> None:
@@ -164,20 +172,32 @@ class DuckPolicy(Policy):
         self.trained_on = getattr(policy, "trained_on", "")
 
     def act(self, observation: Observation) -> Tensor:
-        """As the object."""
+        """The object's actions ``(B, A)``."""
         return self.policy.act(observation)
 
     def macs(self, agents: Tensor, removed: Tensor) -> Tensor:
-        """As the object."""
+        """The object's multiply-adds.
+
+        Raises:
+            UserError: it has no ``macs``.
+        """
         return self._own("macs(agents, removed)")(agents, removed)
 
     def config(self) -> dict[str, Any]:
-        """Only the object knows: see that it can be saved."""
+        """Empty, since the object writes its own config.
+
+        Raises:
+            UserError: it has no ``save``.
+        """
         self._own("save(path)")
         return {}
 
     def save(self, path: Path) -> None:
-        """As the object."""
+        """Write the object with its own ``save``.
+
+        Raises:
+            UserError: it has none.
+        """
         self._own("save(path)")(path)
 
     def _own(self, method: str) -> Callable[..., Any]:
@@ -189,7 +209,7 @@ class DuckPolicy(Policy):
 
 
 def as_method(what: Any) -> Method:
-    """A method itself, or an object with ``rules`` and ``act`` as one.
+    """A method as it is, or an object with ``rules`` and ``act`` wrapped as one.
 
     Raises:
         UserError: it is neither.
@@ -209,10 +229,10 @@ def as_method(what: Any) -> Method:
 def play(
     backbone: Backbone, method: Method, images: Tensor, execution: Execution | None = None
 ) -> Episode:
-    """Run ``images (B, C, H, W)`` to their logits with ``method`` deciding.
+    """Run ``images (B, C, H, W)`` to their logits with the tokens reduced by ``method``.
 
-    Decisions are taken in float32, also under autocast, and have no gradient. Where the method
-    makes the images smaller, the episode's ``backbone`` is the model for smaller images.
+    Decisions are computed in float32, also under autocast, and without gradient. If the method
+    makes the images smaller, the episode's ``backbone`` is the model for the smaller images.
     """
     backbone, images = method.reduction.resize(backbone, images)
     execution = execution or default_execution(backbone.device)

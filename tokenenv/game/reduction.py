@@ -1,4 +1,4 @@
-"""A reduction: in which blocks tokens leave or merge, what that reads, and what it costs."""
+"""A reduction: in which blocks tokens are pruned or merged, what that reads, what it costs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tokenenv.vit.tokens import Tokens
 
 @dataclass(frozen=True)
 class Moment:
-    """The place in a model at which a decision is due for ``B`` images.
+    """The state of ``B`` images when a decision is due.
 
     Attributes:
         tokens: ``(B, N)`` tokens now.
         step: which decision of the episode, from 0.
-        context: of the attention last run.
+        context: keys, attention and so on of the last attention that ran.
         counts: ``(B,)`` visual tokens before the first decision and after each one taken.
         match: candidate pairs, for reductions that prepare them.
     """
@@ -33,16 +33,16 @@ class Moment:
 
 
 class Reduction:
-    """What removes or merges tokens between the stages of a model.
+    """What prunes or merges tokens between the stages of a model.
 
-    An :class:`~tokenenv.game.episode.Episode` runs one. With agents that decide it is
-    :class:`~tokenenv.game.rules.Rules`; without, a :class:`~tokenenv.reducers.Reducer`.
+    An :class:`~tokenenv.game.episode.Episode` runs it. :class:`~tokenenv.game.rules.Rules` are
+    reductions with agents, a :class:`~tokenenv.reducers.Reducer` is one without.
 
     Attributes:
-        blocks: indices of the blocks where tokens may go, strictly increasing.
-        between: whether that is between a block's attention and its MLP, not before the block.
+        blocks: indices of the blocks where tokens may be removed, strictly increasing.
+        between: True: between a block's attention and its MLP; False: before the block.
         packed: whether :meth:`prepare` and :meth:`apply` also take packed tokens; :meth:`apply`
-            then gives packed tokens, too.
+            then returns packed tokens, too.
     """
 
     blocks: tuple[int, ...]
@@ -50,14 +50,14 @@ class Reduction:
     packed: bool = False
 
     def check(self, backbone: Backbone) -> None:
-        """Raise :class:`~tokenenv.errors.UserError` where this doesn't fit the backbone."""
+        """Raise :class:`~tokenenv.errors.UserError` if the reduction doesn't fit the backbone."""
 
     def wants(self, block: int) -> dict[str, bool]:
-        """What the attention of ``block`` has to yield: arguments of ``Backbone.attend``."""
+        """What the attention of ``block`` must return: arguments of ``Backbone.attend``."""
         return {}
 
     def resize(self, backbone: Backbone, images: Tensor) -> tuple[Backbone, Tensor]:
-        """The model and the images ``(B, C, H, W)`` to run: as given, but for another size."""
+        """The model and images ``(B, C, H, W)`` to run instead; by default those given."""
         return backbone, images
 
     def prepare(self, tokens: Tokens, context: Context) -> Match | None:
@@ -68,11 +68,20 @@ class Reduction:
         """The tokens ``(B, N)`` after a decision.
 
         Args:
-            moment: where it is due.
-            action: what agents chose, as the tokens lie now; None where there are no agents.
+            moment: the state when the decision is due.
+            action: the agents' actions, in the current order of the tokens; None without agents.
         """
         raise NotImplementedError
 
     def macs(self, backbone: Backbone, block: int, tokens: Tensor) -> Tensor:
-        """Multiply-adds of preparing and applying on ``tokens`` (float, prefix included)."""
+        """Multiply-adds of :meth:`prepare` and :meth:`apply`.
+
+        Args:
+            backbone: the model.
+            block: the decision's block.
+            tokens: float number of tokens, prefix included, any shape.
+
+        Returns:
+            As ``tokens``.
+        """
         return torch.zeros_like(tokens)

@@ -20,7 +20,7 @@ _GAP = 10
 _HEAD, _FOOT = 24, 22
 _PAPER, _INK, _FAINT = (255, 255, 255), (32, 32, 32), (150, 150, 150)
 _GONE = np.array((220, 223, 228), np.uint8)  # a pruned token
-_HATCH = np.array((165, 173, 186), np.uint8)  # lines over it: a living token may be grey too
+_HATCH = np.array((165, 173, 186), np.uint8)  # lines over it: a kept token may be grey, too
 _HATCH_STEP = 8  # pixels from line to line
 _EMPTY = (244, 245, 247)  # a decision not yet taken
 _EDGE = np.array((255, 140, 0), np.uint8)  # between merged tokens
@@ -33,7 +33,7 @@ _TEXT_WIDTH = 120  # columns up to which a token gets two characters, which look
 
 
 def to_pixels(image: Tensor, model: nn.Module) -> Pixels:
-    """An image ``(C, H, W)`` normalised for a timm model, as the model's user would see it."""
+    """An image ``(C, H, W)`` that was normalised for a timm model, as ``(H, W, 3)`` uint8."""
     from timm.data import resolve_model_data_config
 
     config = resolve_model_data_config(model)
@@ -52,21 +52,21 @@ def token_picture(
     blocks: Sequence[int],
     source: NDArray[np.int64] | None = None,
 ) -> Pixels:
-    """The image, and one panel per decision block with what became of the tokens.
+    """The image, and one panel per decision block with the tokens after that decision.
 
     Pruned tokens are greyed out, merged ones shown in their mean colour.
 
     Args:
         pixels: ``(H, W, 3)`` the image; a tiny one is enlarged.
-        alive: ``(T, P)`` whether each token is alive after decision 0 to ``T - 1``.
+        alive: ``(T, P)`` whether each patch has a token after decision 0 to ``T - 1``.
         grid: rows and columns of tokens.
         blocks: the decision blocks; those from ``T`` on are left empty, so that all pictures of
             an episode have the same size.
-        source: ``(T, P)`` the number of the token that stands for each patch; None where every
-            token stands for one patch.
+        source: ``(T, P)`` the number of the token that stands for each patch; None if no tokens
+            are merged.
 
     Returns:
-        A picture ``(H', W', 3)``; more than seven panels go on in further rows.
+        A picture ``(H', W', 3)`` with up to seven panels in a row.
     """
     large = _enlarged(pixels)
     height, width = large.shape[:2]
@@ -106,20 +106,20 @@ def token_text(
     blocks: Sequence[int],
     source: NDArray[np.int64] | None = None,
 ) -> str:
-    """The same as text: a token's shade is its brightness, a dot a pruned token.
+    """The same as text: characters show the brightness of tokens, a dot is a pruned token.
 
-    A merged token has its mean brightness. Takes the arguments of :func:`token_picture`;
-    decisions not yet taken are left out.
+    A merged token has its patches' mean brightness. The arguments are those of
+    :func:`token_picture`; decisions not yet taken are left out.
     """
     rows, columns = grid
     brightness = np.asarray(
         Image.fromarray(pixels).convert("L").resize((columns, rows), Image.Resampling.BOX)
     )
     panels, counts = [_shaded(brightness)], []
-    for i, living in enumerate(alive):
+    for i, kept in enumerate(alive):
         shown = brightness if source is None else group_means(brightness, source[i], grid)
-        panels.append(np.where(living.reshape(grid), _shaded(shown), _PRUNED))
-        counts.append(int(living.sum()) if source is None else _distinct(source[i]))
+        panels.append(np.where(kept.reshape(grid), _shaded(shown), _PRUNED))
+        counts.append(int(kept.sum()) if source is None else _distinct(source[i]))
     heads = ["image", *(f"block {b}: {n}" for b, n in zip(blocks, counts, strict=False))]
     repeat = 2 if len(panels) * (2 * columns + 2) <= _TEXT_WIDTH else 1
     width = max(repeat * columns, *map(len, heads))
@@ -137,7 +137,7 @@ class TokenRow:
     Attributes:
         pixels: ``(H, W, 3)`` the image.
         source: ``(T, P)`` the number of the token that stands for each patch after each decision,
-            -1 where none does.
+            -1 for a pruned patch.
         label: name of the true class.
         dense: name of the class that the dense model predicts.
         reduced: name of the class predicted from the tokens left.
@@ -167,7 +167,7 @@ def save_token_pictures(
         blocks: the decision blocks, as many as decisions in every row.
         merging: whether to outline tokens and to give merged ones their mean colour.
     """
-    # Not pyplot: it keeps figures, and looks for a display.
+    # Not pyplot: it keeps figures in memory and looks for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -226,7 +226,7 @@ def outlined(pixels: Pixels, source: NDArray[np.int64], grid: tuple[int, int]) -
 def group_means(
     pixels: NDArray[np.uint8], source: NDArray[np.int64], grid: tuple[int, int]
 ) -> NDArray[np.uint8]:
-    """``pixels`` ``(H, W, ...)`` with the mean in the place of every token of several patches."""
+    """``pixels`` ``(H, W, ...)``, each token of several patches filled with its mean."""
     shown = pixels.copy()
     token = _spread(source, grid, pixels.shape[:2])
     for number, patches in zip(*np.unique(source, return_counts=True), strict=True):
@@ -237,7 +237,7 @@ def group_means(
 
 
 def _spread(values: NDArray[Any], grid: tuple[int, int], size: tuple[int, ...]) -> NDArray[Any]:
-    """``(P,)`` values of patches -> ``(H, W)`` of pixels."""
+    """Values ``(P,)`` of patches repeated for their pixels: ``(H, W)``."""
     row = np.arange(size[0]) * grid[0] // size[0]
     column = np.arange(size[1]) * grid[1] // size[1]
     spread: NDArray[Any] = values.reshape(grid)[row[:, None], column[None, :]]
@@ -253,6 +253,6 @@ def _shaded(brightness: NDArray[np.uint8]) -> NDArray[np.str_]:
 
 
 def _enlarged(pixels: Pixels) -> Pixels:
-    """Each pixel a square of pixels where the image is tiny."""
+    """The image enlarged by an integer factor if its larger side is below :data:`_PANEL`."""
     factor = max(1, -(-_PANEL // max(pixels.shape[:2])))
     return pixels.repeat(factor, axis=0).repeat(factor, axis=1)

@@ -1,4 +1,4 @@
-"""Rules and reducers as JSON, and back: the name of a class and the values of its fields."""
+"""Rules and reducers as JSON and back: the name of the class and the values of its fields."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ from tokenenv.own import load_origin, origin_of
 
 
 def describe(made: Any) -> dict[str, Any]:
-    """A dataclass instance as JSON; :func:`remake` undoes it."""
+    """A dataclass instance as JSON values; :func:`remake` is the inverse."""
     assert is_dataclass(made) and not isinstance(made, type)
     values = {field.name: getattr(made, field.name) for field in fields(made)}
     return {"class": type(made).__name__, **values, **with_origin(type(made))}
 
 
 def with_origin(cls: type) -> dict[str, Any]:
-    """Where a class of a user's own comes from, for a file that names it; else nothing."""
+    """The origin of a user's own class as a field of a config; empty for the package's classes."""
     origin = origin_of(cls)
     return {} if origin is None else {"origin": origin}
 
 
 def remake(described: dict[str, Any], known: Iterable[type], trust: bool = False) -> Any:
-    """What :func:`describe` described.
+    """The instance that :func:`describe` described.
 
     Args:
-        described: from a file.
-        known: the classes that it may be without ``trust``.
+        described: the JSON object, from a file.
+        known: the classes that are allowed without ``trust``.
         trust: whether the code that defines another class may be run.
 
     Raises:
-        KeyError: of an unknown class. TypeError: with fields that it does not have.
-        UserError: of a user's own class, without ``trust``, or one that is not found.
+        KeyError: the class is unknown.
+        TypeError: the class does not have such fields.
+        UserError: it is a user's own class and ``trust`` is False, or it is not found.
     """
     values: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in described.items()
@@ -43,10 +44,11 @@ def remake(described: dict[str, Any], known: Iterable[type], trust: bool = False
 
 
 def find_class(config: dict[str, Any], known: Iterable[type], trust: bool) -> Any:
-    """The class that a config names; ``class`` and ``origin`` are taken out of it.
+    """The class that a config names; removes ``class`` and ``origin`` from the config.
 
     Raises:
-        KeyError, UserError: as :func:`remake`.
+        KeyError: the class is unknown.
+        UserError: as for :func:`remake`.
     """
     name, origin = config.pop("class"), config.pop("origin", None)
     found = {cls.__name__: cls for cls in known}.get(name)
@@ -58,6 +60,6 @@ def find_class(config: dict[str, Any], known: Iterable[type], trust: bool) -> An
         return load_origin(origin)
     place = origin.get("module") or origin.get("file") if isinstance(origin, dict) else origin
     raise UserError(
-        f"it holds a '{name}' of {place!r}, which is code of somebody's own: to run it, "
+        f"it holds a '{name}' of {place!r}, which is a user's own code: to run it, "
         "give trust=True (--trust)"
     )

@@ -1,4 +1,4 @@
-"""Learnable Token Merging (Wang and Yang, arXiv 2407.15219, TPAMI 2025): not a game, a baseline.
+"""Learnable Token Merging (Wang and Yang, arXiv 2407.15219, TPAMI 2025), a baseline, not a game.
 
     from tokenenv import ltm
 
@@ -17,9 +17,10 @@
 | mobilevit_xs | 0.15 | 0.77 | 0.64 | 16.6% | 0.7 -> 0.52 | 25.7% | 2.32 -> 2.37 | 0.61 |
 | efficientvit_b1 | 0.50 | 0.52 | 0.44 | 15.3% | 0.52 -> 0.44 | 15.4% | 9.10 -> 9.16 | 0.44 |
 
-All at 224 pixels. *: without the products of fused attention, which the paper's MobileViT figures
-leave out (1.40 and 0.70 are what timm's models cost at 224 pixels without them). The 0.52 of
-MobileViT-XS is out of reach here: convolutions, and the first attention of each stack, stay.
+All at 224 pixels. *: without the matrix products of fused attention, which the paper's MobileViT
+figures leave out (without them timm's models cost 1.40 and 0.70 at 224 pixels). The paper's 0.52
+for MobileViT-XS can't be reached here, because convolutions and the first attention of each stack
+run on all tokens.
 """
 
 from tokenenv.ltm.block import MaskKind

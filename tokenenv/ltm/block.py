@@ -1,4 +1,4 @@
-"""LTM blocks: attention, merge, MLP, around timm's own modules; a stack of them.
+"""LTM blocks, built from timm's modules: attention, merge, MLP; and stacks of such blocks.
 
 ``Z = X + Attn(LN X)``, ``X~ = G^T Z``, ``X~ + MLP(LN X~)`` (LTM, figure of the block; arXiv
 2407.15219). Drop path and layer scale are the block's own.
@@ -44,14 +44,17 @@ class TransformerHalves:
 
 
 class Masks(nn.ModuleDict):
-    """The masks of a stack, by block; made once it is known where tokens merge.
+    """The masks of a stack, by block; :meth:`plan` makes them once the token grid is known.
 
     Args:
-        ratio: share of the tokens that the last block leaves.
+        ratio: share of the tokens left after the last block.
         depth: number of blocks.
         kind: one of :data:`MASKS`.
-        blocks: those that merge, see :func:`~tokenenv.ltm.schedule.shares`.
+        blocks: the blocks that merge, see :func:`~tokenenv.ltm.schedule.shares`.
         recursive, hard: as for :class:`~tokenenv.ltm.mask.Mask`.
+
+    Raises:
+        UserError: an unknown kind.
     """
 
     def __init__(
@@ -70,7 +73,7 @@ class Masks(nn.ModuleDict):
         self.kind, self.recursive, self.hard = kind, recursive, hard
 
     def plan(self, grid: Grid, dim: int, target: Callable[[Grid, float], Grid]) -> None:
-        """Make a mask for each block in which tokens of a whole ``grid`` really become fewer."""
+        """Make a mask for each block that reduces the number of tokens, starting with ``grid``."""
         before = grid
         for block, share in enumerate(self.shares):
             after = target(grid, share)
@@ -78,7 +81,7 @@ class Masks(nn.ModuleDict):
             before = after
 
     def add(self, block: int, before: Grid, dim: int, after: Grid) -> None:
-        """Make a block's mask of ``before`` into ``after``, unless they are the same grid."""
+        """Make a block's mask from grid ``before`` to ``after``, unless the two are equal."""
         if after == before:
             return
         make: Any = AttentionMask
@@ -90,30 +93,31 @@ class Masks(nn.ModuleDict):
         self[str(block)] = make(dim, recursive=self.recursive, hard=self.hard)
 
     def at(self, block: int) -> Mask | None:
-        """The mask of a block, or None where nothing merges."""
+        """The mask of a block, or None if it does not merge."""
         key = str(block)
         return cast(Mask, self[key]) if key in self.keys() else None
 
 
 class Stack(nn.Module):
-    """Transformer blocks in which tokens merge, from block to block.
+    """Transformer blocks that merge tokens one after the other.
 
     Args:
         blocks: timm's blocks.
-        masks: their masks.
-        halves: how to run the halves of a block.
-        target: the grid that a share of another makes.
-        prefix: tokens before the grid's, such as the class token, that bypass merging.
-        unmerge: whether the tokens are as many after the stack as before. Each then takes the
-            change of the merged tokens it went into and keeps what merging averaged away:
-            ``z_n + sum_p G_np (y_p - x~_p)``, rows of G normalised. (Merging 14x14 tokens to 12x12
-            for the MLPs of DeiT-Tiny as it is, 300 photographs: 76.3 % top-1 so, 66.7 % with
-            ``sum_p G_np y_p``, which forgets what was averaged away; 80.7 % dense.)
-        parts: consecutive rows of the batch that are one image's.
+        masks: the masks of the blocks.
+        halves: runs the two halves of a block.
+        target: maps a grid and a share to the grid of the merged tokens.
+        prefix: number of tokens before the grid, such as the class token; they are never merged.
+        unmerge: whether to restore the number of tokens after the stack. Each token then adds the
+            change of the merged tokens that it is part of: ``z_n + sum_p G_np (y_p - x~_p)``, rows
+            of G normalised. (Merging 14x14 tokens to 12x12 for the MLPs of pretrained DeiT-Tiny, on
+            300 photographs: 76.3 % top-1 this way, 66.7 % with ``sum_p G_np y_p``, which loses each
+            token's difference from the mean; 80.7 % dense.)
+        parts: number of consecutive rows of the batch that belong to one image.
 
     Attributes:
         grid: rows and columns of the tokens that :meth:`forward` gets; set by its caller.
-        record: a list that gets the ``(images, D)`` mean merged token of each LTM block, or None.
+        record: a list to which each LTM block appends its ``(images, D)`` mean merged token, or
+            None.
     """
 
     blocks: Any
@@ -137,12 +141,12 @@ class Stack(nn.Module):
         self.record: list[Tensor] | None = None
 
     def plan(self, dim: int) -> None:
-        """Make the masks, for the grid of the last forward pass."""
+        """Make the masks for the grid of the last forward pass."""
         self.masks.plan(self.grid, dim, self.target)
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of an image, prefix apart, that each block's MLP worked on in the last pass."""
+        """Tokens per image, without prefix, in each block's MLP in the last forward pass."""
         grid, found = self.grid, []
         for index in range(len(self.blocks)):
             if self.masks.at(index) is not None:

@@ -1,4 +1,4 @@
-"""The separable bound on the information bottleneck of merged tokens, and the loss it gives.
+"""The separable bound on the information bottleneck of merged tokens, and its loss.
 
 With soft cluster memberships ``phi`` of a block's merged tokens X~ and of the images X,
 
@@ -6,14 +6,14 @@ With soft cluster memberships ``phi`` of a block's merged tokens X~ and of the i
     IBB = mean_i { sum_ab phi(X~_i, a) phi(X_i, b) log phi(X_i, b)
                    - sum_a phi(X~_i, a) log Q(a | y_i) }   (LTM, arXiv 2407.15219, its IB section)
 
-As memberships sum to one, the first term is ``sum_b phi(X_i, b) log phi(X_i, b)``: constant in the
-weights. It is reported and not differentiated; the label term is the loss.
+As memberships sum to one, the first term is ``sum_b phi(X_i, b) log phi(X_i, b)``, which does not
+depend on the weights. It is reported but not differentiated; the label term is the loss.
 
-On any set of images ``IBB >= IB - H(B)``: H(B) is the entropy of the images' mean membership, which
-the weights do not change either. (I(X~; X) <= H(B) + first term, since X~ depends on X; the label
-term is a cross-entropy, at least H(A|Y); and H(A) >= 0.)
+For any set of images ``IBB >= IB - H(B)``, where H(B) is the entropy of the images' mean
+membership, which does not depend on the weights either. (I(X~; X) <= H(B) + first term, since X~
+depends on X; the label term is a cross-entropy and so at least H(A|Y); and H(A) >= 0.)
 
-The published code takes Q from one epoch and centroids from the next, from augmented images in
+The published code takes Q and the centroids from different epochs, and from augmented images in
 training mode. Here both come from one pass over the same un-augmented images in eval mode.
 """
 
@@ -38,19 +38,19 @@ ETA = 0.1
 WARM_UP = 0.3
 """Share of the training before the label term is switched on (likewise)."""
 
-_PIXELS = 16  # images are clustered at this size: phi of X needs no detail, and memory is finite
-_LEAST = 1e-8  # of Q: an empty cluster's log stays finite
-_ROUNDS = 20  # of K-means
+_PIXELS = 16  # side of the images that are clustered; phi of X needs no detail
+_LEAST = 1e-8  # lower bound of Q, so that the log of an empty cluster is finite
+_ROUNDS = 20  # iterations of K-means
 
 
 def soft_assign(x: Tensor, centroids: Tensor, beta: float) -> Tensor:
     """``softmax_k(-beta |x - c_k|^2)``: ``(n, D)`` and ``(K, D)`` -> ``(n, K)``."""
-    # |x|^2 is the same for every cluster.
+    # |x|^2 is the same for every cluster and cancels.
     return (beta * (2 * x @ centroids.T - centroids.square().sum(1))).softmax(1)
 
 
 def membership(features: Tensor, centroids: Tensor, beta: float) -> Tensor:
-    """:func:`soft_assign` of features and centroids of length one, in float32."""
+    """:func:`soft_assign` of features and centroids of norm one, in float32."""
     return soft_assign(F.normalize(features.float(), dim=1), centroids, beta)
 
 
@@ -74,10 +74,10 @@ def information_bottleneck(phi: Tensor, inputs: Tensor, labels: Tensor, classes:
     """``I(X~; X) - I(X~; Y)`` of memberships, nats.
 
     Args:
-        phi: ``(n, K)`` of merged tokens.
-        inputs: ``(n, K')`` of the images.
+        phi: ``(n, K)`` memberships of merged tokens.
+        inputs: ``(n, K')`` memberships of the images.
         labels: ``(n,)`` int64.
-        classes: how many there are.
+        classes: number of classes.
     """
     n = len(phi)
     one_hot = F.one_hot(labels, classes).to(phi.dtype)
@@ -85,7 +85,7 @@ def information_bottleneck(phi: Tensor, inputs: Tensor, labels: Tensor, classes:
 
 
 def label_weight(progress: float, eta: float = ETA, warm_up: float = WARM_UP) -> float:
-    """Weight of the label term at ``progress`` (0 to 1) of the training: 0, then ``eta``."""
+    """Weight of the label term at ``progress`` (0 to 1) of the training: ``eta`` after warm-up."""
     return eta if progress >= warm_up else 0.0
 
 
@@ -94,7 +94,7 @@ class Level:
     """Statistics of one feature.
 
     Attributes:
-        centroids: ``(K, D)`` of length one.
+        centroids: ``(K, D)`` of norm one.
         log_q: ``(K, classes)`` log Q(a | y); columns of Q sum to one.
     """
 
@@ -122,21 +122,24 @@ class Report:
 
 
 class SeparableBound:
-    """The bound of a model, with statistics that :meth:`refresh` takes once per epoch.
+    """The bound of a model, with statistics that :meth:`refresh` computes once per epoch.
 
     Args:
-        model: whose merged tokens.
-        classes: number of labels.
-        kind: ``class``: a centroid per class, its mean (no cluster can change its number between
-            two passes); ``kmeans``: of K-means.
-        clusters: K of K-means; None takes ``classes``.
-        beta: sharpness of memberships. With the published 1 they are almost uniform and the
-            bound almost flat.
+        model: the model with LTM blocks.
+        classes: number of classes.
+        kind: ``class``: the centroids are the class means, so that cluster indices mean the same
+            in every pass; ``kmeans``: K-means centroids.
+        clusters: K of K-means; None: ``classes``.
+        beta: sharpness of memberships. With the published value 1 they are almost uniform and the
+            bound is almost flat.
         feature: as for :meth:`~tokenenv.ltm.model.LTM.recording`.
 
     Attributes:
         levels: statistics of each feature; empty before the first pass.
         inputs: ``(K, pixels)`` centroids of the images.
+
+    Raises:
+        UserError: an unknown kind.
     """
 
     def __init__(
@@ -156,11 +159,11 @@ class SeparableBound:
         self.inputs = torch.empty(0)
 
     def refresh(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Take centroids and Q from one pass.
+        """Compute centroids and Q in one pass over some images.
 
-        The features of all images are held on the model's device, ``n x D`` floats per LTM block:
-        of a large set give some images of each class. In data-parallel training give every process
-        the same images, so that all have the same statistics.
+        The features of all images are held on the model's device, ``n x D`` floats per LTM block;
+        of a large set, pass some images of each class. In data-parallel training pass the same
+        images to every process, so that all have the same statistics.
 
         Args:
             batches: un-augmented images ``(B, C, H, W)`` and their labels ``(B,)``.
@@ -173,10 +176,10 @@ class SeparableBound:
         self.inputs = self._centroids(pixels, labels)
 
     def loss(self, features: list[Tensor], labels: Tensor) -> Tensor:
-        """The label term, mean over LTM blocks; to be weighed by :func:`label_weight`.
+        """The label term, mean over LTM blocks, nats; to be weighted by :func:`label_weight`.
 
         Args:
-            features: what ``model.recording()`` collected in a forward pass.
+            features: the list that ``model.recording()`` filled in a forward pass.
             labels: ``(B,)`` int64.
         """
         terms = [
@@ -189,7 +192,7 @@ class SeparableBound:
         """The bound and the information bottleneck of a set of images.
 
         Args:
-            batches: as for :meth:`refresh`; other images than those are fine.
+            batches: as for :meth:`refresh`; they may be other images.
 
         Raises:
             UserError: as for :meth:`refresh`.
@@ -245,7 +248,7 @@ class SeparableBound:
         centroids = self._centroids(features, labels)
         phi = membership(features, centroids, self.beta)
         q = _class_sums(phi, labels, self.classes)
-        empty = q.sum(1, keepdim=True) == 0  # a class without an image: nothing known of it
+        empty = q.sum(1, keepdim=True) == 0  # classes without an image
         q = torch.where(empty, torch.full_like(q, 1 / q.shape[1]), q).clamp(min=_LEAST)
         return Level(centroids, (q / q.sum(1, keepdim=True)).log().T.contiguous())
 
@@ -257,14 +260,14 @@ class SeparableBound:
 
 
 def kmeans(x: Tensor, clusters: int, rounds: int = _ROUNDS) -> Tensor:
-    """Centroids of length one by spherical K-means, from points spread over the data.
+    """Centroids of norm one by spherical K-means, initialised by points spread over the data.
 
-    The same data gives the same clusters. One that loses all its points stays where it is.
+    It is deterministic. A cluster that loses all its points keeps its centroid.
 
     Args:
-        x: ``(n, D)`` of length one.
+        x: ``(n, D)`` points of norm one.
         clusters: K.
-        rounds: how often points are assigned.
+        rounds: number of iterations.
 
     Raises:
         UserError: fewer points than clusters.
@@ -286,7 +289,7 @@ def _class_sums(x: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 
 def _small(images: Tensor) -> Tensor:
-    """``(B, C, H, W)`` -> ``(B, pixels)``, at most 16x16 of each channel."""
+    """Images ``(B, C, H, W)`` as vectors ``(B, pixels)``, at most 16x16 pixels per channel."""
     size = (min(images.shape[2], _PIXELS), min(images.shape[3], _PIXELS))
     return F.adaptive_avg_pool2d(images.float(), size).flatten(1)
 

@@ -1,18 +1,19 @@
-"""The surgery on each timm family: where its transformer stacks are, what merges there.
+"""How LTM blocks are built into each timm family: its transformer stacks and what is merged.
 
-| family | stack | after attention the tokens merge | un-merged |
+| family | stack | after attention tokens are merged | un-merged |
 |---|---|---|---|
-| ViT | all blocks | over the whole image | never: the head reads what is left |
+| ViT | all blocks | over the whole image | never; the head reads the merged tokens |
 | Swin | each stage | inside each (unshifted) window, for the MLP only | after each MLP |
-| MobileViT | each block's transformer | over the image, for each pixel of a patch | after it |
-| EfficientViT | a stage's blocks | over the image; MBConv runs on the merged grid | after them |
+| MobileViT | each block's transformer | over the image, per pixel of a patch | after the stack |
+| EfficientViT | a stage's blocks | over the image; MBConv sees the merged grid | after the stack |
 
-Swin's windows, shifts and relative positions belong to the full grid, so attention keeps it: what
-merges are the tokens its MLP works on. A smaller grid for a whole stage would need other windows
-and other position biases.
+Swin's windows, shifts and relative positions belong to the full grid, so attention runs on it, and
+tokens are merged for the MLP only. A smaller grid for a whole stage would need other windows and
+other position biases.
 
-The head of a ViT that reads the class token sees nothing of what merges in its last block: that
-saves half an MLP and serves the bound only. A head that averages counts each merged token once.
+If a ViT's head reads the class token, merging in its last block does not change the logits; it
+saves part of an MLP and matters for the bound only. An averaging head counts each merged token
+once.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ class ConvHalves:
 
     @staticmethod
     def feed(block: Any, x: Tensor, grid: Grid) -> Tensor:
-        """MBConv, this family's MLP, and its residual."""
+        """MBConv, which is this family's MLP, and its residual."""
         return _tokens(block.local_module(_map(x, grid)))
 
 
 class MapStack(Stack):
-    """A stack inside of convolutions: it takes and gives ``(B, D, H, W)`` maps."""
+    """A stack between convolutions, from and to ``(B, D, H, W)`` maps."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The map after the blocks, of the same shape."""
@@ -54,7 +55,7 @@ class MapStack(Stack):
 
 
 class PatchGrid(nn.Module):
-    """A MobileViT block that tells its transformer the grid of patches.
+    """A MobileViT block that passes the grid of patches to its transformer.
 
     Args:
         block: timm's block, whose ``transformer`` is a :class:`Stack`.
@@ -67,18 +68,18 @@ class PatchGrid(nn.Module):
         self.block = block
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps ``(B, C, H, W)`` -> the same; timm stretches them to whole patches inside."""
+        """Maps ``(B, C, H, W)`` -> the same shape; timm resizes them to whole patches inside."""
         high, wide = self.block.patch_size
         self.block.transformer.grid = (-(-x.shape[2] // high), -(-x.shape[3] // wide))
         return self.block(x)
 
 
 class WindowStack(nn.Module):
-    """The blocks of a Swin stage; tokens merge inside windows while the MLP works on them.
+    """The blocks of a Swin stage; tokens are merged inside windows for the MLP only.
 
     Args:
         blocks: timm's blocks.
-        masks: their masks.
+        masks: the masks of the blocks.
 
     Attributes:
         record: as for :class:`~tokenenv.ltm.block.Stack`.
@@ -95,15 +96,15 @@ class WindowStack(nn.Module):
     def plan(self, dim: int) -> None:
         """Make the masks.
 
-        Unlike in a :class:`Stack` every block merges from whole windows, so every block whose
-        share is below a whole window has one.
+        Unlike in a :class:`Stack`, every block starts from whole windows, so every block with a
+        share below 1 has a mask.
         """
         for index, (block, share) in enumerate(zip(self.blocks, self.masks.shares, strict=True)):
             self.masks.add(index, block.window_size, dim, even(block.window_size, share))
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of an image that each block's MLP works on."""
+        """Tokens per image in each block's MLP."""
         found = []
         for block, share in zip(self.blocks, self.masks.shares, strict=True):
             (rows, columns), (high, wide) = block.input_resolution, block.window_size
@@ -139,10 +140,10 @@ class WindowStack(nn.Module):
 
 
 def vit(model: Any, ratio: float, options: dict[str, Any]) -> Stacks:
-    """Surgery on a ``VisionTransformer``.
+    """Build LTM blocks into a ``VisionTransformer``, in place.
 
     Raises:
-        UserError: blocks or options whose tokens can't merge.
+        UserError: blocks or options whose tokens can't be merged.
     """
     from timm.models.vision_transformer import Block
 
@@ -166,7 +167,7 @@ def vit(model: Any, ratio: float, options: dict[str, Any]) -> Stacks:
 
 
 def swin(model: Any, ratio: float, options: dict[str, Any]) -> Stacks:
-    """Surgery on a ``SwinTransformer``.
+    """Build LTM blocks into a ``SwinTransformer``, in place.
 
     Raises:
         UserError: the ratio or the windows don't divide evenly.
@@ -183,7 +184,7 @@ def swin(model: Any, ratio: float, options: dict[str, Any]) -> Stacks:
 
 
 def mobilevit(model: Any, ratio: float, options: dict[str, Any]) -> Stacks:
-    """Surgery on a MobileViT (the first version: one attention per patch pixel)."""
+    """Build LTM blocks into a MobileViT (version 1: one attention per patch pixel), in place."""
     from timm.models.mobilevit import MobileVitBlock
 
     stacks: Stacks = []
@@ -203,10 +204,10 @@ def mobilevit(model: Any, ratio: float, options: dict[str, Any]) -> Stacks:
 
 
 def efficientvit(model: Any, ratio: float, options: dict[str, Any]) -> Stacks:
-    """Surgery on an EfficientViT (MIT's, B and L).
+    """Build LTM blocks into an EfficientViT (MIT's, B and L), in place.
 
     Raises:
-        UserError: masks that leave no grid.
+        UserError: masks whose merged tokens lie on no grid.
     """
     from timm.models.efficientvit_mit import EfficientVitBlock
 

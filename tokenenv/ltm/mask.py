@@ -1,9 +1,9 @@
-"""Mask modules: which share of each token goes into which merged token.
+"""Mask modules: the weight of each token in each merged token.
 
-A mask ``G (B, N, P)`` has columns that sum to one: the merged tokens ``G^T Z`` (LTM, figure of the
-block) are convex mixes of the ``N`` tokens. The paper's equations 3 and 4 are not public; the
-modules here are built on what its figure, its bound's gradient (a linear layer on Z) and a review
-of it say (a hard selection times a soft mask).
+The columns of a mask ``G (B, N, P)`` sum to one, so the merged tokens ``G^T Z`` (LTM, figure of
+the block) are convex combinations of the ``N`` tokens. The paper's equations 3 and 4 are not
+public. The modules here follow its figure, the gradient of its bound (a linear layer on Z) and a
+review (a hard selection times a soft mask).
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torch import Tensor, nn
 from tokenenv.errors import UserError
 from tokenenv.ltm.schedule import Grid, centres, closeness
 
-_SHARPNESS = 8.0  # of the linear mask's start: a token one step away weighs exp(-8)
-_GAIN = 3.0  # of the attention mask's start, see AttentionMask
+_SHARPNESS = 8.0  # the initial linear mask gives a token one step away the weight exp(-8)
+_GAIN = 3.0  # gain of the initial attention mask's projection, see AttentionMask
 _TINY = 1e-6
 
 
 class Mask(nn.Module):
-    """What all masks share: the earlier mask, hard assignment, normalised columns.
+    """The base class of masks: recursion, hard assignment, normalised columns.
 
     Args:
         dim: width of the tokens.
-        recursive: whether the mask of the block before, where it has the same shape, is carried
-            on: ``carry * log G`` is added to the logits. ``carry`` is learned and starts at 0.
-        hard: whether each token goes into one merged token only, with its soft weight. Backward
-            the mask is soft (straight-through).
+        recursive: whether to add ``carry * log G`` to the logits, with G the mask of the block
+            before, if it has the same shape. ``carry`` is learned and starts at 0.
+        hard: whether each token has a weight, its soft one, in a single merged token only. The
+            backward pass uses the soft mask (straight-through).
     """
 
     def __init__(self, dim: int, *, recursive: bool, hard: bool) -> None:
@@ -42,7 +42,7 @@ class Mask(nn.Module):
 
         Args:
             z: ``(B, N, D)`` tokens between attention and MLP.
-            grid: their rows and columns.
+            grid: rows and columns of the N tokens.
             smaller: rows and columns of the P merged tokens.
             previous: the mask of the block before, or None.
 
@@ -56,20 +56,20 @@ class Mask(nn.Module):
         return (_hardened(g) if self.hard else g).to(z.dtype)
 
     def logits(self, z: Tensor, grid: Grid, smaller: Grid) -> Tensor:
-        """``(B, N, P)`` of normalised tokens ``z``."""
+        """``(B, N, P)`` logits of the mask from normalised tokens ``z (B, N, D)``."""
         raise NotImplementedError
 
     def normalised(self, logits: Tensor) -> Tensor:
-        """The soft mask of its logits."""
+        """The soft mask ``(B, N, P)`` from its logits; columns sum to one."""
         raise NotImplementedError
 
 
 class LinearMask(Mask):
     """``S = prior + LN(Z) W`` with ``W (D, P)``; G is the softmax over the tokens of each column.
 
-    ``W`` starts at zero and the prior, fixed, favours the tokens around each merged token's own
-    place: the start is a resampling of the tokens. Without it all merged tokens would start as
-    the same mean. The number of merged tokens is that of the weights: one image size only.
+    ``W`` starts at zero. The fixed prior favours the tokens near each merged token's position, so
+    the initial mask resamples the grid; without it all merged tokens would start as the same mean.
+    The number of merged tokens is fixed by the shape of ``W``, so it works at one image size only.
     """
 
     def __init__(self, dim: int, tokens: int, *, recursive: bool = False, hard: bool = False):
@@ -78,10 +78,10 @@ class LinearMask(Mask):
         nn.init.zeros_(self.score.weight)
 
     def logits(self, z: Tensor, grid: Grid, smaller: Grid) -> Tensor:
-        """``(B, N, P)`` prior and learned part.
+        """``(B, N, P)`` prior plus learned part.
 
         Raises:
-            UserError: the image asks for another number of merged tokens than there are weights.
+            UserError: the image size needs another number of merged tokens than W has.
         """
         if smaller[0] * smaller[1] != self.score.out_features:
             raise UserError(
@@ -97,16 +97,17 @@ class LinearMask(Mask):
 
 
 class AttentionMask(Mask):
-    """Each token spreads over the P centres by similarity, at any resolution.
+    """Each token is divided among P centres by similarity, at any resolution.
 
     Centres are tokens on an even grid; ``A = softmax_p(q(z_n) . k(z_p) / sqrt(width))`` and G is A
     with its columns normalised. ``q`` and ``k`` start as the same projection with orthonormal
-    rows, scaled: a sharp cosine similarity in fewer dimensions, so that a pretrained network is
-    disturbed little (with the usual small start G would be uniform and all merged tokens equal).
+    rows, scaled: a sharp cosine similarity in fewer dimensions, so that a pretrained network
+    changes little. (With the usual small initial weights G would be uniform and all merged tokens
+    equal.)
 
     Args:
         dim: width of the tokens.
-        width: of queries and keys; at most ``dim``.
+        width: width of queries and keys; at most ``dim``.
         recursive, hard: as for :class:`Mask`.
     """
 
@@ -130,18 +131,19 @@ class AttentionMask(Mask):
         return self.key(z[:, centres(grid, smaller, z.device)])
 
     def normalised(self, logits: Tensor) -> Tensor:
-        """Softmax over the centres, then columns to one."""
+        """Softmax over the centres, then columns normalised to sum to one."""
         share = logits.softmax(2)
         return share / share.sum(1, keepdim=True).clamp(min=_TINY)
 
 
 class SimilarMask(AttentionMask):
-    """An attention mask whose centres are each image's own: all but what others resemble most.
+    """An attention mask whose centres are chosen in each image, by similarity as in ToMe.
 
-    As in ToMe (Bolya et al., ICLR 2023, section 3) every other token may go; those of them go
-    whose key has the largest cosine to a key of the tokens that stay, so half of the tokens at
-    most. A hard choice, times soft weights which alone have a gradient: what a review of the paper
-    says of its masks. The merged tokens keep their order and lie on no grid.
+    As in ToMe (Bolya et al., ICLR 2023, section 3) every second token is a candidate, and the
+    candidates whose key has the largest cosine with a key of the other tokens are no centres; at
+    most half of the tokens. The hard choice of centres has no gradient, the soft weights have one,
+    as a review of the paper describes its masks. The merged tokens are in the order of their
+    centres and lie on no grid.
     """
 
     def centre_keys(self, z: Tensor, grid: Grid, smaller: Grid) -> Tensor:
@@ -152,16 +154,16 @@ class SimilarMask(AttentionMask):
         gone = z.shape[1] - smaller[0] * smaller[1]
         stays = torch.ones(z.shape[:2], dtype=torch.int64, device=z.device)
         stays.scatter_(1, 2 * likeness.topk(gone, dim=1).indices, 0)
-        # Stable: the centres first, in their order.
+        # A stable sort puts the centres first, in their order.
         chosen = stays.argsort(dim=1, descending=True, stable=True)[:, : z.shape[1] - gone]
         return keys.gather(1, chosen[..., None].expand(-1, -1, keys.shape[2]))
 
 
 def check_half(tokens: int, left: int) -> None:
-    """Refuse a merge that :class:`SimilarMask` can't do.
+    """Check that :class:`SimilarMask` can do a merge.
 
     Raises:
-        UserError: less than half of the tokens shall be left.
+        UserError: less than half of the tokens would be left.
     """
     if left < tokens // 2:
         raise UserError(
@@ -181,7 +183,7 @@ def unmerge(g: Tensor, merged: Tensor) -> Tensor:
 
 
 def _hardened(g: Tensor) -> Tensor:
-    """Each token only in its strongest merged token; one that nobody chose stays a soft mix."""
+    """Keep each token's largest weight only; a column without any keeps its soft weights."""
     chosen = torch.zeros_like(g).scatter_(2, g.argmax(2, keepdim=True), 1.0) * g
     chosen = torch.where(chosen.sum(1, keepdim=True) > 0, chosen, g)
     chosen = chosen / chosen.sum(1, keepdim=True).clamp(min=_TINY)

@@ -1,4 +1,4 @@
-"""A timm model whose tokens merge inside its transformer stacks."""
+"""A timm model that merges tokens inside its transformer stacks."""
 
 from __future__ import annotations
 
@@ -37,21 +37,20 @@ def ltm(
     """A copy of a timm model with LTM blocks.
 
     Args:
-        model: a ViT, Swin, MobileViT or (MIT's) EfficientViT of timm's, pretrained or not; it
-            stays as it is.
+        model: a ViT, Swin, MobileViT or (MIT's) EfficientViT of timm's, pretrained or not; it is
+            not changed.
         ratio: share of the tokens left after the last block of each transformer stack; 1 merges
-            nothing and gives timm's logits. None takes :data:`RATIOS`. Swin's windows allow
-            ``(k / 7) ** 2`` only.
+            nothing and gives timm's logits. None: the family's default in :data:`RATIOS`. Swin's
+            windows allow ``(k / 7) ** 2`` only.
         mask: ``attention`` works at any resolution, ``linear`` at one. ``similar`` is attention
-            around centres that it chooses in each image, where no grid is needed: not in
-            EfficientViT.
-        blocks: those of each stack in which tokens merge, counted from 0; None: all. In Swin, where
-            they are un-merged after each block, the later ones do too.
-        recursive: whether a mask adds to that of the block before where both have the same shape
+            with centres chosen in each image; not in EfficientViT, whose convolutions need a grid.
+        blocks: the blocks of each stack that merge, counted from 0; None: all. In Swin, where
+            tokens are un-merged after each block, all blocks from the first of these merge.
+        recursive: whether a mask depends on that of the block before, if both have the same shape
             (in Swin's stages).
         hard: whether each token goes into one merged token only.
-        image_size: of a MobileViT or an EfficientViT, which don't know theirs: where masks are
-            made depends on it. None takes that of its pretrained weights.
+        image_size: side or (height, width), pixels, for MobileViT and EfficientViT, which do not
+            store theirs; masks depend on it. None: that of the pretrained weights.
 
     Raises:
         UserError: another model, a ratio out of range or one that Swin's windows don't divide.
@@ -62,9 +61,9 @@ def ltm(
 
 
 class LTM(nn.Module):
-    """A timm model with LTM blocks; it takes and gives what the timm model does.
+    """A timm model with LTM blocks, with the inputs and outputs of the timm model.
 
-    Its parameters are the timm model's own and the masks', below ``model``.
+    Its parameters, those of the timm model and of the masks, are all below ``model``.
 
     Args:
         model, ratio, mask, blocks, recursive, hard, image_size: as for :func:`ltm`.
@@ -72,8 +71,8 @@ class LTM(nn.Module):
     Attributes:
         model: the copy of the timm model.
         family: ``ViT``, ``Swin``, ``MobileViT`` or ``EfficientViT``.
-        config: the arguments, as plain values.
-        num_classes, pretrained_cfg: as timm's.
+        config: the arguments, as JSON values.
+        num_classes, pretrained_cfg: as in the timm model.
     """
 
     model: Any
@@ -111,7 +110,7 @@ class LTM(nn.Module):
 
     @torch.no_grad()
     def _plan(self, stacks: families.Stacks, size: tuple[int, int]) -> None:
-        """Make the masks where tokens merge at this image size: one pass shows the grids."""
+        """Make the masks for this image size; a forward pass shows the grids."""
         first = next(m for m in self.model.modules() if isinstance(m, nn.Conv2d))
         weight = first.weight
         image = torch.zeros(1, first.in_channels, *size, device=weight.device, dtype=weight.dtype)
@@ -128,11 +127,11 @@ class LTM(nn.Module):
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of an image that each block's MLP works on, at the size of the last images."""
+        """Tokens per image in each block's MLP, at the size of the last images."""
         return [count for stack in self.stacks for count in stack.lengths]
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that should not decay, by timm's convention."""
+        """Names of parameters without weight decay, by timm's convention."""
         named: set[str] = getattr(self.model, "no_weight_decay", set)()
         return {f"model.{name}" for name in named}
 
@@ -141,19 +140,19 @@ class LTM(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images -> what timm's ``forward_features`` gives; of a ViT only the merged tokens."""
+        """The output of timm's ``forward_features`` for images; of a ViT the merged tokens."""
         if self.family == "ViT":
             patches = self.model.patch_embed
             dynamic = getattr(self.model, "dynamic_img_size", False)
             size = (x.shape[2], x.shape[3])
             grid = patches.dynamic_feat_size(size) if dynamic else patches.grid_size
-            # Other masks may leave any number of tokens: to them they are a sequence.
+            # Masks that need no grid treat the tokens as a sequence of any length.
             even = self.config["mask"] == "attention"
             self.model.blocks.grid = tuple(grid) if even else (1, grid[0] * grid[1])
         return self.model.forward_features(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """What :meth:`forward_features` gave -> logits, or what the classifier reads."""
+        """Logits from the output of :meth:`forward_features`, or the classifier's input."""
         return self.model.forward_head(x, pre_logits=pre_logits)
 
     def get_classifier(self) -> nn.Module:
@@ -162,15 +161,15 @@ class LTM(nn.Module):
 
     @contextmanager
     def recording(self, feature: Feature = "blocks") -> Iterator[list[Tensor]]:
-        """Collect the features that the IB bound reads, while it is open.
+        """A context in which forward passes collect the features that the bound reads.
 
         Args:
-            feature: ``blocks``: the mean of the merged tokens of each LTM block, what the paper
-                describes; ``pooled``: what the classifier reads, what its published code takes.
+            feature: ``blocks``: the mean of the merged tokens of each LTM block, as in the paper;
+                ``pooled``: the classifier's input, as in its published code.
 
         Returns:
-            A list; every forward pass adds its ``(B, D)`` features, with gradient. Empty it
-            between two passes.
+            A list to which every forward pass appends its ``(B, D)`` features, with gradient.
+            Clear it between two passes.
 
         Raises:
             UserError: an unknown feature.
@@ -199,8 +198,8 @@ class LTM(nn.Module):
 def measure(model: nn.Module, images: Tensor) -> float:
     """Multiply-adds of one image in ``model``, masks, merging and un-merging included.
 
-    1 MAC = 1 FLOP; matrix products (those of attention too) and convolutions. All images cost the
-    same: the schedule is fixed.
+    Counts matrix products, those of attention included, and convolutions; 1 MAC = 1 FLOP. All
+    images cost the same, as the schedule is fixed.
 
     Args:
         model: any module.
@@ -212,7 +211,7 @@ def measure(model: nn.Module, images: Tensor) -> float:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode; afterwards each module has its own mode again."""
+    """A context in which ``model`` is in eval mode; afterwards each module has its old mode."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()

@@ -1,4 +1,4 @@
-"""How many tokens each LTM block leaves, and where the merged ones sit."""
+"""The number of tokens after each LTM block, and the positions of merged tokens."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tokenenv.errors import UserError
 Grid = tuple[int, int]
 """Rows and columns of tokens. A mere sequence of N tokens is the grid ``(1, N)``."""
 
-_NEAR = 0.02  # of a token: how far from a whole side a rounded ratio such as 0.51 may be
+_NEAR = 0.02  # tokens: tolerance of a window's side for a rounded ratio such as 0.51
 
 
 def check_ratio(ratio: float) -> float:
-    """Refuse a ratio outside of (0, 1].
+    """Check that a ratio is in (0, 1].
 
     Raises:
-        UserError: it is.
+        UserError: it is not.
     """
     if not 0 < ratio <= 1:
         raise UserError(
@@ -33,9 +33,9 @@ def check_ratio(ratio: float) -> float:
 def shares(ratio: float, depth: int, blocks: Sequence[int] | None = None) -> list[float]:
     """Share of a stack's tokens after each of its ``depth`` blocks.
 
-    The paper gives no schedule; this one ends at ``ratio`` and takes the same share in each of the
-    ``blocks`` that merge: ``ratio ** (k / K)`` after the k-th of K. None: all blocks do. Those
-    that the stack does not have are left out.
+    The paper gives no schedule. This one removes the same share in each of the ``blocks`` that
+    merge, ``ratio ** (k / K)`` being left after the k-th of K. ``blocks`` None: all blocks merge;
+    indices that the stack does not have are ignored.
     """
     merging = range(depth) if blocks is None else sorted(b for b in set(blocks) if b < depth)
     if not len(merging):
@@ -55,15 +55,15 @@ def flat(grid: Grid, share: float) -> Grid:
 
 
 def check_window(window: Grid, ratio: float) -> None:
-    """Refuse a ratio that no even grid inside a window has.
+    """Check that an even grid inside a window has the share ``ratio`` of its tokens.
 
     Args:
         window: rows and columns of the window.
-        ratio: the share of tokens the last block of each stage leaves.
+        ratio: share of tokens left after the last block of each stage.
 
     Raises:
         UserError: a side times the root of ``ratio`` is not a whole number (to 0.02); the message
-            lists the ratios there are.
+            lists the possible ratios.
     """
     sides = [side * math.sqrt(ratio) for side in window]
     if all(round(side) >= 1 and abs(side - round(side)) <= _NEAR for side in sides):
@@ -80,12 +80,12 @@ def check_window(window: Grid, ratio: float) -> None:
 
 
 def centres(grid: Grid, smaller: Grid, device: torch.device) -> Tensor:
-    """``(P,)`` int64: the tokens of ``grid`` that lie nearest to those of an even ``smaller`` one.
+    """``(P,)`` int64 indices of the tokens of ``grid`` nearest to those of a smaller even grid.
 
     Args:
         grid: rows and columns, N tokens in row-major order.
-        smaller: rows and columns of the merged tokens; no side is longer.
-        device: where the result lies.
+        smaller: rows and columns of the P merged tokens; no side is longer than in ``grid``.
+        device: device of the result.
     """
     rows, columns = (
         ((torch.arange(few, device=device) * 2 + 1) * many).div(2 * few, rounding_mode="floor")
@@ -95,10 +95,9 @@ def centres(grid: Grid, smaller: Grid, device: torch.device) -> Tensor:
 
 
 def closeness(grid: Grid, smaller: Grid, device: torch.device) -> Tensor:
-    """``(N, P)`` float32: minus the squared distance of tokens and merged tokens.
+    """``(N, P)`` float32 negative squared distances between tokens and merged tokens.
 
-    Both lie evenly on the same square; a distance of 1 is a step of the smaller grid, along
-    rows and columns.
+    Both grids are spread evenly over the same square; the unit is a step of the smaller grid.
     """
     squared = []
     for many, few in zip(grid, smaller, strict=True):

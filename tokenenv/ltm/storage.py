@@ -1,4 +1,4 @@
-"""Models with LTM blocks on disk: JSON and safetensors in a folder, never a pickle."""
+"""Save and load models with LTM blocks: a folder with JSON and safetensors, never a pickle."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ CONFIG, WEIGHTS = "ltm.json", "model.safetensors"
 
 
 def save_ltm(model: LTM, folder: str | Path) -> None:
-    """Write a model's name, options and weights, all or nothing; :func:`load_ltm` reads them.
+    """Write a model's name, options and weights atomically; :func:`load_ltm` reads them.
 
     Args:
-        model: with LTM blocks, of a timm model made by name.
+        model: a model with LTM blocks, made of a timm model that was created by name.
         folder: a new or an empty folder.
 
     Raises:
-        UserError: the folder holds something or can't be written, or the model is not what timm
-            makes of its name, classes, image size and pooling.
+        UserError: the folder is not empty or can't be written, or timm can't rebuild the model
+            from its name, classes, image size and pooling.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -46,7 +46,7 @@ def save_ltm(model: LTM, folder: str | Path) -> None:
 
 
 def write_ltm(model: LTM, folder: Path) -> None:
-    """:func:`save_ltm` into a folder that holds other files too, without its checks."""
+    """:func:`save_ltm` without its checks, into a folder that may hold other files."""
     from safetensors.torch import save_file
 
     state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
@@ -58,7 +58,7 @@ def load_ltm(folder: str | Path, device: str | torch.device = "cpu") -> LTM:
     """The model that :func:`save_ltm` wrote, in eval mode.
 
     Raises:
-        UserError: no such folder, or it is not complete.
+        UserError: the folder does not exist or is not complete.
     """
     place, folder = check_device(device), Path(folder)
     try:
@@ -101,7 +101,7 @@ def _describe(model: LTM) -> dict[str, Any]:
 
 @torch.no_grad()
 def _check_twin(model: LTM, folder: Path) -> None:
-    """See that the model read back is the same one."""
+    """Check that the model read back from ``folder`` gives the same logits."""
     config = _describe(model)
     words = (
         f"the model is not what timm makes of '{config['model']}', its classes, image size and "

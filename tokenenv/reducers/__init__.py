@@ -1,4 +1,4 @@
-"""Published methods without agents, and what users do without any, smaller images. Registry."""
+"""Published methods without agents, and the baseline of smaller images. Their registry."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ REDUCERS: dict[str, type[Reducer]] = {
     "diffrate": DiffRate,
     "resize": Resize,
 }
-"""By the name that commands take; a file finds its reducer by the name of the class."""
+"""Classes of reducers by the name that commands take; files have the name of the class."""
 
 R = TypeVar("R", bound=type[Reducer])
 
 
 def register_reducer(name: str) -> Callable[[R], R]:
-    """Make a :class:`Reducer` known under a name, to commands and to files that hold one.
+    """Register a :class:`Reducer` for commands and for files that hold one; a decorator.
 
     Raises:
         UserError: the name, or that of the class, is taken.

@@ -1,4 +1,4 @@
-"""ATS: tokens sampled by their significance, as many as an image needs."""
+"""ATS: keeps tokens sampled by significance, a different number for each image."""
 
 from __future__ import annotations
 
@@ -17,20 +17,23 @@ from tokenenv.vit.tokens import Tokens
 class ATS(Reducer):
     """Adaptive token sampling (Fayyaz et al., ECCV 2022), without training.
 
-    A visual token's significance is the class token's attention to it times the length of its
-    value, over the sum of all (section 3.1; attention is the mean over the heads and
-    a value has all heads side by side, as the published code has it). Their running sum, over the
-    tokens as they lie, is a distribution, of which K quantiles are taken, 1/2K, 3/2K ...
-    (2K - 1)/2K (section 3.2). A token that is drawn several times stays once: images whose
-    significance lies in few tokens keep few.
+    A visual token's significance is the class token's attention to it times the norm of its value,
+    normalised to sum to one (section 3.1; attention is the mean over the heads and a value is that
+    of all heads together, as in the published code). The cumulative sum over the tokens is a
+    distribution function, which is inverted at K quantiles, 1/2K, 3/2K, ..., (2K - 1)/2K (section
+    3.2). A token that is sampled several times is kept once, so images whose significance is
+    concentrated in few tokens keep few.
 
-    The published code sorts the tokens by significance before the sum, the paper's equations don't.
-    The paper computes the attention rows of the sampled tokens only; here those of the others are
-    computed, counted and thrown away.
+    The published code sorts the tokens by significance before the sum; the paper's equations, and
+    this class, don't. The paper computes the attention rows of the sampled tokens only; here all
+    rows are computed, and counted in the cost.
 
     Attributes:
-        blocks: indices of the blocks where tokens go.
-        tokens: K at each of them, the most visual tokens that an image keeps.
+        blocks: indices of the blocks where tokens are pruned, strictly increasing.
+        tokens: K in each of these blocks, the largest number of visual tokens that an image keeps.
+
+    Raises:
+        UserError: a value is out of range, or there is not one K per block.
     """
 
     blocks: tuple[int, ...] = (3, 6, 9)
@@ -47,14 +50,14 @@ class ATS(Reducer):
         check_numbers("tokens", self.tokens, self.blocks, least=1)
 
     def reduce(self, tokens: Tokens, context: Context, step: int) -> Tokens:
-        """Keep the sampled."""
+        """Keep the sampled tokens."""
         assert context.cls_attention is not None and context.value_norms is not None
         significance = context.cls_attention * context.value_norms * tokens.alive
-        # Float64: in float32 the rounding of a sum of hundreds would show in the quantiles.
+        # Float64: in float32 the rounding of a sum of hundreds could change the quantiles.
         running = significance[:, tokens.prefix :].double().cumsum(1)
         count, device = self.tokens[step], running.device
         quantile = (torch.arange(count, device=device, dtype=torch.float64) + 0.5) / count
-        # The first token at which the sum reaches the quantile: never a dead one, which adds none.
+        # The first token at which the sum reaches the quantile: never a removed one, which adds 0.
         drawn = torch.searchsorted(running, quantile * running[:, -1:])
         drawn = drawn.clamp(max=running.shape[1] - 1)
         stays = torch.zeros_like(tokens.visual_alive).scatter(1, drawn, True)

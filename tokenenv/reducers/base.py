@@ -1,4 +1,4 @@
-"""What reducers have in common."""
+"""The base class of reducers, and helpers that they share."""
 
 from __future__ import annotations
 
@@ -22,17 +22,20 @@ from tokenenv.words import Words
 
 @dataclass(frozen=True)
 class Reducer(Method, Reduction):
-    """A fixed way to reduce tokens, without agents. A subclass is a frozen dataclass.
+    """A fixed method to reduce tokens, without agents. Subclasses are frozen dataclasses.
 
-    It says what it reads of the attention, and gives :meth:`reduce`.
+    A subclass defines :meth:`reduce`, and in :attr:`reads` what that needs of the attention.
 
     Attributes:
-        blocks: indices of the blocks where tokens go, strictly increasing; between attention and
-            MLP.
+        blocks: indices of the blocks where tokens are removed, between attention and MLP;
+            strictly increasing.
         reads: what it needs of a block's attention: arguments of ``Backbone.attend``.
-        proportional: whether a merged token weighs as many keys as its patches in attention.
-        usage: how it is named on the command line, and what it does, in one line.
+        proportional: whether a merged token counts in attention as all its patches.
+        usage: its words on the command line, and what it does, in one line.
         required: the fields that the command line must give.
+
+    Raises:
+        UserError: ``blocks`` are not strictly increasing indices.
     """
 
     blocks: tuple[int, ...]
@@ -45,25 +48,28 @@ class Reducer(Method, Reduction):
         check_blocks(self.blocks)
 
     def reduce(self, tokens: Tokens, context: Context, step: int) -> Tokens:
-        """The tokens that are left.
+        """Remove tokens in one block.
 
         Args:
             tokens: ``(B, N)`` tokens after the attention of block ``blocks[step]``.
-            context: of that attention; it holds what :attr:`reads` names.
-            step: which of :attr:`blocks` it is.
+            context: the context of that attention, with what :attr:`reads` names.
+            step: which of :attr:`blocks` it is, from 0.
+
+        Returns:
+            The tokens after the reduction.
         """
         raise NotImplementedError
 
     @classmethod
     def default_blocks(cls, depth: int) -> tuple[int, ...]:
-        """Where tokens go in a model of ``depth`` blocks by default: in 3, 6 and 9 of 12."""
+        """The default blocks for a model of ``depth`` blocks: 3, 6 and 9 of 12."""
         return spread_blocks(depth)
 
     @classmethod
     def from_words(cls, words: Words, depth: int) -> Reducer:
-        """The reducer that a user asks for, on a model of ``depth`` blocks.
+        """The reducer named by a user's words, for a model of ``depth`` blocks.
 
-        Each field is an argument of its name; a field named ``depth`` is the number of blocks.
+        Each field is an argument of the same name; a field named ``depth`` is set to ``depth``.
 
         Raises:
             UserError: an argument is missing, can't be read or is out of its range.
@@ -80,19 +86,19 @@ class Reducer(Method, Reduction):
         return cls(**made)
 
     def work(self, backbone: Backbone, block: int, tokens: Tensor) -> Tensor:
-        """Multiply-adds of :meth:`reduce` on ``tokens`` (float, prefix included)."""
+        """Multiply-adds of :meth:`reduce` itself; arguments as for :meth:`macs`."""
         return torch.zeros_like(tokens)
 
     @property
     def reduction(self) -> Reducer:
-        """Itself."""
+        """The reducer itself."""
         return self
 
     def next_action(self, episode: Episode) -> None:
-        """Nothing is left to decide."""
+        """None: a reducer takes no action."""
 
     def check(self, backbone: Backbone) -> None:
-        """Raise :class:`UserError` where this doesn't fit the backbone."""
+        """Raise :class:`UserError` if the reducer doesn't fit the backbone."""
         check_range(self.blocks, backbone.depth)
         if "cls_attention" in self.reads and not backbone.has_class_token:
             raise UserError(
@@ -101,12 +107,21 @@ class Reducer(Method, Reduction):
             )
 
     def wants(self, block: int) -> dict[str, bool]:
-        """What the attention of ``block`` has to yield: arguments of ``Backbone.attend``."""
+        """What the attention of ``block`` must return: arguments of ``Backbone.attend``."""
         due = block in self.blocks
         return {**dict.fromkeys(self.reads, due), "proportional": self.proportional}
 
     def macs(self, backbone: Backbone, block: int, tokens: Tensor) -> Tensor:
-        """Multiply-adds of reading the attention and of :meth:`reduce`."""
+        """Multiply-adds of reading the attention and of :meth:`reduce`.
+
+        Args:
+            backbone: the model.
+            block: one of :attr:`blocks`.
+            tokens: float number of tokens, prefix included, any shape.
+
+        Returns:
+            As ``tokens``.
+        """
         width, total = backbone.attention_dim(block), self.work(backbone, block, tokens)
         if "cls_attention" in self.reads:
             total = total + tokens * width
@@ -115,8 +130,7 @@ class Reducer(Method, Reduction):
         return total
 
     def apply(self, moment: Moment, action: Tensor | None) -> Tokens:
-        """:meth:`reduce`; there is no action."""
-        # What is compared is compared in full precision, also where the model computes in half.
+        """:meth:`reduce`, in float32 also under autocast; there is no action."""
         with torch.autocast(moment.tokens.x.device.type, enabled=False):
             return self.reduce(moment.tokens, moment.context, moment.step)
 
@@ -126,12 +140,12 @@ class Reducer(Method, Reduction):
 
 
 def share_of(count: Tensor, keep: float | Tensor) -> Tensor:
-    """``ceil(keep n)``, float64, of numbers of tokens; as :func:`share` rounds."""
+    """``ceil(keep n)``, float64, for a tensor of token counts; rounded as in :func:`share`."""
     return (count.double() * keep - _ROUNDING).ceil()
 
 
 def share(count: int, keep: float) -> int:
-    """``ceil(keep n)``: 10 tokens of 100 at ``keep=0.1``, whatever the last digit of 0.1 is."""
+    """``ceil(keep n)``, robust to float rounding: 10 tokens of 100 at ``keep=0.1``, never 11."""
     return math.ceil(count * keep - _ROUNDING)
 
 
@@ -139,7 +153,7 @@ _ROUNDING = 1e-9
 
 
 def check_numbers(name: str, numbers: tuple[int, ...], blocks: tuple[int, ...], least: int) -> None:
-    """Raise :class:`UserError` unless there is a whole number from ``least`` for each block."""
+    """Raise :class:`UserError` unless there is one number of at least ``least`` per block."""
     words = "/".join(map(str, numbers))
     if len(numbers) != len(blocks):
         raise UserError(

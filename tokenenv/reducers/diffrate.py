@@ -1,4 +1,4 @@
-"""DiffRate: the tokens least heeded are dropped, those a little more heeded merge."""
+"""DiffRate: prunes the tokens of least class attention and merges the next ones."""
 
 from __future__ import annotations
 
@@ -23,15 +23,18 @@ class DiffRate(Reducer):
     ``examples/diffrate_search.py`` finds rates for a model and a saving.
 
     The visual tokens of a block are sorted by class attention, mean over the heads. The last
-    ``prune`` of them are dropped; of the rest the last ``merge`` go to the most similar one of
-    those before them, by the cosine of their embeddings, as a mean by size (Figure 3a).
-    Attention is proportional, as ToMe's. One visual token is always left. The published code takes
-    plain means, and lets who merges count by its size times the cosine.
+    ``prune`` of them are pruned. Of the rest, the last ``merge`` are each merged into the most
+    similar of those before them, by the cosine of the embeddings, as a mean weighted by size
+    (Figure 3a). Attention is proportional, as in ToMe. One visual token is always kept. The
+    published code takes plain means, with merged tokens weighted by size times cosine.
 
     Attributes:
-        blocks: indices of the blocks where tokens go.
-        prune: how many are dropped at each of them.
-        merge: how many merge.
+        blocks: indices of the blocks where tokens are removed, strictly increasing.
+        prune: number of tokens pruned in each of these blocks.
+        merge: number of tokens merged in each of these blocks.
+
+    Raises:
+        UserError: a number is negative, or there is not one per block.
     """
 
     blocks: tuple[int, ...] = tuple(range(12))
@@ -41,13 +44,13 @@ class DiffRate(Reducer):
     proportional: ClassVar[bool] = True
     required: ClassVar[tuple[str, ...]] = ("prune", "merge")
     usage: ClassVar[str] = (
-        "diffrate:prune=4,merge=4[,blocks=0/1/2]: the tokens of least class attention are dropped, "
-        "the next merge (DiffRate); prune=6/4/2 block by block"
+        "diffrate:prune=4,merge=4[,blocks=0/1/2]: prunes the tokens of least class attention, "
+        "merges the next (DiffRate); prune=6/4/2 block by block"
     )
 
     @classmethod
     def default_blocks(cls, depth: int) -> tuple[int, ...]:
-        """All of them."""
+        """All blocks."""
         return tuple(range(depth))
 
     def __post_init__(self) -> None:
@@ -56,14 +59,14 @@ class DiffRate(Reducer):
         check_numbers("merge", self.merge, self.blocks, least=0)
 
     def work(self, backbone: Backbone, block: int, tokens: Tensor) -> Tensor:
-        """Multiply-adds of the cosines between who merges and who stays."""
+        """Multiply-adds of the cosines between merged and kept tokens."""
         step = self.blocks.index(block)
         rest = (tokens - backbone.prefix - self.prune[step]).clamp(min=1)
         merging = (rest - 1).clamp(max=self.merge[step])
         return merging * (rest - merging) * backbone.dim
 
     def reduce(self, tokens: Tokens, context: Context, step: int) -> Tokens:
-        """Drop, then merge."""
+        """Prune, then merge."""
         assert context.cls_attention is not None
         alive = tokens.visual_alive
         attention = context.cls_attention[:, tokens.prefix :].masked_fill(~alive, -torch.inf)
@@ -72,7 +75,7 @@ class DiffRate(Reducer):
         left = (rest - self.merge[step]).clamp(min=1)
         if self.prune[step]:
             tokens = reduction.prune(tokens, packing.inverse(order) < rest)
-        # As many as merge, and as stay, where all tokens live; never fewer than in any image.
+        # The numbers of merged and kept tokens for an image with all its tokens; upper bounds.
         most = max(alive.shape[1] - self.prune[step], 1)
         merging = min(self.merge[step], most - 1)
         if not merging:

@@ -1,4 +1,4 @@
-"""EViT: the tokens that the class token heeds stay, the others become one."""
+"""EViT: keeps the tokens with the most class attention and fuses the others into one."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ class EViT(Reducer):
     """EViT (Liang et al., ICLR 2022), without its fine-tuning.
 
     Between attention and MLP of blocks 3, 6 and 9 of 12 (the paper's layers 4, 7 and 10), the
-    ``ceil(keep n)`` visual tokens with the most class attention, mean over the heads, stay. The
-    others fuse into one token, their sum weighted by attention (both section 3). That token is one
-    like all others at the next stage. The sum is divided by the sum of the weights here: a backbone
-    that was not trained with it doesn't expect a token a tenth as long as the others.
+    ``ceil(keep n)`` visual tokens with the most class attention, mean over the heads, are kept. The
+    others are fused into one token, their sum weighted by attention (both section 3), which is a
+    token like all others in later blocks. Unlike in the paper, the sum is divided by the sum of the
+    weights, because a backbone that was not fine-tuned with EViT expects tokens of the usual norm.
 
     Attributes:
-        blocks: indices of the blocks where tokens go.
-        keep: share of an image's living visual tokens that stays at each of them.
-        fuse: whether the others fuse; else they are dropped.
+        blocks: indices of the blocks where tokens are removed, strictly increasing.
+        keep: share of an image's visual tokens that is kept in each of these blocks, in (0, 1].
+        fuse: whether the others are fused; else they are pruned.
+
+    Raises:
+        UserError: a value is out of range.
     """
 
     blocks: tuple[int, ...] = (3, 6, 9)
@@ -36,8 +39,8 @@ class EViT(Reducer):
     reads: ClassVar[tuple[str, ...]] = ("cls_attention",)
     required: ClassVar[tuple[str, ...]] = ("keep",)
     usage: ClassVar[str] = (
-        "evit:keep=0.7[,blocks=3/6/9][,fuse=0]: top-k by class attention, the others fuse into one "
-        "(EViT) or with fuse=0 are dropped"
+        "evit:keep=0.7[,blocks=3/6/9][,fuse=0]: keeps the top-k by class attention and fuses the "
+        "others into one (EViT); fuse=0 prunes them"
     )
 
     def __post_init__(self) -> None:
@@ -45,7 +48,7 @@ class EViT(Reducer):
         check_keep(self.keep)
 
     def reduce(self, tokens: Tokens, context: Context, step: int) -> Tokens:
-        """Keep the most heeded, fuse or drop the others."""
+        """Keep the tokens of most class attention; fuse or prune the others."""
         assert context.cls_attention is not None
         attention, alive = context.cls_attention[:, tokens.prefix :], tokens.visual_alive
         count = share_of(alive.sum(1, keepdim=True), self.keep)

@@ -1,4 +1,4 @@
-"""MSTM's mergence: what matters stays, everything else merges into what it resembles."""
+"""MSTM's merging: important tokens are kept, each other one is merged into the most similar."""
 
 from __future__ import annotations
 
@@ -26,20 +26,24 @@ class MSTM(Reducer):
     """Bian et al., arXiv 2306.04897, "Multi-Scale And Token Mergence"; between attention and MLP.
 
     The paper splits tokens by an importance score into crucial and non-crucial ones and merges the
-    latter into the former by similarity. Its formulas are not public; ours: the ``ceil(keep n)`` of
-    an image's ``n`` visual tokens with the highest attention of the class token (mean over heads)
-    are crucial; each other token ``j`` goes to the crucial one ``c`` of the highest cosine, and
-    ``x_c <- (w_c x_c + sum_j w_j x_j) / (w_c + sum_j w_j)``. If all went to one token, that would
-    be EViT's fused one. Keeping 70 % in three blocks fits the cost that the paper reports.
+    latter into the former by similarity. Its formulas are not public; these are ours. Of an image's
+    ``n`` visual tokens the ``ceil(keep n)`` with the highest attention of the class token (mean
+    over heads) are crucial. Each other token ``j`` is merged into the crucial token ``c`` of the
+    highest cosine: ``x_c <- (w_c x_c + sum_j w_j x_j) / (w_c + sum_j w_j)``. If all were merged
+    into one token, that would be EViT's fused token. Keeping 70 % in three blocks fits the cost
+    that the paper reports.
 
     Attributes:
-        keep: share of the tokens that is crucial, in (0, 1].
-        weight: ``w``: ``importance``, the class token's attention; ``mean``, all alike; ``size``,
-            the patches that a token stands for; ``soft``, importance, and each token is shared out
-            among all crucial ones as softmax(cosine / 0.1) says (its patches follow the nearest).
-        similarity: whether the cosine is that of the ``keys`` (mean over heads) or of the
-            ``tokens``.
-        least: cosine from which on a token merges; less similar ones leave without a trace.
+        keep: share of the visual tokens that is crucial, in (0, 1].
+        weight: the weights ``w``. ``importance``: the class token's attention. ``mean``: 1.
+            ``size``: the number of patches that a token stands for. ``soft``: importance, and each
+            token is divided among all crucial ones by softmax(cosine / 0.1); its patches go to the
+            most similar.
+        similarity: whether to take the cosine of ``keys`` (mean over heads) or of ``tokens``.
+        least: smallest cosine at which a token is merged; less similar tokens are pruned.
+
+    Raises:
+        UserError: a value is unknown or out of range.
     """
 
     keep: float = 0.7
@@ -50,7 +54,7 @@ class MSTM(Reducer):
     required: ClassVar[tuple[str, ...]] = ("keep",)
     usage: ClassVar[str] = (
         "mstm:keep=0.7[,blocks=3/6/9][,weight=importance|mean|size|soft]"
-        "[,similarity=keys|tokens][,least=-1]: the others merge into the most similar (MSTM)"
+        "[,similarity=keys|tokens][,least=-1]: merges the others into the most similar (MSTM)"
     )
 
     def __post_init__(self) -> None:
@@ -66,20 +70,20 @@ class MSTM(Reducer):
             raise UserError(f"least={self.least:g} is no cosine: give -1 to 1")
 
     def wants(self, block: int) -> dict[str, bool]:
-        """Importance and keys where tokens merge."""
+        """The class token's attention, and mean keys if ``similarity`` needs them."""
         wanted = super().wants(block)
         return wanted | {"mean_keys": wanted["mean_keys"] and self.similarity == "keys"}
 
     def work(self, backbone: Backbone, block: int, tokens: Tensor) -> Tensor:
         """Multiply-adds of the similarities and the means."""
         visual = tokens - backbone.prefix
-        pairs = visual * visual  # all of them: which columns are crucial differs by image
+        pairs = visual * visual  # all pairs, as each image has other crucial tokens
         width = backbone.head_dim(block) if self.similarity == "keys" else backbone.dim
         moves = pairs if self.weight == "soft" else visual - share_of(visual, self.keep)
         return pairs * width + moves * backbone.dim
 
     def reduce(self, tokens: Tokens, context: Context, step: int) -> Tokens:
-        """Split, match, merge."""
+        """Choose the crucial tokens and merge the others into them."""
         assert context.cls_attention is not None
         prefix, alive = tokens.prefix, tokens.visual_alive
         importance = context.cls_attention[:, prefix:]
@@ -103,7 +107,7 @@ class MSTM(Reducer):
         return merged if self.least == -1.0 else reduction.prune(merged, crucial)
 
     def _cosine(self, tokens: Tokens, context: Context) -> Tensor:
-        """``(B, V, V)`` of the visual tokens."""
+        """``(B, V, V)`` cosines between all visual tokens."""
         if self.similarity == "tokens":
             unit = F.normalize(tokens.visual.float(), dim=-1)
         else:
@@ -112,18 +116,18 @@ class MSTM(Reducer):
         return unit @ unit.transpose(1, 2)
 
     def _enough(self, cosine: Tensor) -> Tensor:
-        """Whether a token may merge; a cosine of -1 may read a little less."""
+        """Whether a cosine is high enough to merge; rounding may put -1 slightly below -1."""
         return cosine.clamp(min=-1.0) >= self.least
 
     def _shared_out(
         self, tokens: Tokens, importance: Tensor, cosine: Tensor, goes: Tensor
     ) -> Tensor:
-        """``(B, N, D)`` crucial tokens with their share of all that go; the others as they are."""
+        """``(B, N, D)`` embeddings after dividing removed tokens among all crucial ones."""
         goes = goes & self._enough(cosine.amax(2))
         share = (cosine / _TEMPERATURE).softmax(2) * (importance * goes)[..., None]
         total = importance + share.sum(1)
         visual = tokens.visual.float()
-        # w x + sum(s x') over w + sum(s), as a step from x: what receives nothing stays exact.
+        # (w x + sum s x') / (w + sum s) as a step from x: exact for a token that receives nothing.
         step = share.transpose(1, 2) @ visual - share.sum(1)[..., None] * visual
         moved = visual + step / total.clamp(min=1e-12)[..., None]
         return torch.cat([tokens.x[:, : tokens.prefix], moved.to(tokens.x.dtype)], dim=1)

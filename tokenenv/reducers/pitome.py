@@ -1,4 +1,4 @@
-"""PiToMe: tokens that are like many others merge, those like few are protected."""
+"""PiToMe: merges tokens that are similar to many others and protects the distinctive ones."""
 
 from __future__ import annotations
 
@@ -18,26 +18,31 @@ from tokenenv.vit.reduction import Match
 from tokenenv.vit.tokens import Tokens
 
 LEAST = 0.5
-"""Half of the tokens at most can merge into the other half."""
+"""Smallest share to keep: at most half of the tokens can be merged into the other half."""
 
 
 @dataclass(frozen=True)
 class PiToMe(Reducer):
-    """PiToMe (Tran et al., NeurIPS 2024), off the shelf.
+    """PiToMe (Tran et al., NeurIPS 2024), without training.
 
-    Of ``n`` visual tokens ``k = n - ceil(keep n)`` merge. Each has an energy, the mean over the
-    others of ``f(c - m)``, c the cosine of their mean-head keys, m the paper's margin
-    ``0.9 - 0.9 l / L`` in block l of L, and f an ELU: x from 0 on, ``alpha (exp(x) - 1)`` below
-    (section 3.2; with c itself from the margin on, so that it jumps there, more is lost on
-    DeiT-Tiny). The 2 k tokens of the highest energy may merge, the others are protected. In
-    the order of their energy every second of them goes to its most similar one among the rest of
-    the 2 k, as a mean by size; attention is proportional, as ToMe's.
+    Of ``n`` visual tokens, ``k = n - ceil(keep n)`` are merged into others. Every token has an
+    energy, the mean over the other tokens of ``f(c - m)``: c is the cosine of the mean-head keys, m
+    the paper's margin ``0.9 - 0.9 l / L`` in block l of L, and f an ELU, x for x >= 0 and
+    ``alpha (exp(x) - 1)`` below (section 3.2; the paper's f is c itself above the margin and so
+    jumps there, which loses more accuracy on DeiT-Tiny). The 2 k tokens of the highest energy are
+    candidates, the others are protected. In the order of energy every second candidate is merged
+    into the most similar of the other k, as a mean weighted by size. Attention is proportional, as
+    in ToMe.
 
     Attributes:
-        blocks: indices of the blocks where tokens merge.
-        keep: share of an image's living visual tokens that is left at each of them.
-        depth: L.
-        alpha: -alpha is the lower bound of f, towards which dissimilar tokens go.
+        blocks: indices of the blocks where tokens are merged, strictly increasing.
+        keep: share of an image's visual tokens that is left after each of these blocks, in
+            [0.5, 1].
+        depth: number of blocks L of the model.
+        alpha: f is bounded below by -alpha, its limit for dissimilar tokens; positive.
+
+    Raises:
+        UserError: a value is out of range.
     """
 
     blocks: tuple[int, ...] = tuple(range(12))
@@ -48,12 +53,12 @@ class PiToMe(Reducer):
     proportional: ClassVar[bool] = True
     required: ClassVar[tuple[str, ...]] = ("keep",)
     usage: ClassVar[str] = (
-        "pitome:keep=0.9[,blocks=0/1/2][,alpha=1]: tokens that are like many merge (PiToMe)"
+        "pitome:keep=0.9[,blocks=0/1/2][,alpha=1]: merges tokens similar to many others (PiToMe)"
     )
 
     @classmethod
     def default_blocks(cls, depth: int) -> tuple[int, ...]:
-        """All of them."""
+        """All blocks."""
         return tuple(range(depth))
 
     def __post_init__(self) -> None:
@@ -66,7 +71,7 @@ class PiToMe(Reducer):
             raise UserError(f"alpha={self.alpha:g} must be above 0, and finite")
 
     def check(self, backbone: Backbone) -> None:
-        """Raise :class:`UserError` where this doesn't fit the backbone."""
+        """Raise :class:`UserError` if the reducer doesn't fit the backbone."""
         super().check(backbone)
         if self.depth != backbone.depth:
             raise UserError(
@@ -79,11 +84,11 @@ class PiToMe(Reducer):
         return (tokens - backbone.prefix) ** 2 * backbone.head_dim(block)
 
     def margin(self, step: int) -> float:
-        """The margin m."""
+        """The margin m in block ``blocks[step]``."""
         return 0.9 - 0.9 * self.blocks[step] / self.depth
 
     def reduce(self, tokens: Tokens, context: Context, step: int) -> Tokens:
-        """Merge those of the highest energy."""
+        """Merge tokens of the highest energy."""
         assert context.mean_keys is not None
         alive = tokens.visual_alive
         unit = F.normalize(context.mean_keys[:, tokens.prefix :].float(), dim=-1)
@@ -92,7 +97,7 @@ class PiToMe(Reducer):
         order = torch.sort(energy, dim=1, descending=True, stable=True).indices
         count = alive.sum(1, keepdim=True)
         merging = count - share_of(count, self.keep)
-        # No image has more pairs than one all of whose tokens live.
+        # The number of pairs of an image with all its tokens; an upper bound.
         pairs = alive.shape[1] - share(alive.shape[1], self.keep)
         if not pairs:
             return tokens
@@ -105,9 +110,9 @@ class PiToMe(Reducer):
         return reduction.merge(tokens, match, taking)
 
     def _energy(self, cosine: Tensor, alive: Tensor, margin: float) -> Tensor:
-        """``(B, n)`` of the cosines ``(B, n, n)``.
+        """``(B, n)`` energies from the cosines ``(B, n, n)``.
 
-        A token's own cosine is among them: 1 for all, it leaves their order as it is.
+        A token's cosine with itself is included: it is 1 for all and does not change their order.
         """
         each = F.elu(cosine - margin, self.alpha) * alive[:, None]
         return each.sum(2) / alive.sum(1, keepdim=True).clamp(min=1)

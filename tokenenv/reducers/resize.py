@@ -1,4 +1,4 @@
-"""What a user would do without any method: smaller images."""
+"""The baseline that needs no method: the same model on smaller images."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ from tokenenv.vit.tokens import Tokens
 
 @dataclass(frozen=True)
 class Resize(Reducer):
-    """The same model on smaller images: fewer tokens from the start, and no decision.
+    """The same model on smaller images: fewer tokens from the start, none removed later.
 
-    Images are resized from those of the model's own size, bicubic and antialiased, and the
-    position embeddings are resampled, as timm resamples them. Resizing is not counted in
-    multiply-adds.
+    Images of the model's own size are resized (bicubic, antialiased), and the position embeddings
+    are resampled by timm. Resizing is not counted in multiply-adds.
 
     Attributes:
-        blocks: none.
+        blocks: always empty.
         size: side of the images, pixels; a multiple of the patch size.
+
+    Raises:
+        UserError: ``blocks`` are given, or the size is below 1.
     """
 
     blocks: tuple[int, ...] = ()
@@ -36,7 +38,7 @@ class Resize(Reducer):
 
     @classmethod
     def default_blocks(cls, depth: int) -> tuple[int, ...]:
-        """None: images are smaller from the start."""
+        """No blocks: images are smaller from the start."""
         return ()
 
     def __post_init__(self) -> None:
@@ -46,7 +48,7 @@ class Resize(Reducer):
             raise UserError(f"size={self.size} must be a number of pixels above 0")
 
     def check(self, backbone: Backbone) -> None:
-        """Raise :class:`UserError` where this doesn't fit the backbone."""
+        """Raise :class:`UserError` if the size doesn't fit the backbone."""
         _, height, width = backbone.image_shape
         patch, across = backbone.family.patch_size
         if height != width or patch != across:
@@ -57,7 +59,7 @@ class Resize(Reducer):
             )
 
     def reduce(self, tokens: Tokens, context: Context, step: int) -> Tokens:
-        """Nothing leaves on the way."""
+        """The tokens as they are."""
         return tokens
 
     def resize(self, backbone: Backbone, images: Tensor) -> tuple[Backbone, Tensor]:
@@ -73,10 +75,10 @@ _SMALLER: WeakKeyDictionary[Backbone, dict[int, Backbone]] = WeakKeyDictionary()
 
 
 def smaller(backbone: Backbone, size: int) -> Backbone:
-    """The same model for images of ``size`` pixels; it is kept for the next time.
+    """The same model for images of ``size`` x ``size`` pixels; cached per backbone.
 
-    All parameters are shared, but for the position embeddings: those are computed from the given
-    model's, anew where these have changed or need a gradient.
+    It shares all parameters but the position embeddings, which are resampled from the given
+    model's, again if these have changed or need a gradient.
     """
     known = _SMALLER.setdefault(backbone, {})
     made = known.get(size)
@@ -89,7 +91,7 @@ def smaller(backbone: Backbone, size: int) -> Backbone:
 
 
 def _place_positions(made: Backbone, backbone: Backbone) -> None:
-    """Give it the position embeddings of the larger model, resampled."""
+    """Set the position embeddings of ``made`` to those of ``backbone``, resampled, if needed."""
     whole = backbone.family.positions
     if whole is None:
         return
@@ -98,7 +100,7 @@ def _place_positions(made: Backbone, backbone: Backbone) -> None:
     state = (whole.data_ptr(), version, whole.dtype, learning)
     if not learning and getattr(made, "positions_of", None) == state:
         return
-    # Not an inference tensor: the next pass may be one that learns.
+    # Not an inference tensor: the next pass may be a training step.
     with torch.inference_mode(False), torch.set_grad_enabled(learning):
         made.family.take_positions(backbone.family)
     made.__dict__["positions_of"] = state

@@ -1,4 +1,4 @@
-"""Zero-TPrune: importance by a page rank of the attention graph, then likeness."""
+"""Zero-TPrune: prunes by similarity and by PageRank importance on the attention graph."""
 
 from __future__ import annotations
 
@@ -19,23 +19,27 @@ from tokenenv.vit.tokens import Tokens
 
 @dataclass(frozen=True)
 class ZeroTPrune(Reducer):
-    """Zero-TPrune (Wang et al., CVPR 2024) in its main parts; no training.
+    """Zero-TPrune (Wang et al., CVPR 2024), its main parts; without training.
 
-    Importance: the attention of each head is a graph, and a token is important that important
-    tokens heed: ``s <- A^T s``, from equal shares, some times (weighted page rank, section 3.2).
-    The heads come together as the root of the mean square, which emphasises a region that only
-    some heads see. Likeness (section 3.3): tokens of the less important half whose mean-head key
-    is most like one of the more important half leave first; then the least important.
+    Importance (section 3.2): the attention of each head is a weighted graph, and a token is
+    important if important tokens attend to it. From equal scores, ``s <- A^T s`` is iterated
+    (weighted PageRank). The heads are combined by the root mean square, which emphasises tokens
+    that are important in only some heads. Similarity (section 3.3): of the less important half,
+    the tokens whose mean-head key is most similar to one of the more important half are pruned
+    first; then the least important ones.
 
-    Left out: the filter of heads by the variance of their importance, whose bounds the paper
-    tunes per model, and the first ranking of its own for the partition; one ranking serves both.
-    The number of rounds is the same in all blocks.
+    Left out are the paper's filter of heads by the variance of their importance, whose bounds it
+    tunes per model, and its separate ranking for the partition into halves: one ranking is used
+    for both. The number of iterations is the same in all blocks.
 
     Attributes:
-        blocks: indices of the blocks where tokens go.
-        keep: share of an image's living visual tokens that stays at each of them.
-        alike: share of those leaving that leaves for likeness.
-        rounds: of the page rank.
+        blocks: indices of the blocks where tokens are pruned, strictly increasing.
+        keep: share of an image's visual tokens that is kept in each of these blocks, in (0, 1].
+        alike: share of the pruned tokens that is chosen by similarity, in [0, 1].
+        rounds: iterations of the PageRank, at least 1.
+
+    Raises:
+        UserError: a value is out of range.
     """
 
     blocks: tuple[int, ...] = (3, 6, 9)
@@ -45,8 +49,8 @@ class ZeroTPrune(Reducer):
     reads: ClassVar[tuple[str, ...]] = ("matrix", "mean_keys")
     required: ClassVar[tuple[str, ...]] = ("keep",)
     usage: ClassVar[str] = (
-        "zerotprune:keep=0.7[,blocks=3/6/9][,alike=0.5][,rounds=5]: page rank of the attention "
-        "graph, then likeness (Zero-TPrune)"
+        "zerotprune:keep=0.7[,blocks=3/6/9][,alike=0.5][,rounds=5]: prunes by similarity and by "
+        "PageRank on the attention graph (Zero-TPrune)"
     )
 
     def __post_init__(self) -> None:
@@ -58,13 +62,13 @@ class ZeroTPrune(Reducer):
             raise UserError(f"rounds={self.rounds} of the page rank: give 1 or more")
 
     def work(self, backbone: Backbone, block: int, tokens: Tensor) -> Tensor:
-        """Multiply-adds of the page rank and of the cosines of all visual tokens."""
+        """Multiply-adds of the PageRank and of the cosines of all visual tokens."""
         heads = backbone.attention_dim(block) // backbone.head_dim(block)
         cosines = (tokens - backbone.prefix) ** 2 * backbone.head_dim(block)
         return self.rounds * heads * tokens**2 + cosines
 
     def reduce(self, tokens: Tokens, context: Context, step: int) -> Tokens:
-        """Prune the like, then the unimportant."""
+        """Prune the most similar tokens, then the least important ones."""
         assert context.attention is not None and context.mean_keys is not None
         alive = tokens.visual_alive
         count = alive.sum(1, keepdim=True)
@@ -81,8 +85,8 @@ class ZeroTPrune(Reducer):
         return reduction.prune(tokens, reduction.highest(others, count - gone))
 
     def _importance(self, attention: Tensor, alive: Tensor) -> Tensor:
-        """``(B, heads, N, N)`` -> ``(B, N)``."""
-        # Who is dead heeds nobody: it starts with nothing and is given nothing.
+        """``(B, N)`` importance from the attention ``(B, heads, N, N)``; 0 for removed tokens."""
+        # A removed token starts with score 0, and no token attends to it.
         score = (alive / alive.sum(1, keepdim=True))[:, None, None].expand(
             -1, attention.shape[1], -1, -1
         )

@@ -1,7 +1,7 @@
-"""The benchmark suite: fixed, versioned tasks, a score, and reference results to stand beside.
+"""The benchmark suite: fixed, versioned tasks, a score, and reference results to compare with.
 
-Tasks are in :mod:`tokenenv.suite.tasks`, what they measure in :mod:`tokenenv.suite.score`.
-Importing this imports no torch.
+The tasks are in :mod:`tokenenv.suite.tasks`, the score in :mod:`tokenenv.suite.score`. Importing
+this package does not import torch.
 """
 
 from tokenenv._agents import require_own_agents

@@ -1,4 +1,4 @@
-"""A task with its backbone and its images: what a learner plays, and how its points are read."""
+"""A task with its backbone and images: the games for a learner, and the points of its policies."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ from tokenenv.suite.tasks import POINTS, Task
 from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.load import check_dtype, load_backbone
 
-_SAMPLE = 128  # training images that tell what a threshold costs
-_WIDEST, _CLOSEST = 16.0, 1e-3  # log-odds of thresholds: from -16 to 16, no closer than this
+_SAMPLE = 128  # training images on which the cost of a threshold is measured
+_WIDEST, _CLOSEST = 16.0, 1e-3  # log-odds of thresholds: range -16 to 16, smallest distance
 _TRIES = 3 * POINTS
 _BATCH = 64
 
 
 @dataclass
 class OpenTask:
-    """What a learner gets.
+    """A task as a learner gets it, with model and images.
 
     Attributes:
         spec: the task: budget, name, settings.
         backbone: the frozen model.
-        train: images to learn from, as often as it likes.
-        test: images that points are read on; nobody learns from them.
-        played: episodes that :meth:`game`'s games have started.
-        learnt_in: the precisions of those games.
+        train: training images.
+        test: test images, on which policies are measured; not for training.
+        played: episodes that were started in games made by :meth:`game`.
+        learnt_in: the precisions of those games' models.
     """
 
     spec: Task
@@ -56,13 +56,14 @@ class OpenTask:
         """The task's game on the training images; every episode counts against the budget.
 
         Args:
-            dtype: what its model computes in, a copy where it is another than float32, in which
-                policies are measured.
-            **options: what :func:`~tokenenv.game.build.build_game` takes beside model, images,
-                rules and blocks: ``batch_size``, ``reward``, ``reward_kwargs``, ``features`` ...
+            dtype: precision of the game's model; a copy is made unless it is float32, the
+                precision in which policies are measured.
+            **options: arguments of :func:`~tokenenv.game.build.build_game` other than model,
+                images, rules and blocks, which the task fixes: ``batch_size``, ``reward``,
+                ``reward_kwargs``, ``features`` ...
 
         Raises:
-            UserError: unknown options, or the task's own; later, from ``reset``, when the budget is
+            UserError: unknown options, or options that the task fixes; in ``reset``: the budget is
                 spent.
         """
         own = sorted(self.options.keys() & options.keys())
@@ -78,16 +79,16 @@ class OpenTask:
         self.check_budget()
 
     def model_in(self, dtype: str) -> Backbone:
-        """The backbone; a copy of it where ``dtype`` is another than float32."""
+        """The backbone in precision ``dtype``; a copy unless that is float32."""
         if dtype == "float32":
             return self.backbone
         return copy.deepcopy(self.backbone).to(check_dtype(dtype))
 
     @property
     def options(self) -> dict[str, Any]:
-        """What :meth:`game` builds with: arguments of every face but ``rules``, which ids imply.
+        """Arguments of :meth:`game` for environments; without ``rules``, which an id implies.
 
-        Environments made of it count no episodes: whoever uses one minds the budget.
+        Episodes of such environments are not counted, so the learner has to keep to the budget.
         """
         return {
             "rules": self.spec.rules,
@@ -97,7 +98,7 @@ class OpenTask:
         }
 
     def check_budget(self) -> None:
-        """Raise :class:`UserError` where more episodes were played than the task allows."""
+        """Raise :class:`UserError` if more episodes were played than the task allows."""
         if self.played > self.spec.budget:
             raise UserError(
                 f"the learner plays {self.played} episodes of '{self.spec.name}', whose budget is "
@@ -130,14 +131,14 @@ def open_task(
 
     Args:
         task: one of :data:`~tokenenv.suite.tasks.TASKS`.
-        weights: a file; None: those of the package, or timm's.
-        data: a folder of training photographs, for tasks that do not bring their own.
-        test_data: a folder of others to test on.
+        weights: a file of weights; None: those of the package, or timm's.
+        data: a folder of training photographs, for tasks that have no images of their own.
+        test_data: a folder of test photographs.
         device: where to put the model.
 
     Raises:
-        UserError: photographs are missing, or given where the task has its own; the test images are
-            among the training images; model or images can't be loaded.
+        UserError: photographs are missing, or given for a task with images of its own; test images
+            are among the training images; model or images can't be loaded.
     """
     if task.embedded and (weights or data or test_data):
         raise UserError(
@@ -162,7 +163,7 @@ def open_task(
 
 
 def _shared(data: Path, train: ImageSource, test_data: Path, test: ImageSource) -> bool:
-    """Whether an image of one name is the same in both folders; other ones may share names."""
+    """Whether an image file with the same name in both folders has the same content."""
     if not (data.is_dir() and test_data.is_dir()):
         return train.name == test.name  # a torchvision data set and its split
     for file in set(test.files) & set(train.files):
@@ -173,14 +174,14 @@ def _shared(data: Path, train: ImageSource, test_data: Path, test: ImageSource) 
 
 
 def dense_predictions(opened: OpenTask) -> Tensor:
-    """``(len(test),)`` what the dense model says of the test images; -1: unreadable."""
+    """``(len(test),)`` class that the dense model predicts for each test image; -1: unreadable."""
     found = metrics.dense_predictions(opened.backbone, opened.test, batch_size=_BATCH)
     opened.test.check_readable()
     return found
 
 
 def dense_hits(opened: OpenTask, dense: Tensor) -> str:
-    """Which readable test images the dense model gets right, see :func:`hits`."""
+    """Which readable test images the dense model classifies correctly, see :func:`hits`."""
     return hits((dense == opened.test.labels)[dense >= 0].numpy())
 
 
@@ -194,7 +195,7 @@ def read_points(
 
     Args:
         opened: the task.
-        policies: by what is written down as their setting.
+        policies: policies by the setting that tells them apart in the results.
         dense: from :func:`dense_predictions`.
         progress: called with the number of images done after each batch.
     """
@@ -204,13 +205,13 @@ def read_points(
 def sweep(
     opened: OpenTask, policy: Any, dense: Tensor, progress: Callable[[int], object]
 ) -> list[Point]:
-    """Measure one policy at thresholds that :func:`spread` chooses, on training images.
+    """Measure one policy on the test images at several thresholds.
 
-    The test images choose nothing.
+    The thresholds are chosen by :func:`spread` on training images, never on test images.
 
     Args:
         opened: the task.
-        policy: one whose threshold is adjustable.
+        policy: a policy with an adjustable threshold.
         dense: from :func:`dense_predictions`.
         progress: as for :func:`read_points`.
     """
@@ -234,12 +235,13 @@ def sweep(
 def spread(look: Callable[[float], tuple[float, float]], low: float, high: float) -> list[float]:
     """Log-odds of at most :data:`POINTS` thresholds that give a good front over ``[low, high]``.
 
-    Between two neighbours a front, being a step function, may miss the rectangle of their
-    differences in cost and in top-1. The largest rectangle is split by a threshold halfway, and so
-    on. One threshold that costs less than ``low`` is kept too: the front starts there.
+    The front is a step function. Between two neighbouring thresholds it can miss at most the
+    rectangle of their differences in cost and top-1. Repeatedly, the largest rectangle is split by
+    the threshold halfway. One threshold that costs less than ``low`` is kept, too, as the start of
+    the front.
 
     Args:
-        look: cost and top-1 of a threshold's log-odds; the cost monotone or nearly so.
+        look: maps a threshold's log-odds to its cost and top-1; the cost about monotone.
         low: lower end of the range.
         high: its upper end.
     """
@@ -262,9 +264,10 @@ def spread(look: Callable[[float], tuple[float, float]], low: float, high: float
 def _rectangles(
     known: dict[float, tuple[float, float]], low: float, high: float
 ) -> Iterable[tuple[float, float, float]]:
-    """What a front may miss within the range between neighbours that are not yet too close.
+    """Areas of the rectangles that :func:`spread` splits, and the log-odds of their sides.
 
-    Also their log-odds. Half a point of top-1 is added: plateaus are split too.
+    Only neighbours in the range that are not too close. Half a point is added to the difference in
+    top-1, so that plateaus are split, too.
     """
     for (left, one), (right, other) in itertools.pairwise(sorted(known.items())):
         if right - left > _CLOSEST:

@@ -1,4 +1,4 @@
-"""The picture of scored results: fronts of accuracy over cost, and intervals of the scores."""
+"""A picture of scored results: fronts of accuracy over cost, and intervals of the scores."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _STEPS = 400
 
 
 def picture(report: Report) -> bytes:
-    """PNG with a row for each task, and one for all where there are several.
+    """PNG with a row for each task, and one for all tasks if there are several.
 
-    Left the fronts: of each learner the mean over its seeds, between the lowest and the highest.
-    Right the interquartile means of the scores with their 95 % intervals; 0 is random, 1 the
-    oracle, a hollow mark stands for a single seed. References are dashed and squares.
+    Left: each learner's front, the mean over its seeds, with the range from the lowest to the
+    highest shaded. Right: interquartile means of the scores with 95 % intervals; 0 is random, 1
+    the oracle, and a hollow mark stands for a single seed. References are dashed or squares.
     """
-    # Not pyplot: it keeps figures, and looks for a display.
+    # Not pyplot: it keeps figures in memory and looks for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -82,7 +82,7 @@ def _draw_fronts(axis: Any, report: Report, task: Task, colours: dict[str, str])
 
 
 def _cheapest(row: Row) -> list[float]:
-    """Top-1 of each seed where its front starts within the range, for the axis' lower end."""
+    """Top-1 of each seed at the start of its front in the range; sets the axis' lower end."""
     found = []
     for result in row.results:
         start = max(result.front.cost[1], row.task.low)
@@ -110,7 +110,7 @@ def _draw_intervals(axis: Any, rows: Sequence[tuple[str, Interval, str, bool]]) 
 
 
 def _draw_overall(panels: Sequence[Any], report: Report, colours: dict[str, str]) -> None:
-    """Who played all tasks on the left, the others, each over its own tasks, on the right."""
+    """Left: learners with results on all tasks; right: the others, each over its own tasks."""
     named = {row.label: (colours[row.learner], row.reference) for row in report.rows}
     ranked = sorted(report.overall().items(), key=lambda item: item[1][1].iqm)
     every = [item for item in ranked if len(item[1][0]) == len(report.tasks)]

@@ -1,4 +1,4 @@
-"""From results to scores, a Markdown table, and the layout that marl-eval reads."""
+"""Turn results into scores, a Markdown table, and the layout that marl-eval reads."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from tokenenv.suite.score import Front, Interval, aggregate, normalised, oracle_
 from tokenenv.suite.tasks import TASKS, Task, find_task
 
 _SAME = ("weights", "images", "files")
-"""What results of one task must have in common beside its settings."""
+"""Conditions that all results of one task must share, beside its settings."""
 
 _LEARNT = ("code", "learnt_in", "learnt_from")
-"""And those of one learner."""
+"""Conditions that all results of one learner on a task must share."""
 
 
 @dataclass(frozen=True)
 class Yardstick:
-    """What scores on one task are measured against: random's area, and the oracle's front."""
+    """The scale of a task's scores: the area of random, score 0, and the oracle's front, 1."""
 
     random: float
     oracle: Front
@@ -36,11 +36,11 @@ class Row:
     """One learner on one task.
 
     Attributes:
-        task, learner: which.
+        task, learner: the names.
         results: one for each seed.
-        scores: of each.
-        interval: of the scores.
-        reference: whether they came with the package.
+        scores: the score of each result.
+        interval: interquartile mean and interval of the scores.
+        reference: whether the results come with the package.
     """
 
     task: Task
@@ -52,7 +52,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        """With the package version that made it, where that is a reference."""
+        """The learner's name; of a reference with the package version that made it."""
         if not self.reference:
             return self.learner
         return f"{self.learner} (reference {self.results[0].version})"
@@ -60,12 +60,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Results, scored.
+    """Scored results.
 
     Attributes:
-        rows: task by task, in the suite's order; of each the best last.
+        rows: sorted by task in the suite's order, then by score, the best last.
         yardsticks: by the task's name.
-        notes: what a reader should know, one line each.
+        notes: remarks for the reader, one line each.
     """
 
     rows: tuple[Row, ...]
@@ -74,7 +74,7 @@ class Report:
 
     @property
     def tasks(self) -> list[Task]:
-        """Those with rows."""
+        """The tasks with rows."""
         return list(dict.fromkeys(row.task for row in self.rows))
 
     def of(self, task: Task) -> list[Row]:
@@ -82,7 +82,7 @@ class Report:
         return [row for row in self.rows if row.task is task]
 
     def overall(self) -> dict[str, tuple[list[str], Interval]]:
-        """By learner: the tasks it played, and the aggregate over them."""
+        """For each learner its tasks and the aggregate score over them."""
         found: dict[str, list[Row]] = {}
         for row in self.rows:
             found.setdefault(row.label, []).append(row)
@@ -92,7 +92,7 @@ class Report:
         }
 
     def as_markdown(self) -> str:
-        """A table for each task, one of all, and the notes."""
+        """Markdown: a table for each task, one over all tasks, and the notes."""
         parts = [self._table(task) for task in self.tasks]
         if len(self.tasks) > 1:
             parts.append(self._overall_table())
@@ -137,10 +137,10 @@ class Report:
     def marl_eval(self) -> tuple[dict[str, Any], list[str]]:
         """The scores in the layout that marl-eval's tools read, and the learners left out.
 
-        Environment (the game's id), task, algorithm, seed, then ``step_1`` with ``step_count``
-        (the budget in agent-steps) and ``absolute_metrics``, each with the score as ``return``.
-        marl-eval wants the same algorithms on every task of an environment, and the same number of
-        seeds of all: those of the task. Others are left out.
+        The levels are environment (the game's id), task, algorithm, seed, then ``step_1`` with
+        ``step_count`` (the budget in agent-steps) and ``absolute_metrics``, each with the score as
+        ``return``. marl-eval requires the same algorithms on every task of an environment and the
+        same number of seeds, here that of the task. Learners without these are left out.
         """
         complete = [
             row
@@ -169,12 +169,12 @@ class Report:
 
 
 def make_report(results: Iterable[Result]) -> Report:
-    """Score results, with the package's references for the tasks that they belong to.
+    """Score results together with the package's references for their tasks.
 
-    Without results, the references of all tasks.
+    Without results, the references of all tasks are scored.
 
     Raises:
-        UserError: results of one task that can't be compared, or nothing to measure them against.
+        UserError: results of one task can't be compared, or there is no yardstick for them.
     """
     own = list(results)
     rows: list[Row] = []
@@ -215,10 +215,10 @@ def _learnt_in(row: Row) -> str:
 
 
 def make_yardstick(task: Task, results: Sequence[Result]) -> Yardstick:
-    """Random's mean area and the oracle, from the results of ``random`` and ``heuristic``.
+    """The yardstick of a task, from the results of learners ``random`` and ``heuristic``.
 
     Raises:
-        UserError: they are missing.
+        UserError: these results are missing.
     """
     random = {result.seed: result for result in results if result.learner == RANDOM}
     heuristic = next((r for r in results if r.learner == HEURISTIC and r.seed == 0), None)
@@ -251,9 +251,11 @@ def _conditions(result: Result) -> dict[str, Any]:
 
 
 def _check_alike(task: Task, results: Sequence[Result]) -> None:
-    """Raise :class:`UserError` where results are of other settings, weights or images, or twice.
+    """Check that results of one task can be compared.
 
-    And where the seeds of one learner differ in how it learnt.
+    Raises:
+        UserError: they differ in settings, weights or images, the seeds of one learner differ in
+            its settings, or there are two results of one learner and seed.
     """
     seen: set[tuple[str, int]] = set()
     firsts: dict[str, Result] = {}

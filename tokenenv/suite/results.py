@@ -1,4 +1,4 @@
-"""What a learner reached on one task and seed, as it is kept and as the package brings it along."""
+"""Results of learners, one per task and seed: in files, and the references in the package."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from tokenenv.suite.score import Front, front
 from tokenenv.suite.tasks import POINTS, find_task
 
 REFERENCE = Path(__file__).parent / "reference"
-"""A file for each task that has reference results."""
+"""Folder with a file for each task that has reference results."""
 
 RANDOM, HEURISTIC = "random", "heuristic"
-"""The learners whose points are the oracle's plans."""
+"""The learners whose points are the plans that the oracle chooses from."""
 
 
 def hits(right: NDArray[np.bool_]) -> str:
-    """``(n,)`` bits as hexadecimal digits; :func:`unpack_hits` undoes it."""
+    """Bits ``(n,)`` as hexadecimal digits; :func:`unpack_hits` is the inverse."""
     return np.packbits(right).tobytes().hex()
 
 
 def unpack_hits(packed: str, count: int) -> NDArray[np.bool_]:
-    """``(count,)`` what was packed."""
+    """The ``(count,)`` bits that :func:`hits` packed."""
     return np.unpackbits(np.frombuffer(bytes.fromhex(packed), np.uint8), count=count).astype(bool)
 
 
 @dataclass(frozen=True)
 class Point:
-    """A policy on the test images.
+    """What a policy reached on the test images.
 
     Attributes:
-        knob: what tells it from the learner's other points.
-        macs: mean multiply-adds, its own included, as a share of the dense model's.
-        top1: share of the images.
-        right: which of them, see :func:`hits`; empty where nobody needs it.
+        knob: the setting that distinguishes it from the learner's other points.
+        macs: mean multiply-adds, policy included, as a share of the dense model's.
+        top1: share of the images classified correctly.
+        right: which images these are, see :func:`hits`; empty if not needed.
     """
 
     knob: str
@@ -52,18 +52,18 @@ class Point:
 
 @dataclass(frozen=True)
 class Result:
-    """One learner, task and seed.
+    """The result of one learner on one task with one seed.
 
     Attributes:
-        task, learner, seed: which.
-        conditions: under which it was made: the task's settings, package version, weights, images,
-            the precision in which the model was played to learn.
-        seconds: that it took, since it was last taken up.
-        classes: outputs of the model's head.
-        images: readable test images.
-        dense: which of them the dense model gets right, see :func:`hits`.
-        points: of its policies.
-        reference: whether it came with the package.
+        task, learner, seed: the names and the seed.
+        conditions: the task's settings, package version, weights, images, and the precision of the
+            model in training.
+        seconds: duration of the run since it was last started or resumed.
+        classes: number of outputs of the model's head.
+        images: number of readable test images.
+        dense: which of them the dense model classifies correctly, see :func:`hits`.
+        points: one for each of its policies.
+        reference: whether it comes with the package.
     """
 
     task: str
@@ -79,28 +79,28 @@ class Result:
 
     @property
     def version(self) -> str:
-        """Of the package that made it."""
+        """Version of the package that made the result."""
         return str(self.conditions.get("tokenenv"))
 
     @property
     def dense_top1(self) -> float:
-        """Of the dense model, share of the images."""
+        """Top-1 of the dense model, as a share of the images."""
         return float(unpack_hits(self.dense, self.images).mean())
 
     @property
     def front(self) -> Front:
-        """See :mod:`tokenenv.suite.score`."""
+        """The front of the points, see :mod:`tokenenv.suite.score`."""
         cost, top1 = [p.macs for p in self.points], [p.top1 for p in self.points]
         return front(cost, top1, self.dense_top1, 1 / self.classes)
 
     @property
     def area(self) -> float:
-        """Of the front over the task's range."""
+        """The area of the front over the task's range."""
         task = find_task(self.task)
         return self.front.area(task.low, task.high)
 
     def saved(self, lost: float = 0.01) -> float:
-        """The largest share of multiply-adds saved that loses no more than ``lost`` of the images.
+        """The largest saving at a drop in top-1 of at most ``lost``, both shares.
 
         Half an image is allowed for rounding.
         """
@@ -108,7 +108,7 @@ class Result:
         return float(1 - self.front.cost[enough.argmax()])
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, but whether it is a reference; only the oracle's plans keep single images."""
+        """JSON of all fields but ``reference``; ``right`` only of the oracle's plans."""
         described = asdict(self)
         del described["reference"]
         if self.seed or self.learner not in (RANDOM, HEURISTIC):
@@ -118,10 +118,10 @@ class Result:
 
 
 def from_json(found: Any, where: Path) -> Result:
-    """Undo :meth:`Result.as_json`.
+    """The result that :meth:`Result.as_json` described.
 
     Raises:
-        UserError: something is missing.
+        UserError: a field is missing or invalid.
     """
     try:
         points = tuple(Point(**point) for point in found["points"])
@@ -140,7 +140,7 @@ def from_json(found: Any, where: Path) -> Result:
 
 
 def _check(made: Result) -> None:
-    """Raise TypeError or ValueError where scoring would fail, or would score what can't be."""
+    """Raise TypeError or ValueError for values that no run of the suite can have."""
     if not (made.points and isinstance(made.conditions, dict)):
         raise TypeError("no points")
     if not (isinstance(made.learner, str) and _whole(made.seed)):
@@ -165,13 +165,13 @@ def read_result(path: Path) -> Result:
     """A result from its file.
 
     Raises:
-        UserError: it can't be read, or belongs to an unknown task or another version of one.
+        UserError: the file can't be read, or its task is unknown or of another version.
     """
     return from_json(_read(path), path)
 
 
 def references(task: str) -> list[Result]:
-    """The results that come with the package; none for some tasks."""
+    """The reference results of a task; empty if the package has none."""
     path = REFERENCE / f"{task}.json"
     if not path.is_file():
         return []
@@ -179,15 +179,15 @@ def references(task: str) -> list[Result]:
 
 
 def find_results(out: Path) -> Iterator[Path]:
-    """The files of all results in a folder of ``tokenenv suite run``."""
+    """The files of all results in a folder that ``tokenenv suite run`` wrote."""
     yield from sorted((out / "results").glob("*/*.json"))
 
 
 def check_conditions(result: Result, now: dict[str, Any], where: Path) -> None:
-    """Refuse a kept result that was made under other conditions.
+    """Check that a stored result was made under the same conditions.
 
     Raises:
-        UserError: naming the first that differs.
+        UserError: one differs; the message names it.
     """
     for key, value in now.items():
         if result.conditions.get(key) != value:

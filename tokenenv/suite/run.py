@@ -1,4 +1,4 @@
-"""Running the suite: learners learn on tasks, and their points are read on the test images."""
+"""Run the suite: train learners on tasks, and measure their policies on the test images."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ def run_suite(
     test_data: str | None = None,
     means: Means | None = None,
 ) -> list[Path]:
-    """Run what is missing, one result for each task, learner and seed; as ``tokenenv suite run``.
+    """Make the missing results, one per task, learner and seed; the command ``suite run``.
 
     Args:
         tasks: names of tasks.
         learners: names of learners, see :func:`~tokenenv.suite.learners.find_learner`.
-        seeds: None: those of each task.
-        out: folder of the results; those that are there already are kept.
-        test_data: photographs to test on, for tasks that bring none.
-        means: what learners train with.
+        seeds: seeds to run; None: those of each task.
+        out: folder of the results; existing results are kept.
+        test_data: test photographs, for tasks that have no images of their own.
+        means: resources for training, such as the device.
 
     Returns:
         The files of all results that were asked for.
 
     Raises:
-        UserError: anything in what was asked for that can't be, or a learner that breaks a rule.
+        UserError: an argument is invalid, or a learner breaks a rule of the suite.
         KeyboardInterrupt: after Ctrl-C; results so far are kept.
     """
     chosen = [find_task(name) for name in dict.fromkeys(tasks)]
@@ -82,7 +82,7 @@ def run_suite(
 
 @dataclass(frozen=True)
 class _Todo:
-    """A result to be made: learner, seed, file, and the conditions that it is made under."""
+    """A missing result: its learner, seed, file and conditions."""
 
     learner: Learner
     seed: int
@@ -97,7 +97,7 @@ def _run_task(
     seeds: Sequence[int] | None,
     means: Means,
 ) -> list[Path]:
-    """Write the results that are missing; the files of all."""
+    """Make the missing results of a task; returns the files of all."""
     task, test = opened.spec, opened.test
     todo = [
         _Todo(learner, seed, _place(out, task, learner, seed), now)
@@ -114,7 +114,7 @@ def _run_task(
     if missing:
         dense = dense_predictions(opened)
     for number, each in enumerate(missing, 1):
-        # Only a run under the same conditions is gone on with.
+        # A run is only resumed under the same conditions.
         digest = hashlib.sha256(json.dumps(each.conditions, sort_keys=True).encode()).hexdigest()
         folder = out / "runs" / f"{each.path.stem}-{digest[:8]}"
         result = _run_one(opened, each, dense, folder, means)
@@ -125,7 +125,7 @@ def _run_task(
 
 
 def _conditions(opened: OpenTask, learner: Learner, means: Means) -> dict[str, Any]:
-    """Under which a learner's results are made."""
+    """The conditions of a learner's results, see :class:`~tokenenv.suite.results.Result`."""
     now = {
         **conditions(opened.spec.model, opened.backbone.model, opened.test),
         "learnt_from": f"{opened.train.name}, {len(opened.train)} images",
@@ -139,7 +139,7 @@ def _conditions(opened: OpenTask, learner: Learner, means: Means) -> dict[str, A
 def _run_one(
     opened: OpenTask, todo: _Todo, dense: torch.Tensor, folder: Path, means: Means
 ) -> Result:
-    """Let a learner learn, and read its points."""
+    """Train a learner and measure its policies."""
     learner, seed, now = todo.learner, todo.seed, todo.conditions
     task, start = opened.spec, time.perf_counter()
     opened.played, opened.learnt_in = 0, set()
@@ -173,7 +173,7 @@ def _run_one(
         dense_hits(opened, dense),
         tuple(points),
     )
-    _ = result.area  # refuses numbers that are none, before they are kept
+    _ = result.area  # raises for numbers that are not finite, before the result is written
     return result
 
 
@@ -189,10 +189,10 @@ def _place(out: Path, task: Task, learner: Learner, seed: int) -> Path:
 
 
 def _kept(todo: _Todo) -> Result:
-    """A result that is there already.
+    """An existing result.
 
     Raises:
-        UserError: it can't be read, or is of another learner or made under other conditions.
+        UserError: it can't be read, or is of another learner or of other conditions.
     """
     path, learner = todo.path, todo.learner
     result = read_result(path)

@@ -1,27 +1,27 @@
-"""What a learner's points are worth: the area under its front, between random and an oracle.
+"""The score of a learner: the area under its front, scaled between random and an oracle.
 
-On one task and seed a learner shows points: the mean multiply-adds of a policy, its own cost
+On one task and seed a learner has points. A point is a policy's mean multiply-adds, its own cost
 included, as a share of the dense model's, and its top-1 on the test images.
 
-*Front.* The top-1 to be had for at most a cost ``c`` is the best of the points that cost no more.
-It is a step function, never interpolated. Two points are everybody's: the dense model at 1, and a
-constant guess, which costs nothing and is right once in as many classes as the model has.
+*Front.* The front at cost ``c`` is the best top-1 of the points that cost at most ``c``. It is a
+step function, never interpolated. Two points are added for every learner: the dense model at cost
+1, and a constant guess at cost 0, whose top-1 is one over the number of classes.
 
 *Area* ``A``. The front's mean over the task's range ``[low, high]`` of cost.
 
 *Score.* ``(A - A_random) / (A_oracle - A_random)``. ``A_random`` is the mean area of the random
-policy over the task's seeds, so random scores 0. The oracle chooses in hindsight: every image has
-the task's reference plans (the dense model, the heuristic at each value of the task's grid, the
-random policy of seed 0 at each) and takes the cheapest that classifies it rightly. With a mean
-budget it first gives every image its cheapest plan, then upgrades the images that cost least to
-make right: for hits that all count 1 that is the best possible. Its front is taken as above and
-scores 1. It knows the labels and what each plan would do, so nobody is expected to come near; a
-learner whose policies are better than all the plans could pass it.
+policy over the task's seeds, so random scores 0. The oracle chooses a plan for each image in
+hindsight. The plans are the dense model, and at each value of the task's grid the heuristic and
+the random policy of seed 0. For a given mean budget it first gives every image its cheapest plan,
+then upgrades images to their cheapest correct plan in the order of the extra cost, which is optimal
+as all images count the same. Its front is taken as above and scores 1. The oracle knows the labels
+and the result of every plan, so scores near 1 are not expected; a learner with better policies
+than all plans could exceed 1.
 
 *Aggregate.* Interquartile mean over seeds and tasks, and a 95 % percentile interval from a
-bootstrap that draws seeds anew within each task (Agarwal et al. 2021, "Deep reinforcement learning
-at the edge of the statistical precipice", section 4.3). ``A_random`` and ``A_oracle`` stay as they
-are in it. ``rliable``, that paper's package, is not used: its release (1.2.0) needs ``arch<8``,
+bootstrap that resamples seeds within each task (Agarwal et al. 2021, "Deep reinforcement learning
+at the edge of the statistical precipice", section 4.3). ``A_random`` and ``A_oracle`` are fixed in
+the bootstrap. ``rliable``, that paper's package, is not used: its release (1.2.0) needs ``arch<8``,
 which fails to import with pandas 3, and draws from numpy's global generator in a Python loop. A
 test compares the two where it is installed.
 """
@@ -39,7 +39,7 @@ from tokenenv.errors import UserError
 Numbers = NDArray[np.float64]
 
 REPLICATES = 10_000
-"""Of the bootstrap; its own error of an interval's end is about 1 % of the interval's width."""
+"""Number of bootstrap samples; their error is about 1 % of the interval's width."""
 
 
 class Front(NamedTuple):
@@ -54,7 +54,7 @@ class Front(NamedTuple):
     top1: Numbers
 
     def at(self, cost: Numbers) -> Numbers:
-        """``(m,)`` the top-1 to be had for at most ``cost (m,)``, 0 or more."""
+        """The front's top-1 ``(m,)`` at costs ``(m,)``, each 0 or more."""
         return self.top1[np.searchsorted(self.cost, cost, side="right") - 1]
 
     def area(self, low: float, high: float) -> float:
@@ -87,9 +87,9 @@ def oracle_front(right: NDArray[np.bool_], cost: Numbers, guess: float) -> Front
     """The front of the oracle that this module describes.
 
     Args:
-        right: ``(n, k)`` whether plan ``k`` classifies image ``n`` rightly.
-        cost: ``(n, k)`` or ``(k,)`` what it costs, shares of the dense model's multiply-adds.
-        guess: top-1 of a constant guess, for budgets that not even the cheapest plans fit.
+        right: ``(n, k)`` bool, whether plan ``k`` classifies image ``n`` correctly.
+        cost: ``(n, k)`` or ``(k,)`` its cost, shares of the dense model's multiply-adds.
+        guess: top-1 of a constant guess, for budgets below that of the cheapest plans.
     """
     cost = np.broadcast_to(cost, right.shape)
     cheapest = cost.min(1)
@@ -106,10 +106,10 @@ def _running_best(cost: Numbers, top1: Numbers) -> Front:
 
 
 def normalised(area: float, random: float, oracle: float) -> float:
-    """The score.
+    """The score of an area, 0 for ``random`` and 1 for ``oracle``.
 
     Raises:
-        UserError: the oracle is no better than random: the range tells nobody apart.
+        UserError: the oracle's area is not above random's.
     """
     if not oracle > random:
         raise UserError(
@@ -120,7 +120,7 @@ def normalised(area: float, random: float, oracle: float) -> float:
 
 
 class Interval(NamedTuple):
-    """An interquartile mean and the ends of its 95 % interval; NaN where there is none."""
+    """An interquartile mean and its 95 % interval, whose ends are NaN if there is none."""
 
     iqm: float
     low: float
@@ -131,11 +131,11 @@ def aggregate(scores: Sequence[Sequence[float]], seed: int = 0) -> Interval:
     """Interquartile mean of all scores, with its stratified bootstrap interval.
 
     Args:
-        scores: of each task the scores of its seeds, at least one.
-        seed: of the bootstrap.
+        scores: for each task the scores of its seeds, at least one.
+        seed: seed of the bootstrap.
 
     Returns:
-        Without an interval where a task has fewer than two seeds.
+        The mean and its interval; no interval if a task has fewer than two seeds.
     """
     strata = [np.asarray(task, float) for task in scores]
     mean = float(interquartile_mean(np.concatenate(strata)))
@@ -149,7 +149,7 @@ def aggregate(scores: Sequence[Sequence[float]], seed: int = 0) -> Interval:
 
 
 def interquartile_mean(scores: Numbers) -> Numbers:
-    """Mean over the last axis without the lowest and the highest quarter, rounded down each."""
+    """Mean over the last axis without the lowest and highest ``floor(n / 4)`` values."""
     cut = scores.shape[-1] // 4
     kept = np.sort(scores, axis=-1)[..., cut : scores.shape[-1] - cut]
     found: Numbers = kept.mean(-1)

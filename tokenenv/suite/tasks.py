@@ -1,4 +1,4 @@
-"""The suite's tasks: what is played, on which images, for how long, and what is measured."""
+"""The suite's tasks: game, images, training budget, and the range of cost that is measured."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from typing import Any, Literal
 from tokenenv.errors import UserError
 
 POINTS = 10
-"""How many points a learner may show on one task and seed: whoever shows more finds a lucky one."""
+"""Most points of a learner on one task and seed; with more, the best would be partly luck."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task of the suite. Whatever changes results raises the version in its name.
+    """A task of the suite. Every change that affects results raises the version in its name.
 
-    A learner plays ``budget`` episodes of one image each with the training images, then shows at
-    most :data:`POINTS` deterministic policies, or one with a threshold. They are measured on the
-    test images, which nobody trains on; see :mod:`tokenenv.suite.score` for what is made of that.
+    A learner plays ``budget`` episodes of one image each on the training images and returns at most
+    :data:`POINTS` deterministic policies, or one with a threshold. They are measured on the test
+    images and scored by :mod:`tokenenv.suite.score`.
 
     Attributes:
-        name: with its version.
+        name: name with version.
         level: ``easy``, ``medium`` or ``hard``.
-        environment: the registered id of the game.
-        rules: what :func:`~tokenenv.game.build.build_game` calls it.
+        environment: registered id of the game.
+        rules: name of the rules for :func:`~tokenenv.game.build.build_game`.
         blocks: the decision blocks; empty: the game's default.
-        model: timm's name of the backbone, which stays frozen.
-        data: ``digits``, or empty: photographs that whoever runs the task has to give.
-        test_images: at most so many, the same number of each class as far as possible.
+        model: timm's name of the frozen backbone.
+        data: ``digits``; or empty: the user gives folders of photographs.
+        test_images: largest number of test images, balanced over the classes as far as possible.
         budget: training episodes, one image each; evaluations are not counted.
-        agents: how many decide at once, at the start of an episode.
-        decisions: of an episode.
-        seeds: runs of a learner, seeded 0, 1, ...
-        low, high: multiply-adds as a share of the dense model's, policy included: the range over
-            which top-1 is averaged.
-        random, heuristic: reference policies as :func:`agents.parse_policy` reads them; a value
-            of ``grid`` takes the place of ``{}``.
+        agents: number of agents at the start of an episode.
+        decisions: decisions per episode.
+        seeds: number of runs of a learner, with seeds 0, 1, ...
+        low, high: range of cost over which top-1 is averaged: multiply-adds, policy included, as a
+            share of the dense model's.
+        random, heuristic: reference policies in the words of :func:`agents.parse_policy`, with
+            ``{}`` in place of a value of ``grid``.
         grid: at most :data:`POINTS` values.
         description: one line.
     """
@@ -62,21 +62,21 @@ class Task:
 
     @property
     def agent_steps(self) -> int:
-        """The budget in decisions of single agents, if none ever leaves."""
+        """The budget in decisions of single agents, if no token is pruned."""
         return self.budget * self.decisions * self.agents
 
     @property
     def embedded(self) -> bool:
-        """Whether the package brings model and images along."""
+        """Whether the package contains the model and the images."""
         return self.data == "digits"
 
     @property
     def target_saving(self) -> float:
-        """Percent of the multiply-adds, in the middle of the range: for learners with a goal."""
+        """Saving at the middle of the range, percent of MACs; for learners with a target."""
         return round(100 * (1 - (self.low + self.high) / 2), 3)
 
     def settings(self) -> dict[str, Any]:
-        """All that makes the task, as JSON; results are compared under the same settings only."""
+        """The task's settings as JSON; only results under the same settings are compared."""
         described = {k: v for k, v in asdict(self).items() if k not in ("description", "level")}
         settings: dict[str, Any] = json.loads(json.dumps(described))
         return settings
@@ -132,14 +132,14 @@ TASKS = (
         description="256 agents that decide early, on digits of 16x16 pixels",
     ),
 )  # fmt: skip
-"""Every task, the easy ones first."""
+"""All tasks, the easy ones first."""
 
 
 def find_task(name: str) -> Task:
     """A task by name.
 
     Raises:
-        UserError: there is none, or only another version of it.
+        UserError: there is no such task, or only another version of it.
     """
     for task in TASKS:
         if task.name == name:

@@ -1,4 +1,4 @@
-"""Attention of a batch of images, padded or packed, and the one row of it that decisions read."""
+"""Attention of a batch of images, padded or packed, and the class token's row of it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tokenenv.vit.tokens import Packing
 
 
 def padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
-    """Attention of equally long or masked images.
+    """Attention of images in the padded layout.
 
     Args:
         q: ``(B, N, heads, dim)`` queries; ``k``, ``v`` likewise.
         k: keys.
         v: values.
-        mask: ``(B, 1, 1, N)`` bool, which keys are read, or float, what is added to their scores.
+        mask: ``(B, 1, 1, N)`` bool, which keys are read, or float, added to their scores.
         dropout: probability of dropping an attention weight.
 
     Returns:
@@ -31,24 +31,24 @@ def padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float 
         mask = mask.to(q.dtype)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if added and isinstance(k.shape[2], torch.SymInt):
-        # A number of tokens that only the image tells: torch 2.14 can't export the fused call,
-        # which asks whether it is 1 and the mask to be broadcast.
+        # The number of tokens depends on the image: torch 2.14 can't export the fused call, which
+        # compares it with 1 to decide whether the mask is broadcast.
         score = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
         return ((score + mask).softmax(-1) @ v).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout).transpose(1, 2)
 
 
 def gated(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
-    """Attention in which tokens leave by a factor that has a gradient.
+    """Attention that removes tokens by a differentiable factor.
 
-    DynamicViT, Rao et al., NeurIPS 2021, equations 10 and 11: weights exp(score) G over their sum,
-    with G_ij = keep_j, but 1 where i = j.
+    DynamicViT, Rao et al., NeurIPS 2021, equations 10 and 11: the weights are exp(score) G divided
+    by their sum, where G_ij = keep_j for i != j and G_ii = 1.
 
     Args:
         q: ``(B, N, heads, dim)`` queries; ``k``, ``v`` likewise.
         k: keys.
         v: values.
-        keep: ``(B, N)`` 1 for a token that is there, 0 for one that left.
+        keep: ``(B, N)`` 1 for a kept token, 0 for a removed one.
 
     Returns:
         ``(B, N, heads, dim)``.
@@ -63,17 +63,18 @@ def gated(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
 
 
 def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, bias: Tensor | None) -> Tensor:
-    """Attention of images that lie end to end, each among its own tokens, on a GPU.
+    """Attention of packed images on a GPU, each image among its own tokens.
 
-    Equally long images all at once; others by one kernel of variable length, where the tensors are
-    of half precision, no key has a bias and torch has that kernel (2.10), else one by one.
+    Images of equal length run in one padded call. Others run in one variable-length kernel if the
+    tensors have half precision, there is no bias, and torch has that kernel (from 2.10);
+    otherwise image by image.
 
     Args:
         q: ``(T, heads, dim)`` queries; ``k``, ``v`` likewise.
         k: keys.
         v: values.
         packing: where each image begins and ends.
-        bias: ``(B, 1, 1, N)`` what is added to the scores of each image's keys.
+        bias: ``(B, 1, 1, N)`` added to the scores of each image's keys, or None.
 
     Returns:
         ``(T, heads, dim)``.
@@ -101,20 +102,20 @@ def one_by_one(
     *,
     scores: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of images that lie end to end, image by image, as is fastest on a CPU.
+    """Attention of packed images, image by image, which is fastest on a CPU.
 
-    A few at a time where all are equally long.
+    Images of equal length run :data:`_TOGETHER` at a time.
 
     Args:
         q: as for :func:`packed`.
         k: keys.
         v: values.
-        lengths: of the images.
+        lengths: number of tokens of each image.
         bias: as for :func:`packed`, N at least the longest.
-        scores: whether to make :func:`first_scores` too, while a cache still holds the keys.
+        scores: whether to compute :func:`first_scores`, too, while the keys are in the cache.
 
     Returns:
-        ``(T, heads, dim)``, and ``(T, heads)`` the scores or None.
+        ``(T, heads, dim)``, and the scores ``(T, heads)`` or None.
     """
     longest = max(lengths)
     even = min(lengths) == longest
@@ -135,11 +136,11 @@ def one_by_one(
 
 
 _TOGETHER = 16
-"""Images of one length in a call on a CPU: more don't fit its caches, fewer waste calls."""
+"""Images of equal length per call on a CPU: more exceed its caches, fewer cost more calls."""
 
 
 def first_scores(q: Tensor, k: Tensor, packing: Packing | None = None) -> Tensor:
-    """Products of each image's first query with its keys.
+    """Dot products of each image's first query with its keys.
 
     Args:
         q: ``(B, N, heads, dim)`` queries, packed ``(T, heads, dim)``.
@@ -152,7 +153,7 @@ def first_scores(q: Tensor, k: Tensor, packing: Packing | None = None) -> Tensor
     if packing is not None:
         own = q.index_select(0, packing.ends[:-1]).index_select(0, packing.image)
         return (k.float() * own.float()).sum(-1)
-    # A sum of products reads the keys where they lie; a matrix product would copy them first.
+    # vecdot reads the keys in place; a matrix product would copy them first.
     return torch.linalg.vecdot(k.float(), q[:, 0, None].float())
 
 
@@ -161,13 +162,13 @@ def _has_varlen() -> bool:
 
 
 def class_row(score: Tensor, width: int, mask: Tensor | None) -> Tensor:
-    """Attention of the class token, mean over the heads.
+    """Attention of the class token to all tokens, mean over the heads.
 
-    Dead keys leave the softmax of every head; masking after the mean would be another number.
+    The mask is applied in the softmax of every head; masking after the mean gives other values.
 
     Args:
-        score: ``(B, N, heads)`` what :func:`first_scores` gives where that is the class token.
-        width: of a head.
+        score: ``(B, N, heads)`` from :func:`first_scores`; the first token is the class token.
+        width: width of a head.
         mask: as for :func:`padded`.
 
     Returns:
@@ -177,7 +178,7 @@ def class_row(score: Tensor, width: int, mask: Tensor | None) -> Tensor:
 
 
 def matrix(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """The whole attention of a block, as nobody but a graph method needs it.
+    """The whole attention matrix of a block, for reducers that work on the attention graph.
 
     Args:
         q: ``(B, N, heads, dim)`` queries; ``k`` likewise.
@@ -185,13 +186,14 @@ def matrix(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
         mask: as for :func:`padded`.
 
     Returns:
-        ``(B, heads, N, N)`` float32, from query to key; 0 for dead keys, anything for dead queries.
+        ``(B, heads, N, N)`` float32, query by key; 0 for removed keys, undefined for removed
+        queries.
     """
     return _weights(torch.einsum("bnhd,bmhd->bhnm", q, k), q.shape[-1], mask)
 
 
 def _weights(score: Tensor, width: int, mask: Tensor | None) -> Tensor:
-    """Products ``(B, heads, queries, N)`` of queries and keys as float32 attention."""
+    """Softmax attention, float32, from dot products ``(B, heads, queries, N)``."""
     score = score.float() * width**-0.5
     if mask is not None and mask.dtype == torch.bool:
         score = score.masked_fill(~mask, -torch.inf)

@@ -1,4 +1,4 @@
-"""A timm Vision Transformer cut at its blocks: embed, attend, feed, classify."""
+"""A timm Vision Transformer that runs in stages: embed, attend, feed, classify."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from tokenenv.vit.tokens import Tokens
 
 @dataclass(frozen=True)
 class Context:
-    """What decisions may want to know of a block's attention.
+    """What decisions can read of a block's attention; None for what was not asked for.
 
     Attributes:
-        keys: ``(B, heads, N, head_dim)`` keys as attention used them, or None.
-        mean_keys: ``(B, N, head_dim)`` their mean over the heads, or None.
-        cls_attention: ``(B, N)`` attention of the class token, mean over the heads, masked to
-            the living tokens, or None.
-        value_norms: ``(B, N)`` lengths of the values, all heads together, or None.
-        attention: ``(B, heads, N, N)`` from query to key, masked to the living keys, or None.
+        keys: ``(B, heads, N, head_dim)`` keys as attention used them.
+        mean_keys: ``(B, N, head_dim)`` their mean over the heads.
+        cls_attention: ``(B, N)`` float32 attention of the class token to kept tokens, mean over
+            the heads; 0 for removed ones.
+        value_norms: ``(B, N)`` float32 norms of the values, all heads together.
+        attention: ``(B, heads, N, N)`` float32 attention of queries to kept keys.
     """
 
     keys: Tensor | None = None
@@ -38,11 +38,11 @@ class Context:
 
 
 class Backbone(Dense):
-    """A timm model of a registered family, in stages.
+    """A timm model of a registered family that runs in stages.
 
-    timm's ``VisionTransformer`` is one: ViT, DeiT (distilled too), register tokens, pre-norm
-    (CLIP), LayerScale (DINOv2, DeiT-3), qk-norm, models without a class token, any patch and image
-    size. Playing all stages without touching the tokens gives the model's own logits.
+    The family of timm's ``VisionTransformer`` includes ViT, DeiT (distilled, too), register tokens,
+    pre-norm (CLIP), LayerScale (DINOv2, DeiT-3), qk-norm, models without a class token, and any
+    patch and image size. Running all stages without removing tokens gives the model's own logits.
 
     Args:
         model: the timm model; it is used as it is, not copied.
@@ -52,21 +52,23 @@ class Backbone(Dense):
 
     Attributes:
         model: as given.
-        family: what is known of its architecture, see :class:`tokenenv.vit.families.Family`.
-        blocks: its transformer blocks; ``depth``: how many.
+        family: the description of its architecture, see :class:`tokenenv.vit.families.Family`.
+        blocks: its transformer blocks.
+        depth: number of blocks.
         dim: width ``D`` of the tokens.
         prefix: number of class, distillation and register tokens; they come first.
-        has_class_token: whether the first one is a class token.
-        grid: rows and columns of patches; ``patches``: how many.
+        has_class_token: whether the first token is a class token.
+        grid: rows and columns of patches.
+        patches: number of patches ``P``.
         classes: number of classes.
 
     Raises:
-        UserError: for an architecture whose stages are not known, or a model with code of its own
-            that they would leave out; the message names the part.
+        UserError: no registered family accepts the model, or it has code of its own that its stages
+            would leave out; the message names the reason.
     """
 
     compiled = False
-    """Whether the parts of a block run through ``torch.compile``: one graph for every length."""
+    """Whether the parts of a block run through ``torch.compile``, one graph for all lengths."""
 
     def __init__(self, model: nn.Module, *, freeze: bool = True, proven: bool = False) -> None:
         family = family_of(model)
@@ -85,17 +87,17 @@ class Backbone(Dense):
 
     @property
     def architecture(self) -> str:
-        """The name timm knows the model by; empty where it was not made by name."""
+        """The model's name in timm; empty if it was not created by name."""
         return getattr(self.model, "pretrained_cfg", {}).get("architecture") or ""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the images that the model is made for."""
+        """Channels, height and width of the model's images, pixels."""
         return self.family.image_shape
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The parameters' device."""
         return self.family.parameter.device
 
     @property
@@ -125,21 +127,21 @@ class Backbone(Dense):
         Args:
             block: 0-based index.
             tokens: tokens before the block.
-            keys: whether the context shall hold the keys.
-            mean_keys: whether it shall hold their mean over the heads.
-            cls_attention: whether it shall hold the class token's attention; only that one row
-                of the attention matrix is computed beside the fused kernel.
-            value_norms: whether it shall hold the lengths of the values.
-            matrix: whether it shall hold the whole attention, which is computed once more beside
+            keys: whether to return the keys in the context.
+            mean_keys: whether to return their mean over the heads.
+            cls_attention: whether to return the class token's attention; only this row of the
+                attention matrix is computed in addition to the fused kernel.
+            value_norms: whether to return the norms of the values.
+            matrix: whether to return the whole attention matrix, which is computed in addition to
                 the fused kernel.
-            proportional: whether a merged token weighs as many keys as the patches it stands for
-                (ToMe's proportional attention, equation 1: softmax(q k + log size)).
+            proportional: whether a token counts as a key once for each patch it stands for (ToMe's
+                proportional attention, equation 1: softmax(q k + log size)).
 
         Returns:
             The tokens between attention and MLP, and the context.
 
         Raises:
-            UserError: ``cls_attention`` of a model without a class token.
+            UserError: ``cls_attention`` is asked of a model without a class token.
         """
         if cls_attention and not self.has_class_token:
             raise UserError(
@@ -168,10 +170,10 @@ class Backbone(Dense):
         )
 
     def attend_gated(self, block: int, tokens: Tokens, keep: Tensor) -> Tokens:
-        """:meth:`attend` where tokens leave by a factor that has a gradient, for training.
+        """:meth:`attend` that removes tokens by a differentiable factor, for training.
 
-        ``keep``: ``(B, N)`` 1 for a token that is there, 0 for one that left; in place of
-        ``alive``. See :func:`tokenenv.vit.attention.gated`.
+        ``keep``: ``(B, N)`` 1 for a kept token, 0 for a removed one; replaces ``tokens.alive``.
+        See :func:`tokenenv.vit.attention.gated`.
         """
         b, family = self.blocks[block], self.family
         h, q, k, v = family.enter(b, tokens.x)
@@ -200,11 +202,11 @@ class Backbone(Dense):
         return self.family.heads(block)[1]
 
     def normalised(self, block: int, x: Tensor) -> Tensor:
-        """Embeddings ``(..., D)`` through the norm in front of block ``block``'s attention."""
+        """Embeddings ``(..., D)`` after the norm that precedes block ``block``'s attention."""
         return self.family.normalised(block, x)
 
     def summary(self, tokens: Tokens) -> Tensor:
-        """``(B, D)`` float32 the class token; without one the mean patch, merged ones by size."""
+        """``(B, D)`` float32 class token; without one the mean of visual tokens, by size."""
         if self.has_class_token:
             if tokens.packing is not None:
                 return tokens.x.index_select(0, tokens.packing.ends[:-1]).float()
@@ -217,6 +219,6 @@ class Backbone(Dense):
     def classify(self, tokens: Tokens) -> Tensor:
         """Tokens after the last block -> logits ``(B, classes)``.
 
-        Average pooling weights each living token by the number of patches it stands for.
+        Average pooling weights each kept token by the number of patches it stands for.
         """
         return self.family.classify(tokens)

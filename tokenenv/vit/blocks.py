@@ -1,4 +1,4 @@
-"""What a transformer block does to tokens, and in which portions."""
+"""Running a transformer block on tokens, in portions where that is faster."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tokenenv.vit.tokens import Packing, Tokens
 
 
 class Parts(NamedTuple):
-    """What a block does to each token on its own: to ``(B, N, D)`` and ``(T, D)`` alike.
+    """The token-wise parts of a block, for ``(B, N, D)`` and ``(T, D)`` tokens.
 
-    The three functions are a :class:`~tokenenv.vit.families.Family`'s; ``compiled``: whether they
-    run through ``torch.compile``.
+    ``enter``, ``leave`` and ``feed`` are those of a :class:`~tokenenv.vit.families.Family`;
+    ``compiled`` says whether they were compiled by ``torch.compile``.
     """
 
     enter: Callable[[Any, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
@@ -31,10 +31,10 @@ class Parts(NamedTuple):
 
 @cache
 def compiled_parts(parts: Parts, kind: tuple[Hashable, ...]) -> Parts:
-    """``parts`` through ``torch.compile``, for one ``kind`` of blocks.
+    """``parts`` compiled by ``torch.compile``, for one ``kind`` of blocks.
 
-    Each kind has functions of its own: torch counts the graphs of a function, and compiles no more
-    of them from a limit on.
+    Each kind gets its own copies of the functions, because torch limits the number of graphs that
+    it compiles per function.
     """
 
     def compiled(part: Any) -> Any:
@@ -48,7 +48,7 @@ def compiled_parts(parts: Parts, kind: tuple[Hashable, ...]) -> Parts:
 
 
 class Wanted(NamedTuple):
-    """What is asked of a block's attention beside the tokens; see :class:`Attended`."""
+    """What a block's attention shall return beside the tokens; see :class:`Attended`."""
 
     queries: bool = False
     keys: bool = False
@@ -58,15 +58,17 @@ class Wanted(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """What attention made of some images, all laid out as their tokens: ``(B, N, ...)``, or
-    ``(T, ...)`` where they are packed.
+    """What a block's attention returns, in the layout of the tokens.
+
+    ``...`` stands for ``(B, N)``, or for ``(T,)`` if the tokens are packed. All fields but ``x``
+    are None unless wanted.
 
     Attributes:
         x: ``(..., D)`` the tokens after attention and its residual.
-        queries: ``(..., heads, dim)``, or None where it isn't wanted, as all below.
+        queries: ``(..., heads, dim)``.
         keys: ``(..., heads, dim)``.
         mean_keys: ``(..., dim)`` mean of the keys over the heads.
-        value_norms: ``(...)`` float32 lengths of the values, all heads together.
+        value_norms: ``(...)`` float32 norms of the values, all heads together.
         scores: ``(..., heads)`` :func:`tokenenv.vit.attention.first_scores`.
     """
 
@@ -79,7 +81,7 @@ class Attended(NamedTuple):
 
 
 class _Images(NamedTuple):
-    """All images of a batch or some: ``(b, N, D)``, or ``(t, D)`` and the length of each."""
+    """Some images of a batch: ``(b, N, D)``, or packed ``(t, D)`` with the length of each."""
 
     x: Tensor
     mask: Tensor | None
@@ -92,8 +94,13 @@ def attend(
 ) -> Attended:
     """Attention and its residual, in portions where that is faster.
 
-    ``mask`` as for :func:`tokenenv.vit.attention.padded`; of packed tokens only float. ``drop``:
-    probability of dropping an attention weight; packed tokens are played without.
+    Args:
+        parts: the family's functions.
+        block: the block's module.
+        tokens: the tokens before the block.
+        mask: as for :func:`tokenenv.vit.attention.padded`; for packed tokens only float.
+        want: what to return beside the tokens.
+        drop: probability of dropping an attention weight; ignored for packed tokens.
     """
     packing = tokens.packing
     if not _in_portions(parts, block, tokens):
@@ -131,7 +138,7 @@ def _attend(parts: Parts, block: Any, images: _Images, want: Wanted, drop: float
 
 
 def feed(parts: Parts, block: Any, tokens: Tokens) -> Tensor:
-    """MLP and its residual, in portions where that is faster; as :attr:`Tokens.x`."""
+    """MLP and its residual, in portions where that is faster; the shape of ``tokens.x``."""
     if not _in_portions(parts, block, tokens):
         return parts.feed(block, tokens.x)
     rows = tokens.rows
@@ -140,16 +147,16 @@ def feed(parts: Parts, block: Any, tokens: Tokens) -> Tensor:
 
 
 _ROWS, _NUMBERS = 2048, 2**17
-"""Tokens that a block takes at once on a CPU where nothing learns; below so many numbers, all."""
+"""Tokens per portion on a CPU in inference; a batch of fewer numbers is not split."""
 
 
 def _in_portions(parts: Parts, block: Any, tokens: Tokens) -> bool:
-    """Whether a block should take a portion of the tokens at a time.
+    """Whether a block should run on a portion of the tokens at a time.
 
-    Queries, keys and values together are three times as wide as its input and the MLP's hidden
-    layer four times: of a whole batch that is memory which the system hands out and clears anew in
-    every block, of a portion it stays in the caches. In training stochastic depth draws for whole
-    images, and a graph of the portions would keep all that memory.
+    Queries, keys and values together are three times as wide as the input, the MLP's hidden layer
+    four times. For a whole batch the system allocates and clears this memory in every block; for a
+    portion it stays in the caches. Not in training: stochastic depth draws per image, and the
+    autograd graph would keep all that memory anyway.
     """
     rows = tokens.rows
     if parts.compiled or rows.device.type != "cpu" or block.training:
@@ -160,7 +167,7 @@ def _in_portions(parts: Parts, block: Any, tokens: Tokens) -> bool:
 
 
 def _padded_portions(tokens: Tokens, mask: Tensor | None) -> Iterator[_Images]:
-    """About equally many images each."""
+    """Portions of about the same number of images."""
     count = min(math.ceil(len(tokens.rows) / _ROWS), len(tokens.x))
     masks = itertools.repeat(None) if mask is None else mask.tensor_split(count)
     for x, own in zip(tokens.x.tensor_split(count), masks, strict=False):
@@ -168,7 +175,7 @@ def _padded_portions(tokens: Tokens, mask: Tensor | None) -> Iterator[_Images]:
 
 
 def _packed_portions(tokens: Tokens, mask: Tensor | None) -> Iterator[_Images]:
-    """Whole images, until the portion has its share of the tokens."""
+    """Portions of whole images with about the same number of tokens."""
     assert tokens.packing is not None
     lengths, total = tokens.packing.lengths, len(tokens.x)
     share = total / math.ceil(total / _ROWS)
@@ -182,6 +189,6 @@ def _packed_portions(tokens: Tokens, mask: Tensor | None) -> Iterator[_Images]:
 
 
 def mean_head(values: Tensor) -> Tensor:
-    """``(..., heads, dim)`` -> ``(..., dim)``: ``mean(-2)``, which takes a CPU twice as long."""
+    """Mean over the heads, ``(..., heads, dim)`` -> ``(..., dim)``; faster than ``mean(-2)``."""
     first, *others = values.unbind(-2)
     return sum(others, first) / values.shape[-2]

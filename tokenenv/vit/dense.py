@@ -1,4 +1,4 @@
-"""A dense model, whole: what methods are compared with."""
+"""The dense model: a whole timm classifier, with which methods are compared."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Dense(nn.Module):
         super().__init__()
         if freeze:
             model.eval().requires_grad_(False)
-        # What timm's modules hold is not typed; Any here keeps it out of every line below.
+        # timm's modules are not typed.
         self.model = cast(Any, model)
         self.classes = int(self.model.num_classes)
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The parameters' device."""
         return next(self.parameters()).device
 
     @property

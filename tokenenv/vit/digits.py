@@ -1,4 +1,4 @@
-"""The embedded tier: a small Vision Transformer and scikit-learn's digits, both offline.
+"""The embedded model and data: a small Vision Transformer and scikit-learn's digits, offline.
 
 Importing this module registers the model with timm as ``digits_vit``. Its weights come with the
 package; ``examples/train_digits_vit.py`` trained them. ``digits_vit_16`` is the same model for
@@ -63,7 +63,7 @@ def digits_vit(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
 
     Args:
         pretrained: load the packaged weights.
-        **kwargs: what timm's ``VisionTransformer`` takes, in place of these values.
+        **kwargs: arguments of timm's ``VisionTransformer``, in place of these values.
 
     Raises:
         UserError: the packaged weights do not fit the model that ``kwargs`` ask for.
@@ -85,13 +85,13 @@ def digits_vit(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
 def digits_vit_16(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """Build ``digits_vit`` for ``(B, 1, 16, 16)`` digits: 256 visual tokens.
 
-    The weights are those of ``digits_vit``, with its position embeddings resampled as timm does.
-    In an image of twice the size a pixel's neighbours are two pixels away: each token reads
-    every second of 5x5 pixels. The images are ``digits_vit``'s, enlarged.
+    The weights are those of ``digits_vit``, with the position embeddings resampled by timm. The
+    images are those of ``digits_vit``, enlarged twofold, so each token's 3x3 filter is dilated: it
+    reads every second of 5x5 pixels.
 
     Args:
         pretrained: load the packaged weights.
-        **kwargs: what timm's ``VisionTransformer`` takes, in place of these values.
+        **kwargs: arguments of timm's ``VisionTransformer``, in place of these values.
 
     Raises:
         UserError: the packaged weights do not fit the model that ``kwargs`` ask for.
@@ -131,8 +131,8 @@ def _load(model: VisionTransformer) -> None:
 def digits(split: Literal["train", "test"]) -> tuple[Tensor, Tensor]:
     """scikit-learn's 1797 digits in a fixed split: 1197 for training, 600 for testing.
 
-    Every digit gives both parts its share. Which image goes where follows from a hash of its
-    number, so that no library's random generator can change it.
+    Both parts have the same share of every digit. The split is made by a hash of the image's
+    number, so it does not depend on a library's random generator.
 
     Returns:
         Images ``(n, 1, 8, 8)`` uint8 in ``[0, 255]`` and their labels ``(n,)`` int64.

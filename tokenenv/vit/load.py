@@ -1,4 +1,4 @@
-"""From a model's name and a weights file to a backbone, with one clear error for each mistake."""
+"""Load a backbone by a model's name and a weights file, with one clear error for each mistake."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from tokenenv.vit.families import family_of
 
 EMBEDDED = "digits_vit"
 DIGITS_MODELS = (EMBEDDED, "digits_vit_16")
-"""Those whose weights come with the package."""
+"""Names of the models whose weights come with the package."""
 
 DTYPES = ("float32", "bfloat16", "float16")
-"""What a backbone may compute in."""
+"""Precisions of a backbone."""
 
 _PROVEN: set[str] = set()
 """Names of models whose stages gave their own logits in this process."""
 
 RANDOM = "random"
-"""In place of a weights file: an untrained model."""
+"""Given instead of a weights file: an untrained model."""
 
 
 def load_backbone(
@@ -43,13 +43,13 @@ def load_backbone(
         name: any timm model name of a family in :mod:`tokenenv.vit.families`, or ``digits_vit``,
             the embedded model.
         weights: a ``.safetensors`` or ``.pth`` state dict. The number of classes is read from
-            it. ``random``: :func:`untrained_model`. Without one the embedded model takes its own
-            weights and any other model those that timm publishes for it (downloaded by timm).
-        device: where to put it.
-        dtype: what it computes in, one of :data:`DTYPES`; policies decide in float32 all the same.
+            it. ``random``: :func:`untrained_model`. None: the packaged weights of ``digits_vit``,
+            and for any other model those that timm publishes (downloaded by timm).
+        device: where to put the model.
+        dtype: its precision, one of :data:`DTYPES`; policies always compute in float32.
 
     Raises:
-        UserError: unknown or unsupported model, missing or mismatching weights, no such device or
+        UserError: unknown or unsupported model, missing or mismatching weights, unknown device or
             dtype.
     """
     place, precision = check_device(device), check_dtype(dtype)
@@ -67,8 +67,14 @@ def load_model(
 ) -> nn.Module:
     """The timm model of :func:`load_backbone`, in eval mode.
 
-    ``options``: what timm shall make differently than the name says; taken with ``weights``.
-    ``check``: as for :func:`check_name`.
+    Args:
+        name: as for :func:`load_backbone`.
+        weights: as for :func:`load_backbone`.
+        options: further arguments of ``timm.create_model``; only used with a weights file.
+        check: as for :func:`check_name`.
+
+    Raises:
+        UserError: as for :func:`load_backbone`.
     """
     check_name(name, check)
     if weights == RANDOM:
@@ -101,7 +107,7 @@ def load_model(
 
 
 def untrained_model(name: str) -> nn.Module:
-    """A timm model with random weights, always the same ones, in eval mode."""
+    """A timm model in eval mode with random weights from a fixed seed."""
     timm = import_timm()
     import tokenenv.vit.digits  # noqa: F401  (registers digits_vit with timm)
 
@@ -114,9 +120,9 @@ def check_name(name: str, check: Callable[[nn.Module], object] = family_of) -> N
     """Refuse a model by its name, before any weights are downloaded or read.
 
     Args:
-        name: as timm knows it.
-        check: refuses a model of a family that will not do; by default one that no
-            :class:`Backbone` can be made of.
+        name: its name in timm.
+        check: raises for a model that is not accepted; by default one that no registered family
+            accepts.
 
     Raises:
         UserError: timm has no such model, or ``check`` refuses it.
@@ -131,13 +137,13 @@ def check_name(name: str, check: Callable[[nn.Module], object] = family_of) -> N
         raise UserError(f"unknown model '{name}': {hint}")
     if name != base and name not in (known := timm.list_pretrained(f"{base}.*")):
         raise UserError(f"unknown model '{name}': choose from {', '.join([base, *known])}")
-    # Without memory for the weights; where timm can't do that, whoever uses it refuses later.
+    # On the meta device no weights are allocated. If timm can't do that, loading checks it later.
     with contextlib.suppress(RuntimeError), torch.device("meta"):
         check(timm.create_model(base))
 
 
 def _classifier(timm, name: str) -> str:  # type: ignore[no-untyped-def]
-    """Of the last layer in a state dict, as timm's configuration names it."""
+    """The name of the classifier layer, from timm's configuration of the model."""
     config = timm.get_pretrained_cfg(name, allow_unregistered=True)
     found = (config.classifier if config else None) or "head"
     return found if isinstance(found, str) else found[0]
@@ -146,7 +152,7 @@ def _classifier(timm, name: str) -> str:  # type: ignore[no-untyped-def]
 def _pretrained(timm, name: str) -> nn.Module:  # type: ignore[no-untyped-def]
     disabled = logging.root.manager.disable
     try:
-        # timm warns of every retry of a download; the one line below says it all.
+        # Silences timm's warnings of every retry of a download; the error below replaces them.
         logging.disable(max(disabled, logging.WARNING))
         return timm.create_model(name, pretrained=True).eval()
     except Exception as error:
@@ -160,10 +166,10 @@ def _pretrained(timm, name: str) -> nn.Module:  # type: ignore[no-untyped-def]
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from a ``.safetensors`` or ``.pth`` file; nothing in it is executed.
+    """A state dict from a ``.safetensors`` or ``.pth`` file; code in it is not executed.
 
     Raises:
-        UserError: no such file, or not a state dict.
+        UserError: the file does not exist, or it is not a state dict.
     """
     if not path.is_file():
         raise UserError(f"weights file '{path}' does not exist: check --weights")
@@ -172,7 +178,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        with warnings.catch_warnings():  # the one line below says it all
+        with warnings.catch_warnings():  # the error below replaces them
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -188,10 +194,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def check_device(device: str | torch.device) -> torch.device:
-    """The device, or a :class:`UserError` where this machine has none such."""
+    """The device.
+
+    Raises:
+        UserError: this machine does not have it.
+    """
     try:
         place = torch.device(device)
-        torch.empty(0, device=place).cpu()  # 'meta' has nothing to copy
+        torch.empty(0, device=place).cpu()  # fails on 'meta', which holds no data
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(
             f"device '{device}' is not available on this machine: use --device cpu"
@@ -200,7 +210,11 @@ def check_device(device: str | torch.device) -> torch.device:
 
 
 def check_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """The type that a name of :data:`DTYPES` means, or a :class:`UserError`."""
+    """The torch type of a name in :data:`DTYPES`.
+
+    Raises:
+        UserError: the name is not one of them.
+    """
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise UserError(f"dtype '{name}': choose from {', '.join(DTYPES)}")
@@ -209,7 +223,11 @@ def check_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def import_timm():  # type: ignore[no-untyped-def]
-    """Import timm; where torch and torchvision are of different builds, say so."""
+    """Import timm.
+
+    Raises:
+        UserError: torch and torchvision are of different builds.
+    """
     try:
         import timm
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""A second, coarser look at the image, added to a pretrained model's patch embedding."""
+"""A second, coarser patch embedding, added to that of a pretrained model."""
 
 from __future__ import annotations
 
@@ -13,28 +13,32 @@ from torch import Tensor, nn
 from tokenenv.errors import UserError
 
 STATE_PREFIX = "patch_embed.coarse."
-"""What a state dict's names begin with if its model has two scales."""
+"""Prefix of the names in a state dict whose model has two scales."""
 
 
 class MultiScaleEmbed(nn.Module):
     """timm's patch embedding plus one with patches of twice the size (MSTM, arXiv 2306.04897).
 
-    The paper fuses multi-scale features before tokens are pruned; how is not public. Ours: the
-    coarse patches (their filters start as the fine ones' resampled, where these are plain patches)
-    are up-sampled to the grid bilinearly, normalised, and added through a linear gate that starts
-    at zero: a pretrained model is exactly itself until it is trained.
+    The paper fuses multi-scale features before tokens are pruned; how is not public. This module
+    is ours: the embeddings of the coarse patches are upsampled bilinearly to the fine grid,
+    normalised, and added through a linear gate that starts at zero, so a pretrained model's output
+    does not change before it is trained. If the fine patches don't overlap, the coarse filters
+    start as the fine ones, resampled.
 
-    It has every attribute of the embedding that it wraps.
+    Attributes of the wrapped embedding can be read from this module.
 
     Args:
         fine: timm's patch embedding; it is used, not copied.
 
+    Raises:
+        UserError: it is no ``PatchEmbed``.
+
     Attributes:
         fine: as given.
-        coarse: ``(B, C, H, W)`` -> ``(B, D, ceil(h / 2), ceil(w / 2))``; a grid of odd size is
-            padded.
-        norm_coarse: over ``D``.
-        gate: ``D -> D``.
+        coarse: convolution ``(B, C, H, W)`` -> ``(B, D, ceil(h / 2), ceil(w / 2))`` for an
+            ``(h, w)`` grid; images are padded to an even grid.
+        norm_coarse: LayerNorm over ``D``.
+        gate: linear layer ``D -> D``.
     """
 
     def __init__(self, fine: nn.Module) -> None:
@@ -58,11 +62,11 @@ class MultiScaleEmbed(nn.Module):
         nn.init.zeros_(self.gate.bias)
 
     def __getattr__(self, name: str) -> Any:
-        """What it does not have is the wrapped embedding's."""
+        """An attribute of the wrapped embedding, if this module does not have it."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "fine":  # being copied or unpickled, not there yet
+            if name == "fine":  # not set yet while this is being copied or unpickled
                 raise
             return getattr(self.fine, name)
 
@@ -72,22 +76,24 @@ class MultiScaleEmbed(nn.Module):
             yield from part.parameters()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images ``(B, C, H, W)`` -> what the wrapped embedding gives, in its layout."""
+        """Images ``(B, C, H, W)`` -> patch embeddings in the layout of the wrapped embedding."""
         out: Tensor = self.fine(images)
         rows, columns = self.fine.dynamic_feat_size((images.shape[2], images.shape[3]))
         high, wide = self.coarse.stride
         images = F.pad(images, (0, -images.shape[3] % wide, 0, -images.shape[2] % high))
         seen = F.interpolate(self.coarse(images), scale_factor=2, mode="bilinear")
         seen = seen[:, :, :rows, :columns].flatten(2).transpose(1, 2)
-        # The wrapped one may keep rows and columns apart: the order is the same.
+        # The wrapped embedding may keep rows and columns as two dimensions, in the same order.
         return out + self.gate(self.norm_coarse(seen)).view(out.shape)
 
 
 def add_scale(model: nn.Module) -> None:
-    """Let a timm Vision Transformer see two scales, in place; its output stays as it is.
+    """Add a coarse patch embedding to a timm Vision Transformer, in place.
+
+    The model's output does not change before it is trained.
 
     Raises:
-        UserError: it does so already, or its patch embedding is not timm's ``PatchEmbed``.
+        UserError: it has one already, or its patch embedding is not timm's ``PatchEmbed``.
     """
     holder: Any = model
     if isinstance(holder.patch_embed, MultiScaleEmbed):

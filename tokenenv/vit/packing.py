@@ -1,4 +1,4 @@
-"""Laying out the living tokens of a batch: compacted to the longest image, or packed end to end."""
+"""Layouts of kept tokens: padded to the longest image of the batch, or packed without padding."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from tokenenv.vit.tokens import Packing, Tokens
 
 
 def compact(tokens: Tokens) -> Tokens:
-    """Move the living tokens to the front and cut to the longest image of the batch.
+    """Cut out removed tokens; shorter images are padded to the longest of the batch.
 
-    This is what frees memory and time. It reads the lengths back from the device. The order of
-    the living tokens is kept; the result is not ragged if all images are equally long.
+    The kept tokens come first, in their order. The result is not ragged if all images have the
+    same length. Reads the lengths back from the device.
     """
     if not (tokens.ragged and len(tokens.x)):
         return tokens
@@ -24,20 +24,20 @@ def compact(tokens: Tokens) -> Tokens:
 
 
 def _compact_to(tokens: Tokens, lengths: list[int]) -> Tokens:
-    """:func:`compact` with the numbers of living tokens known."""
+    """:func:`compact`, given the number of kept tokens of each image."""
     shortest, longest = min(lengths), max(lengths)
     if shortest == tokens.x.shape[1]:
         return replace(tokens, ragged=False)
-    order = _living_first(tokens)
+    order = _kept_first(tokens)
     made = reorder(tokens, order, longest)
     return replace(made, x=take(tokens.x, order[:, :longest]), ragged=shortest != longest)
 
 
 def pack(tokens: Tokens) -> Tokens:
-    """:func:`compact`, and where images differ in length the embeddings of all, end to end.
+    """Cut out removed tokens, and pack the embeddings if images differ in length.
 
-    Reads the lengths back from the device. :func:`unpack` gives what :func:`compact` gives, zeros
-    for the dead.
+    Reads the lengths back from the device. :func:`unpack` of the result equals :func:`compact`,
+    with zeros as padding.
     """
     if tokens.packing is not None or not (tokens.ragged and len(tokens.x)):
         return tokens
@@ -50,35 +50,36 @@ def pack(tokens: Tokens) -> Tokens:
 
 
 def end_to_end(tokens: Tokens) -> Tokens:
-    """The tokens of padded images as packed ones, as if all were alive; nothing moves."""
+    """Padded tokens as packed ones, removed tokens included; a view, nothing is copied."""
     batch, count = tokens.alive.shape
     place = torch.arange(batch * count, device=tokens.x.device)
     return replace(tokens, x=tokens.rows, packing=Packing((count,) * batch, place))
 
 
 def close_up(tokens: Tokens, lengths: tuple[int, ...]) -> tuple[Tokens, Tensor]:
-    """Packed tokens without those that died since.
+    """Packed tokens without those that were removed since they were packed.
 
     Args:
-        tokens: packed as they were before.
-        lengths: the numbers of living tokens now.
+        tokens: packed tokens, some of them no longer ``alive``.
+        lengths: number of kept tokens of each image.
 
     Returns:
-        The tokens in new memory, and ``(T,)`` the row of now of each row of before.
+        The kept tokens in new memory, and ``(T,)`` the new row of each old row; for the row of a
+        removed token it is meaningless.
     """
     assert tokens.packing is not None
     longest, device = max(lengths), tokens.x.device
     stays = tokens.alive.flatten().index_select(0, tokens.packing.place)
-    living = stays.nonzero()[:, 0]
+    kept = stays.nonzero()[:, 0]
     count = torch.tensor(lengths, device=device)
     alive = torch.arange(longest, device=device) < count[:, None]
     packing = Packing(lengths, alive.flatten().nonzero()[:, 0])
-    size = tokens.size.flatten().index_select(0, tokens.packing.place.index_select(0, living))
+    size = tokens.size.flatten().index_select(0, tokens.packing.place.index_select(0, kept))
     rank = tokens.alive.cumsum(1) - 1
     source = rank.gather(1, tokens.source.clamp(min=0))
     closed = replace(
         tokens,
-        x=tokens.x.index_select(0, living),
+        x=tokens.x.index_select(0, kept),
         size=packing.unpack(size),
         alive=alive,
         source=torch.where(tokens.source >= 0, source, -1),
@@ -90,19 +91,16 @@ def close_up(tokens: Tokens, lengths: tuple[int, ...]) -> tuple[Tokens, Tensor]:
 
 
 def _compact_one(tokens: Tokens) -> Tokens:
-    """:func:`compact` of a single image, without asking how many tokens are left.
-
-    So ``torch.export`` can follow it.
-    """
-    living = tokens.alive[0].nonzero()[:, 0]
-    if torch.compiler.is_compiling():  # torch 2.14 exports attention only of some tokens, not of 0
-        torch._check(living.shape[0] > 0)
+    """:func:`compact` of a single image without reading its length, for ``torch.export``."""
+    kept = tokens.alive[0].nonzero()[:, 0]
+    if torch.compiler.is_compiling():  # torch 2.14 can't export attention of possibly 0 tokens
+        torch._check(kept.shape[0] > 0)
     rank = (tokens.alive[0].cumsum(0) - 1)[tokens.source.clamp(min=0)]
     return replace(
         tokens,
-        x=tokens.x.index_select(1, living),
-        size=tokens.size.index_select(1, living),
-        alive=tokens.alive.index_select(1, living),
+        x=tokens.x.index_select(1, kept),
+        size=tokens.size.index_select(1, kept),
+        alive=tokens.alive.index_select(1, kept),
         source=torch.where(tokens.source >= 0, rank, -1),
         ragged=False,
         moved=True,
@@ -117,7 +115,13 @@ def unpack(tokens: Tokens) -> Tokens:
 
 
 def reorder(tokens: Tokens, order: Tensor, longest: int) -> Tokens:
-    """All but the embeddings of the tokens in another order, cut to ``longest``."""
+    """All fields but ``x`` in another order, cut to ``longest`` tokens per image.
+
+    Args:
+        tokens: ``(B, N)`` tokens.
+        order: ``(B, N)`` permutation: the old position of each new one.
+        longest: tokens to keep of each row.
+    """
     front, rank = order[:, :longest], inverse(order)
     source = rank.gather(1, tokens.source.clamp(min=0))
     return replace(
@@ -129,8 +133,8 @@ def reorder(tokens: Tokens, order: Tensor, longest: int) -> Tokens:
     )
 
 
-def _living_first(tokens: Tokens) -> Tensor:
-    """``(B, N)`` the living tokens in their order, then the dead."""
+def _kept_first(tokens: Tokens) -> Tensor:
+    """``(B, N)`` positions of the kept tokens in their order, then of the removed ones."""
     return torch.sort((~tokens.alive).to(torch.uint8), dim=1, stable=True).indices
 
 
@@ -141,9 +145,9 @@ def inverse(order: Tensor) -> Tensor:
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:
-    """``(B, N, D)`` values, ``(B, A)`` which of each image's -> ``(B, A, D)``.
+    """Select rows: values ``(B, N, D)``, indices ``(B, A)`` into N -> ``(B, A, D)``.
 
-    Whole rows at once, several times faster on a CPU than an expanded ``gather``.
+    On a CPU several times faster than an expanded ``gather``.
     """
     batch, count = values.shape[:2]
     first = torch.arange(batch, device=index.device) * count

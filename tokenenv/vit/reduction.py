@@ -1,6 +1,6 @@
-"""What can be done to tokens: prune, match, merge, fuse.
+"""Operations that reduce tokens: prune, match, merge, fuse.
 
-Pure functions on :class:`~tokenenv.vit.tokens.Tokens`; nothing here knows a model or a policy.
+Pure functions on :class:`~tokenenv.vit.tokens.Tokens`, independent of models and policies.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from tokenenv.vit.tokens import Tokens
 
 
 def prune(tokens: Tokens, keep: Tensor, least: int = 0) -> Tokens:
-    """Kill the visual tokens that are not kept; nothing moves.
+    """Remove the visual tokens that are not kept, without moving any.
 
-    Where fewer than ``least`` visual tokens would be left of an image, it keeps those it has.
+    An image that would have fewer than ``least`` visual tokens left is not pruned at all.
 
     Args:
         tokens: ``(B, N)`` tokens.
-        keep: ``(B, N - prefix)`` bool; False for a token that leaves. Dead tokens stay dead.
-        least: visual tokens to stay; at least 1 where an image needs one (``tokens.keep_one``).
+        keep: ``(B, N - prefix)`` bool; False prunes. Tokens removed before stay removed.
+        least: fewest visual tokens of an image; at least 1 if ``tokens.keep_one``.
 
     Returns:
         The tokens with ``alive``, ``size`` and ``source`` updated.
@@ -56,9 +56,9 @@ class Match(NamedTuple):
     """Candidate pairs of a bipartite matching.
 
     Attributes:
-        token: ``(B, A)`` index into ``N`` of each candidate.
-        partner: ``(B, A)`` index into ``N`` of the token it would merge into.
-        score: ``(B, A)`` cosine similarity of the two, -inf where the candidate may not merge.
+        token: ``(B, A)`` index into ``N`` of each candidate, the token that would be removed.
+        partner: ``(B, A)`` index into ``N`` of the token that it would be merged into.
+        score: ``(B, A)`` cosine similarity of the two, -inf for a pair that can't be merged.
     """
 
     token: Tensor
@@ -69,13 +69,13 @@ class Match(NamedTuple):
 def bipartite_match(tokens: Tokens, metric: Tensor, first: int = 0) -> Match:
     """Best partner of every second visual token among the other visual tokens.
 
-    ToMe, Bolya et al. 2023, section 3: living visual tokens are split alternately into A and B;
-    each token of A proposes its most similar token of B. Prefix tokens take no part.
+    ToMe, Bolya et al., ICLR 2023, section 3: the kept visual tokens are split alternately into A
+    and B; each token of A is paired with its most similar token of B. Prefix tokens are left out.
 
     Args:
         tokens: ``(B, N)`` tokens.
-        metric: ``(B, N, M)`` what similarity is measured on, for instance the mean-head keys.
-        first: 0 or 1, which living visual token is the first of A.
+        metric: ``(B, N, M)`` vectors to compare, for instance the mean-head keys.
+        first: 0 or 1, index of the first kept visual token in A.
 
     Returns:
         One candidate per token of A, ``A = ceil((N - prefix - first) / 2)``.
@@ -84,8 +84,8 @@ def bipartite_match(tokens: Tokens, metric: Tensor, first: int = 0) -> Match:
     alive = tokens.visual_alive
     place = torch.arange(alive.shape[1], device=alive.device).expand_as(alive)
     if tokens.ragged and tokens.packing is None:
-        # Who is in A is a matter of rank among the living, wherever the dead lie: an image is
-        # matched alike in every execution and every batch.
+        # A and B alternate over the kept tokens, wherever the removed ones are, so that an image
+        # is matched alike in every execution and every batch.
         place = torch.sort((~alive).to(torch.uint8), dim=1, stable=True).indices
         unit = take(unit, place)
         alive = alive.gather(1, place)
@@ -97,21 +97,27 @@ def bipartite_match(tokens: Tokens, metric: Tensor, first: int = 0) -> Match:
         visual = [length - tokens.prefix for length in tokens.packing.lengths]
         best, choice = _propose_in_groups(unit, alive, first, visual)
     place = place + tokens.prefix
-    # A lone token has nobody to propose to: one partner more, so that there is any.
+    # One more partner: an image with a single visual token has none.
     partner = F.pad(place[:, 1 - first :: 2], (0, 1)).gather(1, choice)
     return Match(place[:, first::2], partner, best)
 
 
 def _propose(unit: Tensor, alive: Tensor | None, first: int) -> tuple[Tensor, Tensor]:
-    """``(B, n, M)`` unit vectors -> for each of A the highest cosine, and which of B has it.
+    """The most similar token of B for each token of A.
 
-    ``alive``: ``(B, n)``, None where all are. Both results ``(B, A)``; -inf where there is none.
+    Args:
+        unit: ``(B, n, M)`` unit vectors.
+        alive: ``(B, n)`` bool, which tokens are kept; None if all are.
+        first: 0 or 1, index of the first token of A.
+
+    Returns:
+        ``(B, A)`` the highest cosine, -inf if there is no pair; ``(B, A)`` the index in B.
     """
     one, other = unit[:, first::2], unit[:, 1 - first :: 2].transpose(1, 2)
     if alive is None:
         score = one @ other
     else:
-        # What is added to the products hides the dead; a pass over all pairs less than a mask.
+        # Adding -inf in the product hides removed tokens with one pass less than a mask.
         score = torch.baddbmm(
             torch.where(alive[:, None, 1 - first :: 2], 0.0, -torch.inf), one, other
         )
@@ -122,15 +128,15 @@ def _propose(unit: Tensor, alive: Tensor | None, first: int) -> tuple[Tensor, Te
 
 
 _GROUPS = 4
-"""Of so many the largest is rarely much larger than its mean; more would be calls without work."""
+"""Groups of images of similar length: fewer waste work on padding, more cost calls."""
 
 
 def _propose_in_groups(
     unit: Tensor, alive: Tensor, first: int, lengths: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """:func:`_propose` among images of like length, their living tokens first.
+    """:func:`_propose` in groups of images of similar length, whose kept tokens come first.
 
-    Work is quadratic in the longest: who is short is spared it.
+    The work per image is quadratic in the length of the longest in its group.
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     images = torch.tensor(order, device=unit.device)
@@ -149,11 +155,12 @@ def _propose_in_groups(
 
 
 def candidates_first(tokens: Tokens, match: Match) -> Tokens:
-    """Put the living candidates of a match before the other living visual tokens.
+    """Order tokens as ToMe's published code does after a merge: kept candidates first.
 
-    So ToMe's published code lays them out after a merge, which decides who meets whom in the next
-    block. Each of the two groups keeps its order, but without prefix tokens the candidates lie as
-    there: the most similar first. Dead tokens come last.
+    After the prefix tokens come the candidates of the match that were kept, then the other kept
+    visual tokens, then removed ones. The order matters for the next block's split into A and B.
+    Each group stays in its order, except that without prefix tokens the candidates are sorted by
+    similarity, the most similar first, as in that code.
     """
     candidate = torch.zeros_like(tokens.alive).scatter(1, match.token, True)
     group = torch.where(tokens.alive, 2 - candidate.long(), 3)
@@ -171,19 +178,20 @@ def candidates_first(tokens: Tokens, match: Match) -> Tokens:
 def merge(tokens: Tokens, match: Match, accept: Tensor, weight: Tensor | None = None) -> Tokens:
     """Merge the accepted candidates into their partners.
 
-    Nothing moves, but packed tokens close up: they read their lengths back from the device.
+    A partner becomes the weighted mean of itself and all tokens merged into it; sizes add up, and
+    the patches of a merged token become its partner's (ToMe, section 3; weights: size by default).
 
-    The merged embedding is the weighted mean of all tokens that meet in a partner; sizes add up
-    and every patch of a merged token follows it (ToMe, section 3; weights: size by default).
+    Padded tokens do not move. Packed ones are packed again, which reads their lengths back from
+    the device.
 
     Args:
         tokens: ``(B, N)`` tokens.
         match: candidate pairs, ``(B, A)`` each.
-        accept: ``(B, A)`` bool, which candidates merge; impossible pairs (score -inf) never do.
+        accept: ``(B, A)`` bool, which pairs to merge; those with score -inf are never merged.
         weight: ``(B, N)`` non-negative weights of the mean; None for the tokens' sizes.
 
     Returns:
-        The tokens; merged candidates are dead.
+        The tokens, with the merged candidates removed.
     """
     accept = accept & torch.isfinite(match.score)
     weight = (tokens.size if weight is None else weight).float()
@@ -191,11 +199,11 @@ def merge(tokens: Tokens, match: Match, accept: Tensor, weight: Tensor | None = 
     moved_size = torch.where(accept, tokens.size.gather(1, match.token), 0.0)
 
     total = weight.scatter_add(1, match.partner, moving)
-    # x_p + sum_a w_a (x_a - x_p) / W_p: a token that receives nothing keeps its exact value.
+    # x_p + sum_a w_a (x_a - x_p) / W_p: exact for a token into which nothing is merged.
     share = (moving / total.gather(1, match.partner).clamp(min=1e-12)).flatten()
     giver, taker = tokens.row(match.token).flatten(), tokens.row(match.partner).flatten()
     if tokens.packing is not None or tokens.x.device.type == "cpu":
-        # Most candidates don't merge: no work for them. Elsewhere the device would be waited for.
+        # Skip the candidates that are not merged. On other devices that would synchronise.
         some = accept.flatten().nonzero()[:, 0]
         share, giver, taker = share[some], giver[some], taker[some]
     x = tokens.rows
@@ -203,7 +211,7 @@ def merge(tokens: Tokens, match: Match, accept: Tensor, weight: Tensor | None = 
 
     gone = torch.zeros_like(tokens.alive).scatter(1, match.token, accept)
     alive = tokens.alive & ~gone
-    # Where every token's patches live now: itself, or its partner.
+    # The token that now stands for every token's patches: itself, or its partner.
     itself = torch.arange(alive.shape[1], device=x.device).expand_as(alive)
     partner = torch.where(accept, match.partner, match.token)
     target = itself.scatter(1, match.token, partner)
@@ -222,20 +230,20 @@ def merge(tokens: Tokens, match: Match, accept: Tensor, weight: Tensor | None = 
     if tokens.packing is None:
         return replace(merged, x=x.index_add(0, taker, step).view_as(tokens.x))
     closed, now = close_up(merged, tuple(merged.counts().tolist()))
-    closed.x.index_add_(0, now.index_select(0, taker), step)  # new memory: nobody else reads it
+    closed.x.index_add_(0, now.index_select(0, taker), step)  # in place: it is new memory
     return closed
 
 
 def fuse(tokens: Tokens, keep: Tensor, weight: Tensor) -> Tokens:
-    """Make one token of all visual tokens that are not kept, where the heaviest of them lies.
+    """Fuse all visual tokens that are not kept into one, at the position of the heaviest.
 
     Args:
         tokens: ``(B, N)`` tokens.
-        keep: ``(B, N - prefix)`` bool; False for a token that goes into the fused one.
+        keep: ``(B, N - prefix)`` bool; False for a token to fuse.
         weight: ``(B, N - prefix)`` non-negative weights of the mean.
 
     Returns:
-        The tokens; all but one of those not kept are dead, and their patches are that one's.
+        The tokens; of those fused, one is left, and it stands for the patches of all.
     """
     fused = tokens.visual_alive & ~keep
     heaviest = weight.masked_fill(~fused, -torch.inf).argmax(1, keepdim=True)
@@ -246,14 +254,14 @@ def fuse(tokens: Tokens, keep: Tensor, weight: Tensor) -> Tokens:
 
 
 def strongest(match: Match, count: int | Tensor) -> Tensor:
-    """Accept the ``count`` most similar candidates: ``(B, A)`` bool. ToMe's rule.
+    """``(B, A)`` bool, the ``count`` most similar candidates: the pairs that ToMe merges.
 
-    ``count``: one number, or ``(B, 1)`` for each image its own.
+    ``count``: one number, or ``(B, 1)``, one per image.
     """
     return highest(match.score, count)
 
 
 def highest(score: Tensor, count: int | Tensor) -> Tensor:
-    """``(B, A)`` bool, the ``count`` highest scores of each row; of equal ones the first."""
+    """``(B, A)`` bool, the ``count`` highest of ``score (B, A)`` in each row; ties: the first."""
     order = torch.sort(score, dim=1, descending=True, stable=True).indices
     return inverse(order) < count

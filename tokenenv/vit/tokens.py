@@ -1,4 +1,4 @@
-"""The state of a batch of images in the middle of a Vision Transformer."""
+"""The tokens of a batch of images between two blocks of a Vision Transformer."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Packing:
-    """How the living tokens of ``B`` images lie end to end, image after image, without a gap.
+    """How the kept tokens of ``B`` images are concatenated, image after image, without padding.
 
     Attributes:
-        lengths: ``B`` numbers of living tokens, on the host; ``T`` is their sum.
-        place: ``(T,)`` where each packed token lies in the padded layout, an index into ``B N``.
+        lengths: number of kept tokens of each of the ``B`` images, on the host; ``T`` is the sum.
+        place: ``(T,)`` position of each packed token in the padded layout, an index into ``B N``.
     """
 
     lengths: tuple[int, ...]
@@ -24,17 +24,17 @@ class Packing:
 
     @cached_property
     def ends(self) -> Tensor:
-        """``(B + 1,)`` 0, then the packed index behind each image's last token."""
+        """``(B + 1,)`` cumulative lengths: 0, then the packed index after each image's tokens."""
         ends = list(accumulate(self.lengths, initial=0))
         return torch.tensor(ends, device=self.place.device)
 
     @property
     def image(self) -> Tensor:
-        """``(T,)`` whose token it is."""
+        """``(T,)`` index of the image that each packed token belongs to."""
         return self.place // max(self.lengths)
 
     def unpack(self, values: Tensor) -> Tensor:
-        """``(T, ...)`` -> ``(B, N, ...)``, N the longest image's length; zeros for the dead."""
+        """``(T, ...)`` -> ``(B, N, ...)``, padded by zeros to the longest image's length N."""
         batch, longest = len(self.lengths), max(self.lengths)
         padded = values.new_zeros(batch * longest, *values.shape[1:])
         return padded.index_copy_(0, self.place, values).unflatten(0, (batch, longest))
@@ -45,24 +45,25 @@ class Tokens:
     """Tokens of ``B`` images between two blocks.
 
     The first ``prefix`` tokens (class, distillation, register tokens) are never removed; the
-    others, the visual tokens, started as one token per image patch.
+    others, the visual tokens, started as one token per image patch. A token is kept, or removed:
+    pruned, or merged into another token.
 
     Attributes:
-        x: ``(B, N, D)`` token embeddings; ``(T, D)`` while they are packed.
-        size: ``(B, N)`` how many patches a token stands for; 1 for a prefix token, 0 for a dead
-            one.
-        alive: ``(B, N)`` whether the token is still in the game. Dead tokens may lie anywhere;
-            no attention reads them.
-        source: ``(B, P)`` index into ``N`` of the token that stands for each patch, -1 once pruned.
+        x: ``(B, N, D)`` token embeddings; ``(T, D)`` if they are packed.
+        size: ``(B, N)`` number of patches that a token stands for; 1 for a prefix token, 0 for a
+            removed one.
+        alive: ``(B, N)`` bool, True for kept tokens. Removed tokens may be at any position;
+            attention never reads them.
+        source: ``(B, P)`` index into ``N`` of the token that stands for each patch, -1 if pruned.
         prefix: number of prefix tokens.
-        keep_one: whether an image needs at least one visual token: without prefix tokens attention
-            does, and so does a head that pools visual tokens.
-        ragged: False while no token can be dead, so that no mask is needed. A plain bool: asking
-            the tensors would make an accelerator wait.
-        moved: False while visual token ``prefix + p`` is patch ``p`` for every image.
-        merged: False while no token can stand for several patches.
-        packing: how ``x`` is packed; None while it is not. All else keeps the padded layout, the
-            living tokens of each image first.
+        keep_one: whether an image needs at least one visual token: attention does if there are no
+            prefix tokens, and so does a head that pools visual tokens.
+        ragged: False if no token can have been removed, so that no mask is needed. A plain bool:
+            reading it from the tensors would synchronise with an accelerator.
+        moved: False if visual token ``prefix + p`` is patch ``p`` in every image.
+        merged: False if no token can stand for several patches.
+        packing: how ``x`` is packed; None if it is not. All other fields stay padded, with the
+            kept tokens of each image first.
     """
 
     x: Tensor
@@ -78,7 +79,7 @@ class Tokens:
 
     @staticmethod
     def start(x: Tensor, prefix: int, *, keep_one: bool = False) -> Tokens:
-        """All patches alive, each its own token. ``x``: ``(B, prefix + P, D)``."""
+        """Tokens before block 0: one for each patch, none removed. ``x (B, prefix + P, D)``."""
         batch, count, _ = x.shape
         source = torch.arange(prefix, count, device=x.device).expand(batch, -1)
         return Tokens(
@@ -97,23 +98,28 @@ class Tokens:
 
     @property
     def visual_alive(self) -> Tensor:
-        """``(B, N - prefix)`` which visual tokens are alive."""
+        """``(B, N - prefix)`` bool, which visual tokens are kept."""
         return self.alive[:, self.prefix :]
 
     @property
     def key_mask(self) -> Tensor | None:
-        """``(B, 1, 1, N)`` bool mask of the keys attention may read; None when it may read all."""
+        """``(B, 1, 1, N)`` bool mask of the keys that attention reads; None if it reads all."""
         return self.alive[:, None, None, :] if self.ragged else None
 
     @property
     def rows(self) -> Tensor:
-        """``(R, D)`` the embeddings below each other: a view of ``x``, padded or packed."""
+        """``(R, D)`` all embeddings as rows, a view of ``x``: R is ``B N``, or ``T`` if packed."""
         return self.x.flatten(0, -2)
 
     def row(self, index: Tensor) -> Tensor:
-        """Which of :attr:`rows` holds each token. ``index``: ``(B, A)`` into ``N``, of living ones.
+        """Indices into :attr:`rows` of tokens.
 
-        Rows of dead tokens are there, but while tokens are packed they are another token's.
+        Args:
+            index: ``(B, A)`` indices into ``N`` of kept tokens. For removed tokens the result is
+                valid, but if tokens are packed it is another token's row.
+
+        Returns:
+            ``(B, A)`` int64.
         """
         if self.packing is not None:
             first, last = self.packing.ends[:-1], len(self.x) - 1
@@ -123,9 +129,10 @@ class Tokens:
 
     @property
     def size_bias(self) -> Tensor | None:
-        """``(B, 1, 1, N)`` float32 log of the sizes, -inf for the dead.
+        """``(B, 1, 1, N)`` float32 log of the sizes, -inf for removed tokens.
 
-        With it a key counts as its patches do. None while no token stands for several.
+        Added to the attention scores, it makes a key count once for each of its patches. None if
+        no token stands for several patches.
         """
         return self.size.log()[:, None, None, :] if self.merged else None
 
@@ -144,17 +151,17 @@ class Tokens:
         return replace(self, x=x)
 
     def counts(self) -> Tensor:
-        """``(B,)`` int64 living tokens of each image, prefix included."""
+        """``(B,)`` int64 number of kept tokens of each image, prefix included."""
         return self.alive.sum(1)
 
     def patch_alive(self) -> Tensor:
-        """``(B, P)`` whether a living token stands for the patch."""
+        """``(B, P)`` bool, whether a kept token stands for each patch."""
         return self.source >= 0 if self.moved else self.visual_alive
 
     def to_patches(self, values: Tensor) -> Tensor:
-        """Spread per-token values ``(B, N - prefix, ...)`` over the patches: ``(B, P, ...)``.
+        """Per-token values ``(B, N - prefix, ...)`` as per-patch values ``(B, P, ...)``.
 
-        Pruned patches read 0.
+        A token's value is repeated for all its patches; pruned patches get 0.
         """
         if not self.moved and not self.ragged:
             return values
@@ -169,7 +176,7 @@ class Tokens:
     def from_patches(self, values: Tensor) -> Tensor:
         """Per-patch values ``(B, P, ...)`` as per-token values ``(B, N - prefix, ...)``.
 
-        For tokens that stand for one patch each (pruning); tokens without a patch read 0.
+        Only for tokens that stand for one patch each (pruning); removed tokens may get 0.
         """
         if not self.moved:
             return values

@@ -26,13 +26,13 @@ REWARDS: dict[str, type[Reward]] = {
     "cooperative": Cooperative,
     "dora": Dora,
 }
-"""By the name that environments take."""
+"""Classes of rewards by the name that environments take."""
 
 R = TypeVar("R", bound=type[Reward])
 
 
 def register_reward(name: str) -> Callable[[R], R]:
-    """Make a :class:`Reward`, a dataclass of its parameters, known under a name.
+    """Register a subclass of :class:`Reward`, a dataclass, under a name; a decorator.
 
     Raises:
         UserError: the name is taken.

@@ -1,4 +1,4 @@
-"""What a reward is a function of: one decision, and how the episode ended."""
+"""The interface of rewards: functions of one decision and of the episode's outcome."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Outcome:
 
     @property
     def correct(self) -> Tensor:
-        """``(B,)`` 1.0 where the reduced model names the true class."""
+        """``(B,)`` 1.0 where the reduced model predicts the true class, else 0.0."""
         return (self.logits.argmax(1) == self.labels).float()
 
     @property
     def fidelity(self) -> Tensor:
-        """``(B,)`` exp(-KL(dense || reduced)), in (0, 1]: 1 where nothing changed."""
+        """``(B,)`` exp(-KL(dense || reduced)), in (0, 1]; 1 for the dense model's prediction."""
         return torch.exp(-divergence(self.dense, self.logits, tau=1.0))
 
 
@@ -42,14 +42,17 @@ class Turn:
     """One decision of ``B`` images with ``A`` agents, and the end if it was the last.
 
     Attributes:
-        step: 0-based decision; ``steps``: how many an episode has.
-        before: ``(B, A)`` bool, alive before the decision; ``after``: alive after it.
+        step: which decision of the episode, from 0.
+        steps: decisions per episode.
+        before: ``(B, P)`` bool, which patches have a token before the decision.
+        after: ``(B, P)`` bool, which have one after it.
         history: ``after`` of every decision of the episode so far, this one last.
-        outcome: how the episode ended; None before the last decision is played out.
-        block: the decision's block; ``depth``: how many the model has.
+        outcome: how the episode ended; None unless this is the last decision.
+        block: the decision's block.
+        depth: number of blocks of the model.
         counts: ``(B,)`` visual tokens before the first decision and after each one so far.
-        measured: ``(B,)`` after each decision so far, what :meth:`Reward.measure` gave; empty where
-            it gives nothing.
+        measured: for each decision so far ``(B,)``, what :meth:`Reward.measure` returned; empty if
+            it returns None.
     """
 
     step: int
@@ -66,23 +69,23 @@ class Turn:
 
 @dataclass(frozen=True)
 class Probe:
-    """What a reward can measure after a decision, beside what its :class:`Turn` tells.
+    """What a reward can measure after a decision, in addition to what a :class:`Turn` holds.
 
-    Nothing is computed before it is asked for.
+    The functions compute nothing before they are called.
 
     Attributes:
         counts: ``(B,)`` visual tokens before the first decision and after each one so far.
         done: whether this was the last decision.
-        masked: whether images run in masked execution, where reading a value back from the device
-            would make an accelerator wait.
+        masked: whether execution is masked; reading values back from the device would then
+            synchronise with an accelerator.
         last: ``(B,)`` what was measured after the decision before; zeros at the first.
         dense: ``(B, K)`` logits of the dense model.
-        finish: gives the logits ``(b, K)`` of the images ``(b,)`` if nothing more were removed
-            from here on; another forward pass of the blocks that are left.
-        summary: gives the summary token ``(B, D)`` now, see
+        finish: maps indices of images ``(b,)`` to their logits ``(b, K)`` if no further token were
+            removed; runs the remaining blocks.
+        summary: returns the summary token ``(B, D)`` now, see
             :meth:`~tokenenv.vit.backbone.Backbone.summary`.
-        dense_summary: gives the dense model's at the same place; only for a reward with
-            ``keeps_trail``.
+        dense_summary: returns the dense model's summary token ``(B, D)`` at the same point; only
+            for a reward with ``keeps_trail``.
     """
 
     counts: tuple[Tensor, ...]
@@ -98,37 +101,38 @@ class Probe:
 class Reward:
     """Maps each decision to a reward per agent.
 
-    A subclass needs :meth:`__call__` alone; any other function of a :class:`Turn` is taken too, see
-    :func:`as_reward`.
+    A subclass only has to define :meth:`__call__`. Games also take a plain function of a
+    :class:`Turn`, see :func:`as_reward`.
 
     Attributes:
-        keeps_trail: whether the dense model's summary token at every decision is kept, for
+        keeps_trail: whether the game keeps the dense model's summary token at every decision, for
             :meth:`measure`.
     """
 
     keeps_trail: bool = False
 
     def __call__(self, turn: Turn) -> Tensor:
-        """Finite rewards ``(B, A)``, or ``(B, 1)`` where all agents of an image share it."""
+        """Finite rewards ``(B, A)``, or ``(B, 1)`` if all agents of an image share one."""
         raise NotImplementedError
 
     @classmethod
     def fits(cls, token_agents: bool) -> bool:
-        """Whether it is made for games of one agent per token, or for those of one per block."""
+        """Whether the reward is for games with one agent per token, or else one per block."""
         return True
 
     @classmethod
     def defaults(cls, decisions: int, patches: int) -> dict[str, Any]:
-        """Parameters whose default depends on the number of decisions and of patches."""
+        """Default values of parameters that depend on the number of decisions and patches."""
         return {}
 
     def check(self, decisions: int) -> None:
         """Raise :class:`~tokenenv.errors.UserError` unless it fits the number of decisions."""
 
     def measure(self, probe: Probe) -> Tensor | None:
-        """``(B,)`` what the reward has to know of the images after a decision; None: nothing.
+        """Measure the images after a decision, before the reward is called.
 
-        It is found in ``turn.measured`` when the reward is called.
+        Returns:
+            ``(B,)`` values that the game appends to ``turn.measured``; None to measure nothing.
         """
         return None
 
@@ -141,18 +145,18 @@ class Reward:
         """The same reward with another price.
 
         Raises:
-            UserError: it has none.
+            UserError: the reward has no price.
         """
         raise UserError(f"the reward {self.name} has no price: leave the closed loop out")
 
     @property
     def observed_price(self) -> float:
-        """What a privileged critic sees of the price, from 0 to 1."""
+        """The price as a privileged critic observes it, scaled to 0 to 1; 0 without a price."""
         return 0.0
 
     @property
     def name(self) -> str:
-        """What to call it in messages."""
+        """The reward's name in messages."""
         return type(self).__name__
 
 
@@ -167,7 +171,7 @@ class FunctionReward(Reward):
         self.function = function
 
     def __call__(self, turn: Turn) -> Tensor:
-        """What the function gives."""
+        """The function's rewards ``(B, A)`` or ``(B, 1)``."""
         return self.function(turn)
 
     @property
@@ -177,7 +181,7 @@ class FunctionReward(Reward):
 
 
 def as_reward(reward: Reward | Callable[[Turn], Tensor]) -> Reward:
-    """A reward itself, or a function as one."""
+    """A reward as it is, or a function wrapped as one."""
     return reward if isinstance(reward, Reward) else FunctionReward(reward)
 
 

@@ -1,4 +1,4 @@
-"""Our own cooperative form of RL4EViT's reward."""
+"""A cooperative variant of RL4EViT's reward; ours, not the paper's."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from tokenenv.game.rewards.base import Reward, Turn
 
 @dataclass(frozen=True)
 class Cooperative(Reward):
-    """Our own cooperative form of alpha/beta: everyone is paid for the prediction, dead or alive.
+    """A cooperative variant of alpha/beta that pays all agents, also those of pruned tokens.
 
-    RL4EViT pays the survivors only, so a token that matters earns nothing by leaving a place to
-    a better one, and what a token gains by staying hardly depends on what it shows. Here every
-    agent, alive or not, gets ``alpha`` times the fidelity to the dense model's prediction at the
-    end, and pays ``beta`` for each further share of the computation it uses itself.
+    RL4EViT pays only the agents of kept tokens. An agent then earns nothing by being pruned in
+    favour of a more useful token, and what it earns by being kept hardly depends on its token's
+    content. Here every agent gets ``alpha`` times the fidelity to the dense model's prediction at
+    the end, and pays ``beta`` at each decision that keeps its token.
 
     Attributes:
         alpha: weight of the fidelity.
-        beta: price of staying alive from one decision to the next.
-        shared: whether the price is shared too: each pays the mean over the image's P agents.
-            Then all get the same reward, as learners of one team expect. The same balance of
-            price and fidelity has P times the ``beta``: what an agent's stay costs each is a P-th.
+        beta: price of a kept token per decision.
+        shared: whether all agents of an image share the price, each paying the mean over the P
+            agents. All then get the same reward, as team learners expect. Keeping a token costs
+            each agent a P-th of ``beta`` then, so the same balance needs P times the ``beta``.
     """
 
     alpha: float = 1.0
@@ -41,7 +41,7 @@ class Cooperative(Reward):
 
     @classmethod
     def fits(cls, token_agents: bool) -> bool:
-        """Games of one agent per token."""
+        """Whether the game has one agent per token."""
         return token_agents
 
     @property

@@ -1,4 +1,4 @@
-"""DORA's dense reward of one agent per block."""
+"""DORA's dense reward for one agent per block."""
 
 from __future__ import annotations
 
@@ -18,25 +18,32 @@ Damage = Literal["drift", "divergence"]
 
 @dataclass(frozen=True)
 class Dora(Reward):
-    """DORA's dense reward of one agent per block, the same for all its tokens.
+    """DORA's dense reward for one agent per block; "dense" here means: paid at every decision.
 
     ``efficiency * dC - penalty * (g(d_l) - g(d_(l-1)))``, with ``dC = k (L - l) / (L N_0)`` for
     ``k`` tokens removed in block ``l`` of ``L`` (arXiv 2609.34325, "Reward").
 
     - ``divergence`` (the pruning paper's): ``d = tau^2 KL(dense || reduced)`` of the logits at
-      temperature ``tau``, if nobody decided anything after this block; ``g(d) = d + d^2 / bend``.
-      The increments telescope: an episode's rewards sum to ``efficiency C - penalty g(d_final)``.
-    - ``drift`` (for the merging paper, whose formula is not public: dense, feature fidelity,
-      non-linear): ``d = 1 - cos`` of the summary token to the dense model's when the next decision
-      is due, ``g(d) = exp(kappa d) - 1``; at the end ``penalty * tau^2 KL`` in addition. It costs
-      no further forward pass.
+      temperature ``tau``, if no decision after this block removed anything;
+      ``g(d) = d + d^2 / bend``. The increments telescope: an episode's rewards sum to
+      ``efficiency C - penalty g(d_final)``, with C the sum of all ``dC``.
+    - ``drift`` (ours; the merging paper's formula is not public, its abstract names feature
+      fidelity and a non-linear penalty): ``d = 1 - cos`` between the summary tokens of the reduced
+      and the dense model when the next decision is due, ``g(d) = exp(kappa d) - 1``; at the end
+      ``penalty * tau^2 KL`` is subtracted, too. It needs no further forward pass.
 
     Attributes:
         efficiency: reward for removing all tokens at once before the first block.
-        penalty: a, see :class:`PenaltyLoop`.
+        penalty: the coefficient a of :class:`PenaltyLoop`.
         damage: ``divergence`` or ``drift``.
-        terminal: pay the whole penalty at the end only: without dense credit, for comparison.
-        tau, kappa, bend: as above; ``bend`` 0: ``g(d) = d``, the paper's.
+        terminal: whether to pay the whole penalty at the end, for comparison with dense credit.
+        tau: temperature of the KL divergence.
+        kappa: steepness of ``drift``'s penalty.
+        bend: d at which the quadratic part of ``divergence``'s penalty equals the linear one; 0:
+            ``g(d) = d``, as in the paper.
+
+    Raises:
+        UserError: a value is out of range.
     """
 
     efficiency: float = 25.0
@@ -79,24 +86,24 @@ class Dora(Reward):
 
     @classmethod
     def fits(cls, token_agents: bool) -> bool:
-        """Games of one agent per block."""
+        """Whether the game has one agent per block."""
         return not token_agents
 
     @property
     def keeps_trail(self) -> bool:  # type: ignore[override]
-        """Drift is measured against the dense model's summary tokens."""
+        """Whether the damage is ``drift``, which needs the dense model's summary tokens."""
         return self.damage == "drift"
 
     def measure(self, probe: Probe) -> Tensor:
-        """``(B,)`` the damage d after a decision."""
+        """``(B,)`` the damage d after a decision; see the class."""
         if self.damage == "drift":
             return 1 - torch.cosine_similarity(probe.summary(), probe.dense_summary(), dim=1)
         if self.terminal and not probe.done:
             return torch.zeros_like(probe.last)
         rows = torch.arange(len(probe.last), device=probe.last.device)
         if not probe.masked:
-            # The damage known so far is that of the decision before, or, where only the end is
-            # paid for, of the untouched image. An image that lost nothing since keeps it.
+            # An image that lost no token since the last measurement keeps its damage. With a
+            # terminal penalty the last measurement is that of the dense model.
             known = probe.counts[0] if self.terminal else probe.counts[-2]
             rows = (probe.counts[-1] < known).nonzero()[:, 0]
         found = divergence(probe.dense[rows], probe.finish(rows), self.tau)
@@ -113,5 +120,5 @@ class Dora(Reward):
 
     @property
     def observed_price(self) -> float:
-        """The penalty as a share of the highest one that the paper's closed loop sets."""
+        """The penalty divided by the highest one that the paper's closed loop can set."""
         return self.penalty / HIGHEST_PENALTY

@@ -1,4 +1,4 @@
-"""Closed loops: how the price in a reward follows what the policy reaches."""
+"""Closed loops that adapt the price in a reward to the policy's accuracy or saving."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tokenenv.errors import UserError
 
 HIGHEST_PENALTY = 300.0
-"""What the paper's closed loop clips its coefficient at."""
+"""Upper bound of the coefficient a in DORA-pruning's closed loop."""
 
 
 @dataclass
@@ -16,12 +16,16 @@ class PenaltyLoop:
     """DORA's closed loop: the penalty rises while more accuracy is lost than allowed.
 
     ``a <- clip(a + 5 clip((d - d*) / 0.01, -2, 2), 0, 300)`` (arXiv 2609.34325, "Closed-loop
-    coefficient"), ``d`` the share of images by which top-1 fell. Needs many held-back images: with
-    600 the noise of ``d`` is near 0.01, see :class:`ClosedLoop` for those.
+    coefficient"), where ``d`` is the drop in top-1 accuracy as a share of the images. It needs
+    many held-back images: with 600 of them the noise of ``d`` is near 0.01. With few,
+    :class:`ClosedLoop` is the better choice.
 
     Attributes:
-        penalty: a, now.
-        target: d*, in [0, 1].
+        penalty: the current a.
+        target: the allowed drop d*, in [0, 1].
+
+    Raises:
+        UserError: the target is outside [0, 1].
     """
 
     penalty: float
@@ -43,17 +47,17 @@ class PenaltyLoop:
 
 @dataclass
 class ClosedLoop:
-    """A price that rises while less is saved than wanted, and falls while more is.
+    """A price that rises while the saving is below a target, and falls while it is above.
 
-    A fixed price means another saving for every model and every stage of training. The idea is
-    that of DORA-pruning's closed-loop coefficient, with the saving, which is known without noise,
-    in place of the drop in accuracy.
+    A fixed price leads to a different saving for every model and every stage of training. The idea
+    is that of DORA-pruning's closed-loop coefficient, but it follows the saving, which is known
+    without noise, instead of the drop in accuracy.
 
     Attributes:
-        price: now; positive.
-        target: percent to save.
-        rate: the price changes by a factor of ``exp(rate)`` at most per call; in full from 5
-            percentage points off the target.
+        price: the current price; positive.
+        target: the saving to reach, percent.
+        rate: a call changes the price by a factor of at most ``exp(rate)``, and by that factor if
+            the saving is 5 percentage points or more off the target.
     """
 
     price: float

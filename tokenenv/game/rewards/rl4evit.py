@@ -1,4 +1,4 @@
-"""RL4EViT's rewards, as its published code comments them and as it runs them."""
+"""RL4EViT's rewards: the one in the comments of its published code, and the one that it runs."""
 
 from __future__ import annotations
 
@@ -14,18 +14,26 @@ from tokenenv.game.rewards.base import Reward, Turn
 
 ClassReward = Literal["final", "each"]
 
-# RL4EViT's code takes alpha = 24 for the 196 tokens of a 224-pixel image. What a survivor earns
-# is alpha / survivors, so alpha grows with the number of tokens where the balance of gain and
-# price shall be at the same share of them.
+# RL4EViT's code has alpha = 24 for the 196 tokens of a 224-pixel image. A kept token earns alpha
+# divided by the number of kept tokens. For an equilibrium at the same share of tokens, alpha must
+# be proportional to their number.
 _ALPHA_PER_TOKEN = 24.0 / 196
 _KEEP_PER_DECISION = 0.7
 
 
 def class_term(turn: Turn, alpha: float, when: ClassReward) -> Tensor:
-    """RL4EViT's shared classification reward: ``alpha / alive`` to every living agent if correct.
+    """RL4EViT's classification reward: kept tokens share ``alpha`` if the prediction is correct.
 
-    It is known, and paid, when the episode ends. ``final`` pays the agents alive at the end;
-    ``each`` pays once per decision, those alive after it (the paper's code does that).
+    It is paid when the episode ends.
+
+    Args:
+        turn: the decision.
+        alpha: what the agents of all kept tokens get together.
+        when: ``final``: pay once, for the tokens kept at the end. ``each``: pay for every decision
+            of the episode, for the tokens kept by it (as the paper's code does).
+
+    Returns:
+        ``(B, A)`` rewards at the end; ``(B, 1)`` zeros before.
     """
     if turn.outcome is None:
         return torch.zeros_like(turn.after[:, :1], dtype=torch.float32)
@@ -37,11 +45,12 @@ def class_term(turn: Turn, alpha: float, when: ClassReward) -> Tensor:
 
 @dataclass(frozen=True)
 class AlphaBeta(Reward):
-    """RL4EViT's reward: competition to leave, collaboration to classify (papers' "variant P").
+    """RL4EViT's reward as its code's comments describe it: a price per token, a shared gain.
 
-    Every living agent pays ``beta`` per decision; the living share ``alpha`` if the prediction is
-    right. With a constant probability p of being right a rational agent is indifferent at
-    ``alive* = p alpha / beta`` (``class_reward="each"``), whatever the step.
+    At every decision the agent of a kept token pays ``beta``; the kept tokens share ``alpha`` if
+    the prediction is correct, see :func:`class_term`. With ``class_reward="each"`` and a constant
+    probability p of a correct prediction, keeping and being pruned are worth the same to an agent
+    when ``p alpha / beta`` tokens are kept, at any step (docs/papers.md, section 6).
 
     The paper prints no values; its code's comments have alpha 22 and 24, beta 0.1, 0.106 and
     0.031, for 196 tokens.
@@ -60,7 +69,7 @@ class AlphaBeta(Reward):
 
     @classmethod
     def fits(cls, token_agents: bool) -> bool:
-        """Games of one agent per token."""
+        """Whether the game has one agent per token."""
         return token_agents
 
     @classmethod
@@ -80,15 +89,18 @@ class AlphaBeta(Reward):
 
 @dataclass(frozen=True)
 class KeepTarget(Reward):
-    """The reward that RL4EViT's published code runs with ("variant C").
+    """The reward that RL4EViT's published code runs with: a target share of tokens per decision.
 
-    With ``delta`` = share of living tokens minus the step's target, a living agent gets
-    ``-exp(delta)`` while too many live, and one that left in this step ``-exp(-delta)`` while
-    too few do; the living share ``alpha`` if the prediction is right. Unlike the code, an agent
-    pruned earlier gets nothing: it could not act.
+    ``delta`` is the share of kept tokens minus the decision's target. If ``delta > 0``, each kept
+    token's agent gets ``-exp(delta)``; otherwise each token pruned by this decision costs its
+    agent ``exp(-delta)``. The kept tokens share ``alpha`` if the prediction is correct, see
+    :func:`class_term`. Unlike in the code, agents of tokens pruned earlier get nothing, as they
+    could not act.
 
     Attributes:
-        targets: share of tokens to be alive after each decision.
+        targets: share of tokens to keep after each decision.
+        alpha: as for :func:`class_term`.
+        class_reward: ``final`` or ``each``, see :func:`class_term`.
     """
 
     targets: tuple[float, ...] = (0.7, 0.49, 0.343)
@@ -110,12 +122,12 @@ class KeepTarget(Reward):
 
     @classmethod
     def fits(cls, token_agents: bool) -> bool:
-        """Games of one agent per token."""
+        """Whether the game has one agent per token."""
         return token_agents
 
     @classmethod
     def defaults(cls, decisions: int, patches: int) -> dict[str, Any]:
-        """``alpha`` in proportion to the number of patches, a target for each decision."""
+        """``alpha`` in proportion to the number of patches, and a target for each decision."""
         targets = tuple(_KEEP_PER_DECISION ** (i + 1) for i in range(decisions))
         return {"alpha": _ALPHA_PER_TOKEN * patches, "targets": targets}
 

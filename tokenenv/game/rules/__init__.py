@@ -1,4 +1,4 @@
-"""Rules: what the agents of one system see and do, and where. Their registry."""
+"""Rules: what the agents of a game observe and do, and in which blocks. Their registry."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ RULES: dict[str, type[Rules]] = {
     "layer_merge": LayerMerge,
     "layer_prune": LayerPrune,
 }
-"""By the name that :func:`tokenenv.build_game` takes."""
+"""Classes of rules by the name that :func:`tokenenv.build_game` takes."""
 
 R = TypeVar("R", bound=type[Rules])
 
 
 def register_rules(name: str) -> Callable[[R], R]:
-    """Make :class:`Rules`, a frozen dataclass of their settings, known under a name.
+    """Register a subclass of :class:`Rules`, a frozen dataclass, under a name; a decorator.
 
     Raises:
         UserError: the name is taken.

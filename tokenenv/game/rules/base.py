@@ -1,4 +1,4 @@
-"""Rules: a reduction with agents, and what these see and do."""
+"""Rules: a reduction with agents, and what the agents observe and do."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from tokenenv.vit.tokens import Tokens
 
 
 class Rules(Reduction):
-    """What the agents of one system see and do, and where. Subclasses are frozen dataclasses.
+    """What the agents of a game observe and do, and in which blocks.
+
+    Subclasses are frozen dataclasses. "Roster order" below means one entry per agent, ``(B, A)``,
+    whether or not it may act; the current order of the tokens may be shorter and different.
 
     Attributes:
-        token_agents: whether an agent is a visual token, which stays on the roster once it is
-            pruned; else agents are one per block, or its candidates.
-        merges: whether tokens merge, so that one may stand for several patches.
-        default_reward: the reward's name where none is given.
+        token_agents: whether there is one agent per visual token, which stays in the roster once
+            its token is pruned; else the agents belong to a block.
+        merges: whether tokens are merged, so that a token may stand for several patches.
+        default_reward: name of the reward if none is given.
         choices: what the first and the last action of an agent with two actions are called.
-        face_defaults: settings that environments take instead of the rules' own defaults.
+        face_defaults: settings that environments use instead of the rules' own defaults.
     """
 
     token_agents: ClassVar[bool] = False
@@ -33,21 +36,21 @@ class Rules(Reduction):
 
     @property
     def by_count(self) -> bool:
-        """Whether one agent per image chooses how many tokens go; action 0 removes none."""
+        """Whether one agent per image chooses how many tokens to remove; action 0 removes none."""
         return False
 
     @property
     def last_keeps(self) -> bool:
-        """Whether the last action keeps tokens, and not the first."""
+        """Whether the last action keeps tokens; else the first one does."""
         return not (self.by_count or self.merges)
 
     def keeps(self, action: Tensor) -> Tensor:
-        """Bool, as ``action``: which actions keep what they decide about."""
+        """Which actions keep tokens: bool of the shape of ``action``."""
         return action != 0 if self.last_keeps else action == 0
 
     @classmethod
     def decision_blocks(cls, depth: int, max_cycles: int | None) -> tuple[int, ...]:
-        """Where agents decide in a model of ``depth`` blocks if nobody names the blocks.
+        """The default decision blocks in a model of ``depth`` blocks.
 
         Raises:
             UserError: the model has no room for ``max_cycles`` decisions.
@@ -55,7 +58,7 @@ class Rules(Reduction):
         raise NotImplementedError
 
     def agents(self, backbone: Backbone) -> int:
-        """Number A of agents on the roster of one image."""
+        """Number A of agents of one image."""
         raise NotImplementedError
 
     def actions(self, backbone: Backbone) -> int:
@@ -63,11 +66,11 @@ class Rules(Reduction):
         return 2
 
     def deciders(self, visual: Tensor) -> Tensor:
-        """Number of agents that decide about ``visual`` tokens (float tensor of any shape)."""
+        """Number of agents that act when there are ``visual`` tokens (float, any shape)."""
         raise NotImplementedError
 
     def layout(self, backbone: Backbone) -> dict[str, slice]:
-        """Where each feature lies in what an agent sees of its own."""
+        """The slice of each named feature in an agent's own ``F`` features."""
         raise NotImplementedError
 
     def agent_dim(self, backbone: Backbone) -> int:
@@ -75,7 +78,7 @@ class Rules(Reduction):
         return max((s.stop for s in self.layout(backbone).values()), default=0)
 
     def shared_dim(self, backbone: Backbone) -> int:
-        """Number G of features that all agents of an image see beside their own."""
+        """Number G of features that all agents of an image share."""
         return 0
 
     def state_dim(self, backbone: Backbone) -> int:
@@ -83,20 +86,23 @@ class Rules(Reduction):
         raise NotImplementedError
 
     def observe(self, backbone: Backbone, moment: Moment, *, state: bool = False) -> Observation:
-        """What the agents see, as the tokens lie now.
+        """What the agents observe, in the current order of the tokens.
 
-        ``state``: whether to add the image's global state, which a critic reads in training.
+        Args:
+            backbone: the model.
+            moment: the state when the decision is due.
+            state: whether to add the image's global state, which a critic reads in training.
         """
         raise NotImplementedError
 
     def to_roster(self, backbone: Backbone, tokens: Tokens, values: Tensor) -> Tensor:
-        """Values ``(B, a, ...)`` as the tokens lie -> ``(B, A, ...)`` by agent."""
+        """Values ``(B, a, ...)`` in the tokens' order -> ``(B, A, ...)`` in roster order."""
         return values
 
     def from_roster(self, tokens: Tokens, values: Tensor) -> Tensor:
-        """Values ``(B, A, ...)`` by agent -> as the tokens lie."""
+        """Values ``(B, A, ...)`` in roster order -> ``(B, a, ...)`` in the tokens' order."""
         return values
 
     def macs(self, backbone: Backbone, block: int, tokens: Tensor) -> Tensor:
-        """Multiply-adds of observing and acting on ``tokens`` (float, prefix included)."""
+        """Multiply-adds of observing and applying; arguments as for a reduction."""
         return torch.zeros_like(tokens)

@@ -1,4 +1,4 @@
-"""Numbers that describe tokens, and are of the same scale in every model."""
+"""Features of tokens that have the same scale in every model."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from tokenenv.vit.tokens import Tokens
 
 
 def mean_over(values: Tensor, active: Tensor) -> Tensor:
-    """``(B, A, D)`` -> ``(B, D)`` mean over the active."""
+    """Mean of ``values (B, A, D)`` over the active entries ``(B, A)``: ``(B, D)``."""
     weight = active / active.sum(1, keepdim=True).clamp(min=1)
     return (values * weight[..., None]).sum(1)
 
 
 def log_relative(values: Tensor, active: Tensor) -> Tensor:
-    """``(B, A)`` -> ``(B, A, 1)`` log of positive values over their mean among the active.
+    """Log of positive ``values (B, A)`` relative to their mean over the active entries.
 
-    At least -4; 0 for the others.
+    Returns:
+        ``(B, A, 1)``, at least -4; 0 for inactive entries.
     """
     mean = mean_over(values[..., None], active)
     relative = (values / mean.clamp(min=1e-12)).clamp(min=1e-12).log().clamp(min=-4.0)
@@ -29,39 +30,44 @@ def log_relative(values: Tensor, active: Tensor) -> Tensor:
 
 
 def redundancy(tokens: Tokens, context: Context) -> Tensor:
-    """``(B, A, 1)`` highest cosine with a living token of more attention; -1 for the first."""
+    """How similar each visual token is to a token with more of the class token's attention.
+
+    Returns:
+        ``(B, A, 1)`` the highest cosine of its mean-head key with the key of such a token; -1 for
+        the token with the most attention.
+    """
     assert context.mean_keys is not None and context.cls_attention is not None
     key = F.normalize(context.mean_keys[:, tokens.prefix :].float(), dim=-1)
     rank = context.cls_attention[:, tokens.prefix :] * tokens.visual_alive
     better = rank[:, None, :] > rank[:, :, None]
     cosine = (key @ key.transpose(1, 2)).masked_fill(~better, -1.0)
-    # One column more, so that there is a highest where every visual token is gone.
+    # One more column, so that the maximum exists if no visual token is left.
     return F.pad(cosine, (0, 1), value=-1.0).amax(2)[..., None]
 
 
 def whole_numbers(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """``(n,)`` int64, kept on the device: a copy from the host would make it wait each time."""
-    if torch.compiler.is_compiling():  # tensors made while torch traces are not real ones
+    """``(n,)`` int64, cached on the device, because each copy from the host would synchronise."""
+    if torch.compiler.is_compiling():  # tensors made while torch traces must not be cached
         return torch.tensor(values, device=device)
     return _kept_whole_numbers(values, device)
 
 
 @cache
 def _kept_whole_numbers(values: tuple[int, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # autograd may not save what is made in that mode
+    with torch.inference_mode(False):  # autograd can't save tensors made in that mode
         return torch.tensor(values, dtype=torch.int64, device=device)
 
 
 def position_code(grid: tuple[int, int], device: torch.device) -> Tensor:
     """``(P, 8)`` sine and cosine of row and column at two wavelengths, row-major patches."""
-    if torch.compiler.is_compiling():  # tensors made while torch traces are not real ones
+    if torch.compiler.is_compiling():  # tensors made while torch traces must not be cached
         return _position_code(grid, device)
     return _kept_position_code(grid, device)
 
 
 @cache
 def _kept_position_code(grid: tuple[int, int], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # autograd may not save what is made in that mode
+    with torch.inference_mode(False):  # autograd can't save tensors made in that mode
         return _position_code(grid, device)
 
 

@@ -1,4 +1,4 @@
-"""What the rules of one agent per block have in common."""
+"""What the rules with one agent per block have in common."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ HISTORY_DIM = 3
 
 
 def history(moment: Moment) -> Tensor:
-    """``(B, 3)`` N_l / N_0, the share removed by the last decision, earlier interventions.
+    """``(B, 3)`` share of tokens left, share removed by the last decision, interventions so far.
 
-    DORA-pruning's h_l (arXiv 2609.34325): the number of decisions so far that removed something
-    is divided by the number of this decision, from 1, so that all three lie in [0, 1].
+    This is DORA-pruning's h_l (arXiv 2609.34325), except that the number of earlier decisions that
+    removed something is divided by the number of this decision, counted from 1. All three lie in
+    [0, 1].
     """
     counts = torch.stack(moment.counts, 1).float()
     before, after = counts[:, :-1], counts[:, 1:]
@@ -31,14 +32,14 @@ def history(moment: Moment) -> Tensor:
 
 
 def one_hot_step(moment: Moment, steps: int) -> Tensor:
-    """``(B, steps)`` which decision it is."""
+    """``(B, steps)`` one-hot number of the decision."""
     row = moment.tokens.size.new_zeros(len(moment.tokens.size), steps)
     row[:, moment.step] = 1.0
     return row
 
 
 def state(backbone: Backbone, moment: Moment, steps: int) -> Tensor:
-    """``(B, S)`` summary token, normalised; which decision it is; the history."""
+    """``(B, S)`` normalised summary token, one-hot decision, and history; S as state_dim."""
     whole = F.layer_norm(backbone.summary(moment.tokens), (backbone.dim,))
     return torch.cat([whole, one_hot_step(moment, steps), history(moment)], 1)
 
@@ -49,7 +50,7 @@ def state_dim(backbone: Backbone, steps: int) -> int:
 
 
 def mean_key(backbone: Backbone, keys: Tensor, active: Tensor, prefix: int) -> Tensor:
-    """``(B, K)`` key of the class token, heads side by side; without one of the mean token."""
+    """``(B, K)`` the class token's key, all heads concatenated; without one the mean key."""
     flat = keys.transpose(1, 2).flatten(2).float()
     return flat[:, 0] if backbone.has_class_token else mean_over(flat[:, prefix:], active)
 
@@ -58,7 +59,7 @@ def decision_blocks(depth: int, max_cycles: int | None) -> tuple[int, ...]:
     """All of a model's ``depth`` blocks, or ``max_cycles`` spread evenly, the last included.
 
     Raises:
-        UserError: there are not so many.
+        UserError: ``max_cycles`` is not in 1 to ``depth``.
     """
     count = depth if max_cycles is None else max_cycles
     if not 1 <= count <= depth:

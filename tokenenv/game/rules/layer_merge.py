@@ -1,4 +1,4 @@
-"""DORA, merging: one agent per block says which of a matching's candidate pairs merge."""
+"""DORA, merging: one agent per block chooses which candidate pairs of a matching are merged."""
 
 from __future__ import annotations
 
@@ -29,34 +29,34 @@ FEATURES = ("similarity", "cls_attention", "size", "token", "keys")
 class LayerMerge(Rules):
     """Merge or keep, between attention and MLP of every block (DORA, He et al., arXiv 2605.11683).
 
-    ToMe's bipartite matching on the mean-head keys proposes candidate pairs: every second living
-    token and its most similar partner among the others. The block's agent accepts or refuses; an
-    accepted pair becomes its size-weighted mean. Prefix tokens take no part.
+    ToMe's bipartite matching on the mean-head keys proposes candidate pairs: every second visual
+    token and its most similar partner among the others. The block's agent accepts or refuses each;
+    an accepted pair is replaced by its size-weighted mean. Prefix tokens are never merged.
 
     The paper's text is not public beyond its abstract ("binary merge actions", decided per block);
     the rest is our reading.
 
     Attributes:
         blocks: indices of the decision blocks, strictly increasing.
-        action: ``pairs``: yes (1) or no (0) for every candidate, ``A = ceil(P / 2)`` of them at
-            the start; ``count``: one number per block, the index into ``grid`` of how many pairs
-            merge, the most similar first.
-        grid: how many pairs a choice of ``count`` merges, increasing from 0.
-        features: what the agent sees of a candidate a and its partner b (``pairs``):
-            ``similarity``, their cosine and by how much it exceeds the mean candidate's, as
-            :func:`scaled` (2);
-            ``cls_attention``, log of the class token's attention to each, relative to the mean
-            over living tokens (2); ``size``, log of how many patches each stands for (2);
-            ``token``, cosine of their embeddings, as :func:`scaled`, and log ratio of their lengths
-            (2); ``keys``,
-            the mean-head keys of both (2 x head width).
-        proportional: whether a merged token weighs as many keys as its patches in attention
-            (ToMe's proportional attention).
-        share: whether the agent also sees which decision it is, and the history.
-        shuffle: whether tokens are split and laid out as ToMe's published code does: A has every
-            second token counted from the first prefix token on, and what is left of A comes before
-            B in the next block, where neighbours then meet that were not. Else the split is from
-            the first visual token on, and tokens stay in the order of their patches.
+        action: ``pairs``: merge (1) or keep (0) for every candidate pair, ``A = ceil(P / 2)`` of
+            them at the start. ``count``: one number per block, an index into ``grid``.
+        grid: how many pairs each choice of ``count`` merges, the most similar first; increasing
+            from 0.
+        features: features of a candidate and its partner (``pairs``), widths in parentheses.
+            ``similarity``: their cosine, and how much it exceeds the candidates' mean, both as
+            :func:`scaled` (2). ``cls_attention``: log of the class token's attention to each,
+            relative to the mean over all tokens left (2). ``size``: log of the number of patches
+            each stands for (2). ``token``: cosine of their embeddings, as :func:`scaled`, and log
+            ratio of the embeddings' norms (2). ``keys``: the mean-head keys of both (2 x head
+            width).
+        proportional: whether a merged token counts in attention as all its patches (ToMe's
+            proportional attention).
+        share: whether the agent also observes which decision it is, and the history.
+        shuffle: whether tokens are split and ordered as in ToMe's published code. There, the
+            split into A and B counts from the first prefix token, and the remaining tokens of A
+            are moved before those of B, so the next block splits tokens that were not adjacent.
+            Otherwise the split counts from the first visual token, and tokens stay in the order of
+            their patches.
     """
 
     blocks: tuple[int, ...] = tuple(range(12))
@@ -80,7 +80,7 @@ class LayerMerge(Rules):
 
     @property
     def packed(self) -> bool:  # type: ignore[override]
-        """Whether tokens may come packed: unless they are put into another order."""
+        """Whether packed tokens are taken: unless ``shuffle`` changes their order."""
         return not self.shuffle
 
     @property
@@ -90,11 +90,11 @@ class LayerMerge(Rules):
 
     @classmethod
     def decision_blocks(cls, depth: int, max_cycles: int | None) -> tuple[int, ...]:
-        """All blocks by default, else spread evenly, the last one among them."""
+        """All blocks, or ``max_cycles`` spread evenly with the last one included."""
         return layer.decision_blocks(depth, max_cycles)
 
     def check(self, backbone: Backbone) -> None:
-        """Raise :class:`UserError` where these rules don't fit the backbone."""
+        """Raise :class:`UserError` if these rules don't fit the backbone."""
         check_range(self.blocks, backbone.depth)
         pairs = backbone.patches // 2
         if not pairs:
@@ -114,20 +114,20 @@ class LayerMerge(Rules):
         return self.features if self.action == "pairs" else ("similarity",)
 
     def actions(self, backbone: Backbone) -> int:
-        """Yes or no; or the grid."""
+        """2, keep and merge; or, with ``count``, the number of choices in ``grid``."""
         return 2 if self.action == "pairs" else len(self.grid)
 
     def agents(self, backbone: Backbone) -> int:
-        """One per candidate the untouched image has; or one per block."""
+        """Number of candidate pairs before anything is merged; 1 with ``count``."""
         pairs = (backbone.patches + 1 - self._first(backbone.prefix)) // 2
         return pairs if self.action == "pairs" else 1
 
     def deciders(self, visual: Tensor) -> Tensor:
-        """One per candidate, or one."""
+        """One per candidate pair; 1 with ``count``."""
         return (visual / 2).ceil() if self.action == "pairs" else torch.ones_like(visual)
 
     def wants(self, block: int) -> dict[str, bool]:
-        """What the attention of ``block`` has to do: arguments of ``Backbone.attend``."""
+        """What the attention of ``block`` must return: arguments of ``Backbone.attend``."""
         due = block in self.blocks
         return {
             "mean_keys": due,
@@ -147,16 +147,16 @@ class LayerMerge(Rules):
         return total
 
     def prepare(self, tokens: Tokens, context: Context) -> Match:
-        """ToMe's candidates, on the mean-head keys."""
+        """ToMe's candidate pairs by the mean-head keys."""
         assert context.mean_keys is not None
         return reduction.bipartite_match(tokens, context.mean_keys, self._first(tokens.prefix))
 
     def _first(self, prefix: int) -> int:
-        """Which visual token is the first candidate."""
+        """Index, 0 or 1, of the first visual token that is a candidate."""
         return prefix % 2 if self.shuffle else 0
 
     def layout(self, backbone: Backbone) -> dict[str, slice]:
-        """Where each feature lies in what an agent sees of its own."""
+        """The slice of each named feature in an agent's own features."""
         if self.action == "count":
             return {"similarity": slice(0, len(self.grid))}
         layout, start = {}, 0
@@ -167,22 +167,22 @@ class LayerMerge(Rules):
         return layout
 
     def shared_dim(self, backbone: Backbone) -> int:
-        """Which decision it is, and the history."""
+        """Width of the one-hot decision and the history; 0 without ``share``."""
         return len(self.blocks) + layer.HISTORY_DIM if self.share else 0
 
     def state_dim(self, backbone: Backbone) -> int:
-        """See :func:`tokenenv.game.rules.layer.state`."""
+        """Width of :func:`tokenenv.game.rules.layer.state`."""
         return layer.state_dim(backbone, len(self.blocks))
 
     def to_roster(self, backbone: Backbone, tokens: Tokens, values: Tensor) -> Tensor:
-        """Candidate ``i`` of those now is agent ``i``; zeros behind the last."""
+        """Candidate ``i`` has agent ``i``: ``(B, a, ...)`` -> ``(B, A, ...)``, padded by zeros."""
         missing = self.agents(backbone) - values.shape[1]
         if not missing:
             return values
         return torch.cat([values, values.new_zeros(len(values), missing, *values.shape[2:])], 1)
 
     def from_roster(self, tokens: Tokens, values: Tensor) -> Tensor:
-        """Agents without a candidate are left out."""
+        """``(B, A, ...)`` -> ``(B, a, ...)`` without the agents that have no candidate now."""
         if self.action == "count":
             return values
         visual = tokens.alive.shape[1] - tokens.prefix
@@ -245,7 +245,7 @@ class LayerMerge(Rules):
         return torch.cat(own, 2)
 
     def apply(self, moment: Moment, action: Tensor | None) -> Tokens:
-        """Merge. ``action``: ``(B, A)`` 1 for each pair that shall, or ``(B, 1)`` the choice."""
+        """Merge. ``action``: ``(B, A)`` 1 for each pair to merge, or ``(B, 1)`` index in grid."""
         assert moment.match is not None and action is not None
         if self.action == "pairs":
             accept = action == MERGE
@@ -260,16 +260,21 @@ _USUAL, _SPREAD = 0.9, 0.05
 
 
 def scaled(cosine: Tensor) -> Tensor:
-    """Cosines of similar tokens, ``(c - 0.9) / 0.05``: a network should see them differ."""
+    """``(c - 0.9) / 0.05``: spreads the cosines of similar tokens over a range near 1."""
     return (cosine - _USUAL) / _SPREAD
 
 
 def _curve(score: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """``(B, A)`` -> ``(B, len(grid))`` similarity of the best pair, then of each choice's last one.
+    """Similarity of the best pair, then of the last pair that each further choice merges.
 
-    As :func:`scaled`; 0 where there are not so many pairs.
+    Args:
+        score: ``(B, A)`` cosines of the candidate pairs.
+        grid: how many pairs each choice merges.
+
+    Returns:
+        ``(B, len(grid))`` as :func:`scaled`; 0 for a choice of more pairs than there are.
     """
-    # One column more, so that there is a last one where no pair is left.
+    # One more column, so that there is a last one if no pair is left.
     ordered = F.pad(score.sort(1, descending=True).values.clamp(min=-1.0), (0, 1), value=-1.0)
     last = whole_numbers((0, *(count - 1 for count in grid[1:])), score.device)
     taken = ordered[:, last.clamp(max=ordered.shape[1] - 1)]
@@ -277,9 +282,9 @@ def _curve(score: Tensor, grid: tuple[int, ...]) -> Tensor:
 
 
 def _likeness(tokens: Tokens, match: Match) -> Tensor:
-    """``(B, A, 2)`` cosine of the embeddings of a pair, log ratio of their lengths."""
+    """``(B, A, 2)`` cosine of the embeddings of each pair, log ratio of their norms."""
     one, other = (tokens.row(index).flatten() for index in match[:2])
-    if tokens.packing is not None:  # dead candidates have no rows
+    if tokens.packing is not None:  # removed candidates have no rows
         some = torch.isfinite(match.score).flatten().nonzero()[:, 0]
         one, other = one[some], other[some]
     rows = tokens.rows

@@ -1,4 +1,4 @@
-"""DORA, pruning: one agent per block says whether tokens leave, how many, and which."""
+"""DORA, pruning: one agent per block chooses how many tokens are pruned, or which."""
 
 from __future__ import annotations
 
@@ -34,17 +34,16 @@ class LayerPrune(Rules):
 
     Attributes:
         blocks: indices of the decision blocks, strictly increasing.
-        action: ``tokens``: keep (1) or prune (0) for every visual token, on a roster of one agent
-            per patch; an action that would leave fewer than four tokens prunes none. ``count``:
-            one number per block, the index into :meth:`budgets` of how many leave; which, says
-            ``selector``.
-        budget_step: spacing of the budgets {0, s, 2 s, ..., P - 4}; the paper's is 2.
-        selector: who leaves first by ``count``: tokens with the highest ``redundancy`` or with the
-            lowest ``cls_attention``.
-        features: what the agent sees of a token (``tokens``): ``keys``, its key, heads side by
-            side; ``cls_attention``, log of the class token's attention relative to the mean (1);
-            ``redundancy``, highest cosine of its mean-head key with that of a living token that
-            has more of the class token's attention (1).
+        action: ``tokens``: keep (1) or prune (0) for every visual token, with one agent per patch;
+            an action that would leave fewer than four tokens prunes none. ``count``: one number
+            per block, an index into :meth:`budgets`; ``selector`` ranks the tokens.
+        budget_step: spacing s of the budgets {0, s, 2 s, ..., P - 4}; the paper's is 2.
+        selector: which tokens ``count`` prunes first: those with the highest ``redundancy``, or
+            those with the lowest ``cls_attention``.
+        features: features of a token (``tokens``), widths in parentheses. ``keys``: its key, all
+            heads concatenated. ``cls_attention``: log of the class token's attention relative to
+            the mean (1). ``redundancy``: highest cosine of its mean-head key with that of a token
+            that has more of the class token's attention (1).
     """
 
     blocks: tuple[int, ...] = tuple(range(12))
@@ -71,11 +70,11 @@ class LayerPrune(Rules):
 
     @classmethod
     def decision_blocks(cls, depth: int, max_cycles: int | None) -> tuple[int, ...]:
-        """All blocks by default, else spread evenly, the last one among them."""
+        """All blocks, or ``max_cycles`` spread evenly with the last one included."""
         return layer.decision_blocks(depth, max_cycles)
 
     def check(self, backbone: Backbone) -> None:
-        """Raise :class:`UserError` where these rules don't fit the backbone."""
+        """Raise :class:`UserError` if these rules don't fit the backbone."""
         check_range(self.blocks, backbone.depth)
         if backbone.patches <= LEAST:
             raise UserError(
@@ -98,23 +97,23 @@ class LayerPrune(Rules):
         return self.features if self.action == "tokens" else (self.selector,)
 
     def budgets(self, patches: int) -> tuple[int, ...]:
-        """How many tokens each choice of ``count`` removes, from none."""
+        """Number of tokens that each choice of ``count`` prunes, from 0."""
         return tuple(range(0, patches - LEAST + 1, self.budget_step))
 
     def actions(self, backbone: Backbone) -> int:
-        """Prune or keep; or the budgets."""
+        """2, prune and keep; or, with ``count``, the number of budgets."""
         return 2 if self.action == "tokens" else len(self.budgets(backbone.patches))
 
     def agents(self, backbone: Backbone) -> int:
-        """One per patch; or one per block."""
+        """One per patch; 1 with ``count``."""
         return backbone.patches if self.action == "tokens" else 1
 
     def deciders(self, visual: Tensor) -> Tensor:
-        """One per token, or one."""
+        """One per token; 1 with ``count``."""
         return visual if self.action == "tokens" else torch.ones_like(visual)
 
     def wants(self, block: int) -> dict[str, bool]:
-        """What the attention of ``block`` has to do: arguments of ``Backbone.attend``."""
+        """What the attention of ``block`` must return: arguments of ``Backbone.attend``."""
         due = block in self.blocks
         redundancy = due and "redundancy" in self._observed
         row = due and "cls_attention" in self._observed
@@ -130,7 +129,7 @@ class LayerPrune(Rules):
         return total
 
     def layout(self, backbone: Backbone) -> dict[str, slice]:
-        """Where each feature lies in what an agent sees of its own."""
+        """The slice of each named feature in an agent's own features."""
         layout, start = {}, 0
         for name in self._observed:
             width = self._key_dim(backbone) if name == "keys" else 1
@@ -142,19 +141,19 @@ class LayerPrune(Rules):
         return max(map(backbone.attention_dim, self.blocks))
 
     def agent_dim(self, backbone: Backbone) -> int:
-        """A block's agent (``count``) sees nothing beside what is shared."""
+        """Number F of an agent's own features; 0 with ``count``, which has only shared ones."""
         return 0 if self.action == "count" else super().agent_dim(backbone)
 
     def shared_dim(self, backbone: Backbone) -> int:
-        """The class token's key, which decision it is, and the history."""
+        """Width G of the class token's key, the one-hot decision and the history."""
         return self._key_dim(backbone) + len(self.blocks) + layer.HISTORY_DIM
 
     def state_dim(self, backbone: Backbone) -> int:
-        """See :func:`tokenenv.game.rules.layer.state`."""
+        """Width of :func:`tokenenv.game.rules.layer.state`."""
         return layer.state_dim(backbone, len(self.blocks))
 
     def to_roster(self, backbone: Backbone, tokens: Tokens, values: Tensor) -> Tensor:
-        """Agent ``p`` is patch ``p``."""
+        """Patch ``p`` has agent ``p``: ``(B, N - prefix, ...)`` -> ``(B, P, ...)``."""
         return tokens.to_patches(values) if self.action == "tokens" else values
 
     def from_roster(self, tokens: Tokens, values: Tensor) -> Tensor:
@@ -162,7 +161,7 @@ class LayerPrune(Rules):
         return tokens.from_patches(values) if self.action == "tokens" else values
 
     def observe(self, backbone: Backbone, moment: Moment, *, state: bool = False) -> Observation:
-        """What the agent sees: a row per token as they lie; with ``count`` only the shared view."""
+        """What the agents observe, in the current order of the tokens; see the class."""
         tokens, context, steps = moment.tokens, moment.context, len(self.blocks)
         alive = tokens.visual_alive
         room = alive.sum(1, keepdim=True) - LEAST
@@ -189,9 +188,7 @@ class LayerPrune(Rules):
         )
 
     def _see(self, name: str, moment: Moment) -> Tensor:
-        """``(B, N - prefix, f)`` one feature of every visual token; the higher, the likelier kept
-        by ``cls_attention``, and removed by ``redundancy``.
-        """
+        """``(B, N - prefix, f)`` the feature ``name`` of every visual token."""
         tokens, context = moment.tokens, moment.context
         if name == "keys":
             assert context.keys is not None
@@ -202,7 +199,7 @@ class LayerPrune(Rules):
         return redundancy(tokens, context)
 
     def apply(self, moment: Moment, action: Tensor | None) -> Tokens:
-        """Prune. ``action``: ``(B, N - prefix)`` 0 for who leaves, or ``(B, 1)`` the choice."""
+        """Prune. ``action``: ``(B, N - prefix)`` 0 to prune, or ``(B, 1)`` index of a budget."""
         assert action is not None
         tokens = moment.tokens
         if self.action == "tokens":

@@ -1,4 +1,4 @@
-"""What agents see when a decision is due."""
+"""What agents observe when a decision is due."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ class Observation:
     """One decision of ``B`` images with up to ``A`` agents each.
 
     Attributes:
-        agents: ``(B, A, F)`` what each agent sees of itself; zeros for an agent that may not act.
-        shared: ``(B, G)`` what every agent of an image sees beside it; G may be 0.
-        active: ``(B, A)`` bool, which agents may act. The action of the others is ignored.
+        agents: ``(B, A, F)`` each agent's own features; zeros for an agent that may not act.
+        shared: ``(B, G)`` features that all agents of an image share; G may be 0.
+        active: ``(B, A)`` bool, which agents may act. The actions of the others are ignored.
         step: which decision of the episode, from 0.
-        layout: where each named feature lies in the last dimension of ``agents``.
-        legal: ``(B, A, actions)`` bool, what each may do; None where it is anything for the
-            active.
+        layout: the slice of each named feature in the last dimension of ``agents``.
+        legal: ``(B, A, actions)`` bool, which actions are legal; None: all of an active agent.
         state: ``(B, S)`` the image's global state, for a centralised critic in training;
-            None where it was not asked for.
-        tokens: ``(B, N, D)`` all living tokens, zeros for the others, for a critic that reads
-            them; None where none does.
+            None if it was not asked for.
+        tokens: ``(B, N, D)`` the tokens that are left, zeros for the others, for a critic that
+            reads tokens; None in games that are not ``privileged``.
     """
 
     agents: Tensor
@@ -35,5 +34,5 @@ class Observation:
     tokens: Tensor | None = None
 
     def feature(self, name: str) -> Tensor:
-        """``(B, A, f)`` one named feature."""
+        """``(B, A, f)`` the feature ``name``; f is its width."""
         return self.agents[..., self.layout[name]]

@@ -21,7 +21,7 @@ from tokenenv.vit.tokens import Tokens
 
 PRUNE, KEEP = 0, 1
 DECISIONS = 3
-"""Of an episode by default, as in the paper."""
+"""Decisions in an episode by default, as in the paper."""
 
 FEATURES = (
     "token",
@@ -39,24 +39,24 @@ FEATURES = (
 class TokenPrune(Rules):
     """The rules of RL4EViT (Lu et al., ICME 2025), one agent per visual token.
 
-    Before each decision block every living token keeps (1) or prunes (0) itself. A pruned token
-    never returns; prefix tokens always stay.
+    Before each decision block the agent of every token that is left keeps (1) or prunes (0) it. A
+    pruned token never returns; prefix tokens always stay.
 
     Attributes:
         blocks: indices of the decision blocks, strictly increasing.
-        features: what an agent sees of its own token, in this order: ``token``, the embedding
-            through the LayerNorm of the coming block (D numbers; raw residual-stream values
-            would saturate a small network); ``position``, sine and cosine of row and column (8);
-            ``progress``, one-hot decision and share of living tokens (decisions + 1);
-            ``cls_attention``, log of the class token's attention in the block before, relative
-            to the mean over living tokens (1); ``redundancy``, highest cosine of its mean-head key
-            with the key of a living token that has more of the class token's attention: how well
-            a better one could stand in for it (1); ``similarity``, cosine of the token with the
-            image's class token and with its mean living token (2); ``norm``, log length of the
-            raw embedding, relative to the image's mean (1); ``agent_id``, the one-hot id of the
-            paper's code (P numbers, binds a policy to one image size).
-        share: whether agents also see the image's class token; without it an actor sees its own
-            token alone, as in the paper.
+        features: an agent's own features, in this order, widths in parentheses. ``token``: the
+            embedding after the LayerNorm of the coming block (D; raw residual-stream values would
+            saturate a small network). ``position``: sine and cosine of row and column (8).
+            ``progress``: one-hot decision and share of tokens left (decisions + 1).
+            ``cls_attention``: log of the class token's attention in the block before, relative to
+            the mean over the tokens left (1). ``redundancy``: highest cosine of its mean-head key
+            with the key of a token that has more of the class token's attention (1).
+            ``similarity``: cosine of the token with the image's class token and with its mean
+            token (2). ``norm``: log norm of the raw embedding, relative to the image's mean (1).
+            ``agent_id``: the one-hot id of the paper's code (P; it ties a policy to one image
+            size).
+        share: whether agents also observe the image's class token; without it they observe only
+            their own token, as in the paper.
     """
 
     blocks: tuple[int, ...] = (3, 6, 9)
@@ -72,7 +72,7 @@ class TokenPrune(Rules):
 
     @classmethod
     def decision_blocks(cls, depth: int, max_cycles: int | None) -> tuple[int, ...]:
-        """Spread evenly over the model, three of them by default; never before block 0."""
+        """``max_cycles`` blocks, 3 by default, spread evenly; never block 0."""
         count = DECISIONS if max_cycles is None else max_cycles
         if not 1 <= count < depth:
             raise UserError(
@@ -82,7 +82,7 @@ class TokenPrune(Rules):
         return spread_blocks(depth, count)
 
     def check(self, backbone: Backbone) -> None:
-        """Raise :class:`UserError` where these rules don't fit the backbone."""
+        """Raise :class:`UserError` if these rules don't fit the backbone."""
         check_range(self.blocks, backbone.depth)
         for name in ("cls_attention", "redundancy"):
             if name in self.features and not backbone.has_class_token:
@@ -96,7 +96,7 @@ class TokenPrune(Rules):
                 )
 
     def wants(self, block: int) -> dict[str, bool]:
-        """What the attention of ``block`` has to yield: arguments of ``Backbone.attend``."""
+        """What the attention of ``block`` must return: arguments of ``Backbone.attend``."""
         before_decision = block + 1 in self.blocks
         redundancy = before_decision and "redundancy" in self.features
         row = before_decision and "cls_attention" in self.features
@@ -114,15 +114,15 @@ class TokenPrune(Rules):
         return total
 
     def agents(self, backbone: Backbone) -> int:
-        """One per patch."""
+        """One agent per patch."""
         return backbone.patches
 
     def deciders(self, visual: Tensor) -> Tensor:
-        """One per token."""
+        """One agent per token that is left."""
         return visual
 
     def to_roster(self, backbone: Backbone, tokens: Tokens, values: Tensor) -> Tensor:
-        """Agent ``p`` is patch ``p``: ``(B, N - prefix, ...)`` -> ``(B, P, ...)``."""
+        """Patch ``p`` has agent ``p``: ``(B, N - prefix, ...)`` -> ``(B, P, ...)``."""
         return tokens.to_patches(values)
 
     def from_roster(self, tokens: Tokens, values: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ class TokenPrune(Rules):
         return tokens.from_patches(values)
 
     def layout(self, backbone: Backbone) -> dict[str, slice]:
-        """Where each feature lies in an agent's observation."""
+        """The slice of each named feature in an agent's own features."""
         width = {
             "token": backbone.dim,
             "position": 8,
@@ -148,18 +148,18 @@ class TokenPrune(Rules):
         return layout
 
     def state_dim(self, backbone: Backbone) -> int:
-        """S: class token (mean token without one), one-hot step, share of living tokens."""
+        """Width S of class token (without one: mean token), one-hot step, share of tokens left."""
         return backbone.dim + len(self.blocks) + 1
 
     def shared_dim(self, backbone: Backbone) -> int:
-        """G: numbers every agent of an image sees beside its own."""
+        """Number G of features that all agents share: the class token's, or 0."""
         return backbone.dim if self.share else 0
 
     def observe(self, backbone: Backbone, moment: Moment, *, state: bool = False) -> Observation:
-        """What the agents see, over the ``N - prefix`` visual tokens as they lie."""
+        """What the agents observe: a row for each of the ``N - prefix`` visual tokens."""
         tokens, step, context = moment.tokens, moment.step, moment.context
         batch, active = tokens.x.shape[0], tokens.visual_alive
-        # Where nothing else is read only the class token needs the LayerNorm.
+        # The LayerNorm runs on the class token only, unless a feature needs the others.
         every = {"token", "similarity"} & set(self.features) or not backbone.has_class_token
         seen = tokens.x if every else tokens.x[:, :1]
         normalised = backbone.normalised(self.blocks[step], seen).float()
@@ -212,6 +212,6 @@ class TokenPrune(Rules):
         )
 
     def apply(self, moment: Moment, action: Tensor | None) -> Tokens:
-        """Prune the living tokens whose action is 0. ``action``: ``(B, N - prefix)`` integers."""
+        """Prune the tokens whose action is 0. ``action``: ``(B, N - prefix)`` integers."""
         assert action is not None
         return reduction.prune(moment.tokens, action != PRUNE)

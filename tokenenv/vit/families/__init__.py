@@ -1,7 +1,7 @@
-"""Which architectures a backbone knows, and how another is added.
+"""The registry of architectures that a backbone can run.
 
-Another one is a subclass of :class:`Family` under :func:`register_family`; nothing else has to be
-edited. ``examples/extend/own_family.py`` shows it.
+To add one, decorate a subclass of :class:`Family` with :func:`register_family`, as
+``examples/extend/own_family.py`` does; nothing else has to be edited.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from tokenenv.vit.families.base import Family
 from tokenenv.vit.families.vision_transformer import VisionTransformerFamily
 
 FAMILIES: dict[str, type[Family]] = {}
-"""The registered families by name, in the order in which they are asked."""
+"""The registered families by name, in the order in which they are tried."""
 
 _F = TypeVar("_F", bound=type[Family])
 
 
 def register_family(family: _F) -> _F:
-    """Let :class:`~tokenenv.vit.backbone.Backbone` take the models of a family; a decorator.
+    """Register a family for :class:`~tokenenv.vit.backbone.Backbone`; a decorator.
 
     Raises:
         UserError: a family of this name is registered already.
@@ -37,10 +37,10 @@ def register_family(family: _F) -> _F:
 
 
 def family_of(model: nn.Module) -> Family:
-    """The first registered family that accepts ``model``, made for it.
+    """An instance, for ``model``, of the first registered family that accepts it.
 
     Raises:
-        UserError: none accepts it; the message says what each of them misses.
+        UserError: none accepts it; the message holds the reason of each.
     """
     reasons = []
     for family in FAMILIES.values():

@@ -1,4 +1,4 @@
-"""What a backbone has to know of an architecture, and how most timm transformers answer."""
+"""The interface of an architecture for backbones, with defaults for timm's transformers."""
 
 from __future__ import annotations
 
@@ -15,60 +15,60 @@ from tokenenv.vit.tokens import Tokens
 
 
 class Family(ABC):
-    """One model of an architecture whose blocks all take and give ``(B, N, D)`` tokens.
+    """A model of an architecture in which every block maps ``(B, N, D)`` tokens to the same shape.
 
-    The abstract methods are what differs between architectures. The others answer as timm names
-    things in models of this kind (``blocks``, ``patch_embed``, ``norm``, ``forward_head`` ...); a
-    family overrides those that don't hold for it. Attention itself is not a family's: between
-    :meth:`enter` and :meth:`leave` it is softmax(q k^T / sqrt(head_dim)) v among all living tokens.
+    The abstract methods differ between architectures. The others use timm's usual names of
+    attributes (``blocks``, ``patch_embed``, ``norm``, ``forward_head`` ...); a family overrides
+    those that its models name differently. A family does not define attention itself: between
+    :meth:`enter` and :meth:`leave` it is softmax(q k^T / sqrt(head_dim)) v over all kept tokens.
 
     Args:
         model: a timm model that :meth:`refusal` accepts; it is used as it is, not copied.
     """
 
     name: ClassVar[str]
-    """What the family is registered as."""
+    """The name under which the family is registered."""
 
     def __init__(self, model: nn.Module) -> None:
-        # What timm's modules hold is not typed; Any here keeps it out of every line below.
+        # timm's modules are not typed.
         self.model: Any = model
 
     @classmethod
     @abstractmethod
     def refusal(cls, model: nn.Module) -> str | None:
-        """Why ``model`` is none of this family's, naming the part; None if it is one."""
+        """The reason why ``model`` is not of this family, naming the part; None if it is."""
 
     @abstractmethod
     def embed(self, images: Tensor) -> Tensor:
         """Images ``(B, C, H, W)``, normalised -> ``(B, prefix + P, D)`` tokens before block 0."""
 
-    # What a block does to each token on its own, to (B, N, D) and packed (T, D) alike: functions
-    # of the block alone, which torch.compile compiles once for all blocks.
+    # The token-wise parts of a block, for (B, N, D) and packed (T, D) tokens. They are static
+    # functions of the block, so that torch.compile compiles them once for all blocks.
 
     @staticmethod
     @abstractmethod
     def enter(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What attention reads.
+        """The part of a block before attention: norm and projections.
 
         Args:
             block: one of :attr:`blocks`.
             x: ``(..., D)`` the tokens before the block.
 
         Returns:
-            ``(..., any width)`` what :meth:`leave` wants to see again, and queries, keys and
+            ``(..., any width)`` a tensor that :meth:`leave` gets as ``h``, and queries, keys and
             values ``(..., heads, head_dim)``.
         """
 
     @staticmethod
     @abstractmethod
     def leave(block: Any, x: Tensor, h: Tensor, out: Tensor) -> Tensor:
-        """The residual around attention.
+        """The part of a block after attention: output projection and residual.
 
         Args:
             block: one of :attr:`blocks`.
             x: as for :meth:`enter`.
-            h: the first of what :meth:`enter` gave.
-            out: ``(..., heads, head_dim)`` what attention made of the values.
+            h: the first tensor that :meth:`enter` returned.
+            out: ``(..., heads, head_dim)`` the output of attention.
 
         Returns:
             ``(..., D)`` the tokens after attention.
@@ -81,7 +81,7 @@ class Family(ABC):
 
     @property
     def parts(self) -> Parts:
-        """:meth:`enter`, :meth:`leave` and :meth:`feed`."""
+        """:meth:`enter`, :meth:`leave` and :meth:`feed` as one object."""
         return Parts(self.enter, self.leave, self.feed)
 
     @property
@@ -129,7 +129,7 @@ class Family(ABC):
 
     @property
     def parameter(self) -> nn.Parameter:
-        """One of block 0's: where it is and its type are the model's."""
+        """A parameter of block 0; its device and type are taken as the model's."""
         return next(self.blocks[0].parameters())
 
     def heads(self, block: int) -> tuple[int, int]:
@@ -138,16 +138,16 @@ class Family(ABC):
         return attn.num_heads, attn.head_dim
 
     def attention_drop(self, block: int) -> float:
-        """Probability with which block ``block`` drops attention weights now; 0 in ``eval``."""
+        """Dropout probability of block ``block``'s attention weights; 0 in ``eval`` mode."""
         attn = self.blocks[block].attn
         return attn.attn_drop.p if attn.training else 0.0
 
     def normalised(self, block: int, x: Tensor) -> Tensor:
-        """Embeddings ``(..., D)`` through the norm in front of block ``block``'s attention."""
+        """Embeddings ``(..., D)`` after the norm that precedes block ``block``'s attention."""
         return self.blocks[block].norm1(x)
 
     def linear_layers(self, block: int) -> tuple[list[nn.Linear], list[nn.Linear]]:
-        """Those of block ``block`` that work on each token attention, and the MLP, works on."""
+        """The linear layers of block ``block``'s attention, and those of its MLP."""
         b = self.blocks[block]
         attention, mlp = (
             [m for m in part.modules() if isinstance(m, nn.Linear)] for part in (b.attn, b.mlp)
@@ -156,33 +156,33 @@ class Family(ABC):
 
     @property
     def pooling(self) -> str:
-        """How the head makes one vector of the tokens.
+        """How the head reduces the tokens to one vector.
 
-        ``token``: it reads prefix tokens only. ``avg``, ``max``, ``avgmax``, ``attention``: over
-        the tokens from :attr:`first_pooled` on.
+        ``token``: it reads prefix tokens only. ``avg``, ``max``, ``avgmax``, ``attention``: it
+        pools the tokens from :attr:`first_pooled` on.
         """
         return self.model.global_pool
 
     @property
     def first_pooled(self) -> int:
-        """Index of the first token that is pooled, where tokens are."""
+        """Index of the first token that is pooled; unused with ``pooling="token"``."""
         return self.prefix
 
     def norm(self, x: Tensor) -> Tensor:
-        """Tokens ``(B, N, D)`` after the last block -> ``(B, N, D)`` as the head reads them."""
+        """The final norm: tokens ``(B, N, D)`` after the last block -> ``(B, N, D)``."""
         return self.model.norm(x)
 
     def head(self, x: Tensor) -> Tensor:
-        """``(B, N, D)`` as :meth:`norm` gives them, all of the same weight -> logits."""
+        """Tokens ``(B, N, D)`` after :meth:`norm`, none removed or merged -> ``(B, classes)``."""
         return self.model.forward_head(x)
 
     def pool(self, x: Tensor, alive: Tensor, size: Tensor) -> Tensor:
-        """Tokens of different weights as one vector.
+        """Pool tokens of which some were removed or merged.
 
         Args:
-            x: ``(B, N, D)`` as :meth:`norm` gives them, from :attr:`first_pooled` on.
-            alive: ``(B, N)`` which of them are there.
-            size: ``(B, N)`` how many patches each stands for; 0 for one that left.
+            x: ``(B, N, D)`` tokens after :meth:`norm`, from :attr:`first_pooled` on.
+            alive: ``(B, N)`` bool, which tokens are kept.
+            size: ``(B, N)`` number of patches each stands for; 0 for a removed token.
 
         Returns:
             ``(B, D)``.
@@ -192,14 +192,14 @@ class Family(ABC):
         return {"avg": mean, "max": peak, "avgmax": 0.5 * (mean + peak)}[self.pooling]
 
     def logits(self, pooled: Tensor) -> Tensor:
-        """What :meth:`pool` gave, ``(B, D)`` -> logits ``(B, classes)``."""
+        """The pooled vector ``(B, D)`` of :meth:`pool` -> logits ``(B, classes)``."""
         model = self.model
         return model.head(model.head_drop(model.fc_norm(pooled)))
 
     def classify(self, tokens: Tokens) -> Tensor:
         """Tokens after the last block -> logits ``(B, classes)``."""
         if self.pooling == "token":
-            # The head reads prefix tokens only; the final norm works token by token.
+            # The head reads prefix tokens only, and the final norm is token-wise.
             return self.head(self.norm(tokens.x[:, : self.prefix]))
         x = self.norm(tokens.x)
         if not tokens.moved and not tokens.ragged:
@@ -208,19 +208,19 @@ class Family(ABC):
         return self.logits(self.pool(x[:, first:], tokens.alive[:, first:], tokens.size[:, first:]))
 
     def options(self) -> dict[str, Any]:
-        """What ``timm.create_model`` needs beside the name to build the model again, as JSON."""
+        """Arguments of ``timm.create_model`` that rebuild the model from its name, as JSON."""
         channels, *size = self.image_shape
         return {"img_size": size, "in_chans": channels}
 
     @property
     def positions(self) -> Tensor | None:
-        """The position embeddings, ``(1, P, D)`` or ``(1, prefix + P, D)``, or None."""
+        """The position embeddings ``(1, P, D)`` or ``(1, prefix + P, D)``; None without any."""
         return self.model.pos_embed
 
     def resized(self, size: int) -> nn.Module:
         """A copy for images of ``size`` x ``size`` pixels that shares all parameters.
 
-        Its position embeddings, no longer a parameter, are left to :meth:`take_positions`.
+        Its position embeddings are not set; :meth:`take_positions` sets them.
         """
         shared = {id(t): t for t in chain(self.model.parameters(), self.model.buffers())}
         model = copy.deepcopy(self.model, shared)
@@ -230,7 +230,7 @@ class Family(ABC):
         return model
 
     def take_positions(self, other: Family) -> None:
-        """Take position embeddings from the same model at another image size, resampled."""
+        """Set the position embeddings to those of ``other``, resampled to this image size."""
         from timm.layers import resample_abs_pos_embed
 
         assert other.positions is not None

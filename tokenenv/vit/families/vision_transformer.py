@@ -1,4 +1,4 @@
-"""timm's ``VisionTransformer`` with its plain blocks."""
+"""The family of timm's ``VisionTransformer`` with blocks of class ``Block``."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from tokenenv.vit.families.base import Family
 
 
 class VisionTransformerFamily(Family):
-    """ViT, DeiT (distilled too), CLIP, DINOv2, DeiT-3, SigLIP and what else timm builds of them.
+    """ViT, DeiT (distilled, too), CLIP, DINOv2, DeiT-3, SigLIP and others that timm builds alike.
 
-    With or without class token, registers, pre-norm, LayerScale, qk-norm; of any patch and image
+    With or without class token, registers, pre-norm, LayerScale, qk-norm; any patch and image
     size. A subclass for other blocks overrides :meth:`block_refusal`, :meth:`enter`,
-    :meth:`leave` and :meth:`feed`, and what else asks a block for its ``attn``, ``mlp`` or
-    ``norm1`` where it has none.
+    :meth:`leave` and :meth:`feed`, and, if its blocks have no ``attn``, ``mlp`` or ``norm1``, the
+    methods that read these.
     """
 
     name = "vision_transformer"
 
     @classmethod
     def refusal(cls, model: nn.Module) -> str | None:
-        """Why not, by class, blocks, head and what happens in training only."""
+        """The reason, from the class, blocks, head and patch dropout; None if it is accepted."""
         from timm.models.vision_transformer import VisionTransformer
 
         if not isinstance(model, VisionTransformer):
@@ -45,7 +45,7 @@ class VisionTransformerFamily(Family):
 
     @classmethod
     def block_refusal(cls, i: int, block: Any) -> str | None:
-        """Why ``block``, the one of index ``i``, is none whose parts are known, or None."""
+        """The reason why ``block``, of index ``i``, is not supported; None if it is."""
         from timm.models.vision_transformer import Block
 
         if type(block) is not Block:
@@ -53,24 +53,24 @@ class VisionTransformerFamily(Family):
         return attention_refusal(i, block.attn)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Patches, prefix tokens, position embeddings, and pre-norm where there is one."""
+        """Patch embedding, prefix tokens, position embeddings, and the pre-norm if there is one."""
         model = self.model
         return model.norm_pre(model._pos_embed(model.patch_embed(images)))
 
     @staticmethod
     def enter(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The normalised tokens, and :func:`queries_keys_values` of them."""
+        """The normalised tokens ``(..., D)``, and :func:`queries_keys_values` of them."""
         h = block.norm1(x)
         return h, *queries_keys_values(block.attn, h)
 
     @staticmethod
     def leave(block: Any, x: Tensor, h: Tensor, out: Tensor) -> Tensor:
-        """With stochastic depth and LayerScale where the block has them."""
+        """As in timm's block, with stochastic depth and LayerScale if it has them."""
         return x + block.drop_path1(block.ls1(projected(block.attn, h, out)))
 
     @staticmethod
     def feed(block: Any, x: Tensor) -> Tensor:
-        """With stochastic depth and LayerScale where the block has them."""
+        """As in timm's block, with stochastic depth and LayerScale if it has them."""
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
     @property
@@ -80,22 +80,22 @@ class VisionTransformerFamily(Family):
 
     @property
     def pooling(self) -> str:
-        """``attention`` where the model has an attention pool, else timm's ``global_pool``."""
+        """``attention`` if the model has an attention pool, else timm's ``global_pool``."""
         return "attention" if self.model.attn_pool is not None else self.model.global_pool
 
     @property
     def first_pooled(self) -> int:
-        """0 where the model pools its prefix tokens too."""
+        """0 if the model pools its prefix tokens, too, else their number."""
         return 0 if self.model.pool_include_prefix else self.prefix
 
     def pool(self, x: Tensor, alive: Tensor, size: Tensor) -> Tensor:
-        """Attention pooling reads the living tokens; they weigh the same."""
+        """Attention pooling reads all kept tokens with the same weight, whatever their size."""
         if self.model.attn_pool is not None:
             return self.model.attn_pool(x, attn_mask=alive[:, None, None, :])
         return super().pool(x, alive, size)
 
     def options(self) -> dict[str, Any]:
-        """Image size and channels, pooling, and the drop rates, which only matter in training."""
+        """Image size and channels, pooling, and drop rates, which only matter in training."""
         model, last = self.model, self.model.blocks[-1]
         return super().options() | {
             "global_pool": model.global_pool,
@@ -109,7 +109,7 @@ class VisionTransformerFamily(Family):
 
 
 def attention_refusal(i: int, attn: nn.Module) -> str | None:
-    """Why block ``i``'s attention ``attn`` is not known as timm's ``Attention``, or None."""
+    """The reason why block ``i``'s ``attn`` is not timm's ``Attention``; None if it is."""
     from timm.layers import Attention
 
     if type(attn) is not Attention:
@@ -120,18 +120,18 @@ def attention_refusal(i: int, attn: nn.Module) -> str | None:
 
 
 def queries_keys_values(attn: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What timm's ``Attention`` projects ``h (..., D)`` to: ``(..., heads, head_dim)`` each."""
+    """Queries, keys and values ``(..., heads, head_dim)`` of timm's ``Attention`` for ``h``."""
     q, k, v = attn.qkv(h).unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(-3)
     return attn.q_norm(q), attn.k_norm(k), v
 
 
 def projected(attn: Any, h: Tensor, out: Tensor) -> Tensor:
-    """What timm's ``Attention`` gives, ``(..., D)``.
+    """The output projection of timm's ``Attention``, ``(..., D)``.
 
     Args:
         attn: the module.
-        h: ``(..., D)`` what it got.
-        out: ``(..., heads, head_dim)`` what attention made of the values.
+        h: ``(..., D)`` its input.
+        out: ``(..., heads, head_dim)`` the output of attention.
     """
     out = attn.norm(out.flatten(-2))
     if getattr(attn, "gate", None) is not None:

@@ -14,48 +14,47 @@
 | State Shape | `(S,)` float32 |
 | State Values | (-inf, inf) |
 
-One image passes through a Vision Transformer. In every block an agent says how many tokens are
-merged or pruned, each once. The games themselves, their observations, rewards and arguments are
+One image passes through a Vision Transformer. In every block one agent chooses how many tokens
+are merged or pruned. The games themselves, their observations, rewards and arguments are
 described at {class}`tokenenv.envs.layer_merge_gym.LayerMergeEnv` and
-{class}`tokenenv.envs.layer_prune_gym.LayerPruneEnv`, which have one agent for all blocks; this
-page tells what is different with one per block.
+{class}`tokenenv.envs.layer_prune_gym.LayerPruneEnv`, where one agent decides in all blocks. This
+page describes only what differs with one agent per block.
 
 ### Turns
 
 The agents act in the order of the blocks, `layer_i` in decision block `i`.
 
-- AEC (`env`, `raw_env`): each acts once, and the episode is over after as many steps as there are
-  agents. The image has moved on after every step, so this environment is not parallelizable, its
-  metadata say so.
+- AEC (`env`, `raw_env`): each agent acts once, so an episode has as many steps as agents. Every
+  step runs the image through further blocks, so the metadata say `is_parallelizable: False`.
 - Parallel (`parallel_env`): `max_cycles` cycles, as many as agents. In cycle `i` only the action of
-  `layer_i` counts; the others may only do 0, and need not be given.
+  `layer_i` has an effect. The only legal action of the others is 0, and it may be left out.
 
 ### Observations
 
-The agent whose turn it is sees its block; the others see zeros, and so does everybody at the end.
-`state()` is the image's state for a centralised critic: the class token, which decision it is, the
-history of removals, and three numbers that no agent may know, the dense model's probability of the
-true class, its margin to the next class and its entropy. After the end it stays the state of the
-last decision.
+The agent whose turn it is observes its block. The others observe zeros, and so do all agents at
+the end. `state()` is the image's state for a centralised critic: the class token, which decision
+it is, the history of removals, and three numbers that agents do not observe: the dense model's
+probability of the true class, its margin to the next class and its entropy. After the end it stays
+the state of the last decision.
 
 ### Rewards
 
-An agent gets the reward of its own block, when it has acted, and nothing before and after.
+An agent gets the reward of its own block in the step in which it acts, and 0 in all others.
 
 ### Episode end
 
-All agents terminate together, after the last decision; nobody is ever truncated.
+All agents terminate together, after the last decision; no agent is ever truncated.
 
 ### Arguments
 
-Beside these, all arguments of the Gymnasium environments but `action`: it is `"count"` here.
+These, and all arguments of the Gymnasium environments except `action`, which is always `"count"`.
 
-`mask_in`: where the action mask is, int8 `(n,)`. An illegal action is not an error: 0 is played
-instead, and it is counted.
+`mask_in`: where the action mask is, int8 `(n,)`. An illegal action is not an error: it is replaced
+by 0 and counted.
 
 - `"info"` (default): in `infos[agent]["action_mask"]`.
 - `"obs"`: the observation is a `Dict` of `observation` and `action_mask`.
-- `None`: nowhere.
+- `None`: the mask is left out.
 
 ### Infos
 
@@ -67,8 +66,8 @@ The same keys from reset on, numbers and arrays only.
 | `active_mask` | whether it is the agent's turn | bool |
 | `illegal_actions` | its illegal actions in this episode | int from 0 |
 | `tokens_left` | visual tokens of the image left | int in 0 to P |
-| `correct` | whether the reduced model names the true class, False until the end | bool |
-| `dense_correct` | whether the dense model does, False until the end | bool |
+| `correct` | whether the reduced model predicts the true class; False before the end | bool |
+| `dense_correct` | whether the dense model predicts it; False before the end | bool |
 
 ### Example
 
@@ -105,20 +104,20 @@ from numpy.typing import NDArray
 from pettingzoo import AECEnv, ParallelEnv
 
 from tokenenv.envs.play import RENDER_MODES, check_choice, one_choice, open_play
-from tokenenv.envs.token_prune import MaskIn, Seen
+from tokenenv.envs.token_prune_pettingzoo import MaskIn, Seen
 from tokenenv.errors import UserError
 
 
-class _Layers(EzPickle):
-    """What the AEC and the parallel face share: the roster, the spaces, the reports.
+class _BlockAgents(EzPickle):
+    """What the AEC and the parallel environment share: agents, spaces, observations and infos.
 
     Args:
         mask_in: where the action mask is.
         render_mode: ``human``, ``rgb_array``, ``ansi`` or None.
-        **game: what :func:`~tokenenv.game.build.build_game` takes.
+        **game: arguments of :func:`~tokenenv.game.build.build_game`.
 
     Raises:
-        UserError: a value that is unknown or doesn't go with the others.
+        UserError: a value is unknown or contradicts another one.
     """
 
     rules: ClassVar[str]
@@ -153,19 +152,19 @@ class _Layers(EzPickle):
         self._illegal: dict[str, int] = {}
 
     def observation_space(self, agent: str) -> spaces.Space[Any]:
-        """What ``agent`` may see: a Box, or a Dict with the mask; the same for all."""
+        """What ``agent`` observes: a Box, or a Dict with the mask; the same for all agents."""
         return self.observation_spaces[agent]
 
     def action_space(self, agent: str) -> spaces.Discrete:
-        """What ``agent`` may do: 0 removes nothing, further values ever more."""
+        """The actions of ``agent``: 0 removes nothing, and the larger the value the more."""
         return self.action_spaces[agent]
 
     def state(self) -> NDArray[np.float32]:
-        """``(S,)`` the image's global state, before the next decision or that of the last."""
+        """``(S,)`` the image's state at the next decision; after the end, at the last one."""
         return self._play.state[0].cpu().numpy()
 
     def render(self) -> NDArray[np.uint8] | str | None:
-        """The image with its tokens after each decision; the render mode says in what form."""
+        """The image with its tokens after each decision, in the form of the render mode."""
         return self._play.draw()
 
     def _one_observation_space(self) -> spaces.Space[Any]:
@@ -185,7 +184,7 @@ class _Layers(EzPickle):
         self._view = self._play.reset()[0].cpu().numpy()
 
     def _decide(self, actions: dict[str, Any]) -> tuple[float, bool]:
-        """Play the turn; the reward of the agent whose turn it was, and whether that was all."""
+        """Play the decision that is due; returns its reward and whether the episode has ended."""
         if not self.agents or self._turn == self.game.steps:
             raise UserError("no episode is running: call reset() first")
         agent = self.possible_agents[self._turn]
@@ -242,15 +241,15 @@ class _Layers(EzPickle):
         return infos
 
 
-class _LayerAECEnv(_Layers, AECEnv[str, Any, Any]):
+class _LayerAECEnv(_BlockAgents, AECEnv[str, Any, Any]):
     """One agent per block of one image, in turn. See the module's page."""
 
     def __init__(self, **kwargs: Any) -> None:
         AECEnv.__init__(self)
-        _Layers.__init__(self, **kwargs)
+        _BlockAgents.__init__(self, **kwargs)
 
     def reset(self, seed: int | None = None, options: dict[str, Any] | None = None) -> None:
-        """Take the next image. A seed starts their order anew; ``options`` are not used."""
+        """Start with the next image. A seed restarts the order; ``options`` are not used."""
         self._start(seed)
         self.rewards = dict.fromkeys(self.agents, 0.0)
         self._cumulative_rewards = dict.fromkeys(self.agents, 0.0)
@@ -260,7 +259,7 @@ class _LayerAECEnv(_Layers, AECEnv[str, Any, Any]):
         self.agent_selection = self.agents[0]
 
     def observe(self, agent: str) -> Seen:
-        """What ``agent`` sees: its block if it is its turn, else zeros."""
+        """What ``agent`` observes: its block if it is its turn, else zeros."""
         return self._observation(agent)
 
     def step(self, action: Any) -> None:
@@ -283,13 +282,13 @@ class _LayerAECEnv(_Layers, AECEnv[str, Any, Any]):
         self.agent_selection = self.agents[self._turn % self.game.steps]
 
 
-class _LayerParallelEnv(_Layers, ParallelEnv[str, Any, Any]):
-    """One agent per block of one image, of which one acts in each cycle. See the module's page."""
+class _LayerParallelEnv(_BlockAgents, ParallelEnv[str, Any, Any]):
+    """One agent per block of one image; one of them acts in each cycle. See the module's page."""
 
     def reset(
         self, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Seen], dict[str, dict[str, Any]]]:
-        """Take the next image. A seed starts their order anew; ``options`` are not used."""
+        """Start with the next image. A seed restarts the order; ``options`` are not used."""
         self._start(seed)
         return {agent: self._observation(agent) for agent in self.agents}, self._infos()
 
@@ -305,8 +304,8 @@ class _LayerParallelEnv(_Layers, ParallelEnv[str, Any, Any]):
         """Play the decision of the agent whose turn it is.
 
         Args:
-            actions: at least that agent's. Those of unknown agents are ignored; those of the
-                others are too, but anything than 0 is counted as illegal.
+            actions: at least that agent's. Those of all others are ignored; of the environment's
+                own agents, any other than 0 is counted as illegal.
 
         Returns:
             Observations, rewards, terminations, truncations and infos of all agents; empty once

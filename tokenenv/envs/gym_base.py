@@ -1,4 +1,4 @@
-"""A game as a Gymnasium environment: one image, one agent that decides about all of it."""
+"""A game as a Gymnasium environment: one image, one agent that decides about all its tokens."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tokenenv.envs.play import RENDER_MODES, one_image, open_play
 
 
 class GameEnv(gym.Env[NDArray[np.float32], Any], EzPickle):
-    """One image at a time. Subclasses say of which game, and describe it.
+    """A game with one image at a time. Subclasses name the rules and describe the game.
 
     Args:
         render_mode: ``human``, ``rgb_array``, ``ansi`` or None.
-        **game: what :func:`~tokenenv.game.build.build_game` takes.
+        **game: arguments of :func:`~tokenenv.game.build.build_game`.
 
     Raises:
-        UserError: a value that is unknown or doesn't go with the others.
+        UserError: a value is unknown or contradicts another one.
     """
 
     metadata = {"render_modes": RENDER_MODES, "render_fps": 1}  # noqa: RUF012  (Gymnasium's form)
@@ -39,7 +39,7 @@ class GameEnv(gym.Env[NDArray[np.float32], Any], EzPickle):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Take the next image. A seed starts their order anew; ``options`` are not used."""
+        """Start with the next image. A seed restarts the order; ``options`` are not used."""
         super().reset(seed=seed)
         if seed is not None or self._play.needs_seed:
             self._play.seed(self.np_random_seed)
@@ -47,7 +47,14 @@ class GameEnv(gym.Env[NDArray[np.float32], Any], EzPickle):
         return observation[0].cpu().numpy(), self._info()
 
     def step(self, action: Any) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
-        """Play one decision. ``action``: of :attr:`action_space`.
+        """Play one decision.
+
+        Args:
+            action: an element of :attr:`action_space`.
+
+        Returns:
+            The next observation, float32; the reward, summed over agents; whether the episode
+            has ended; False, since nothing is truncated; the info dict.
 
         Raises:
             UserError: wrong shape or value, or no episode was started.
@@ -56,11 +63,11 @@ class GameEnv(gym.Env[NDArray[np.float32], Any], EzPickle):
         return observation[0].cpu().numpy(), float(reward.sum()), over, False, self._info()
 
     def action_masks(self) -> NDArray[np.bool_]:
-        """Which actions are legal: ``(n,)``, or ``(2 A,)``, no and yes of slot 0, of slot 1, ..."""
+        """Which actions are legal: ``(n,)`` bool, or ``(2 A,)``: 0 and 1 of agent 0, of 1, ..."""
         return self._play.legal[0].cpu().numpy().reshape(-1)
 
     def render(self) -> Any:
-        """The image with its tokens after each decision; the render mode says in what form."""
+        """The image with its tokens after each decision, in the form of the render mode."""
         return self._play.draw()
 
     def _info(self) -> dict[str, Any]:

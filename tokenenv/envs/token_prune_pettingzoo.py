@@ -14,42 +14,42 @@
 | State Shape | `(S,)` float32 |
 | State Values | (-inf, inf) |
 
-One image passes through a Vision Transformer. Before some of its blocks every visual token decides
-whether it goes on. The game itself, its observations, rewards and arguments are described at
-{class}`tokenenv.envs.token_prune_gym.TokenPruneEnv`, the single-agent face of the same game; this
-page tells what is different with many agents.
+One image passes through a Vision Transformer. Before some of its blocks every visual token has an
+agent that keeps or prunes it. The game itself, its observations, rewards and arguments are
+described at {class}`tokenenv.envs.token_prune_gym.TokenPruneEnv`, the same game with a single
+agent. This page describes only what differs with one agent per token.
 
 ### Observations
 
-An agent sees the row of its token: its own features, then what it shares with all agents of the
-image. A pruned agent sees zeros, and so does everybody at the end of an episode. `state()` is the
-image's state for a centralised critic: the class token, the progress, and three numbers that no
-agent may know, the dense model's probability of the true class, its margin to the next class and
-its entropy. After the end it stays the state of the last decision.
+An agent observes its token's own features, followed by the features that all agents of the image
+share. An agent whose token was pruned observes zeros, and so do all agents at the end of an
+episode. `state()` is the image's state for a centralised critic: the class token, the progress,
+and three numbers that agents do not observe: the dense model's probability of the true class, its
+margin to the next class and its entropy. After the end it stays the state of the last decision.
 
 ### Episode end
 
-All agents that are left terminate in the same step, the last decision; nobody is ever truncated.
+All remaining agents terminate in the same step, the last decision; no agent is ever truncated.
 
 ### Arguments
 
-Beside these, all arguments of {class}`tokenenv.envs.token_prune_gym.TokenPruneEnv`.
+These, and all arguments of {class}`tokenenv.envs.token_prune_gym.TokenPruneEnv`.
 
-`on_prune`: what becomes of a pruned agent.
+`on_prune`: what happens to the agent of a pruned token.
 
-- `"mask"` (default): it stays in `agents` to the end, its action is ignored and it goes on getting
-  the reward the scheme gives it. A fixed roster is what most learners expect.
-- `"remove"`: in the step in which it is pruned it gets its last observation, reward and
-  `termination=True`, and leaves. What a reward pays at the end to agents pruned before, it then
-  never gets: `alpha_beta` and `keep_target` with `class_reward="each"` pay for every decision
-  survived, `cooperative` pays everybody.
+- `"mask"` (default): it stays in `agents` until the end. Its actions are ignored, and it keeps
+  getting the rewards that the reward function gives it. Most learners expect a fixed set of agents.
+- `"remove"`: in the step in which its token is pruned it gets its last observation, reward and
+  `termination=True`, and is removed from `agents`. It then misses what a reward pays at the end to
+  agents of tokens pruned earlier: `alpha_beta` and `keep_target` with `class_reward="each"` pay for
+  every decision in which the token was kept, `cooperative` pays all agents.
 
-`mask_in`: where the action mask is, int8 `(2,)`; a pruned agent may only do 0. An illegal action is
-not an error: it is ignored and counted.
+`mask_in`: where the action mask is, int8 `(2,)`; the only legal action for a pruned token is 0. An
+illegal action is not an error: it is ignored and counted.
 
 - `"info"` (default): in `infos[agent]["action_mask"]`.
 - `"obs"`: the observation is a `Dict` of `observation` and `action_mask`.
-- `None`: nowhere.
+- `None`: the mask is left out.
 
 ### Infos
 
@@ -58,11 +58,11 @@ The same keys from reset on, numbers and arrays only.
 | Key | Meaning | Range |
 |---|---|---|
 | `action_mask` | legal actions (with `mask_in="info"`) | int8 `(2,)` of 0 and 1 |
-| `active_mask` | whether the agent may act; after the end, whether it was left | bool |
+| `active_mask` | whether the agent's token is still there | bool |
 | `illegal_actions` | its illegal actions in this episode | int from 0 |
-| `tokens_left` | living tokens of the image | int in 0 to P |
-| `correct` | whether the reduced model names the true class, False until the end | bool |
-| `dense_correct` | whether the dense model does, False until the end | bool |
+| `tokens_left` | visual tokens of the image left | int in 0 to P |
+| `correct` | whether the reduced model predicts the true class; False before the end | bool |
+| `dense_correct` | whether the dense model predicts it; False before the end | bool |
 
 ### Example
 
@@ -101,7 +101,7 @@ from tokenenv.envs.play import RENDER_MODES, check_choice, open_play
 from tokenenv.errors import UserError
 
 Seen: TypeAlias = NDArray[np.float32] | dict[str, NDArray[Any]]
-"""What one agent observes."""
+"""One agent's observation: ``(F + G,)`` float32, or a dict of it and the action mask."""
 
 OnPrune = Literal["mask", "remove"]
 MaskIn = Literal["info", "obs"]
@@ -111,13 +111,13 @@ class TokenPruneParallelEnv(ParallelEnv[str, Seen, int], EzPickle):
     """One agent per visual token of one image: keep or prune. See the module's page.
 
     Args:
-        on_prune: whether a pruned agent stays on the roster or leaves it.
+        on_prune: whether the agent of a pruned token stays in ``agents`` or is removed.
         mask_in: where the action mask is.
         render_mode: ``human``, ``rgb_array``, ``ansi`` or None.
-        **game: what :func:`~tokenenv.game.build.build_game` takes.
+        **game: arguments of :func:`~tokenenv.game.build.build_game`.
 
     Raises:
-        UserError: a value that is unknown or doesn't go with the others.
+        UserError: a value is unknown or contradicts another one.
     """
 
     metadata = {  # noqa: RUF012  (PettingZoo's own form)
@@ -152,17 +152,17 @@ class TokenPruneParallelEnv(ParallelEnv[str, Seen, int], EzPickle):
         self.state_space = _box(self.game.state_dim)
 
     def observation_space(self, agent: str) -> spaces.Space[Any]:
-        """What ``agent`` may see: a Box, or a Dict with the mask; the same for all."""
+        """What ``agent`` observes: a Box, or a Dict with the mask; the same for all agents."""
         return self.observation_spaces[agent]
 
     def action_space(self, agent: str) -> spaces.Discrete:
-        """What ``agent`` may do: 0 prune, 1 keep."""
+        """The actions of ``agent``: 0 prunes its token, 1 keeps it."""
         return self.action_spaces[agent]
 
     def reset(
         self, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Seen], dict[str, dict[str, Any]]]:
-        """Take the next image. A seed starts their order anew; ``options`` are not used."""
+        """Start with the next image. A seed restarts the order; ``options`` are not used."""
         if seed is not None:
             self._play.seed(seed)
         elif self._play.needs_seed:
@@ -183,8 +183,8 @@ class TokenPruneParallelEnv(ParallelEnv[str, Seen, int], EzPickle):
         """Play one decision of all agents.
 
         Args:
-            actions: one for each agent that is alive. Those of pruned and unknown agents are
-                ignored.
+            actions: one for each agent whose token is still there. Those of pruned tokens and of
+                unknown agents are ignored.
 
         Returns:
             Observations, rewards, terminations, truncations and infos of the agents that were in
@@ -214,11 +214,11 @@ class TokenPruneParallelEnv(ParallelEnv[str, Seen, int], EzPickle):
         )
 
     def state(self) -> NDArray[np.float32]:
-        """``(S,)`` the image's global state, before the next decision or that of the last."""
+        """``(S,)`` the image's state at the next decision; after the end, at the last one."""
         return self._play.state[0].cpu().numpy()
 
     def render(self) -> NDArray[np.uint8] | str | None:
-        """The image with its pruned tokens; what form it has is the render mode."""
+        """The image with its pruned tokens, in the form of the render mode."""
         return self._play.draw()
 
     def _one_observation_space(self) -> spaces.Space[Any]:
@@ -274,7 +274,7 @@ def _box(width: int) -> spaces.Box:
 
 
 def parallel_env(**kwargs: Any) -> TokenPruneParallelEnv:
-    """Make the parallel env; it takes what :class:`TokenPruneParallelEnv` takes."""
+    """Make the parallel env, with the arguments of :class:`TokenPruneParallelEnv`."""
     return TokenPruneParallelEnv(**kwargs)
 
 

@@ -1,4 +1,4 @@
-"""Many images at once: a game as a Gymnasium ``VectorEnv``."""
+"""A game with a batch of images as a Gymnasium ``VectorEnv``."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ from tokenenv.errors import UserError
 
 
 class GameVectorEnv(gym.vector.VectorEnv[Any, Any, Any], EzPickle):
-    """One batched game of ``num_envs`` images, shown as so many environments.
+    """One batched game of ``num_envs`` images; each image is one environment of the vector.
 
-    Subclasses say of which game. All images end together, and the next ones start in the same
-    step (``AutoresetMode.SAME_STEP``): no step is spent on resetting.
+    Subclasses name the rules. All images end together, and the next ones start in the same step
+    (``AutoresetMode.SAME_STEP``), so no step is spent on resetting.
 
-    At the end of an episode ``infos["final_info"]`` holds what ended, and in addition
-    ``episode``, with the episode's return ``r`` and length ``l``. ``infos["final_obs"]`` is all
-    zeros: nobody acts on it, and it has no value to bootstrap from, for no episode is truncated.
+    At the end of an episode ``infos["final_info"]`` holds the infos of the ended episodes and
+    ``episode``, their return ``r`` and length ``l``. ``infos["final_obs"]`` is all zeros: episodes
+    terminate and are never truncated, so there is no value to bootstrap.
 
     Args:
         num_envs: number of images B in one batch.
         output: ``numpy``: arrays, ``final_obs`` in Gymnasium's form, an object array of ``B``
-            arrays. ``torch``: tensors on the game's device, ``final_obs`` as one tensor; nothing
-            makes an accelerator wait before the end of an episode. Actions may be either.
+            arrays. ``torch``: tensors on the game's device, ``final_obs`` as one tensor, without
+            synchronising with an accelerator before the end of an episode. Actions may be
+            either.
         render_mode: ``human``, ``rgb_array``, ``ansi`` or None, for each image.
-        max_episode_steps: taken because Gymnasium hands it in; it cannot shorten an episode.
-        **game: what :func:`~tokenenv.game.build.build_game` takes.
+        max_episode_steps: accepted because Gymnasium passes it; it cannot shorten an episode.
+        **game: arguments of :func:`~tokenenv.game.build.build_game`.
 
     Raises:
-        UserError: a value that is unknown or doesn't go with the others.
+        UserError: a value is unknown or contradicts another one.
     """
 
     metadata = {  # noqa: RUF012  (Gymnasium's own form)
@@ -77,7 +78,7 @@ class GameVectorEnv(gym.vector.VectorEnv[Any, Any, Any], EzPickle):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """Take the next images. A seed starts their order anew; ``options`` are not used.
+        """Start with the next images. A seed restarts the order; ``options`` are not used.
 
         Returns:
             ``(B, ...)`` float32 observations, and infos.
@@ -91,7 +92,10 @@ class GameVectorEnv(gym.vector.VectorEnv[Any, Any, Any], EzPickle):
         return self._out(observation), self._out(self._info())
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """Play one decision. ``actions``: of :attr:`action_space`, array or tensor.
+        """Play one decision.
+
+        Args:
+            actions: an element of :attr:`action_space`, array or tensor.
 
         Returns:
             Observations ``(B, ...)`` and rewards ``(B,)`` float32, terminations and truncations
@@ -123,11 +127,11 @@ class GameVectorEnv(gym.vector.VectorEnv[Any, Any, Any], EzPickle):
         return observations, rewards, terminations, truncations, infos
 
     def action_masks(self) -> Any:
-        """Which actions are legal: ``(B, n)``, or ``(B, 2 A)``, no and yes of slot 0, ..."""
+        """Which actions are legal: ``(B, n)``, or ``(B, 2 A)``: 0 and 1 of agent 0, of 1, ..."""
         return self._out(self._play.legal.flatten(1))
 
     def render(self) -> tuple[Any, ...] | None:
-        """One picture or text per image; None in human mode, which prints."""
+        """One picture or text per image; None in human mode, where they are printed."""
         frames = tuple(self._play.draw(row) for row in range(self.num_envs))
         return None if self.render_mode == "human" else frames
 
@@ -148,7 +152,7 @@ class GameVectorEnv(gym.vector.VectorEnv[Any, Any, Any], EzPickle):
         return self._masked(info if play.by_count else {"active_mask": play.active} | info)
 
     def _masked(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Gymnasium's form: beside each key ``_key``, which images it is known of; here all."""
+        """Gymnasium's form: for each key a mask ``_key``, which images have it; here all do."""
         every = self._return.new_ones(self.num_envs, dtype=torch.bool)
         return values | {f"_{key}": every.clone() for key in values}
 
