@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokenenv import ltm
-from tokenenv.ltm.model import evaluating
+from tokenenv.vit.dense import evaluating
 
 # timm's name, pixels, the paper's GMACs dense and with LTM
 PAPER = [

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import tokenenv.vit.digits  # noqa: F401  (registers digits_vit)
 from tokenenv import UserError, ltm, open_source
 from tokenenv.ltm.mask import merge
-from tokenenv.ltm.model import evaluating
+from tokenenv.vit.dense import evaluating
 
 SMALL: dict[str, tuple[str, dict[str, Any], float, int]] = {
     "vit": ("vit_tiny_patch16_224", {"img_size": 96, "embed_dim": 48, "depth": 4}, 0.5, 96),

@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenenv.errors import UserError
-from tokenenv.ltm.model import LTM, Feature, evaluating
+from tokenenv.ltm.model import LTM, Feature
+from tokenenv.vit.dense import evaluating
 
 Kind = Literal["class", "kmeans"]
 

@@ -17,6 +17,7 @@ from tokenenv.ltm import families
 from tokenenv.ltm.block import MaskKind, Stack
 from tokenenv.ltm.families import WindowStack
 from tokenenv.ltm.schedule import check_ratio
+from tokenenv.vit.dense import evaluating
 
 Feature = Literal["blocks", "pooled"]
 
@@ -207,18 +208,6 @@ def measure(model: nn.Module, images: Tensor) -> float:
     """
     with evaluating(model):
         return measured_macs(lambda: model(images)) / len(images)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """A context in which ``model`` is in eval mode; afterwards each module has its old mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def check_family(model: nn.Module) -> None:

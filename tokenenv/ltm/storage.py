@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from tokenenv.errors import UserError
-from tokenenv.ltm.model import LTM, evaluating, ltm
+from tokenenv.ltm.model import LTM, ltm
+from tokenenv.vit.dense import evaluating
 from tokenenv.vit.load import check_device, import_timm, read_weights
 
 CONFIG, WEIGHTS = "ltm.json", "model.safetensors"

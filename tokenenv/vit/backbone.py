@@ -83,7 +83,15 @@ class Backbone(Dense):
         self.patches = self.grid[0] * self.grid[1]
         self.classes = family.classes
         if not proven and self.device.type != "meta":  # whose tensors have no values
-            prove(self)
+            name = self.architecture or type(model).__name__
+            prove(self, self._all_stages, self.image_shape, name)
+
+    def _all_stages(self, images: Tensor) -> Tensor:
+        tokens = self.embed(images)
+        for block in range(self.depth):
+            tokens, _ = self.attend(block, tokens)
+            tokens = self.feed(block, tokens)
+        return self.classify(tokens)
 
     @property
     def architecture(self) -> str:

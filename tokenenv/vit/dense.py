@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -41,3 +43,15 @@ class Dense(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images ``(B, C, H, W)``, normalised -> logits ``(B, classes)``."""
         return self.model(images)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A context in which ``model`` is in eval mode; afterwards each module has its old mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from tokenenv.errors import UserError
-
-if TYPE_CHECKING:
-    from tokenenv.vit.backbone import Backbone
+from tokenenv.vit.dense import Dense, evaluating
 
 _IMAGES = 2
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
@@ -21,49 +17,51 @@ _HALF = 0.03
 
 
 @torch.no_grad()
-def prove(backbone: Backbone) -> None:
+def prove(
+    dense: Dense,
+    staged: Callable[[Tensor], Tensor],
+    image_shape: tuple[int, int, int],
+    name: str,
+) -> None:
     """Compare the model's own logits with those of its stages, of which no token leaves.
 
     Two random images of the model's size, always the same ones, in eval mode.
+
+    Args:
+        dense: the model.
+        staged: images ``(B, C, H, W)`` -> logits ``(B, classes)``, computed in stages.
+        image_shape: ``(C, H, W)``, the model's.
+        name: what messages call the model.
 
     Raises:
         UserError: they differ, or are not finite: the model has code of its own, such as a
             ``forward`` that normalises images first, which the stages would leave out. The message
             lists overridden methods, patched instances and hooks.
     """
-    model = backbone.model
-    with _evaluating(model), torch.autocast(backbone.device.type, enabled=False):
+    model = dense.model
+    with evaluating(model), torch.autocast(dense.device.type, enabled=False):
         generator = torch.Generator().manual_seed(0)
-        images = torch.randn((_IMAGES, *backbone.image_shape), generator=generator)
-        images = images.to(backbone.device, backbone.dtype)
+        images = torch.randn((_IMAGES, *image_shape), generator=generator)
+        images = images.to(dense.device, dense.dtype)
         whole = model(images).float()
         try:
-            staged = _staged(backbone, images).float()
+            logits = staged(images).float()
         except Exception as error:  # code of its own may expect whatever timm's model gives it
-            raise _refused(backbone, type(error).__name__) from error
+            raise _refused(model, name, type(error).__name__) from error
     if not whole.isfinite().all():
         raise UserError(
             "the model's logits are not finite (of random images): check its weights for NaN and "
             "infinite values"
         )
-    if staged.shape != whole.shape:
-        raise _refused(backbone, f"logits of shape {tuple(staged.shape)}")
-    apart = ((staged - whole).abs().max() / (1 + whole.abs().max())).item()
-    if not apart <= _TOLERANCE.get(backbone.dtype, _HALF):
-        raise _refused(backbone, f"logits {apart:.2g} apart")
+    if logits.shape != whole.shape:
+        raise _refused(model, name, f"logits of shape {tuple(logits.shape)}")
+    apart = ((logits - whole).abs().max() / (1 + whole.abs().max())).item()
+    if not apart <= _TOLERANCE.get(dense.dtype, _HALF):
+        raise _refused(model, name, f"logits {apart:.2g} apart")
 
 
-def _staged(backbone: Backbone, images: Tensor) -> Tensor:
-    tokens = backbone.embed(images)
-    for block in range(backbone.depth):
-        tokens, _ = backbone.attend(block, tokens)
-        tokens = backbone.feed(block, tokens)
-    return backbone.classify(tokens)
-
-
-def _refused(backbone: Backbone, what: str) -> UserError:
-    name = backbone.architecture or type(backbone.model).__name__
-    found = "; ".join(own_code(backbone.model)) or "nothing of it was found from outside"
+def _refused(model: nn.Module, name: str, what: str) -> UserError:
+    found = "; ".join(own_code(model)) or "nothing of it was found from outside"
     return UserError(
         f"model '{name}' is not supported: its stages, run one by one, don't give what model(x) "
         f"gives ({what}), so it has code of its own that would be left out ({found}): move that "
@@ -88,15 +86,3 @@ def own_code(model: nn.Module) -> list[str]:
         if module._forward_hooks:
             found.append(f"{where} has a forward hook")
     return found
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode; afterwards each module has its own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
