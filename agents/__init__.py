@@ -1,4 +1,4 @@
-"""Learners and policies for token games: MAPPO, IPPO, heuristics."""
+"""Learners and policies for the token games: MAPPO, IPPO, PPO, heuristics; training runs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,23 @@ from typing import Any
 # tokenenv looks for this line: another distribution has a package named agents too.
 DISTRIBUTION = "tokenenv"
 
-__all__ = ["MAPPO", "ActorPolicy", "MAPPOConfig", "PettingZooArena", "load", "parse_policy"]
+__all__ = [
+    "MAPPO",
+    "ActorPolicy",
+    "MAPPOConfig",
+    "PettingZooArena",
+    "SB3Policy",
+    "Widths",
+    "load",
+    "parse_policy",
+]
 
 _HOME = {
     "MAPPO": "agents.learners.mappo",
     "MAPPOConfig": "agents.learners.mappo",
     "ActorPolicy": "agents.policies.actor",
+    "SB3Policy": "agents.policies.sb3",
+    "Widths": "agents.policies.actor",
     "load": "agents.policies",
     "parse_policy": "agents.policies.words",
     "PettingZooArena": "agents.learners.arena",

@@ -1,4 +1,4 @@
-"""What the README shows works: its Python runs, and its commands are ones the parser takes."""
+"""What README and guides show works: Python runs, commands parse, and tables list what there is."""
 
 from __future__ import annotations
 
@@ -12,20 +12,28 @@ from typing import Any
 import pytest
 import timm
 
+from agents.policies import shipped
+from agents.policies.words import usages
+from agents.systems import SYSTEMS
 from tokenenv.cli.main import build_parser
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "docs/training.md", "docs/methods.md")
 
 
-def blocks(language: str) -> list[str]:
-    """The fenced blocks in that language, in order."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def text(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
 
 
-def commands() -> list[list[str]]:
+def blocks(language: str, page: str) -> list[str]:
+    """The page's fenced blocks in that language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text(page), re.MULTILINE | re.DOTALL)
+
+
+def commands(page: str) -> list[list[str]]:
     """The words of every command in a bash block, ``tokenenv`` first; comments are left out."""
     found = []
-    for line in "".join(blocks("bash")).replace("\\\n", " ").splitlines():
+    for line in "".join(blocks("bash", page)).replace("\\\n", " ").splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
         lexer.whitespace_split = True
         words: list[str] = []
@@ -40,15 +48,16 @@ def commands() -> list[list[str]]:
 
 # Python -------------------------------------------------------------------------------------------
 class Session:
-    """The README's Python blocks in order, one namespace for all, in an empty folder.
+    """A page's Python blocks in order, one namespace for all, in an empty folder.
 
     Args:
+        page: its path from the root of the repository.
         weights: a folder with ``<timm model>.safetensors`` for blocks that ask timm for pretrained
             weights; those blocks are left out without it.
     """
 
-    def __init__(self, weights: Path | None) -> None:
-        self.weights = weights
+    def __init__(self, page: str, weights: Path | None) -> None:
+        self.page, self.blocks, self.weights = page, blocks("python", page), weights
         self.namespace: dict[str, Any] = {"__name__": "readme"}
         self.done = 0
 
@@ -64,25 +73,33 @@ class Session:
 
     def run(self, index: int) -> None:
         """Run the block ``index``, after those before it that have not run in this session."""
-        for i, block in enumerate(blocks("python")[: index + 1]):
+        for i, block in enumerate(self.blocks[: index + 1]):
             if i >= self.done and self.obstacle(block) is None:
-                exec(compile(block, f"README.md, Python block {i + 1}", "exec"), self.namespace)
+                exec(compile(block, f"{self.page}, block {i + 1}", "exec"), self.namespace)
         self.done = max(self.done, index + 1)
 
 
 @pytest.fixture(scope="module")
-def session(request: pytest.FixtureRequest) -> Session:
+def sessions(request: pytest.FixtureRequest) -> dict[str, Session]:
     try:
-        return Session(request.getfixturevalue("real_data") / "weights")
+        weights = request.getfixturevalue("real_data") / "weights"
     except pytest.skip.Exception:
-        return Session(None)
+        weights = None
+    return {page: Session(page, weights) for page in PAGES}
 
 
-@pytest.mark.parametrize("index", range(len(blocks("python"))))
+@pytest.mark.parametrize(
+    ("page", "index"), [(page, i) for page in PAGES for i in range(len(blocks("python", page)))]
+)
 def test_python_blocks(
-    index: int, session: Session, elsewhere: None, monkeypatch: pytest.MonkeyPatch
+    page: str,
+    index: int,
+    sessions: dict[str, Session],
+    elsewhere: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if reason := session.obstacle(blocks("python")[index]):
+    session = sessions[page]
+    if reason := session.obstacle(session.blocks[index]):
         pytest.skip(reason)
     create = timm.create_model
 
@@ -99,12 +116,38 @@ def test_python_blocks(
 
 # Commands -----------------------------------------------------------------------------------------
 def test_there_are_commands() -> None:
-    assert {words[1] for words in commands()} >= {"train", "evaluate", "compare", "suite"}
+    assert {words[1] for words in commands("README.md")} >= {
+        "train", "evaluate", "bench", "compare", "compress", "suite",
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize("words", commands(), ids=" ".join)
+@pytest.mark.parametrize("words", [w for page in PAGES for w in commands(page)], ids=" ".join)
 def test_commands_parse(words: list[str]) -> None:
     try:
         build_parser().parse_args(words[1:])
     except SystemExit as exit:
         assert exit.code == 0, f"the parser refuses: {shlex.join(words)}"  # --help ends with 0
+
+
+# Tables -------------------------------------------------------------------------------------------
+def listed(page: str, heading: str) -> list[str]:
+    """The names in the first column of the table under a heading, without their arguments."""
+    section = text(page).split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return re.findall(r"^\| `([\w-]+)[`:]", section, re.MULTILINE)
+
+
+def test_the_methods_page_lists_every_word() -> None:
+    assert sorted(listed("docs/methods.md", "Words")) == sorted(usages())
+    assert [name for name in shipped() if f"`{name}`" not in text("docs/methods.md")] == []
+
+
+def test_the_training_page_lists_every_system() -> None:
+    assert sorted(listed("docs/training.md", "Systems")) == sorted(SYSTEMS)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", text(page))
+    assert (
+        links and [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
+    )

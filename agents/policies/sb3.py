@@ -102,6 +102,10 @@ class SB3Policy(Policy):
         action = torch.as_tensor(chosen, device=legal.device).long()[:, None]
         return torch.where(legal.gather(1, action), action, 0)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> SB3Policy:
+        """Itself: it has no state of its own, and torch can't copy a learner in training."""
+        return self
+
     def macs(self, agents: Tensor, removed: Tensor) -> Tensor:
         """Multiply-adds of one decision, see :meth:`tokenenv.Policy.macs`."""
         return torch.full_like(agents, self._macs)

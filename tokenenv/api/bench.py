@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tokenenv.api.opening import Opened, named_model, open_candidates, text
+from tokenenv.api.opening import Opened, each_once, named_model, open_candidates, text
 from tokenenv.data import open_source
 from tokenenv.data.pixels import Preprocess
 from tokenenv.errors import UserError
@@ -98,7 +98,7 @@ def bench(
     """
     if threads:
         torch.set_num_threads(threads)
-    whats, batches = list(dict.fromkeys(what)), list(dict.fromkeys(batch))
+    whats, batches = each_once(what), list(dict.fromkeys(batch))
     opened = open_candidates(
         whats, named_model(model, weights, device, dtype), images=False, trust=trust
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from agents.policies.words import plain
-from tokenenv.api.opening import Opened, named_model, open_candidates, text
+from tokenenv.api.opening import Opened, each_once, named_model, open_candidates, text
 from tokenenv.data import ImageSource, open_source
 from tokenenv.errors import UserError
 from tokenenv.measure.candidate import Candidate
@@ -76,7 +76,7 @@ def compare(
         UserError: anything in what was asked for that can't be.
         KeyboardInterrupt: after Ctrl-C; the message says how many rows are kept.
     """
-    whats = list(dict.fromkeys(itertools.chain.from_iterable(map(_each, what))))
+    whats = each_once(itertools.chain.from_iterable(map(_each, what)))
     folder = None if out is None else Path(out)
     place = contextlib.nullcontext() if folder is None else writable_folder(folder)
     with place:  # before minutes of work

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,6 +71,12 @@ def open_candidates(
 def _read(named: Sequence[Named], model: Model, depth: int) -> None:
     for each in named:
         each.read(model.name, depth)
+
+
+def each_once(whats: Iterable[Any]) -> list[Any]:
+    """Words and objects in the order given, without those that were given before."""
+    once = {what if isinstance(what, str) else id(what): what for what in whats}
+    return list(once.values())
 
 
 def _distinct(named: list[Named]) -> list[Named]:
