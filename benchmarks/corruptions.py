@@ -51,7 +51,7 @@ from tokenenv.data import ImageSource, open_source
 from tokenenv.data.pixels import one_line
 from tokenenv.errors import UserError
 from tokenenv.game.policy import Policy
-from tokenenv.measure import evaluation as metrics
+from tokenenv.measure import evaluation
 from tokenenv.measure.printing import MAC_NOTE, report_skipped
 from tokenenv.storage import write_json
 from tokenenv.vit.backbone import Backbone
@@ -205,7 +205,7 @@ def measure(
         seen = source if name == "clean" else corrupted(source, name, severity)
         dense: Tensor | None = None
         for number, policy in enumerate(policies):
-            result = metrics.evaluate(
+            result = evaluation.evaluate(
                 backbone, policy, seen, batch_size=batch_size, dense=dense, progress=bar.update
             )
             if dense is None:

@@ -20,7 +20,7 @@ from agents.policies.sb3 import SB3Policy
 from tokenenv import open_source
 from tokenenv.cli.options import positive
 from tokenenv.envs.sb3 import SB3VecEnv
-from tokenenv.measure import evaluation as metrics
+from tokenenv.measure import evaluate
 
 ALGORITHMS = {"ppo": PPO, "maskable": MaskablePPO}
 
@@ -60,7 +60,7 @@ def main() -> None:
     learner.learn(args.updates * game.steps * args.num_envs, callback=curve)
     print(f"mean return before {curve.returns[0]:.2f}, after {curve.returns[-1]:.2f}")
     images = open_source("digits", game.backbone.model, split="test")
-    found = metrics.evaluate(game.backbone, SB3Policy(learner, game), images).report()
+    found = evaluate(game.backbone, SB3Policy(learner, game), images).report()
     print(
         f"held-out images: top-1 {found['top1']:.2f} % (dense {found['top1_dense']:.2f} %), "
         f"{100 * (1 - found['gmacs'] / found['gmacs_dense']):.1f} % of the multiply-adds saved"

@@ -1,4 +1,4 @@
-"""Writing: tensors and JSON in one safetensors file, atomically and never as a pickle; folders."""
+"""Writing files atomically: safetensors with JSON in the header (no pickle), JSON, folders."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from tokenenv.errors import UserError
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Write ``tensors`` with ``config`` in the header, as :func:`write_bytes` does.
+    """Write ``tensors``, with ``config`` as JSON in the header, atomically as :func:`write_bytes`.
 
     Raises:
-        UserError: the place cannot be written to.
+        UserError: the file cannot be written.
     """
     data = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
     write_bytes(path, save(data, {"tokenenv": json.dumps(config)}))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What :func:`write_tensors` wrote.
+    """Read the tensors and the config that :func:`write_tensors` wrote.
 
     Raises:
-        UserError: unreadable, or written by something else.
+        UserError: the file is unreadable, or was not written by this function.
     """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            # Copies: the tensors lie in the mapped file, and what is written to it shows in them.
+            # Copies: get_tensor() maps the file, so later writes to it would change the tensors.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         return tensors, json.loads(metadata["tokenenv"])
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
@@ -47,19 +47,19 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON, as :func:`write_bytes` does.
+    """Write a value as JSON, atomically as :func:`write_bytes`.
 
     Raises:
-        UserError: the place cannot be written to.
+        UserError: the file cannot be written.
     """
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically: a reader, or a crash, sees the old file or the new one.
+    """Write a file atomically: a reader, or a crash, finds the old file or the new one.
 
     Raises:
-        UserError: the place cannot be written to.
+        UserError: the file cannot be written.
     """
     temporary = path.with_name(path.name + ".part")
     try:
@@ -80,10 +80,10 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def writable_folder(folder: Path) -> Iterator[None]:
-    """Make ``folder`` and see that it can be written to; removed again if it stays empty.
+    """Create ``folder`` if needed and check that it is writable; remove it if it stays empty.
 
     Raises:
-        UserError: it cannot be made or written to.
+        UserError: the folder cannot be created or written to.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
@@ -95,16 +95,16 @@ def writable_folder(folder: Path) -> Iterator[None]:
             raise UserError(f"cannot write to '{folder}' ({reason}): choose another") from None
         yield
     finally:
-        with contextlib.suppress(OSError):  # the first that isn't empty ends it
+        with contextlib.suppress(OSError):  # stops at the first folder that is not empty
             for place in made:
                 place.rmdir()
 
 
 def flatten_state(prefix: str, state: Any, tensors: dict[str, Tensor]) -> Any:
-    """Move the tensors of a nested state dict into ``tensors``; returns the JSON skeleton.
+    """Move the tensors of a nested state dict into ``tensors``; returns the rest as JSON.
 
     Raises:
-        TypeError: something in it is neither a container, a tensor nor a plain value.
+        TypeError: a value is no dict, list, tuple, tensor, None, bool, number or string.
     """
     if isinstance(state, Tensor):
         name = prefix

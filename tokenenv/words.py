@@ -1,4 +1,4 @@
-"""What a user types behind a method's name: ``tome:r=8,blocks=0/1/2``."""
+"""Parser of the arguments behind a method's name: ``tome:r=8,blocks=0/1/2``."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from tokenenv.errors import UserError
 
 
 class Words:
-    """The arguments ``key=value,key=value`` behind a method's name; what is read leaves.
+    """The arguments ``key=value,key=value`` behind a method's name.
+
+    Each can be read once; :meth:`check_all_read` finds those that no reader asked for.
 
     Args:
-        what: all that the user typed, for messages.
+        what: the whole word that the user typed, for messages.
         rest: the arguments.
-        usage: how it is used, for messages.
+        usage: how the method is used, for messages.
 
     Raises:
-        UserError: an argument without a value, or given twice; later, one that is missing or
-            can't be read.
+        UserError: an argument without a value, or given twice. The readers raise it for an
+            argument that is missing or has the wrong form.
     """
 
     def __init__(self, what: str, rest: str, usage: str) -> None:
@@ -31,7 +33,7 @@ class Words:
             raise UserError(f"'{what}': an argument is given twice: give each once")
 
     def check_all_read(self) -> None:
-        """Raise :class:`UserError` where an argument was not read."""
+        """Raise :class:`UserError` if an argument was not read, since then it is unknown."""
         if self._left:
             raise UserError(
                 f"'{self.what}': unknown argument '{next(iter(self._left))}': {self.usage}"
@@ -44,7 +46,7 @@ class Words:
         return text
 
     def blocks(self, default: tuple[int, ...]) -> tuple[int, ...]:
-        """Block indices with ``/`` between them."""
+        """Read ``blocks``: block indices separated by ``/``."""
         text = self._left.pop("blocks", None)
         if text is None:
             return default
@@ -56,18 +58,18 @@ class Words:
             ) from None
 
     def seed(self) -> int:
-        """A whole number from 0, 0 by default."""
+        """Read ``seed``: a whole number from 0 to 2^63 - 1, by default 0."""
         text = self._text("seed", "0")
         if not (text.isascii() and text.isdigit() and int(text) < 2**63):
             raise UserError(f"'{self.what}': seed={text} must be a whole number from 0 to 2^63 - 1")
         return int(text)
 
     def has(self, key: str) -> bool:
-        """Whether an argument is given and was not read yet."""
+        """Whether an argument was given and has not been read yet."""
         return key in self._left
 
     def number(self, key: str, default: str | None = None) -> float:
-        """Any number."""
+        """Read a number."""
         return self._float(key, self._text(key, default))
 
     def _float(self, key: str, text: str) -> float:
@@ -77,13 +79,13 @@ class Words:
             raise UserError(f"'{self.what}': {key}={text} is not a number") from None
 
     def range(self, key: str) -> float | tuple[float, float]:
-        """One number, or two with ``..`` between them."""
+        """Read one number, or two separated by ``..``."""
         text = self._text(key)
         low, two, high = text.partition("..")
         return (self._float(key, low), self._float(key, high)) if two else self._float(key, text)
 
     def wholes(self, key: str, default: str | None = None) -> tuple[int, ...]:
-        """Whole numbers with ``/`` between them."""
+        """Read whole numbers separated by ``/``."""
         numbers = [self._float(key, text) for text in self._text(key, default).split("/")]
         for value in numbers:
             if not value.is_integer() or abs(value) >= 2**31:
@@ -91,37 +93,37 @@ class Words:
         return tuple(map(int, numbers))
 
     def whole(self, key: str, default: str | None = None) -> int:
-        """A whole number."""
+        """Read one whole number."""
         numbers = self.wholes(key, default)
         if len(numbers) > 1:
             raise UserError(f"'{self.what}': {key} takes one number: {self.usage}")
         return numbers[0]
 
     def flag(self, key: str) -> bool:
-        """1 by default, or 0."""
+        """Read 0 or 1, by default 1, as a bool."""
         text = self._text(key, "1")
         if text not in ("0", "1"):
             raise UserError(f"'{self.what}': {key}={text} must be 0 or 1")
         return text == "1"
 
     def choice(self, key: str, *known: str) -> str:
-        """One of ``known``, the first by default."""
+        """Read one of the words ``known``, by default the first."""
         text = self._text(key, known[0])
         if text not in known:
             raise UserError(f"'{self.what}': {key}={text}: choose from {', '.join(known)}")
         return text
 
     def text(self, key: str, default: str | None = None) -> str:
-        """As it was typed."""
+        """Read an argument as the text that was typed."""
         return self._text(key, default)
 
     def value(self, key: str, hint: Any, count: int) -> Any:
-        """An argument that is there, as the type of a dataclass's field says.
+        """Read an argument that was given, in the form that a type asks for.
 
         Args:
             key: its name.
-            hint: ``bool``, ``int``, ``float``, ``str``, a ``Literal``, or a tuple of whole numbers,
-                of which a single one is for all of ``count`` blocks.
+            hint: ``bool``, ``int``, ``float``, ``str``, a ``Literal``, or a tuple of whole numbers;
+                a single number stands for all of ``count`` blocks.
             count: number of blocks.
         """
         origin = get_origin(hint)
@@ -136,5 +138,5 @@ class Words:
         return readers[hint](key)
 
     def missing(self, key: str) -> UserError:
-        """What to raise where an argument must be given."""
+        """The error to raise for a required argument that was not given."""
         return UserError(f"'{self.what}' needs {key}=...: {self.usage}")

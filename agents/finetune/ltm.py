@@ -20,7 +20,7 @@ from tokenenv.ltm.block import MaskKind
 from tokenenv.ltm.bound import Level, SeparableBound, label_weight
 from tokenenv.ltm.model import LTM, ltm
 from tokenenv.ltm.storage import write_ltm
-from tokenenv.measure import evaluation as metrics
+from tokenenv.measure.evaluation import Evaluation, evaluate_model
 
 _BATCH = 64  # images per batch when statistics are computed
 
@@ -103,11 +103,9 @@ class LTMStudent(Trainee):
         for stack in self.model.stacks:
             yield from stack.masks.parameters()
 
-    def measured(self, source: ImageSource, teacher: Any, **options: Any) -> metrics.Evaluation:
+    def measured(self, source: ImageSource, teacher: Any, **options: Any) -> Evaluation:
         """The result of :func:`tokenenv.measure.evaluation.evaluate_model` for the model now."""
-        return metrics.evaluate_model(
-            self.model, teacher, source, lengths=self.model.lengths, **options
-        )
+        return evaluate_model(self.model, teacher, source, lengths=self.model.lengths, **options)
 
     def write(self, folder: Path, source: ImageSource) -> None:
         """Write the model for :func:`tokenenv.ltm.load_ltm`."""

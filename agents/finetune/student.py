@@ -14,7 +14,7 @@ from agents.finetune.losses import Played, token_loss
 from tokenenv.data import ImageSource
 from tokenenv.game.episode import Execution
 from tokenenv.game.policy import Method, Policy, play
-from tokenenv.measure import evaluation as metrics
+from tokenenv.measure.evaluation import Evaluation, evaluate
 from tokenenv.measure.token_pictures import write_token_pictures
 from tokenenv.storage import write_bytes
 from tokenenv.vit.backbone import Backbone
@@ -84,7 +84,7 @@ class Trainee(nn.Module):
         """The parameters that the pretrained model lacks."""
         raise NotImplementedError
 
-    def measured(self, source: ImageSource, teacher: Any, **options: Any) -> metrics.Evaluation:
+    def measured(self, source: ImageSource, teacher: Any, **options: Any) -> Evaluation:
         """The result of :func:`~tokenenv.measure.evaluation.evaluate` for the model now."""
         raise NotImplementedError
 
@@ -168,9 +168,9 @@ class Student(Trainee):
         if self.soft:
             yield from self.policy.parameters()
 
-    def measured(self, source: ImageSource, teacher: Any, **options: Any) -> metrics.Evaluation:
+    def measured(self, source: ImageSource, teacher: Any, **options: Any) -> Evaluation:
         """The result of :func:`tokenenv.measure.evaluation.evaluate` with the policy."""
-        return metrics.evaluate(self.backbone, self.policy, source, reference=teacher, **options)
+        return evaluate(self.backbone, self.policy, source, reference=teacher, **options)
 
     def write(self, folder: Path, source: ImageSource) -> None:
         """Write model, policy, and a picture of the tokens that are removed."""

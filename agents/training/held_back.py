@@ -12,7 +12,7 @@ from agents.training.judgement import Judgement
 from agents.workers import ALONE, Workers
 from tokenenv.data import ImageSource
 from tokenenv.game.policy import Method
-from tokenenv.measure import evaluation as metrics
+from tokenenv.measure.evaluation import Evaluation, evaluate
 from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.dense import Dense
 
@@ -52,7 +52,7 @@ class HeldBack:
     def __call__(self, policy: Method) -> Judgement:
         """Saving, loss and drop of the deterministic policy."""
         assert isinstance(self.backbone, Backbone)
-        return self._judged(metrics.evaluate(self.backbone, policy, self._share, dense=self._dense))
+        return self._judged(evaluate(self.backbone, policy, self._share, dense=self._dense))
 
     def trainee(self, trainee: Trainee, clean: ImageSource) -> Judgement:
         """The same of a fine-tuned model with its weights as they are.
@@ -63,6 +63,6 @@ class HeldBack:
         # Of all images in every process: a bound of parts is no part of the bound.
         return replace(self._judged(found), **trainee.judged(clean, self.source))
 
-    def _judged(self, found: metrics.Evaluation) -> Judgement:
+    def _judged(self, found: Evaluation) -> Judgement:
         numbers = (found.saving, found.losses.mean().item(), found.drop)
         return Judgement(*self._workers.mean(numbers, len(found.labels)))

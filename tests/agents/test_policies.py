@@ -18,7 +18,7 @@ from tokenenv.game.cost import Cost
 from tokenenv.game.policy import play
 from tokenenv.game.rewards import divergence
 from tokenenv.game.rules import Observation, TokenPrune
-from tokenenv.measure import evaluation as metrics
+from tokenenv.measure import evaluation
 
 
 def observation(score: torch.Tensor, active: torch.Tensor) -> Observation:
@@ -122,7 +122,7 @@ def test_a_file_that_is_no_policy(tmp_path: Path) -> None:
 def test_keep_all_is_the_dense_model() -> None:
     backbone = load_backbone()
     source = open_source(None, backbone.model, limit=100)
-    result = metrics.evaluate(backbone, KeepAll(TokenPrune()), source)
+    result = evaluation.evaluate(backbone, KeepAll(TokenPrune()), source)
     report = result.report()
     assert report["agreement"] == 100.0 and report["top1"] == report["top1_dense"]
     assert report["gmacs"] == report["gmacs_dense"]

@@ -18,7 +18,7 @@ from agents.systems.rl4evit import RL4EViTConfig
 from tokenenv import UserError, build_game, load_backbone, open_source
 from tokenenv.game.policy import play
 from tokenenv.game.rules import Observation, TokenPrune
-from tokenenv.measure import evaluation as metrics
+from tokenenv.measure import evaluation
 from tokenenv.vit.backbone import Backbone
 
 FEATURES = ("progress", "cls_attention", "norm")
@@ -73,7 +73,7 @@ def test_the_threshold_moves_the_number(backbone: Backbone) -> None:
     tokens = []
     for threshold in (0.3, 0.5, 0.7):
         policy.threshold = threshold
-        found = metrics.evaluate(backbone, policy, source)
+        found = evaluation.evaluate(backbone, policy, source)
         tokens.append(found.report()["tokens"][-1])
     assert 64 > tokens[0] > tokens[1] > tokens[2] > 0
 

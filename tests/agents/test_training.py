@@ -27,7 +27,7 @@ from tokenenv.cli.main import main
 from tokenenv.errors import UserError
 from tokenenv.game.build import build_game
 from tokenenv.game.rules import TokenPrune
-from tokenenv.measure import evaluation as metrics
+from tokenenv.measure import evaluation
 from tokenenv.storage import (
     flatten_state,
     read_tensors,
@@ -64,7 +64,7 @@ def trainer(out: Path, seed: int = 0, **description: Any) -> Trainer:
     policy = CONFIG.policy(game, "small")
 
     def judge(policy: ActorPolicy) -> Judgement:
-        found = metrics.evaluate(backbone(), policy, held_back)
+        found = evaluation.evaluate(backbone(), policy, held_back)
         return Judgement(found.saving, found.losses.mean().item(), found.drop)
 
     return Trainer(

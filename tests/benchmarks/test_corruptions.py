@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from tokenenv.data import ImageSource, open_source, pixels
 from tokenenv.errors import UserError
-from tokenenv.measure import evaluation as metrics
+from tokenenv.measure import evaluation
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 MODEL = "test_vit"  # timm's smallest ViT, 160 x 160 pixels
@@ -160,7 +160,7 @@ def test_policies_see_the_same_images_and_the_dense_model_runs_once(
 ) -> None:
     seen: list[torch.Tensor] = []
     dense: list[bool] = []
-    play, evaluate = metrics.play, metrics.evaluate
+    play, evaluate = evaluation.play, evaluation.evaluate
 
     def record_play(backbone: Any, policy: Any, images: torch.Tensor, *more: Any) -> Any:
         seen.append(images)
@@ -170,8 +170,8 @@ def test_policies_see_the_same_images_and_the_dense_model_runs_once(
         dense.append(kwargs["dense"] is None)
         return evaluate(*args, **kwargs)
 
-    monkeypatch.setattr(metrics, "play", record_play)
-    monkeypatch.setattr(metrics, "evaluate", record_evaluate)
+    monkeypatch.setattr(evaluation, "play", record_play)
+    monkeypatch.setattr(evaluation, "evaluate", record_evaluate)
     path = tmp_path / "r.json"
     more = ("--severities", "1/5", "--corruptions", "fog/impulse_noise", "--json", str(path))
     assert bench.main(arguments(folder, weights, *more)) == 0

@@ -17,9 +17,8 @@ from safetensors.torch import save_file
 
 from agents.systems.rl4evit import RL4EViTConfig
 from agents.training.trainer import CHECKPOINT
-from tokenenv import storage
+from tokenenv import measure, storage
 from tokenenv.cli.main import main
-from tokenenv.measure import evaluation as metrics
 from tokenenv.storage import read_tensors
 from tokenenv.vit.digits import WEIGHTS
 
@@ -334,7 +333,9 @@ def test_places_that_cannot_be_written_to(
 ) -> None:
     Path("file").touch()
     Path("folder").mkdir()
-    monkeypatch.setattr(metrics, "evaluate", fail)  # nobody may compute first
+    monkeypatch.setattr(
+        measure.evaluation, "_side_by_side", fail
+    )  # the mistake is found before any work
     assert "'file' is a file" in mistake(f"{QUICK} --out file", capfd)
     assert "'file/below'" in mistake(f"{QUICK} --out file/below", capfd)
     assert "'file'" in mistake("evaluate keep-all --json file/below.json", capfd)

@@ -24,7 +24,7 @@ from tokenenv.cli.main import main
 from tokenenv.data import Batch, Stream
 from tokenenv.errors import UserError
 from tokenenv.game.cost import Cost
-from tokenenv.measure import evaluation as metrics
+from tokenenv.measure import evaluation
 from tokenenv.storage import flatten_state, read_tensors, unflatten_state, write_tensors
 from tokenenv.vit.dense import Dense
 from tokenenv.vit.load import check_name, load_model, untrained_model
@@ -182,7 +182,7 @@ def test_the_average_has_a_bound_of_its_own() -> None:
 def test_a_models_evaluation_is_what_plain_loops_give() -> None:
     model = ltm.ltm(backbone().model, 0.5).eval()
     some = source().subset(30, 0)
-    found = metrics.evaluate_model(model, teacher(), some, lengths=model.lengths, batch_size=7)
+    found = evaluation.evaluate_model(model, teacher(), some, lengths=model.lengths, batch_size=7)
     for row in range(30):
         batch = some.batch(torch.tensor([row]))
         with torch.no_grad():
@@ -196,8 +196,8 @@ def test_a_models_evaluation_is_what_plain_loops_give() -> None:
 
 
 def test_a_dense_models_macs_are_its_backbones() -> None:
-    assert metrics.dense_macs(teacher(), (1, 8, 8)) == Cost(backbone()).dense()
-    assert metrics.dense_macs(backbone(), (1, 8, 8)) == Cost(backbone()).dense()
+    assert evaluation.dense_macs(teacher(), (1, 8, 8)) == Cost(backbone()).dense()
+    assert evaluation.dense_macs(backbone(), (1, 8, 8)) == Cost(backbone()).dense()
 
 
 # The command line

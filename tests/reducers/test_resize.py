@@ -21,7 +21,7 @@ from tokenenv import load_backbone, open_source
 from tokenenv.game.cost import Cost, measured_macs
 from tokenenv.game.episode import EXECUTIONS
 from tokenenv.game.policy import play
-from tokenenv.measure import evaluation as metrics
+from tokenenv.measure import evaluation
 from tokenenv.measure.candidate import MethodCandidate
 from tokenenv.measure.speed import bench
 from tokenenv.reducers.resize import smaller
@@ -61,7 +61,7 @@ def test_it_is_timms_model_of_that_size(kind: str, execution: str) -> None:
     assert (episode.logits - dense).abs().max() > 1e-3
     assert_close(dict(backbone.model.state_dict()), dict(state), rtol=0, atol=0)
     counted = measured_macs(lambda: play(backbone, policy, images[:1], "padded"))
-    macs = metrics.macs_of(episode, policy, Cost(backbone))
+    macs = evaluation.macs_of(episode, policy, Cost(backbone))
     assert macs.tolist() == [pytest.approx(counted, rel=1e-9)] * 3
 
 
@@ -137,8 +137,8 @@ def test_as_a_compressed_model(tmp_path: Path) -> None:
 def test_evaluated_beside_the_dense_model() -> None:
     backbone = load_backbone()
     source = open_source(None, backbone.model, limit=100)
-    report = metrics.evaluate(backbone, parse_policy("resize:size=6", 12), source).report()
-    dense = metrics.evaluate(backbone, parse_policy("keep-all", 12), source).report()
+    report = evaluation.evaluate(backbone, parse_policy("resize:size=6", 12), source).report()
+    dense = evaluation.evaluate(backbone, parse_policy("keep-all", 12), source).report()
     assert report["top1_dense"] == dense["top1"] and report["gmacs_dense"] == dense["gmacs"]
     assert report["tokens"] == [36.0] * 12
     small = Cost(smaller(backbone, 6)).dense() / 1e9

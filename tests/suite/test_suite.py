@@ -22,7 +22,7 @@ from agents.systems.registry import SYSTEMS
 from agents.systems.settings import with_settings, word
 from tokenenv import open_source
 from tokenenv.errors import UserError
-from tokenenv.measure import evaluation as metrics
+from tokenenv.measure import evaluation
 from tokenenv.suite import learners as suite_learners
 from tokenenv.suite import report, results
 from tokenenv.suite import run as suite_run
@@ -47,7 +47,7 @@ def test_run_score_plot_and_marl_eval(
     source = open_source("digits", backbone.model, split="test", limit=40)
     for point in first["points"]:
         policy = parse_policy(f"{point['knob']},seed=0", 12)
-        again = metrics.evaluate(backbone, policy, source)
+        again = evaluation.evaluate(backbone, policy, source)
         right = (again.reduced == again.labels).numpy()
         assert point["top1"] == pytest.approx(right.mean())
         assert point["macs"] == pytest.approx(1 - again.saving / 100)

@@ -1,4 +1,4 @@
-"""Candidates: what is evaluated, timed and compared beside the dense model, all in one way."""
+"""Candidates: one interface for everything that is compared with the dense model."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.dense import Dense
 
 Run = Callable[[], Any]
-"""One forward pass."""
+"""A function that runs one forward pass."""
 
 
 class Timing(NamedTuple):
-    """What there is to time of a candidate on some images.
+    """The forward passes to time for a candidate on some images.
 
     Attributes:
-        ready: makes a forward pass; what it prepares is not timed.
+        ready: prepares a forward pass, untimed, and returns a function that runs it.
         gmacs: 10^9 multiply-adds per image, decisions included (1 MAC = 1 FLOP).
-        limit: makes a forward pass of the dense model cut to the candidate's token counts, the
-            least that these cost; None of a model that merges by itself.
+        limit: the same for the dense model cut to the candidate's token counts, a lower bound of
+            the time that these take; None for a model that merges its own tokens.
     """
 
     ready: Callable[[], Run]
@@ -45,13 +45,13 @@ class Timing(NamedTuple):
 
 
 class Candidate(Protocol):
-    """A method on its model, or a model that reduces its tokens by itself.
+    """A method on its model, or a model that reduces its own tokens.
 
     Attributes:
         what: as the user named it.
-        frozen: whether its weights are those of the dense model; else they were fine-tuned.
-        key: the same for two candidates only if they give the same predictions.
-        group: the method, of which this is one setting.
+        frozen: True if its weights are those of the dense model, False if they were fine-tuned.
+        key: identifies its predictions: candidates with equal keys give equal predictions.
+        group: name of the method without its settings; a sweep shares one.
     """
 
     @property
@@ -64,10 +64,10 @@ class Candidate(Protocol):
     def group(self) -> str: ...  # noqa: D102
 
     def parameters(self) -> int:
-        """How many parameters its model has, those of a policy apart."""
+        """Number of parameters of its model, without those of a policy."""
 
     def evaluate(self, reference: Dense, source: ImageSource, **options: Any) -> Evaluation:
-        """Its accuracy and cost beside a dense model's.
+        """Evaluate it and a dense model on the same images.
 
         Args:
             reference: the dense model.
@@ -76,14 +76,13 @@ class Candidate(Protocol):
         """
 
     def timing(self, images: Tensor, compiled: bool, execution: Execution | None) -> Timing:
-        """What there is to time on ``images (B, C, H, W)``, on the model's device.
+        """Prepare timing it on ``images (B, C, H, W)``, which are on the model's device.
 
         Args:
             images: normalised.
-            compiled: whether ``torch.compile`` works on it: on what a block does to each token
-                where a method runs, else on the whole model.
-            execution: see :class:`~tokenenv.game.episode.Episode`; None takes what suits the
-                device.
+            compiled: whether to use ``torch.compile``: for a method on the per-token parts of
+                each block, else on the whole model.
+            execution: see :class:`~tokenenv.game.episode.Episode`; None: the device's default.
         """
 
 
@@ -93,7 +92,7 @@ class MethodCandidate:
 
     Attributes:
         what, frozen, key, group: see :class:`Candidate`.
-        method: it fits the backbone.
+        method: the policy or reducer, checked to fit the backbone.
         backbone: the model.
     """
 
@@ -105,16 +104,16 @@ class MethodCandidate:
     group: str = ""
 
     def parameters(self) -> int:
-        """Those of the backbone."""
+        """Number of parameters of the backbone."""
         return sum(p.numel() for p in self.backbone.parameters())
 
     def evaluate(self, reference: Dense, source: ImageSource, **options: Any) -> Evaluation:
-        """See :class:`Candidate`."""
-        method = copy.deepcopy(self.method)  # one that draws starts afresh the next time
+        """Evaluate a copy of the method on the backbone, see :meth:`Candidate.evaluate`."""
+        method = copy.deepcopy(self.method)  # random policies restart from their seed next time
         return evaluate(self.backbone, method, source, reference=reference, **options)
 
     def timing(self, images: Tensor, compiled: bool, execution: Execution | None) -> Timing:
-        """See :class:`Candidate`; a method draws the same numbers in each pass."""
+        """See :meth:`Candidate.timing`; a random method draws the same numbers in each pass."""
         player = copy.copy(self.backbone)
         player.compiled = compiled
         episode = play(self.backbone, copy.deepcopy(self.method), images)
@@ -145,22 +144,22 @@ class ModelCandidate:
     group: str = ""
 
     def parameters(self) -> int:
-        """Those of the model."""
+        """Number of parameters of the model."""
         return sum(p.numel() for p in self.model.parameters())
 
     def evaluate(self, reference: Dense, source: ImageSource, **options: Any) -> Evaluation:
-        """See :class:`Candidate`."""
+        """Evaluate the model, see :meth:`Candidate.evaluate`."""
         lengths = self.model.lengths
         return evaluate_model(self.model, reference, source, lengths=lengths, **options)
 
     def timing(self, images: Tensor, compiled: bool, execution: Execution | None) -> Timing:
-        """See :class:`Candidate`; ``execution`` does not matter, all images are alike."""
+        """See :meth:`Candidate.timing`; ``execution`` is unused: images keep equal lengths."""
         run = compiled_if(compiled, lambda: self.model(images))
         return Timing(lambda: run, model_macs(self.model, images.shape[1:]) / 1e9)
 
 
 def compiled_if(compiled: bool, run: Run) -> Run:
-    """A forward pass, through ``torch.compile`` if asked."""
+    """``run`` itself, or compiled by ``torch.compile`` if ``compiled``."""
     made: Run = torch.compile(run) if compiled else run
     return made
 
@@ -168,18 +167,18 @@ def compiled_if(compiled: bool, run: Run) -> Run:
 def sliced(
     backbone: Backbone, images: Tensor, attended: Sequence[int], fed: Sequence[int]
 ) -> Tensor:
-    """The dense model with its token tensor cut: what given token counts cost at the least.
+    """Run the dense model on fewer tokens, as the lower bound of what given token counts cost.
 
-    Nothing is decided or gathered: the last tokens are cut off. The logits mean nothing.
+    Nothing is decided or gathered: the last tokens are cut off, so the logits are meaningless.
 
     Args:
         backbone: the model.
         images: ``(B, C, H, W)``.
-        attended: for each block how many tokens its attention works on, prefix included.
-        fed: the same for its MLP.
+        attended: number of tokens in the attention of each block, prefix included.
+        fed: number of tokens in the MLP of each block, prefix included.
 
     Returns:
-        ``(B, classes)``.
+        Logits ``(B, classes)``.
     """
     tokens = backbone.embed(images)
     for block in range(backbone.depth):

@@ -1,4 +1,4 @@
-"""Methods side by side: sweeps, the rows of a comparison, what a method covers, and tables."""
+"""Comparisons of methods: sweeps, rows, Pareto front, hypervolume and tables."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ TOLERATED = 10.0
 
 
 def expand(what: str) -> list[str]:
-    """A sweep as single points: ``"tome:r=4|8"`` -> ``["tome:r=4", "tome:r=8"]``.
+    """The single settings of a sweep: ``"tome:r=4|8"`` -> ``["tome:r=4", "tome:r=8"]``.
 
-    A bar separates the values of a field; of several such fields all combinations are taken, the
-    last field's values in turn first.
+    A bar separates the values of a field. Several such fields give all combinations; the last
+    field varies fastest.
 
     Raises:
         UserError: a value is missing beside a bar.
@@ -46,18 +46,16 @@ class Row:
     Attributes:
         what: as the user named it.
         method: its name without the setting.
-        frozen: whether the backbone is the dense model's own; else it was fine-tuned.
-        images: how many were evaluated.
+        frozen: True if the weights are the dense model's, False if they were fine-tuned.
+        images: number of images evaluated.
         top1: percent.
-        lost: top-1 lost against the dense model on the same images, percentage points;
-            ``lost_low``, ``lost_high``: its 95 % interval
-            (:func:`~tokenenv.measure.evaluation.paired_difference`).
-        lost_low: lower end.
-        lost_high: upper end.
-        agreement: images with the dense model's prediction, percent.
+        lost: top-1 lost against the dense model on the same images, percentage points.
+        lost_low, lost_high: its 95 % interval, see
+            :func:`~tokenenv.measure.evaluation.paired_difference`.
+        agreement: share of images with the same prediction as the dense model, percent.
         gmacs: 10^9 multiply-adds per image, policy included (1 MAC = 1 FLOP).
         saved: share of the dense model's multiply-adds saved, percent.
-        speeds: on the clock, one of each batch size.
+        speeds: measured times, one entry per batch size.
     """
 
     what: str
@@ -77,12 +75,12 @@ class Row:
 def make_row(
     what: str, method: str, frozen: bool, result: Evaluation, speeds: Sequence[Speed] = ()
 ) -> Row:
-    """A row from an evaluation, see there."""
+    """The row of an evaluated method; arguments as the attributes of :class:`Row`."""
     report = result.report()
-    native, right = (
+    dense_right, right = (
         (predicted == result.labels).numpy() for predicted in (result.dense, result.reduced)
     )
-    lost, low, high = paired_difference(native, right)
+    lost, low, high = paired_difference(dense_right, right)
     return Row(
         what=what,
         method=method,
@@ -109,25 +107,27 @@ def dense_row(result: Evaluation, speeds: Sequence[Speed] = ()) -> Row:
 def hypervolume(
     points: Sequence[tuple[float, float]], dense_top1: float, tolerated: float = TOLERATED
 ) -> float:
-    """How much of the plane of multiply-adds saved and top-1 a method covers, percent.
+    """Share of the plane of MACs saved and top-1 that a method's points dominate, percent.
 
     The area of the union of the rectangles ``[0, s] x [f, a]`` of all points ``(s, a)``, divided
     by ``tolerated``: the hypervolume (Zitzler & Thiele 1998) of the points and of the dense model
-    ``(0, dense_top1)``, with the reference point ``(0, f)``, ``f = dense_top1 - tolerated``. Of
-    ``s`` only what lies between 0 and 100 counts.
+    ``(0, dense_top1)``, with the reference point ``(0, f)``, ``f = dense_top1 - tolerated``. ``s``
+    is clipped to 0 to 100.
 
-    A method that saves ``s`` percent for nothing has ``s``. In general it is the most that the
-    method saves when losing ``t`` points at most, averaged over ``t`` from 0 to ``tolerated``;
-    what is above the dense model's top-1 comes on top. More points can only cover more: compare
-    methods that were swept alike.
+    A method that saves ``s`` percent without losing top-1 has the value ``s``. In general the
+    value is the largest saving of the method at a loss of at most ``t`` points, averaged over
+    ``t`` from 0 to ``tolerated``; area above the dense model's top-1 is added. More points never
+    lower it, so compare methods that were swept at the same number of settings.
 
     Args:
         points: percent saved, top-1 in percent.
-        dense_top1: percent.
-        tolerated: points of top-1 below the dense model where the area starts.
+        dense_top1: top-1 of the dense model, percent.
+        tolerated: how far below the dense model's top-1 the area starts, percentage points.
     """
     area, height = 0.0, dense_top1 - tolerated
-    for saved, top1 in sorted(points, reverse=True):  # from the right each adds what is above
+    for saved, top1 in sorted(
+        points, reverse=True
+    ):  # from the right, each point adds the area above it
         if top1 > height:
             area += min(max(saved, 0.0), 100.0) * (top1 - height)
             height = top1
@@ -135,10 +135,7 @@ def hypervolume(
 
 
 def pareto_front(rows: Sequence[Row]) -> list[Row]:
-    """Those that no other beats in multiply-adds saved or top-1 without losing in the other.
-
-    From the least saved to the most.
-    """
+    """Rows that no other row dominates in multiply-adds saved and top-1, by rising saving."""
     front: list[Row] = []
     for row in sorted(rows, key=lambda r: (r.saved, r.top1), reverse=True):
         best = front[-1] if front else None
@@ -149,12 +146,12 @@ def pareto_front(rows: Sequence[Row]) -> list[Row]:
 
 
 def best_row(rows: Sequence[Row]) -> Row | None:
-    """The row that saves most of those that lose a point of top-1 at most; None without such."""
+    """The row with the largest saving among those that lose at most one point of top-1, or None."""
     return max((r for r in rows if r.lost <= 1.0), key=lambda r: r.saved, default=None)
 
 
 def methods(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows of each method, without the dense model's, from the least saved to the most."""
+    """Rows grouped by method, by rising saving; the dense model's is left out."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         if row.what != "dense":
@@ -164,13 +161,13 @@ def methods(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that the tables and the picture show.
+    """The result of a comparison.
 
     Attributes:
-        rows: the dense model's first.
-        model: its name.
-        data: the images' name.
-        timing: on what the times were taken, in words; empty where none were.
+        rows: the dense model's row first.
+        model: name of the dense model.
+        data: name of the images.
+        timing: device, precision, threads and rounds of the timing; empty if nothing was timed.
     """
 
     rows: list[Row]
@@ -180,16 +177,16 @@ class Comparison:
 
     @property
     def dense(self) -> Row:
-        """The dense model's row."""
+        """The row of the dense model."""
         return self.rows[0]
 
     @property
     def batches(self) -> list[int]:
-        """The batch sizes that were timed."""
+        """Batch sizes that were timed."""
         return [speed.batch for speed in self.dense.speeds]
 
     def covered(self) -> dict[str, float]:
-        """The :func:`hypervolume` of each method, the largest first."""
+        """The :func:`hypervolume` of each method, in percent, the largest first."""
         found = {
             name: hypervolume([(r.saved, r.top1) for r in group], self.dense.top1)
             for name, group in methods(self.rows).items()
@@ -197,7 +194,7 @@ class Comparison:
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, with what the numbers mean."""
+        """The comparison as JSON, with the units of its numbers."""
         front = [row.what for row in pareto_front(self.rows)]
         return {
             "model": self.model,
@@ -248,7 +245,7 @@ class Comparison:
         )
 
     def as_markdown(self) -> str:
-        """Three tables: accuracy and cost, what each method covers, time."""
+        """Three tables: accuracy and cost, hypervolume of each method, time."""
         front, groups = pareto_front(self.rows), methods(self.rows)
         parts = [
             f"# {self.model}, {self.dense.images} images of {self.data}",
@@ -302,7 +299,7 @@ _TIMED = (
 
 
 def in_words(frozen: bool) -> str:
-    """Of a backbone."""
+    """``"frozen"`` or ``"fine-tuned"``, for tables."""
     return "frozen" if frozen else "fine-tuned"
 
 

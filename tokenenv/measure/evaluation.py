@@ -1,4 +1,4 @@
-"""Accuracy, cost and speed of a policy against the untouched model, on the same images."""
+"""Accuracy, cost and speed of a method and of the dense model on the same images."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from tokenenv.vit.dense import Dense
 
 
 def macs_of(episode: Episode, method: Method, cost: Cost) -> Tensor:
-    """``(B,)`` multiply-adds of each image of an episode that is done, decisions included.
+    """``(B,)`` multiply-adds of each image of a finished episode, decisions included.
 
     Args:
-        episode: what :func:`~tokenenv.game.policy.play` gave.
-        method: what decided.
-        cost: of the model that was given to :func:`~tokenenv.game.policy.play`.
+        episode: as :func:`~tokenenv.game.policy.play` returned it.
+        method: the method that was played.
+        cost: the cost of the model that was passed to :func:`~tokenenv.game.policy.play`.
     """
-    if episode.backbone is not cost.backbone:  # the one for smaller images
+    if episode.backbone is not cost.backbone:  # resize runs a copy of the model for smaller images
         cost = Cost(episode.backbone)
     total = cost.backbone_macs(episode.attended, episode.fed)
     return total + cost.decision_macs(method, episode.attended, episode.fed)
@@ -37,7 +37,7 @@ def macs_of(episode: Episode, method: Method, cost: Cost) -> Tensor:
 
 @dataclass
 class Evaluation:
-    """Sums over a set of images; see :meth:`report` for what comes out.
+    """Predictions and costs of every image of a set; :meth:`report` summarises them.
 
     Attributes:
         labels, dense, reduced: ``(n,)`` true classes and both models' predictions.
@@ -45,9 +45,9 @@ class Evaluation:
         macs: ``(n,)`` multiply-adds of each image, policy included.
         lengths: ``(n, depth)`` visual tokens left after each block.
         dense_macs: multiply-adds of the dense model for one image.
-        index: ``(n,)`` positions in the source.
-        seconds, dense_seconds: time of all reduced and all dense passes; no dense time if its
-            predictions were given.
+        index: ``(n,)`` positions of the images in the source.
+        seconds, dense_seconds: time of all reduced and of all dense passes; ``dense_seconds`` is
+            None if the dense model's predictions were given.
     """
 
     labels: Tensor
@@ -64,8 +64,8 @@ class Evaluation:
     @property
     def drop(self) -> float:
         """Top-1 lost against the dense model, percentage points."""
-        right, native = self.reduced == self.labels, self.dense == self.labels
-        return 100.0 * (native.sum() - right.sum()).item() / len(self.labels)
+        right, dense_right = self.reduced == self.labels, self.dense == self.labels
+        return 100.0 * (dense_right.sum() - right.sum()).item() / len(self.labels)
 
     @property
     def saving(self) -> float:
@@ -101,7 +101,7 @@ class Difference(NamedTuple):
 
 
 DRAWS = 10_000
-"""Of the bootstrap; its own error of an interval's end is about 1 % of the interval's width."""
+"""Bootstrap draws. With so many an interval's ends are accurate to about 1 % of its width."""
 
 
 def paired_difference(first: np.ndarray, second: np.ndarray) -> Difference:
@@ -109,13 +109,13 @@ def paired_difference(first: np.ndarray, second: np.ndarray) -> Difference:
 
     The interval is the percentile bootstrap over the images (Efron & Tibshirani 1993, section
     13.3), always with the same draws. How often each value occurs in a draw of ``n`` images is
-    multinomial; drawing these counts instead of images gives the same distribution and takes
-    memory for the different values, three for hits, and not for the images. Where no image
-    differs the interval has no width: it does not know what it has not seen.
+    multinomial. Drawing these counts instead of images gives the same distribution, and takes
+    memory for the distinct values (three for hits) and not for every image. If no image differs
+    the interval has zero width, which understates the uncertainty.
 
     Args:
         first: ``(n,)`` hits, bool or the share of several views of an image.
-        second: ``(n,)`` the same of the other.
+        second: ``(n,)`` the same for the other method.
     """
     difference = 100.0 * (first.astype(float) - second.astype(float))
     values, counts = np.unique(difference, return_counts=True)
@@ -144,20 +144,20 @@ def evaluate(
 
     Args:
         backbone: the model.
-        policy: who decides.
-        source: the images; unreadable ones are skipped and counted in ``source.skipped``.
+        policy: the policy or reducer.
+        source: the images; unreadable ones are skipped and listed in ``source.skipped``.
         batch_size: images per batch.
         restrict: predict only among the classes that occur in the source (the ImageNet-A and -R
             protocol).
-        dense: ``(len(source),)`` the dense model's predictions where they are known already; it
-            is then not run again.
-        reference: the dense model to compare with, where ``backbone`` is one that was fine-tuned;
-            None takes ``backbone`` itself.
-        execution: ``masked``, ``padded`` or ``packed``; None takes what suits the device.
+        dense: ``(len(source),)`` predictions of the dense model if they are known; it is then not
+            run again.
+        reference: the dense model to compare with if ``backbone`` was fine-tuned; None:
+            ``backbone`` itself.
+        execution: ``masked``, ``padded`` or ``packed``; None: the device's default.
         progress: called with the number of images done after each batch.
 
     Raises:
-        UserError: no readable image, or rules that don't fit the model.
+        UserError: no image is readable, or the method doesn't fit the model.
     """
     policy = as_method(policy)
     policy.reduction.check(backbone)
@@ -192,20 +192,20 @@ def evaluate_model(
     dense: Tensor | None = None,
     progress: Callable[[int], object] = lambda n: None,
 ) -> Evaluation:
-    """:func:`evaluate` of a model that loses tokens by itself, all images alike.
+    """:func:`evaluate` for a model that reduces its own tokens, equally for all images.
 
     Args:
         model: in eval mode, on the device and in the dtype of ``reference``.
         reference: the dense model.
-        source: as there, like what follows.
-        lengths: visual tokens left after each of the model's blocks.
+        source: the images.
+        lengths: number of visual tokens left after each block.
         batch_size: images per batch.
-        restrict: predict only among the classes of the source.
-        dense: the dense model's predictions, where they are known.
+        restrict: predict only among the classes that occur in the source.
+        dense: ``(len(source),)`` predictions of the dense model, if known.
         progress: called with the number of images done.
 
     Raises:
-        UserError: no readable image.
+        UserError: no image is readable.
     """
     macs = torch.tensor([model_macs(model, source.shape)], dtype=torch.float64)
     tokens = torch.tensor([list(lengths)])
@@ -232,9 +232,9 @@ def dense_predictions(
     batch_size: int = 64,
     progress: Callable[[int], object] = lambda n: None,
 ) -> Tensor:
-    """``(len(source),)`` which class the dense model says each image is; -1: unreadable.
+    """``(len(source),)`` class that the dense model predicts for each image; -1: unreadable.
 
-    ``progress``: called with the number of images done since.
+    ``progress``: called with the number of images done after each batch.
     """
     found = torch.full((len(source),), -1)
     for index in torch.arange(len(source)).split(batch_size):
@@ -252,10 +252,7 @@ def dense_macs(model: Dense, shape: Sequence[int]) -> float:
 
 
 def model_macs(model: nn.Module, shape: Sequence[int]) -> float:
-    """Multiply-adds that a model really executes for one image of ``shape (C, H, W)``.
-
-    The model is in eval mode.
-    """
+    """Multiply-adds that a model in eval mode executes for one image of ``shape (C, H, W)``."""
     like = next(model.parameters())
     with torch.inference_mode(False):
         image = torch.zeros(1, *shape, device=like.device, dtype=like.dtype)
@@ -263,7 +260,13 @@ def model_macs(model: nn.Module, shape: Sequence[int]) -> float:
 
 
 class _Outcome(NamedTuple):
-    """Of ``B`` images: ``(B, classes)`` logits, ``(B,)`` multiply-adds, ``(B, depth)`` tokens."""
+    """Results of ``B`` images.
+
+    Attributes:
+        logits: ``(B, classes)``.
+        macs: ``(B,)`` multiply-adds.
+        lengths: ``(B, depth)`` visual tokens left after each block.
+    """
 
     logits: Tensor
     macs: Tensor
@@ -274,7 +277,7 @@ class _Outcome(NamedTuple):
 def _side_by_side(
     run: Callable[[Tensor], Any],
     read: Callable[[Any], _Outcome],
-    untouched: Dense,
+    model: Dense,
     source: ImageSource,
     *,
     dense_macs: float,
@@ -283,9 +286,9 @@ def _side_by_side(
     dense: Tensor | None,
     progress: Callable[[int], object],
 ) -> Evaluation:
-    """Run the reduced and the dense model in turns; what ``run`` gives is read off the clock."""
-    device = untouched.device
-    allowed = torch.ones(untouched.classes, dtype=torch.bool, device=device)
+    """Run the reduced and the dense model in turns; ``read`` works on the result untimed."""
+    device = model.device
+    allowed = torch.ones(model.classes, dtype=torch.bool, device=device)
     if restrict:
         allowed[:] = False
         allowed[source.classes.to(device)] = True
@@ -297,16 +300,16 @@ def _side_by_side(
         batch = source.batch(index)
         if not len(batch.index):
             continue
-        images = batch.images.to(device, untouched.dtype)
+        images = batch.images.to(device, model.dtype)
         for reduced_now in (turn % 2 == 0, turn % 2 == 1):
             start = _now(device)
             if reduced_now:
                 found = run(images)
                 seconds += _now(device) - start
             elif dense is None:
-                native = untouched(images)
+                logits = model(images)
                 dense_seconds += _now(device) - start
-                rows["dense"].append(native.masked_fill(~allowed, -torch.inf).argmax(1).cpu())
+                rows["dense"].append(logits.masked_fill(~allowed, -torch.inf).argmax(1).cpu())
             else:
                 rows["dense"].append(dense[batch.index])
         outcome = read(found)

@@ -1,4 +1,4 @@
-"""A model as a user names it, and the frozen model that this opens."""
+"""A model as a user names it, and how it is opened with frozen weights."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from tokenenv.vit.load import (
 
 @dataclass(frozen=True)
 class Model:
-    """What the options ``--model``, ``--weights``, ``--device`` and ``--dtype`` name.
+    """A model by the options ``--model``, ``--weights``, ``--device`` and ``--dtype``.
 
     Attributes:
-        name: of a timm model, or of an embedded one.
-        weights: a file, ``random``, or None for the embedded or timm's own.
-        device: where it computes.
-        dtype: what it computes in.
-        named: whether the user named it; else it is a default.
+        name: timm's name of the model, or that of an embedded one.
+        weights: a file, ``random``, or None for the embedded weights or timm's.
+        device: such as ``cpu`` or ``cuda``.
+        dtype: precision of the computation, such as ``float32``.
+        named: False if the user named no model and ``name`` is a default.
     """
 
     name: str = EMBEDDED
@@ -41,10 +41,10 @@ class Model:
     named: bool = True
 
     def depth(self) -> int | None:
-        """Number of blocks of the backbone, without its weights; None where timm can't tell.
+        """Number of blocks of the backbone, without loading weights; None if timm can't tell.
 
         Raises:
-            UserError: unknown or unsupported model.
+            UserError: the model is unknown or not supported.
         """
         found: list[int] = []
         check_name(self.name, lambda model: found.append(len(family_of(model).blocks)))
@@ -54,24 +54,23 @@ class Model:
         """The frozen backbone.
 
         Args:
-            data: images that are given, of which only the embedded models have their own.
+            data: the images that the user named; only the embedded models have images of their own.
             images: whether images are needed.
 
         Raises:
-            UserError: unknown, unsupported or unreadable, or a model without images of its own and
-                no ``data``.
+            UserError: the model is unknown, not supported or unreadable, or it needs ``data``.
         """
         check_name(self.name)
         self._check_data(data, images)
-        with self._blamed():
+        with self._hint_at_default():
             return load_backbone(self.name, self.weights, self.device, check_dtype(self.dtype))
 
     def open_dense(self, data: str | None = None, *, images: bool = True) -> Dense:
-        """:meth:`open_backbone` for a model of any family that LTM has blocks for."""
+        """:meth:`open_backbone`, but for a model of any family that has LTM blocks."""
         check_name(self.name, check_family)
         self._check_data(data, images)
         place = check_device(self.device)
-        with self._blamed():
+        with self._hint_at_default():
             model = load_model(self.name, self.weights, check=check_family)
         return Dense(model).to(place, check_dtype(self.dtype))
 
@@ -84,8 +83,8 @@ class Model:
             print(f"loading '{self.name}' with timm's weights for it; --weights FILE takes others")
 
     @contextlib.contextmanager
-    def _blamed(self) -> Iterator[None]:
-        """Where weights don't fit a model that is a default, say so."""
+    def _hint_at_default(self) -> Iterator[None]:
+        """If weights don't fit a model that is only a default, add that to the error."""
         try:
             yield
         except UserError as error:

@@ -10,16 +10,15 @@ from typing import Any
 from tokenenv.measure.comparison import Comparison, Row, in_words, methods, pareto_front
 
 _LABELLED = 24
-"""With more rows than this the values of a sweep are not written beside its points."""
+"""Largest number of rows for which the values of a sweep are written beside its points."""
 
 
 def picture(comparison: Comparison) -> bytes:
-    """PNG with two panels; the second stays empty where nothing was timed.
+    """Draw a PNG with two panels; the second is empty if nothing was timed.
 
-    A line for each method, from the least saved to the most; the dense model is the star. Frozen
-    methods have filled marks and solid lines, fine-tuned ones open marks and dashes. Bars are the
-    95 % intervals of the difference to the dense model, seen from the star; the grey stairs are the
-    Pareto front of all.
+    Each method is a line, by rising saving; the dense model is a star. Frozen methods have filled
+    marks and solid lines, fine-tuned ones open marks and dashed lines. Bars are the 95 % intervals
+    of the difference to the dense model; the grey steps are the Pareto front of all rows.
     """
     # Not pyplot: it keeps figures, and looks for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -78,7 +77,7 @@ def picture(comparison: Comparison) -> bytes:
 
 
 def swept(whats: Sequence[str]) -> list[str]:
-    """What tells the settings of one method apart: ``tome:r=4``, ``tome:r=8`` -> 4, 8 with r=."""
+    """The arguments in which the settings of a method differ: ``tome:r=4,...`` -> ``r=4``."""
     parts = [what.partition(":")[2].split(",") for what in whats]
     return [
         ", ".join(part for part in own if not all(part in other for other in parts))

@@ -1,4 +1,4 @@
-"""The picture of times."""
+"""The picture that ``tokenenv bench`` draws of speed-ups."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from tokenenv.measure.speed import DENSE, Speed
 
 
 def speed_picture(rows: Sequence[Speed], model: str) -> bytes:
-    """PNG: speed-up against multiply-adds saved, and the limit that the token counts set."""
+    """Draw a PNG of speed-up over multiply-adds saved, with the limit set by the token counts.
+
+    Args:
+        rows: all batch sizes; the dense model's rows are not drawn.
+        model: name of the dense model, for the title.
+    """
     # Not pyplot: it keeps figures, and looks for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""What commands and trainings say of an evaluation: on the screen, in words, as JSON."""
+"""Evaluations as text for the screen and as JSON for reports."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from tokenenv.data import ImageSource
 from tokenenv.game.policy import Method
-from tokenenv.measure import evaluation as metrics
+from tokenenv.measure.evaluation import Evaluation, evaluate
 from tokenenv.vit.backbone import Backbone
 
 MAC_NOTE = "1 MAC = 1 FLOP, policy included, frozen backbone"
@@ -20,21 +20,21 @@ _TUNED_NOTE = "1 MAC = 1 FLOP, policy included, fine-tuned backbone"
 
 @contextlib.contextmanager
 def evaluation_bar(source: ImageSource) -> Iterator[Callable[[int], object]]:
-    """A progress bar over the images; what it gives takes the number of those done."""
+    """Show a progress bar; yields a function that takes the number of images done since."""
     with tqdm(total=len(source), unit="image", desc="evaluating", leave=False, disable=None) as bar:
         yield bar.update
 
 
 def evaluate_with_bar(
     backbone: Backbone, policy: Method, source: ImageSource, **options: Any
-) -> metrics.Evaluation:
+) -> Evaluation:
     """:func:`tokenenv.measure.evaluation.evaluate` with a progress bar."""
     with evaluation_bar(source) as progress:
-        return metrics.evaluate(backbone, policy, source, progress=progress, **options)
+        return evaluate(backbone, policy, source, progress=progress, **options)
 
 
-def evaluation_json(model: str, source: ImageSource, result: metrics.Evaluation) -> dict[str, Any]:
-    """What the reports of both commands say of an evaluation."""
+def evaluation_json(model: str, source: ImageSource, result: Evaluation) -> dict[str, Any]:
+    """An evaluation as the reports of ``train`` and ``evaluate`` have it."""
     return {
         "model": model,
         "data": source.name,
@@ -43,8 +43,8 @@ def evaluation_json(model: str, source: ImageSource, result: metrics.Evaluation)
     }
 
 
-def print_result(source: ImageSource, result: metrics.Evaluation, frozen: bool = True) -> None:
-    """A table of the dense and the reduced model; ``frozen``: whether both have one backbone."""
+def print_result(source: ImageSource, result: Evaluation, frozen: bool = True) -> None:
+    """Print a table of both models; ``frozen``: whether they share the dense model's weights."""
     r = result.report()
     print(f"{r['images']} images of {source.name} ({MAC_NOTE if frozen else _TUNED_NOTE}):")
     print(f"  {'':8}{'top-1 %':>9}{'GMACs/image':>13}{'images/s':>10}")
@@ -58,18 +58,18 @@ def print_result(source: ImageSource, result: metrics.Evaluation, frozen: bool =
 
 
 def parameters_json(model: nn.Module, dense: nn.Module) -> dict[str, int]:
-    """How many parameters a model and the dense one have."""
+    """Number of parameters of a model and of the dense one, as the report has them."""
     counts = [sum(p.numel() for p in each.parameters()) for each in (model, dense)]
     return {"parameters": counts[0], "parameters_dense": counts[1]}
 
 
 def print_parameters(parameters: int, dense: int) -> None:
-    """How many parameters a model and the dense one have, in millions."""
+    """Print the number of parameters of a model and of the dense one, in millions."""
     print(f"  {parameters / 1e6:.3f} M parameters, dense {dense / 1e6:.3f} M")
 
 
 def in_words(saving: float, drop: float) -> str:
-    """Such as ``"23.4 % fewer MACs, top-1 0.50 points lower"``."""
+    """Saving and loss in percent as ``"23.4 % fewer MACs, top-1 0.50 points lower"``."""
     macs = f"{abs(saving):.1f} % {'fewer' if saving >= 0 else 'more'} MACs"
     if abs(drop) < 0.005:
         return f"{macs}, same top-1"
@@ -77,7 +77,7 @@ def in_words(saving: float, drop: float) -> str:
 
 
 def report_skipped(source: ImageSource) -> None:
-    """Say which images could not be read."""
+    """Print how many images could not be read, with an example."""
     if source.skipped:
         print(
             f"skipped {len(source.skipped)} unreadable images of {source.name}, "

@@ -1,4 +1,4 @@
-"""How much faster a method makes a model, and how much faster its token counts could make it."""
+"""Speed-up of methods over the dense model, and the speed-up their token counts allow."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from tokenenv.vit.dense import Dense
 
 DENSE = "dense"
 _SHORTEST = 0.25
+"""Least duration of one timing, seconds."""
 
 
 @dataclass(frozen=True)
@@ -30,17 +31,13 @@ class Speed:
         what: the candidate, or ``dense``.
         batch: images per forward pass.
         images_per_s: median over the rounds.
-        speedup: time of the dense model over this one's in the same round, median;
-            ``speedup_q25``, ``speedup_q75``: the quartiles.
-        speedup_q25: lower quartile.
-        speedup_q75: upper quartile.
+        speedup: time of the dense model over this one's in the same round, median.
+        speedup_q25, speedup_q75: its quartiles.
         gmacs: 10^9 multiply-adds per image, policy included (1 MAC = 1 FLOP).
         gmacs_dense: those of the dense model.
-        peak_mib: the most memory that one forward pass held at a time, weights and images
-            apart, in MiB.
-        slice_speedup: ``speedup`` of :func:`~tokenenv.measure.candidate.sliced`, the limit of what
-            these token counts give.
-            None where there is no such limit: for a model that merges by itself.
+        peak_mib: peak memory of one forward pass without weights and images, MiB.
+        slice_speedup: ``speedup`` of :func:`~tokenenv.measure.candidate.sliced`, the limit that
+            these token counts set; None for a model that merges its own tokens.
         realised_share: ``speedup / slice_speedup``, or None.
     """
 
@@ -62,7 +59,7 @@ class Speed:
         return 100 * (1 - self.gmacs / self.gmacs_dense)
 
     def to_dict(self) -> dict[str, Any]:
-        """All attributes."""
+        """All attributes by name, as JSON."""
         return asdict(self)
 
 
@@ -79,24 +76,23 @@ def bench(
 ) -> list[Speed]:
     """Time the dense model, each candidate and each one's limit in turns.
 
-    All run once in every round, in an order that changes from round to round, so that ratios
-    within a round stay fair on a machine with other work; small batches several times in a row, so
-    that no timing is shorter than a quarter of a second. A candidate draws the same numbers in each
-    pass.
+    All run once in every round, in an order that changes from round to round, so that other work
+    on the machine affects them alike. Small batches run several times in a row, so that no timing
+    is shorter than a quarter of a second. A random candidate draws the same numbers in each pass.
 
     Args:
         dense: the dense model.
-        candidates: on its device and in its dtype, each with a name of its own.
+        candidates: on its device and in its dtype; their names differ.
         images: ``(B, C, H, W)``, normalised, on that device.
-        rounds: how often each is timed, after two untimed passes.
-        compiled: whether ``torch.compile`` works on all of them, see
+        rounds: number of timings of each, after two untimed passes.
+        compiled: whether to use ``torch.compile`` for all of them, see
             :meth:`~tokenenv.measure.candidate.Candidate.timing`.
-        execution: how methods run, see :class:`~tokenenv.game.episode.Episode`; None takes what
-            suits the device.
-        progress: called with the number of timings done since.
+        execution: how methods run, see :class:`~tokenenv.game.episode.Episode`; None: the
+            device's default.
+        progress: called with the number of timings done since the last call.
 
     Returns:
-        The dense model, then the candidates.
+        The row of the dense model, then those of the candidates.
     """
     device = dense.device
     whole = compiled_if(compiled, lambda: dense(images))
@@ -127,7 +123,7 @@ def bench(
 def _speed(
     what: str, batch: int, took: dict[str, Any], gmacs: dict[str, float], peak_mib: float
 ) -> Speed:
-    """From the seconds of every round."""
+    """A row from the seconds of every round, by name of the forward pass."""
     low, middle, high = np.quantile(took[DENSE] / took[what], [0.25, 0.5, 0.75]).tolist()
     cut = took[DENSE] if what == DENSE else took.get(_limit_of(what))
     limit = None if cut is None else np.median(took[DENSE] / cut).item()
@@ -147,7 +143,7 @@ def _speed(
 
 
 def timings(candidates: Sequence[Candidate], rounds: int) -> int:
-    """At most how many timings :func:`bench` reports to ``progress``."""
+    """Upper bound of the number of timings that :func:`bench` reports to ``progress``."""
     return (1 + 2 * len(candidates)) * (rounds + 1)
 
 
@@ -156,7 +152,7 @@ def _limit_of(what: str) -> str:
 
 
 def _seconds(ready: Callable[[], Any], device: torch.device, passes: int) -> float:
-    """Seconds of one pass, a mean."""
+    """Mean seconds of one forward pass over ``passes`` in a row."""
     runs = [ready() for _ in range(passes)]
     _wait(device)
     start = time.perf_counter()
@@ -172,7 +168,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _peak_mib(run: Callable[[], Any], device: torch.device) -> float:
-    """The most memory that ``run()`` held at a time beside what was there before, in MiB."""
+    """Peak memory that ``run()`` allocates beyond what was allocated before, MiB."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -181,7 +177,7 @@ def _peak_mib(run: Callable[[], Any], device: torch.device) -> float:
     from torch.autograd.profiler import MEMORY_EVENT_NAME
     from torch.profiler import ProfilerActivity, profile
 
-    # Where there is no GPU the profiler complains about that on every start.
+    # Without a GPU the profiler warns on every start.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()

@@ -1,4 +1,4 @@
-"""What a comparison keeps on disk, so that the same command goes on where it stopped."""
+"""The files of a comparison in progress, from which the same command resumes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NUMBERS = ("dense_macs", "seconds", "dense_seconds")
 
 
 def conditions(model: str, network: nn.Module, source: ImageSource) -> dict[str, Any]:
-    """What all rows of a comparison have in common, in an order fit for messages."""
+    """The conditions that all rows of a comparison share; the first that differs is reported."""
     names = json.dumps([source.files, source.labels.tolist()])
     return {
         "tokenenv": __version__,
@@ -35,7 +35,7 @@ def conditions(model: str, network: nn.Module, source: ImageSource) -> dict[str,
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:
-    """A short digest of names and values."""
+    """The first 16 hex digits of a SHA-256 over names and values of tensors."""
     found = hashlib.sha256()
     for name, tensor in tensors.items():
         values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -47,7 +47,7 @@ class State:
     """The folder ``state`` of a comparison.
 
     Args:
-        out: the comparison's folder, new, empty, or another comparison's under the same
+        out: the comparison's folder: empty, or holding a comparison under the same
             ``conditions``.
         conditions: see :func:`conditions`.
 
@@ -71,10 +71,10 @@ class State:
                 )
 
     def load(self, key: str) -> Evaluation | None:
-        """The evaluation kept under ``key``, or None.
+        """The evaluation saved under ``key``, or None.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: its file cannot be read.
         """
         path = self._row(key)
         if not path.is_file():
@@ -84,19 +84,19 @@ class State:
         return Evaluation(**values)
 
     def save(self, key: str, result: Evaluation) -> None:
-        """Keep an evaluation."""
+        """Save an evaluation under ``key``."""
         tensors = {name: getattr(result, name) for name in _TENSORS}
         numbers = {name: getattr(result, name) for name in _NUMBERS}
         write_tensors(self._row(key), tensors, {"key": key, **numbers})
 
     def load_speeds(self, batch: int, asked: dict[str, Any]) -> list[Speed] | None:
-        """The times of a batch size, where all that was ``asked`` for is the same; or None."""
+        """The times of a batch size if they were taken under the same ``asked``, or None."""
         path = self._speeds(batch)
         found = _read(path) if path.is_file() else {}
         return [Speed(**row) for row in found["rows"]] if found.get("asked") == asked else None
 
     def save_speeds(self, batch: int, asked: dict[str, Any], rows: list[Speed]) -> None:
-        """Keep the times of a batch size."""
+        """Save the times of a batch size, and what was ``asked`` for."""
         write_json(self._speeds(batch), {"asked": asked, "rows": [row.to_dict() for row in rows]})
 
     def _row(self, key: str) -> Path:
@@ -107,19 +107,19 @@ class State:
 
 
 class Memory:
-    """In place of :class:`State` for a comparison that is written nowhere."""
+    """The interface of :class:`State` for a comparison without a folder: it saves nothing."""
 
     def load(self, key: str) -> None:
-        """Nothing is kept."""
+        """None: no evaluation was saved."""
 
     def save(self, key: str, result: Evaluation) -> None:
-        """Nothing is kept."""
+        """Do nothing."""
 
     def load_speeds(self, batch: int, asked: dict[str, Any]) -> None:
-        """Nothing is kept."""
+        """None: no times were saved."""
 
     def save_speeds(self, batch: int, asked: dict[str, Any], rows: list[Speed]) -> None:
-        """Nothing is kept."""
+        """Do nothing."""
 
 
 def _read(path: Path) -> dict[str, Any]:

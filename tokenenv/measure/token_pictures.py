@@ -1,4 +1,4 @@
-"""The token pictures of a run folder."""
+"""The picture ``tokens.png`` of a run folder: which tokens a policy removes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ def write_token_pictures(
 ) -> None:
     """Draw which tokens the policy keeps or merges, for ``count`` images spread over the source.
 
-    Nothing is drawn if none of those can be read.
+    Args:
+        path: the PNG to write; no file is written if none of the images can be read.
+        backbone: the model.
+        policy: the policy, decided deterministically.
+        source: the images.
+        count: number of images.
     """
     index = torch.linspace(0, len(source) - 1, min(count, len(source))).round().long()
     batch = source.batch(index)

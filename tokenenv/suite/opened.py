@@ -20,7 +20,7 @@ from tokenenv.errors import UserError
 from tokenenv.game import Game
 from tokenenv.game.build import build_game, build_rules
 from tokenenv.game.policy import Method, Policy
-from tokenenv.measure import evaluation as metrics
+from tokenenv.measure import evaluation
 from tokenenv.suite.results import Point, hits
 from tokenenv.suite.tasks import POINTS, Task
 from tokenenv.vit.backbone import Backbone
@@ -175,7 +175,7 @@ def _shared(data: Path, train: ImageSource, test_data: Path, test: ImageSource) 
 
 def dense_predictions(opened: OpenTask) -> Tensor:
     """``(len(test),)`` class that the dense model predicts for each test image; -1: unreadable."""
-    found = metrics.dense_predictions(opened.backbone, opened.test, batch_size=_BATCH)
+    found = evaluation.dense_predictions(opened.backbone, opened.test, batch_size=_BATCH)
     opened.test.check_readable()
     return found
 
@@ -220,7 +220,9 @@ def sweep(
 
     def look(odds: float) -> tuple[float, float]:
         policy.threshold = _threshold(odds)
-        found = metrics.evaluate(opened.backbone, policy, sample, batch_size=_BATCH, dense=unknown)
+        found = evaluation.evaluate(
+            opened.backbone, policy, sample, batch_size=_BATCH, dense=unknown
+        )
         right = (found.reduced == found.labels).float().mean().item()
         return found.macs.mean().item() / found.dense_macs, right
 
@@ -286,7 +288,7 @@ def _read(
     dense: Tensor,
     progress: Callable[[int], object],
 ) -> Point:
-    found = metrics.evaluate(
+    found = evaluation.evaluate(
         opened.backbone, policy, opened.test, batch_size=_BATCH, dense=dense, progress=progress
     )
     right = (found.reduced == found.labels).numpy()
