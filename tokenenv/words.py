@@ -118,12 +118,12 @@ class Words:
         return self._text(key, default)
 
     def value(self, key: str, hint: Any, count: int) -> Any:
-        """Read an argument that was given, in the form that a type asks for.
+        """An argument that is there, as the type of a dataclass's field says.
 
         Args:
             key: its name.
-            hint: ``bool``, ``int``, ``float``, ``str``, a ``Literal``, or a tuple of whole numbers;
-                a single number stands for all of ``count`` blocks.
+            hint: ``bool``, ``int``, ``float``, ``str``, a ``Literal``, or a tuple of whole numbers,
+                of which a single one is for all of ``count`` blocks.
             count: number of blocks.
         """
         origin = get_origin(hint)

@@ -1,8 +1,8 @@
-"""What the commands do, as functions: evaluate, bench, compare, compress.
+"""The Python functions behind the commands: evaluate, bench, compare, compress.
 
 Each takes methods as a user names them: a word such as ``tome:r=8``, the folder of a run, of an LTM
-model or of a compressed model, the name of a shipped policy, ``module:Name`` or ``file.py:Name`` of
-one's own, or the object itself.
+model or of a compressed model, the name of a shipped policy, the user's own as ``module:Name`` or
+``file.py:Name``, or the object itself.
 """
 
 from tokenenv._agents import require_own_agents

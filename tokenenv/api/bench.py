@@ -1,4 +1,4 @@
-"""How much faster methods make a model, and how much faster they could."""
+"""Speed-up of methods over the dense model, and the limit their token counts set."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from tokenenv.vit.load import DIGITS_MODELS
 
 @dataclass(frozen=True)
 class Speeds:
-    """Times of the dense model and of candidates.
+    """Times of the dense model and of methods.
 
     Attributes:
         model: timm's name of the dense model.
-        conditions: on what the times were taken, in words.
-        rows: for each batch size the dense model, then the candidates.
+        conditions: images, device, precision, threads and rounds, in words.
+        rows: for each batch size the dense model's row, then those of the methods.
     """
 
     model: str
@@ -37,11 +37,11 @@ class Speeds:
     rows: tuple[Speed, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON."""
+        """All attributes, as JSON."""
         return {"model": self.model, "conditions": self.conditions, "rows": self.records()}
 
     def records(self) -> list[dict[str, Any]]:
-        """A flat dict for each row, as ``pandas.DataFrame`` takes them."""
+        """One flat dict per row, as ``pandas.DataFrame`` takes them."""
         return [row.to_dict() for row in self.rows]
 
     def _repr_html_(self) -> str:
@@ -78,23 +78,23 @@ def bench(
 
     Args:
         what: methods, each as :func:`tokenenv.evaluate` takes it.
-        model: as there, as are ``weights``, ``device``, ``dtype`` and ``trust``.
-        weights: as there.
-        data: images; None: the embedded digits, else random ones.
+        model: see :func:`tokenenv.evaluate`.
+        weights: see :func:`tokenenv.evaluate`.
+        data: images; None: the digits for an embedded model, random images for others.
         batch: batch sizes.
-        threads: of torch; None leaves it as it is.
-        rounds: how often each is timed.
+        threads: number of threads of torch; None: unchanged.
+        rounds: number of timings of each method.
         execution: how images of different lengths share a batch, see
-            :class:`~tokenenv.game.episode.Episode`; None takes what suits the device.
-        compile: whether ``torch.compile`` works on all of them; None: on CUDA.
-        device: as there.
-        dtype: as there.
-        trust: as there.
-        show: called with the times so far whenever a batch size is done, at first with none; what
-            it has been called with is also there after Ctrl-C.
+            :class:`~tokenenv.game.episode.Episode`; None: the device's default.
+        compile: whether to use ``torch.compile`` for all of them; None: only on CUDA.
+        device: see :func:`tokenenv.evaluate`.
+        dtype: see :func:`tokenenv.evaluate`.
+        trust: see :func:`tokenenv.evaluate`.
+        show: called with the times so far, first without rows and then after each batch size, so
+            that they are not lost after Ctrl-C.
 
     Raises:
-        UserError: anything in what was asked for that can't be.
+        UserError: an argument is wrong; the message names it and the remedy.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -132,7 +132,7 @@ def bench(
 
 
 def _images(opened: Opened, data: str | None, count: int) -> tuple[Tensor, str]:
-    """At most ``count`` images, as many as there are, and where they are from."""
+    """At most ``count`` images ``(n, C, H, W)``, normalised, and where they are from, in words."""
     dense = opened.dense
     if data is None and opened.model.name not in DIGITS_MODELS:
         generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Many methods on the same images: rows of tables, times, a picture; resumable."""
+"""Many methods on the same images: tables, times, a picture; resumable."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tokenenv.measure.speed import DENSE, Speed, bench, timings
 from tokenenv.measure.state import Memory, State, conditions
 from tokenenv.storage import writable_folder, write_bytes, write_json
 
-_BATCH = 64  # as evaluate's; how images are batched decides only what random policies draw
+_BATCH = 64  # as in evaluate; it affects only the draws of random policies
 
 
 def compare(
@@ -53,27 +53,26 @@ def compare(
 ) -> Comparison:
     """Evaluate methods on one model and the same images, then time them; as ``tokenenv compare``.
 
-    Rows are printed as they are done. With ``out``, Ctrl-C keeps those that are done, and the same
-    call goes on; rows that are there already are not evaluated again.
+    Rows are printed as they are finished. With ``out``, finished rows are kept after Ctrl-C, and
+    the same call continues with the rest; it may then name further methods.
 
     Args:
         what: methods, each as :func:`tokenenv.evaluate` takes it; in a word ``key=1|2|3`` is a
             sweep.
-        model: as there, as are ``weights``, ``data``, ``limit``, ``device``, ``dtype`` and
-            ``trust``.
-        weights: as there.
-        data: as there.
-        limit: as there.
+        model: see :func:`tokenenv.evaluate`.
+        weights: see :func:`tokenenv.evaluate`.
+        data: see :func:`tokenenv.evaluate`.
+        limit: see :func:`tokenenv.evaluate`.
         batch: batch sizes to time; empty: nothing is timed.
-        rounds: how often each is timed.
-        out: a folder for ``table.md``, ``table.csv``, ``table.json`` and ``pareto.png``, and for
-            what it takes to go on; None: nothing is written.
-        device: as there.
-        dtype: as there.
-        trust: as there.
+        rounds: number of timings of each method.
+        out: a folder for ``table.md``, ``table.csv``, ``table.json``, ``pareto.png`` and the state
+            to continue from; None: no file is written.
+        device: see :func:`tokenenv.evaluate`.
+        dtype: see :func:`tokenenv.evaluate`.
+        trust: see :func:`tokenenv.evaluate`.
 
     Raises:
-        UserError: anything in what was asked for that can't be.
+        UserError: an argument is wrong; the message names it and the remedy.
         KeyboardInterrupt: after Ctrl-C; the message says how many rows are kept.
     """
     whats = each_once(itertools.chain.from_iterable(map(_each, what)))
@@ -108,12 +107,12 @@ def compare(
 
 
 def _each(what: Any) -> list[Any]:
-    """The points of a sweep; a folder by one name; anything else as it is."""
+    """The settings of a sweep, with folders in normal form; any other object alone."""
     return [plain(one) for one in expand(what)] if isinstance(what, str) else [what]
 
 
 def _write(comparison: Comparison, folder: Path | None) -> None:
-    """Tables and picture."""
+    """Write tables and picture to ``folder``, if there is one."""
     if folder is None:
         return
     write_bytes(folder / "table.md", comparison.as_markdown().encode())
@@ -123,11 +122,11 @@ def _write(comparison: Comparison, folder: Path | None) -> None:
 
 
 class _Work:
-    """A comparison under way.
+    """A comparison in progress.
 
     Attributes:
-        done: the evaluation of each candidate that has one, by its name.
-        times: rows of each batch size that was timed.
+        done: evaluations by the name of the candidate.
+        times: rows by batch size.
     """
 
     def __init__(
@@ -144,10 +143,10 @@ class _Work:
         self.times: dict[int, list[Speed]] = {}
 
     def evaluate(self) -> None:
-        """Fill :attr:`done` with what the state has and what it lacks.
+        """Fill :attr:`done`: from the saved state where possible, else by evaluating.
 
         Raises:
-            UserError: not the same images can be read as before.
+            UserError: other images are readable than when the saved rows were evaluated.
         """
         candidates = self.opened.candidates
         for candidate in candidates:
@@ -161,7 +160,7 @@ class _Work:
         with tqdm(total=passes * images, unit="image", leave=False, disable=None) as bar:
             dense = self._dense(bar)
             for number, candidate in enumerate(missing, passes - len(missing)):
-                bar.update(number * images - bar.n)  # the unreadable ones
+                bar.update(number * images - bar.n)  # unreadable images were not counted
                 bar.set_description(candidate.what)
                 result = candidate.evaluate(
                     self.opened.dense, self.source, batch_size=_BATCH, dense=dense,
@@ -180,7 +179,7 @@ class _Work:
                     bar.set_postfix_str(f"within a point: {best.what} saves {best.saved:.1f} %")
 
     def _dense(self, bar: tqdm[Any]) -> Tensor:
-        """``(len(source),)`` the dense model's predictions, as a row has them; -1: unreadable."""
+        """``(len(source),)`` predictions of the dense model; -1: unreadable."""
         if self.done:
             known = next(iter(self.done.values()))
             return torch.full((len(self.source),), -1).index_put((known.index,), known.dense)
@@ -190,7 +189,7 @@ class _Work:
         )
 
     def time(self) -> None:
-        """Fill :attr:`times`: all rows of a batch size in turns, unless the state has them."""
+        """Fill :attr:`times`: from the saved state where possible, else by timing."""
         if not self.batches:
             return
         dense, candidates = self.opened.dense, self.opened.candidates
@@ -218,7 +217,7 @@ class _Work:
                 print(f"  batch {batch}: {row.what:44}{speed}")
 
     def comparison(self) -> Comparison:
-        """The rows that are done."""
+        """The finished rows as a comparison."""
         speeds: dict[str, list[Speed]] = {}
         for speed in itertools.chain.from_iterable(self.times.values()):
             speeds.setdefault(speed.what, []).append(speed)

@@ -1,4 +1,4 @@
-"""A model and a method as one faster model."""
+"""A model and a method compressed into one faster model."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def compress(
     dtype: str = "float32",
     trust: bool = False,
 ) -> CompressedViT:
-    """A faster model: a method decides which tokens go on, the others are not computed.
+    """Make a model and a method one module that computes only the tokens the method keeps.
 
     Args:
-        model: a timm model that :class:`~tokenenv.Backbone` takes, which is copied and stays as it
-            is; or timm's name of one; None: what ``what`` was trained on, else ``digits_vit``.
+        model: a timm model that :class:`~tokenenv.Backbone` takes, which is copied and not changed;
+            or its name; None: the model ``what`` was trained on, else ``digits_vit``.
         what: the method, as :func:`tokenenv.evaluate` takes it; copied.
         execution: how images of different lengths share a batch, see
-            :class:`~tokenenv.game.episode.Episode`; None takes what suits the device.
-        weights: of a model given by name, as :func:`tokenenv.evaluate` takes them.
-        device: of a model given by name.
-        dtype: of a model given by name.
-        trust: run code that a saved method names, see :func:`agents.load`.
+            :class:`~tokenenv.game.episode.Episode`; None: the device's default.
+        weights: of a model given by name, see :func:`tokenenv.evaluate`.
+        device: of a model given by name, see :func:`tokenenv.evaluate`.
+        dtype: of a model given by name, see :func:`tokenenv.evaluate`.
+        trust: whether to run third-party code that a saved method names, see :func:`agents.load`.
 
     Returns:
         The module, in ``eval`` mode.

@@ -15,13 +15,14 @@ from tokenenv.measure.printing import evaluation_bar, evaluation_json
 
 @dataclass(frozen=True, repr=False)
 class Evaluated:
-    """What a method came to on a set of images.
+    """The result of evaluating a method beside the dense model.
 
     Attributes:
         what: the method, as it was named.
-        model: timm's name of the dense model; ``dtype``: what both computed in.
-        frozen: whether the backbone is the dense model's; else it was fine-tuned.
-        parameters, parameters_dense: how many each model has.
+        model: timm's name of the dense model.
+        dtype: precision that both models computed in.
+        frozen: True if the method ran on the dense model's weights, False if on fine-tuned ones.
+        parameters, parameters_dense: number of parameters of the method's model and of the dense.
         source: the images.
         evaluation: predictions and costs of every image.
     """
@@ -36,16 +37,16 @@ class Evaluated:
     evaluation: Evaluation
 
     def to_dict(self) -> dict[str, Any]:
-        """All numbers, and every image's predictions, as JSON."""
-        said = evaluation_json(self.model, self.source, self.evaluation) | {"dtype": self.dtype}
+        """All numbers and the predictions for every image, as JSON."""
+        numbers = evaluation_json(self.model, self.source, self.evaluation) | {"dtype": self.dtype}
         if self.parameters != self.parameters_dense:
-            said |= {"parameters": self.parameters, "parameters_dense": self.parameters_dense}
+            numbers |= {"parameters": self.parameters, "parameters_dense": self.parameters_dense}
         if not self.frozen:
-            said["frozen"] = False
-        return {**said, "predictions": self.predictions()}
+            numbers["frozen"] = False
+        return {**numbers, "predictions": self.predictions()}
 
     def predictions(self) -> list[dict[str, Any]]:
-        """``file``, ``label``, ``dense`` and ``reduced`` class of every image."""
+        """One dict per image: ``file``, and its ``label``, ``dense`` and ``reduced`` class."""
         result, files = self.evaluation, self.source.files
         columns = (result.index, result.labels, result.dense, result.reduced)
         return [
@@ -95,23 +96,23 @@ def evaluate(
     """Run every image through the dense model and through a method; as ``tokenenv evaluate``.
 
     Args:
-        what: a word such as ``"tome:r=8"``, the folder of a run, of an LTM model or of a compressed
-            one, a shipped policy's name, ``"module:Name:key=value"`` or
-            ``"file.py:Name:key=value"`` of one's own, or the policy, reducer, run or model itself.
-        model: timm's name of the model; None: what ``what`` was trained on, else ``digits_vit``.
-        weights: a ``.safetensors`` or ``.pth`` state dict, or ``"random"``; None: the embedded or
-            timm's own.
+        what: a word such as ``"tome:r=8"``; the folder of a run, an LTM model or a compressed
+            model; the name of a shipped policy; ``"module:Name:key=value"`` or
+            ``"file.py:Name:key=value"`` for your own; or the policy, reducer, run or model itself.
+        model: timm's name of the model; None: the one ``what`` was trained on, else ``digits_vit``.
+        weights: a ``.safetensors`` or ``.pth`` state dict, or ``"random"``; None: the embedded
+            weights or timm's.
         data: a folder of class/image, or a torchvision data set such as ``"CIFAR10:ROOT"``; None:
             the embedded digits.
-        limit: at most so many images; None: all.
+        limit: largest number of images; None: all.
         batch: images per batch.
         restrict: predict only among the classes of ``data`` (the ImageNet-A and -R protocol).
         device: ``"cpu"``, ``"cuda"`` ...
-        dtype: what the models compute in: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
-        trust: run code that a saved method names, see :func:`agents.load`.
+        dtype: precision of the models: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        trust: whether to run third-party code that a saved method names, see :func:`agents.load`.
 
     Raises:
-        UserError: anything in what was asked for that can't be.
+        UserError: an argument is wrong; the message names it and the remedy.
     """
     opened = open_candidates(
         [what],

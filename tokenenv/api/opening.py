@@ -1,4 +1,4 @@
-"""The dense model, and candidates beside it, from what a user names."""
+"""Opens the dense model and the candidates that a user named."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from tokenenv.vit.load import EMBEDDED
 
 @dataclass(frozen=True)
 class Opened:
-    """All that is needed to evaluate and to time.
+    """An opened dense model and candidates, ready to evaluate and to time.
 
     Attributes:
-        model: what was opened as the dense model.
-        dense: that model; a :class:`~tokenenv.Backbone` unless all candidates are whole models.
+        model: name, weights, device and precision of the dense model.
+        dense: the dense model; a :class:`~tokenenv.Backbone` unless all candidates are models of
+            their own.
         candidates: in the order in which they were named.
     """
 
@@ -42,18 +43,19 @@ def open_candidates(
 ) -> Opened:
     """Open everything that was named, the dense model first.
 
-    Where the user did not name ``model``, it is the one that the first of ``whats`` that knows it
-    was made of, before any fine-tuning. All of ``whats`` are parsed before weights are read.
+    If the user named no ``model``, it is the model that the first of ``whats`` was trained on, as
+    it was before any fine-tuning; methods without training are skipped in that search. All of
+    ``whats`` are parsed before weights are read.
 
     Args:
         whats: see :func:`~tokenenv.api.what.name_what`.
         model: the dense model that the user named, or a default.
-        data: the images that the user named; None: the embedded models' own.
+        data: the images that the user named; None: those of the embedded model.
         images: whether images are needed.
-        trust: whether code that a file names may be run.
+        trust: whether to run third-party code that a file names.
 
     Raises:
-        UserError: something can't be understood or loaded, or doesn't fit the model.
+        UserError: one of ``whats`` can't be parsed or loaded, or doesn't fit the model.
     """
     named = _distinct([name_what(what, trust) for what in whats])
     known = [each.made_of() for each in named]
@@ -80,7 +82,7 @@ def each_once(whats: Iterable[Any]) -> list[Any]:
 
 
 def _distinct(named: list[Named]) -> list[Named]:
-    """The same, each with a name of its own."""
+    """The same, with a number behind names that occur more than once."""
     seen: Counter[str] = Counter()
     for each in named:
         seen[each.what] += 1
@@ -90,7 +92,7 @@ def _distinct(named: list[Named]) -> list[Named]:
 
 
 def _named_model(model: Model, named: Sequence[Named], known: Sequence[MadeOf]) -> Model:
-    """The dense model, with the name and the weights that the user left out."""
+    """The dense model, completed by the name and weights that the candidates know."""
     tuned = [(each.what, made) for each, made in zip(named, known, strict=True) if made.tuned]
     for what, made in tuned:
         check_same_model([what], made, model.name if model.named else tuned[0][1].model)
@@ -109,7 +111,7 @@ def _named_model(model: Model, named: Sequence[Named], known: Sequence[MadeOf]) 
 def _open_dense(
     model: Model, known: Sequence[MadeOf], data: str | None, images: bool, whole: bool
 ) -> Dense:
-    """The dense model; the fine-tuned one of which no token leaves, where that is all there is."""
+    """Open the dense model, or the fine-tuned one without reduction if only that can be opened."""
     try:
         opened = model.open_dense if whole else model.open_backbone
         return opened(data, images=images)
@@ -118,18 +120,18 @@ def _open_dense(
         if len(tuned) != 1 or None in tuned:
             raise
         found = replace(model, weights=tuned.pop()).open_backbone(data, images=images)
-        print(f"the model before fine-tuning is out of reach ({error})")
-        print("so 'dense' is the fine-tuned model of which no token leaves")
+        print(f"the model before fine-tuning can't be opened ({error})")
+        print("so 'dense' is the fine-tuned model with all its tokens")
         return found
 
 
 def named_model(
     name: str | None, weights: str | os.PathLike[str] | None, device: str, dtype: str
 ) -> Model:
-    """The model that a function's arguments name."""
+    """The model that the arguments of a function name."""
     return Model(name or EMBEDDED, text(weights), device, dtype, named=name is not None)
 
 
 def text(path: str | os.PathLike[str] | None) -> str | None:
-    """A path as text."""
+    """A path as text; None stays None."""
     return None if path is None else os.fspath(path)

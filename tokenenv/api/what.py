@@ -1,7 +1,7 @@
-"""What is evaluated, timed, compared or compressed, as a user names it; opened in two steps.
+"""What a user names to evaluate, time, compare or compress; opened in two steps.
 
-First everything is named that needs neither weights nor images, so that a mistake in it is found at
-once; then, with the dense model at hand, it becomes a candidate.
+First the words are parsed, which needs neither weights nor images, so that a mistake is found at
+once. Then, when the dense model is open, each becomes a candidate.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from tokenenv.vit.load import load_backbone
 
 @dataclass(frozen=True)
 class MadeOf:
-    """The dense model that something was made of.
+    """The dense model that a method was trained on, or that a model was made from.
 
     Attributes:
-        model: its timm name; None where nothing is known.
-        weights: a file, or None for timm's own.
-        tuned: weights that were fine-tuned from those; None where the backbone stayed as it was.
+        model: its timm name; None if unknown.
+        weights: a file, or None for timm's weights.
+        tuned: a file of weights that were fine-tuned from those; None for a frozen backbone.
     """
 
     model: str | None = None
@@ -52,24 +52,28 @@ class MadeOf:
 
 
 class Named(Protocol):
-    """Something that a user named."""
+    """A method or a model that a user named.
+
+    Attributes:
+        what: its name in tables.
+        whole: whether it is a model of its own, so that the dense one need not be cut into stages.
+    """
 
     what: str
     whole: bool
-    """Whether it is a model by itself, so that the dense one need not be cut into stages."""
 
     def made_of(self) -> MadeOf:
-        """What it says of the dense model."""
+        """The dense model that it was made from, as far as it is known."""
 
     def read(self, model: str, depth: int) -> None:
-        """Understand all of it that needs no weights, for a model of ``depth`` blocks.
+        """Parse everything that needs no weights, for a model of ``depth`` blocks.
 
         Raises:
-            UserError: it can't be understood, or is made for another model.
+            UserError: it can't be parsed, or is made for another model.
         """
 
     def candidate(self, dense: Dense, model: Model) -> Candidate:
-        """It, beside the dense model that ``model`` names.
+        """Load it, to be measured beside ``dense``, which ``model`` names.
 
         Raises:
             UserError: it can't be loaded, or doesn't fit the model.
@@ -77,14 +81,14 @@ class Named(Protocol):
 
 
 def name_what(what: Any, trust: bool = False) -> Named:
-    """What a user named, or an object of a kind that this module knows.
+    """Sort what a user gave by its kind.
 
     Args:
         what: a word, a folder, a run, a method, a model with LTM blocks, or a compressed model.
-        trust: whether code that a file names may be run to load what it holds.
+        trust: whether to run third-party code that a file names.
 
     Raises:
-        UserError: it is none of these, or has arguments that it can't have.
+        UserError: it is none of these, or a folder with arguments that it can't take.
     """
     if isinstance(what, Run):
         what = what.folder
@@ -116,13 +120,13 @@ def _kind(method: Method) -> str:
 
 
 def _title(method: Method) -> str:
-    """What to call a method that has no name: its class, and its settings where it shows them."""
+    """A name for a method given as an object: its class, with its settings if they are short."""
     shown = repr(method)
     return shown if is_dataclass(method) and len(shown) <= 80 else _kind(method)
 
 
 def _key(what: str, method: Method) -> str:
-    """Of a method without a file: its config and parameters; of one that can't be saved itself."""
+    """Identify a method given as an object: by config and parameters, else by the object's id."""
     try:
         config = json.dumps(method.config(), sort_keys=True)
     except UserError:
@@ -133,21 +137,21 @@ def _key(what: str, method: Method) -> str:
 
 @dataclass
 class NamedMethod:
-    """A policy or a reducer that is there already."""
+    """A policy or a reducer given as an object."""
 
     what: str
     method: Method
     whole = False
 
     def made_of(self) -> MadeOf:
-        """What it was trained on."""
+        """The model that the method was trained on."""
         return MadeOf(self.method.trained_on.split(".")[0] or None)
 
     def read(self, model: str, depth: int) -> None:
-        """There is nothing to read."""
+        """Do nothing: there are no words to parse."""
 
     def candidate(self, dense: Dense, model: Model) -> Candidate:
-        """It on the dense model."""
+        """The method on the dense model."""
         assert isinstance(dense, Backbone)
         self.method.check_fit(dense, model.name)
         self.method.on(dense.device)
@@ -162,7 +166,7 @@ class NamedMethod:
 
 @dataclass
 class NamedWord:
-    """A method by name, one of a user's own, or what a run folder or the package keeps."""
+    """A method named by a word, a run folder or a shipped policy's name, or a user's own."""
 
     what: str
     trust: bool
@@ -171,19 +175,19 @@ class NamedWord:
 
     @property
     def folder(self) -> Path | None:
-        """Where a run or a shipped policy is kept; None for anything else."""
+        """Folder of the run or shipped policy; None for anything else."""
         return folder_of(self.what)
 
     def made_of(self) -> MadeOf:
-        """What the folder says."""
+        """The model that the folder's config names."""
         return MadeOf() if self.folder is None else _said_by(self.folder)
 
     def read(self, model: str, depth: int) -> None:
-        """Read the words, or the policy's file."""
+        """Parse the word, or read the policy's file."""
         self.method = parse_policy(self.what, depth, trust=self.trust)
 
     def candidate(self, dense: Dense, model: Model) -> Candidate:
-        """It on the dense model, or on its own fine-tuned one."""
+        """The method on the dense model, or on the model fine-tuned with it."""
         assert isinstance(dense, Backbone) and self.method is not None
         known, method, backbone = self.made_of(), self.method, dense
         digest = hashlib.sha256()
@@ -202,7 +206,7 @@ class NamedWord:
 
 @dataclass
 class NamedLTM:
-    """A model with LTM blocks: one that is there, or the folder of one."""
+    """A model with LTM blocks, as an object or as the folder of one."""
 
     what: str
     model: LTM | None
@@ -210,7 +214,7 @@ class NamedLTM:
     whole = True
 
     def made_of(self) -> MadeOf:
-        """What the folder says."""
+        """The model that the folder's config names, or that the object was made from."""
         if self.model is not None:
             return MadeOf(self.model.pretrained_cfg.get("architecture") or None)
         run, own = Path(self.what, RUN_CONFIG), Path(self.what, LTM_CONFIG)
@@ -229,7 +233,7 @@ class NamedLTM:
             ) from None
 
     def read(self, model: str, depth: int) -> None:
-        """See that it was made of the model."""
+        """Check that it was made from ``model``."""
         known = self.made_of().model
         if known is not None and known != model:
             raise UserError(
@@ -238,7 +242,7 @@ class NamedLTM:
             )
 
     def candidate(self, dense: Dense, model: Model) -> Candidate:
-        """The model."""
+        """The model with LTM blocks, in eval mode."""
         if self.model is not None:
             return ModelCandidate(self.what, self.model.eval(), key=self.what, group=self.what)
         digest = hashlib.sha256(Path(self.what, MODEL).read_bytes()).hexdigest()
@@ -248,7 +252,7 @@ class NamedLTM:
 
 @dataclass
 class NamedCompressed:
-    """A compressed model: one that is there, or the folder of one."""
+    """A compressed model, as an object or as the folder of one."""
 
     what: str
     model: CompressedViT | None
@@ -256,17 +260,17 @@ class NamedCompressed:
     whole = False
 
     def made_of(self) -> MadeOf:
-        """The folder's own model and weights."""
+        """The model and weights that the folder or the object holds."""
         if self.model is not None:
             return MadeOf(self.model.backbone.architecture or None)
         name, _ = _said_in(Path(self.what, COMPRESSED))
         return MadeOf(name, str(Path(self.what, MODEL)))
 
     def read(self, model: str, depth: int) -> None:
-        """There is nothing to read."""
+        """Do nothing: there are no words to parse."""
 
     def candidate(self, dense: Dense, model: Model) -> Candidate:
-        """Its method on its own backbone."""
+        """The compressed model's method on its own backbone."""
         fast, key = self.model, self.what
         if fast is None:
             fast = load_compressed(self.what, dense.device, trust=self.trust).to(dense.dtype)
@@ -280,7 +284,7 @@ def method_of(what: Any, depth: int, trust: bool = False) -> Method:
     """The policy or reducer that a user named, for a model of ``depth`` blocks.
 
     Raises:
-        UserError: it can't be understood, or is a model already.
+        UserError: it can't be parsed, or is a whole model and no method.
     """
     named = name_what(what, trust)
     if isinstance(named, NamedWord):
@@ -293,7 +297,7 @@ def method_of(what: Any, depth: int, trust: bool = False) -> Method:
 
 
 def no_method(named: Named) -> str:
-    """Why something that is a model already can't be put into another."""
+    """The error message for a whole model where a method is needed."""
     if isinstance(named, NamedLTM):
         return (
             f"'{named.what}' is a model already, whose tokens merge by themselves: "
@@ -303,10 +307,10 @@ def no_method(named: Named) -> str:
 
 
 def check_same_model(whats: list[str], known: MadeOf, model: str | None) -> None:
-    """Check that ``model``, if given, is what was fine-tuned.
+    """Check that ``model``, if given, is the one that was fine-tuned.
 
     Raises:
-        UserError: it is another one.
+        UserError: it is another model.
     """
     if model is not None and known.model and model.split(".")[0] != known.model.split(".")[0]:
         raise UserError(
@@ -316,10 +320,10 @@ def check_same_model(whats: list[str], known: MadeOf, model: str | None) -> None
 
 
 def _said_by(folder: Path) -> MadeOf:
-    """Model and weights of a run folder or a shipped policy.
+    """Model and weights of a run folder or a shipped policy, as its files name them.
 
     Raises:
-        UserError: the folder doesn't say, or its own weights are missing.
+        UserError: no file names them, or the run's own weights are missing.
     """
     config = folder / RUN_CONFIG
     if not config.is_file():
@@ -334,18 +338,18 @@ def _said_by(folder: Path) -> MadeOf:
 
 
 def _fine_tuned(folder: Path) -> bool:
-    """Whether a run says that it trained its backbone too; runs that say nothing did not."""
+    """Whether a run's files say that its backbone was trained; old ones don't, and it was not."""
     for file in (folder / RUN_CONFIG, folder / REPORT):
         try:
             if json.loads(file.read_text()).get("frozen") is False:
                 return True
-        except (OSError, ValueError, AttributeError):  # not a run's
+        except (OSError, ValueError, AttributeError):  # missing, or not a run's
             continue
     return False
 
 
 def _said_in(config: Path) -> tuple[str, str | None]:
-    """Model and weights as the JSON file names them."""
+    """Model and weights that a config file names."""
     try:
         found = json.loads(config.read_text())
         model, weights = found["model"], found.get("weights")
