@@ -1,4 +1,4 @@
-"""The command line: one module for each command, its options and a call of a function."""
+"""The command line: one module per command, with its parser and one call of a function."""
 
 from tokenenv._agents import require_own_agents
 

@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 
 def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
-    """The command's options."""
+    """Add the parser of ``tokenenv bench`` with its options."""
     bench = commands.add_parser(
         "bench",
-        help="how much faster methods make a model, and how much faster they could",
+        help="speed-up of methods over the dense model, and the limit that token counts set",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Time the dense model and methods in turns, in one process. 'sliced' is the "
-        "same model\nmerely cut to the method's token counts: the limit. 'share' is the part of "
-        "that speed-up\nthat is real. Images are those of --data, else random. The embedded digits "
-        "model is too\nsmall to become faster: what a decision costs shows there.",
+        "speed-up of the\ndense model cut to the method's token counts without deciding anything: "
+        "the limit. 'share'\nis the method's part of it. Images are those of --data, else random. "
+        "The embedded model is\nso small that decisions cost more time than they save.",
         epilog="examples:\n  tokenenv bench tome:r=3 random:keep=0.5..0.9\n"
         "  tokenenv bench tome:r=13 random:keep=0.5..0.9,blocks=3/6/9 --model "
         "deit_small_patch16_224 --weights random --batch 1,64 --json speed.json --out speed.png",
@@ -51,7 +51,7 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
     bench.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="let torch.compile work on all of them (default: on CUDA)",
+        help="use torch.compile for all of them (default: on CUDA only)",
     )
     bench.add_argument("--json", metavar="FILE", help="write the numbers there")
     bench.add_argument("--out", metavar="FILE", help="draw them into this PNG")
@@ -59,7 +59,7 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; returns the exit status."""
+    """Run ``tokenenv bench``; returns the exit status."""
     from tokenenv.api.bench import bench
 
     if args.json and args.out and Path(args.json).resolve() == Path(args.out).resolve():
@@ -85,23 +85,24 @@ def run(args: argparse.Namespace) -> int:
                 show=table.show,
             )
         finally:
-            if table.printed:  # also what was done before Ctrl-C
+            if table.printed:  # also after Ctrl-C
                 _write(args, table.speeds)
     return 0
 
 
 class _Table:
-    """The table on the screen, which grows with each batch size.
+    """Prints the rows of a table as they are measured.
 
     Attributes:
-        speeds: what was shown last; ``printed``: how many of its rows.
+        speeds: the times shown last.
+        printed: how many of their rows are printed.
     """
 
     speeds: Speeds
     printed = 0
 
     def show(self, speeds: Speeds) -> None:
-        """Print what is new."""
+        """Print the rows that were not printed before."""
         if not speeds.rows:
             print(f"{speeds.model}, {speeds.conditions}")
             print(_HEADER)

@@ -16,16 +16,16 @@ from tokenenv.cli.options import (
 
 
 def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
-    """The command's options."""
+    """Add the parser of ``tokenenv compare`` with its options."""
     compare = commands.add_parser(
         "compare",
-        help="many methods and runs on the same images: tables and a Pareto picture",
+        help="evaluate and time many methods on the same images: tables and a Pareto picture",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Evaluate methods and runs on one model and the same images, then time them "
         "in turns.\nA bar separates the values of a sweep. Writes table.md, table.csv, table.json "
-        "and pareto.png.\n\nCtrl-C keeps the rows that are done; the same command goes on. Rows "
-        "that are there already\nare not evaluated again, also when others are asked for beside "
-        "them.",
+        "and pareto.png.\n\nCtrl-C keeps the finished rows, and the same command continues with "
+        "the rest. A later command\nwith the same --out may name further methods; finished rows "
+        "are not evaluated again.",
         epilog="examples:\n  tokenenv compare 'tome:r=2|4|6|8' 'norm:keep=0.9|0.7|0.5'\n"
         "  tokenenv compare 'tome:r=4|8|12' 'cls-attention:keep=0.9|0.7,blocks=3/6/9|2/5/8' "
         "dora-deit_tiny\n      'dora-strict-deit_tiny:threshold=0.4|0.6' --data imagenet/val "
@@ -50,7 +50,7 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; returns the exit status."""
+    """Run ``tokenenv compare``; returns the exit status."""
     from tokenenv.api.compare import compare
     from tokenenv.measure.comparison import TOLERATED
 
@@ -68,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
         trust=args.trust,
     )
     print(
-        f"hypervolume, MACs saved for 0 to {TOLERATED:g} points of top-1, averaged; points won "
-        "over dense come on top, %:"
+        f"hypervolume, %: MACs saved when 0 to {TOLERATED:g} points of top-1 may be lost, "
+        "averaged; top-1 gained over dense is added:"
     )
     for method, covered in comparison.covered().items():
         print(f"  {method:46}{covered:8.2f}")

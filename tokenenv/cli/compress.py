@@ -18,13 +18,13 @@ from tokenenv.errors import UserError
 
 
 def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
-    """The command's options."""
+    """Add the parser of ``tokenenv compress`` with its options."""
     compress = commands.add_parser(
         "compress",
-        help="write a model and a method as one faster model",
+        help="save a model and a method as one faster model",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Write a folder that tokenenv.load_compressed reads, and on demand an ONNX "
-        "file:\nfor one image at a time, whose tokens really leave.",
+        description="Write a folder that tokenenv.load_compressed reads, and with --export an ONNX "
+        "file,\nwhich takes one image at a time and computes only the tokens that are kept.",
         epilog="examples:\n  tokenenv compress norm:keep=0.7 --out fast\n"
         "  tokenenv compress rl4evit-deit_tiny --weights deit.safetensors --out fast "
         "--export fast.onnx",
@@ -41,7 +41,7 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; returns the exit status."""
+    """Run ``tokenenv compress``; returns the exit status."""
     from tokenenv.api.compress import compress
     from tokenenv.deploy.onnx import check_export, export_onnx
 

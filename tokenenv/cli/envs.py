@@ -8,7 +8,7 @@ from tokenenv.cli.options import Parser
 
 
 def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
-    """The command's options."""
+    """Add the parser of ``tokenenv envs`` with its options."""
     commands.add_parser(
         "envs",
         help="the registered environments, one line each",
@@ -18,7 +18,7 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; returns the exit status."""
+    """Run ``tokenenv envs``; returns the exit status."""
     from tokenenv.envs.ids import listing
 
     print(listing())

@@ -17,7 +17,7 @@ from tokenenv.cli.options import (
 
 
 def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
-    """The command's options."""
+    """Add the parser of ``tokenenv evaluate`` with its options."""
     evaluate = commands.add_parser(
         "evaluate",
         help="accuracy, multiply-adds and speed of a method beside the dense model",
@@ -44,7 +44,7 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; returns the exit status."""
+    """Run ``tokenenv evaluate``; returns the exit status."""
     from tokenenv.api.evaluate import evaluate
     from tokenenv.measure.printing import print_parameters, print_result, report_skipped
     from tokenenv.storage import write_json

@@ -1,4 +1,4 @@
-"""The command line: one module for each command. Parsing imports nothing heavy."""
+"""The entry point of the command line. Parsing imports neither torch nor timm."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ COMMANDS: dict[str, ModuleType] = {
     "methods": methods,
     "envs": envs,
 }
-"""Each has ``add_parser``, which adds its options, and ``run``, which gives its exit status."""
+"""Modules by command; each has ``add_parser(commands)`` and ``run(args)``, the exit status."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All commands and their options."""
+    """The parser of all commands with their options."""
     parser = Parser(
         prog="tokenenv",
         description="Vision Transformer inference as a Markov game: agents decide which tokens "
@@ -38,7 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--traceback",
         action="store_true",
-        help="show where a mistake comes from, such as a line of your own file; before COMMAND",
+        help="also print the traceback of a mistake, such as one in your own file; give it before "
+        "COMMAND",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS.values():
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0 on success, 2 for a user's mistake, 130 after Ctrl-C, 141 if nobody reads what it prints.
+        0 on success, 2 for a user's mistake, 130 after Ctrl-C, 141 if the output pipe was closed.
     """
     args = build_parser().parse_args(argv)
     try:
@@ -67,18 +68,18 @@ def main(argv: list[str] | None = None) -> int:
         print("; ".join(["tokenenv: interrupted", *interrupt.args]), file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read the output, such as head, has gone. Python writes what is left at its exit.
+        # The reader, such as head, closed the pipe. Python would write the rest when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
 
 def _check_torchrun(command: str) -> None:
-    """Refuse to do in several processes what is one's work."""
+    """Refuse to run a command other than ``train`` in several processes."""
     count = os.environ.get("WORLD_SIZE", "1")
     if command == "train" or count == "1":
         return
     if os.environ.get("RANK", "0") != "0":
-        raise SystemExit(2)  # the first process says why
+        raise SystemExit(2)  # the first process prints the reason
     raise UserError(
         f"torchrun started {count} processes (WORLD_SIZE), and only 'tokenenv train' shares its "
         f"work: start 'tokenenv {command}' without it"

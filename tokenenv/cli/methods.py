@@ -1,4 +1,4 @@
-"""``tokenenv methods``: every WHAT that needs no training, and how it is used."""
+"""``tokenenv methods``: the methods without training and the shipped policies."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from tokenenv.cli.options import Parser
 
 
 def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
-    """The command's options."""
+    """Add the parser of ``tokenenv methods`` with its options."""
     commands.add_parser(
         "methods",
-        help="what WHAT can be: published methods, heuristics, shipped policies",
+        help="list the methods that WHAT can name, and the shipped policies",
         description="List every method that evaluate, bench, compare and compress take by name.",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; returns the exit status."""
+    """Run ``tokenenv methods``; returns the exit status."""
     from agents.policies import shipped
     from agents.policies.words import usages
 
     print("methods without training:")
     for name, usage in usages().items():
         print(f"  {usage}" if usage.startswith(name) else f"  {name}: {usage}")
-    print("policies that come with the package, each with :threshold=0.6 if wanted:")
+    print("shipped policies, each also with another threshold, such as :threshold=0.6:")
     for name in shipped():
         print(f"  {name}")
     print(
-        "and the folder of a run, of an LTM model or of a compressed one; of your own:\n"
-        "module:Name:key=value or path/to/file.py:Name:key=value"
+        "folders: of a run, of an LTM model or of a compressed model\n"
+        "your own: module:Name:key=value or path/to/file.py:Name:key=value"
     )
     return 0

@@ -1,4 +1,4 @@
-"""What the commands' parsers have in common. Nothing heavy is imported here."""
+"""Options that several commands share. Imports neither torch nor timm."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tokenenv.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that reports a mistake in one line, without its whole usage."""
+    """A parser that reports a mistake in one line, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
-        """Exit with status 2."""
+        """Print the message and exit with status 2."""
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
@@ -27,20 +27,20 @@ WHAT = (
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
-    """``--trust``."""
+    """Add the option ``--trust``."""
     parser.add_argument(
         "--trust",
         action="store_true",
-        help="run the code of somebody's own that a saved method names",
+        help="run third-party code that a saved method names",
     )
 
 
 @contextlib.contextmanager
 def writable_file(path: str | None, option: str = "--json") -> Iterator[None]:
-    """See that the file which ``option`` names can be written.
+    """Check that the file which ``option`` names can be written, before any work.
 
     Raises:
-        UserError: it cannot.
+        UserError: the file cannot be written.
     """
     from tokenenv.storage import writable_folder
 
@@ -54,16 +54,17 @@ def writable_file(path: str | None, option: str = "--json") -> Iterator[None]:
 
 
 def add_execution(parser: argparse.ArgumentParser) -> None:
-    """``--execution``."""
+    """Add the option ``--execution``."""
     parser.add_argument(
         "--execution",
         choices=("masked", "padded", "packed"),
-        help="how images of different lengths share a batch (default: what suits the device)",
+        help="how images of different lengths share a batch (default: packed on a CPU, masked "
+        "elsewhere)",
     )
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, images: bool = True) -> None:
-    """``--model``, ``--weights``, ``--device``, and ``--data`` of commands that need ``images``."""
+    """Add ``--model``, ``--weights``, ``--device`` and, where ``images`` are read, ``--data``."""
     parser.add_argument(
         "--model",
         metavar="NAME",
@@ -86,9 +87,9 @@ def add_model_options(parser: argparse.ArgumentParser, *, images: bool = True) -
 
 
 def add_dtype(
-    parser: argparse.ArgumentParser, what: str = "what all models compute in, policies never"
+    parser: argparse.ArgumentParser, what: str = "precision of the models; policies use float32"
 ) -> None:
-    """``--dtype``; ``what``: its help."""
+    """Add the option ``--dtype``; ``what``: its help."""
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),

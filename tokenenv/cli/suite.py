@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
-    """The command's options."""
+    """Add the parser of ``tokenenv suite`` with its options."""
     suite = commands.add_parser(
         "suite",
         help="the benchmark: run learners on fixed tasks, score and draw them",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Fixed, versioned tasks with budgets, seeds and reference results. The score "
-        "is the area under\na learner's front of top-1 over multiply-adds: random's is 0, a "
-        "hindsight oracle's is 1.",
+        "is the area under\na learner's front of top-1 over multiply-adds, scaled so that random "
+        "decisions have 0 and a\nhindsight oracle has 1.",
         epilog="examples:\n  tokenenv suite list\n"
         "  tokenenv suite run digits-prune-v0 --learner mappo\n"
         "  tokenenv suite run digits-prune-v0 --learner my_module:learn --seeds 0,1,2\n"
@@ -33,9 +33,9 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
     actions.add_parser("list", help="tasks and learners, one line each")
     run = actions.add_parser(
         "run",
-        help="let learners learn, and measure them on images that nobody learns from",
-        description="One result for each task, learner and seed. Those that are there already are "
-        "kept; after Ctrl-C the same command goes on.",
+        help="train learners and measure them on test images",
+        description="Write one result per task, learner and seed. Results that exist are kept, so "
+        "after Ctrl-C the same command continues.",
     )
     run.add_argument("tasks", metavar="TASK", nargs="+", help="see 'tokenenv suite list'")
     run.add_argument(
@@ -53,9 +53,9 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
     run.add_argument("--data", metavar="DIR", help="photographs to learn from, for those tasks")
     run.add_argument("--test-data", metavar="DIR", help="other photographs to test on, for those")
     run.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda ...; default: cpu")
-    add_dtype(run, "what learners train in; tests are in float32")
+    add_dtype(run, "precision that learners train in; tests are in float32")
     score = actions.add_parser("score", help="tables of scores, beside the reference results")
-    plot = actions.add_parser("plot", help="fronts and intervals of the scores as a picture")
+    plot = actions.add_parser("plot", help="draw the fronts and the intervals of the scores")
     for reader in (score, plot):
         reader.add_argument(
             "out", metavar="DIR", nargs="?", help="of 'run'; left out: the references alone"
@@ -67,7 +67,7 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; returns the exit status."""
+    """Run ``tokenenv suite``; returns the exit status."""
     from tokenenv.storage import write_bytes
     from tokenenv.suite.picture import picture
     from tokenenv.suite.report import make_report
@@ -132,10 +132,10 @@ def _listing() -> str:
 
 
 def _results(args: argparse.Namespace) -> list[Path]:
-    """The files to score; without a folder none, and the references are shown.
+    """The result files to score; none without a folder, so that only references are shown.
 
     Raises:
-        UserError: the folder holds none.
+        UserError: the folder holds no results.
     """
     from tokenenv.suite.results import find_results
 

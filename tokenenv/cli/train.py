@@ -14,20 +14,21 @@ INTERRUPTED = 130
 
 
 def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
-    """The command's options."""
+    """Add the parser of ``tokenenv train`` with its options."""
     train = commands.add_parser(
         "train",
-        help="train a system's policy; without options on the embedded digits, offline",
+        help="train a system; without options on the embedded digits, offline",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Train a policy and write a run folder: config.json, policy.safetensors, "
-        "report.json,\ncurve.png, tokens.png, checkpoint.safetensors and TensorBoard events; where "
-        "the backbone\nis fine-tuned, also model.safetensors (ltm: that and ltm.json, no policy)."
+        description="Train a system and write a run folder: config.json, policy.safetensors, "
+        "report.json,\ncurve.png, tokens.png, checkpoint.safetensors and TensorBoard events. "
+        "Fine-tuning adds\nmodel.safetensors; ltm writes that and ltm.json, and no policy."
         "\n\n"
-        "torchrun --standalone --nproc-per-node N -m tokenenv train SYSTEM ... shares every batch "
-        "among\nN processes, with --device cuda each on a GPU of its own.\n\n"
+        "torchrun --standalone --nproc-per-node N -m tokenenv train SYSTEM ... divides every batch "
+        "among\nN processes; with --device cuda each uses a GPU of its own.\n\n"
         "Ctrl-C (or SIGTERM) finishes the update in progress, keeps the best policy so far, "
-        "writes the\nwhole report and exits with status 130; a second one stops at once. Either "
-        "way --resume goes\non, of policies also with another number of processes.",
+        "writes the\nwhole report and exits with status 130; a second one stops at once. After "
+        "either, --resume\ncontinues the run; that of a policy also with another number of "
+        "processes.",
         epilog="examples:\n  tokenenv train rl4evit\n"
         "  tokenenv train rl4evit --model deit_tiny_patch16_224 --data imagenet/train "
         "--images 3000\n  tokenenv train rl4evit --set reward=alpha_beta --set beta=0.1\n"
@@ -88,7 +89,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _settings(config: type[SystemConfig], words: list[str]) -> dict[str, Any]:
-    """What ``--set`` asks for."""
+    """Values by name from the words of ``--set``.
+
+    Raises:
+        UserError: a word that is not ``key=value``, an unknown key, or a value of another type.
+    """
     values: dict[str, Any] = {}
     for setting in words:
         key, sep, text = setting.partition("=")

@@ -1,4 +1,4 @@
-"""From a model and a method to something that runs elsewhere: a module, a folder, ONNX."""
+"""A model and a method as one module, as a folder on disk, and as an ONNX file."""
 
 from tokenenv._agents import require_own_agents
 

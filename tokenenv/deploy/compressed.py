@@ -1,4 +1,4 @@
-"""A timm model and a policy become one module that is really faster."""
+"""A timm model and a method as one faster PyTorch module."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.load import check_device, load_model
 
 CONFIG, WEIGHTS, POLICY = "compressed.json", "model.safetensors", "policy.safetensors"
-"""What a folder of a saved compressed model holds."""
+"""Files in the folder of a saved compressed model."""
 
 
 def compress(model: nn.Module, policy: Method, execution: Execution | None = None) -> CompressedViT:
-    """A faster model: ``policy`` decides which tokens go on, the others leave memory.
+    """Make a model and a method one module; removed tokens are dropped from its tensors.
 
     Args:
-        model: a timm model that :class:`Backbone` takes; it is copied and stays as it is.
-        policy: who decides, such as what ``agents.load`` and ``agents.parse_policy`` give; copied.
-        execution: how batches of images of different lengths run, see
-            :class:`~tokenenv.game.episode.Episode`; None takes what suits the device.
+        model: a timm model that :class:`Backbone` takes; it is copied and not changed.
+        policy: the policy or reducer, such as one from ``agents.load`` or
+            ``agents.parse_policy``; copied.
+        execution: how images of different lengths share a batch, see
+            :class:`~tokenenv.game.episode.Episode`; None: the device's default.
 
     Returns:
         The module, in ``eval`` mode.
@@ -47,18 +48,18 @@ def compress(model: nn.Module, policy: Method, execution: Execution | None = Non
 
 
 class CompressedViT(nn.Module):
-    """A timm Vision Transformer whose tokens leave on the way; made by :func:`compress`.
+    """A timm Vision Transformer that removes tokens between blocks; made by :func:`compress`.
 
-    It takes and gives what the timm model does, but no ``attn_mask``. Its parameters are the timm
-    model's own, below ``model``; the policy's are not among them: they stay float32 and are not
-    trained with it.
+    Inputs and outputs are those of the timm model, without ``attn_mask``. The parameters are the
+    timm model's own, below ``model``. Those of the policy are not among them: they stay in float32
+    and are not trained with the model.
 
-    In ``train`` mode tokens are only hidden (masked execution), so that shapes stay fixed, and
-    logits have a gradient in the model's parameters; the policy's decisions have none.
+    In ``train`` mode removed tokens are masked, so that shapes stay fixed. Logits have a gradient
+    in the model's parameters; the policy's decisions have none.
 
-    ``torch.compile`` compiles what a block does to each token, once for all lengths and blocks;
-    attention's own kernel and the decisions between stay as they are, and so does all in ``train``
-    mode, where the probability of stochastic depth is another in every block.
+    ``torch.compile`` compiles what a block does to each token, once for all lengths and blocks. The
+    attention kernel and the decisions are not compiled, and nothing is in ``train`` mode, where
+    the probability of stochastic depth differs from block to block.
 
     Args:
         model: as for :func:`compress`.
@@ -69,7 +70,7 @@ class CompressedViT(nn.Module):
         model: the copy of the timm model.
         policy: the copy of the policy.
         execution: as given.
-        pretrained_cfg: as timm's, for its tools that prepare images.
+        pretrained_cfg: that of the timm model, which timm's preprocessing reads.
     """
 
     model: Any
@@ -79,7 +80,7 @@ class CompressedViT(nn.Module):
         super().__init__()
         self.model = copy.deepcopy(model)
         self.execution = execution
-        # Past nn.Module's attributes: it does not belong into state_dict() or parameters().
+        # Not registered with nn.Module: it does not belong into state_dict() or parameters().
         self.__dict__["policy"] = copy.deepcopy(policy)
         self.policy.check_fit(self.backbone, self.backbone.architecture)
         self.pretrained_cfg = getattr(self.model, "pretrained_cfg", {})
@@ -88,9 +89,9 @@ class CompressedViT(nn.Module):
 
     @property
     def backbone(self) -> Backbone:
-        """The model in stages."""
+        """The model cut into stages."""
         known = self.__dict__.get("_stages")
-        # With other modules put in, as by quantisation, the stages are others.
+        # Modules may have been replaced, for example by quantisation.
         if (
             known is None
             or known.model is not self.model
@@ -101,7 +102,7 @@ class CompressedViT(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """As timm's."""
+        """Number of classes, as of the timm model."""
         return self.model.num_classes
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,13 +116,13 @@ class CompressedViT(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Images ``(B, C, H, W)`` -> tokens ``(B, prefix + P, D)`` after the final norm.
 
-        As timm lays them out, one per patch. A merged patch shows the token it went into, a pruned
-        one the mean of those that the head pools: so :meth:`forward_head` gives :meth:`forward`'s
-        logits. Where the policy makes images smaller, P is the number of patches of those.
+        One token per patch, in timm's order. A merged patch has the token that it was merged into.
+        A pruned one has the mean of the tokens that the head pools, so that :meth:`forward_head`
+        returns the logits of :meth:`forward`. If the method makes images smaller, P is the number
+        of patches of the smaller image.
 
         Raises:
-            UserError: the model pools by attention and patches were pruned; attention would read
-                them.
+            UserError: the model pools by attention, which would read the pruned patches.
         """
         if x.shape[0] == 0:
             return self.model.forward_features(x)
@@ -152,21 +153,21 @@ class CompressedViT(nn.Module):
         return self
 
     def save(self, folder: str | Path) -> None:
-        """Write the model's name, weights and policy as JSON and safetensors; all or nothing.
+        """Write the model's name, weights and policy as JSON and safetensors.
 
-        :func:`load_compressed` reads it.
+        :func:`load_compressed` reads the folder. After an error nothing is left of it.
 
         Args:
             folder: a new or an empty folder.
 
         Raises:
-            UserError: the folder holds something or can't be written, the policy has no ``save``,
-                or the model is not what timm makes of its name, image size and pooling.
+            UserError: the folder is not empty or can't be written, the policy can't be saved, or
+                timm makes a different model of the name, image size and pooling.
         """
         folder = Path(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"'{folder}' exists already: choose another folder")
-        self.policy.config()  # before anything is written: not every policy can be kept
+        self.policy.config()  # raises, before anything is written, if the policy can't be saved
         try:
             folder.resolve().parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.resolve().parent, prefix=".") as place:
@@ -195,7 +196,7 @@ class CompressedViT(nn.Module):
 
     @torch.no_grad()
     def _check_twin(self, folder: Path) -> None:
-        """See that the model read back is the same one."""
+        """Check that reading the folder gives an equal model."""
         words = (
             f"the model is not what timm makes of '{self.backbone.architecture}', its image size "
             "and pooling, and can't be read back: save its state_dict() and build it by your code"
@@ -217,7 +218,7 @@ class CompressedViT(nn.Module):
     def _play(self, x: Tensor) -> Episode:
         return self._play_outside(x, torch.compiler.is_dynamo_compiling())
 
-    # Lengths are data: a trace of it all would break or be made anew at every decision.
+    # Token counts depend on the data: a trace of the whole pass would recompile at each decision.
     @torch.compiler.disable
     def _play_outside(self, x: Tensor, compiled: bool) -> Episode:
         self.backbone.compiled = compiled and not self.training
@@ -225,7 +226,7 @@ class CompressedViT(nn.Module):
         return play(self.backbone, self.policy, x, "masked" if self.training else execution)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedViT:
-        """Move or convert the model; the policy follows to its device."""
+        """Move or convert the model, and move the policy to its device."""
         super()._apply(fn, recurse)
         self._place_policy()
         return self
@@ -236,7 +237,7 @@ class CompressedViT(nn.Module):
 
 
 def _dropped(model: nn.Module) -> list[float]:
-    """Every probability of dropout and of stochastic depth; 0 where there is neither."""
+    """Probability of dropout or stochastic depth of every module, 0 for modules without."""
     known = (m.__dict__.get("p", m.__dict__.get("drop_prob", 0.0)) for m in model.modules())
     return [float(rate or 0.0) for rate in known]
 
@@ -255,7 +256,7 @@ def load_compressed(
         UserError: no such folder, it is not complete, or its method is of a class of somebody's own
             and there is no ``trust``.
     """
-    import agents  # the only policies that come with a way to read them back
+    import agents  # imported late: it reads policies back
 
     place, folder = check_device(device), Path(folder)
     try:

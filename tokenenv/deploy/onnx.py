@@ -30,13 +30,12 @@ def check_export() -> None:
 def export_onnx(fast: CompressedViT, path: str | Path) -> None:
     """Write the model as it runs for one image: ``(1, C, H, W)`` -> ``(1, classes)``.
 
-    Tokens really leave: every image goes on at its own length, which ONNX says with a dynamic
-    dimension. That is why a batch has one image. Of a model with ``execution="masked"`` they are
-    only hidden, shapes stay fixed and nothing is saved. What a policy draws at random is drawn
-    by the runtime.
+    Removed tokens are dropped, so the number of tokens depends on the image; in ONNX it is a
+    dynamic dimension, which is why a batch has one image. A model with ``execution="masked"`` has
+    fixed shapes and saves nothing. Random policies use the runtime's random numbers.
 
     Args:
-        fast: the model; it is exported as in ``eval`` mode and on a CPU.
+        fast: the model; a copy is exported in ``eval`` mode on a CPU.
         path: the file to write.
 
     Raises:
@@ -51,7 +50,7 @@ def export_onnx(fast: CompressedViT, path: str | Path) -> None:
     image = torch.zeros((1, *fast.backbone.image_shape), dtype=fast.backbone.dtype)
     try:
         with warnings.catch_warnings(), torch.no_grad(), _quiet("onnxscript"):
-            warnings.simplefilter("ignore")  # of torch about torch
+            warnings.simplefilter("ignore")  # torch's own, which a user can't act on
             graph = torch.export.export(fast, (image,), strict=False)
             program = torch.onnx.export(
                 graph,
@@ -80,7 +79,7 @@ def export_onnx(fast: CompressedViT, path: str | Path) -> None:
 
 @contextlib.contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Leave out a logger's warnings: of constants that could not be folded, as nobody asked."""
+    """Silence a logger's warnings, such as those about constants that can't be folded."""
     logger = logging.getLogger(name)
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -91,9 +90,9 @@ def _quiet(name: str) -> Iterator[None]:
 
 
 def _stable_sort() -> Any:
-    """``aten::sort.stable``, which torch does not translate itself, as TopK.
+    """A translation of ``aten::sort.stable``, for which torch has none, to ONNX's TopK.
 
-    Of equal values ONNX's TopK takes those of lower index first: it is stable.
+    TopK puts equal values in the order of their indices, so it is stable.
     """
     from onnx import TensorProto
     from onnxscript import opset18
