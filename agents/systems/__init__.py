@@ -1,4 +1,4 @@
-"""The systems that can be trained: their settings, and what is built from them."""
+"""Systems that can be trained: their settings, and the game, policy and learner built from them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["SYSTEMS", "PolicyConfig", "System", "find_system", "register_system"
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: a list of the systems needs no torch."""
+    """Import on first use: listing the systems needs no torch."""
     if name != "PolicyConfig":
         raise AttributeError(f"module 'agents.systems' has no attribute '{name}'")
     from agents.systems.base import PolicyConfig

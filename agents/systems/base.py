@@ -1,4 +1,4 @@
-"""What systems that train a policy on a frozen backbone have in common."""
+"""The base class of systems that train a policy by PPO on a frozen backbone."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ if TYPE_CHECKING:
 class PolicyConfig(SystemConfig):
     """Settings of a system whose policy learns by PPO, and what is built from them.
 
-    A system of one's own gives :meth:`game`, :meth:`policy` and :meth:`make_critic`; or, in place
-    of the last, a whole :meth:`learner`.
+    A subclass implements :meth:`game`, :meth:`policy` and :meth:`make_critic`, or in place of the
+    last one :meth:`learner`.
 
     Attributes:
-        updates: rollouts of ``batch`` images and their PPO epochs.
+        updates: number of updates; each is a rollout of ``batch`` images and its PPO epochs.
         batch: images per rollout.
         repeats: how often each image is in a batch, see :class:`~agents.learners.ppo.PPOConfig`.
-        blocks: decision blocks; empty: the system's choice.
-        closed_loop: whether the price in the reward follows what the policy reaches on the
-            held-back images.
-        target_saving: percent of the multiply-adds that the policy shall save there.
-        lr, entropy, epochs, minibatches, gamma, lam, clip: PPO.
+        blocks: decision blocks; empty: the default of the system.
+        closed_loop: whether the price in the reward is adjusted to the saving or drop that the
+            policy reaches on the held-back images.
+        target_saving: multiply-adds that the policy should save there, percent.
+        lr, entropy, epochs, minibatches, gamma, lam, clip: of PPO: learning rate, entropy
+            coefficient, epochs and minibatches per rollout, discount, GAE lambda, clip range.
         held_back: share of the training images on which policies are compared, not trained.
         evaluate_every: updates between two such comparisons.
         calibrate: bisection steps for the policy's threshold at the end; 0 leaves it at 0.5.
@@ -65,26 +66,26 @@ class PolicyConfig(SystemConfig):
 
     @property
     def allowed_drop(self) -> float:
-        """Share of the images that top-1 may lose; 0 where the saving is the target."""
+        """Share of the images that top-1 may lose; 0 if the target is a saving."""
         return 0.0
 
     def game(self, backbone: Backbone, source: ImageSource) -> Game:
-        """The game to learn from, on the images of ``source``."""
+        """Build the game to learn from, on the images of ``source``."""
         raise NotImplementedError
 
     def policy(self, game: Game, model: str) -> Any:
-        """An untrained policy for ``game``; initialised from torch's global generator.
+        """Build an untrained policy for ``game``, initialised from torch's global generator.
 
-        ``model``: the name of the backbone's model.
+        ``model``: timm's name of the backbone's model.
         """
         raise NotImplementedError
 
     def make_critic(self, policy: Any, game: Game) -> nn.Module:
-        """An untrained :class:`~agents.learners.ppo.Critic` for ``policy``."""
+        """Build an untrained :class:`~agents.learners.ppo.Critic` for ``policy``."""
         raise NotImplementedError
 
     def ppo(self, game: Game) -> PPOConfig:
-        """Settings of the learner."""
+        """The settings of PPO for ``game``."""
         return PPOConfig(
             steps=game.steps,
             epochs=self.epochs,
@@ -99,18 +100,18 @@ class PolicyConfig(SystemConfig):
         )
 
     def learner(self, policy: Any, game: Game, seed: int, workers: Workers = ALONE) -> PPO:
-        """What trains the policy, together with other processes."""
+        """Build the learner of ``policy``; ``workers``: the processes that train together."""
         critic: Any = self.make_critic(policy, game).to(game.backbone.device)
         return PPO(policy, critic, game, self.ppo(game), seed=seed, workers=workers)
 
     def next_price(self, price: float, found: Judgement) -> float:
-        """The price in the reward after a policy was judged; the same without a closed loop."""
+        """The price in the reward after a judgement; unchanged without a closed loop."""
         if not self.closed_loop:
             return price
         return ClosedLoop(price, self.target_saving).follow(found.saving)
 
     def training(self, request: Request, workers: Workers, out: Path) -> PolicyTraining:
-        """See :meth:`~agents.systems.settings.SystemConfig.training`."""
+        """Build the training run, see :meth:`~agents.systems.settings.SystemConfig.training`."""
         from agents.training.rl import PolicyTraining
 
         return PolicyTraining(request, self, workers, out)

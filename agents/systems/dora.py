@@ -1,4 +1,4 @@
-"""DORA (He et al. 2026): the settings of a run, merging or pruning, and what is built from them."""
+"""DORA (He et al. 2026), merging and pruning: the settings, and what is built from them."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ from tokenenv.vit.backbone import Backbone
 
 @dataclass(frozen=True)
 class _DoraCommon(PolicyConfig):
-    """What both systems have in common.
+    """Settings of both systems, ``dora`` and ``dora-prune``.
 
     Attributes:
-        damage: ``divergence``, the KL of the logits if nobody decided after this block, or
-            ``drift`` of the class token, which grows far faster and wants a ``penalty`` of its own,
-            see :class:`~tokenenv.game.rewards.Dora`.
-        terminal: pay for damage at the end only, without dense credit.
-        penalty: price of damage before training; with ``closed_loop`` it follows the policy.
-        target_drop: if above 0, share of the held-back images that top-1 may lose; the penalty then
+        damage: ``divergence``: KL of the logits to the dense ones if no later block removed
+            tokens; or ``drift`` of the class token, which has larger values and needs another
+            ``penalty``; see :class:`~tokenenv.game.rewards.Dora`.
+        terminal: whether damage is penalised only at the end, without dense credit.
+        penalty: price of damage before training; with ``closed_loop`` it is adjusted in training.
+        target_drop: if above 0, share of the held-back images that top-1 may lose. The penalty then
             follows the drop, as in the paper, and the best policy is the one that saves most
-            within it. It takes thousands of images to measure a drop of 0.01.
-        critic: ``privileged`` (the dense logits, the course of the episode and, with a depth, all
-            tokens), or ``symmetric``: sees what the actor sees.
-        critic_width: of its Transformer; the paper's is 256.
-        critic_depth: its blocks; the paper's are 2. 0 leaves the tokens out: on a CPU they take
-            longer than all the rest of the training.
-        critic_lr: of the critic; ``lr`` is the actor's, of the gate and the budget for
-            ``dora-prune``, whose encoder and selector have 0.4 of it.
+            within it. Measuring a drop of 0.01 takes thousands of images.
+        critic: ``privileged`` (observes the dense logits, the course of the episode and, with
+            ``critic_depth``, all tokens) or ``symmetric`` (observes what the actor observes).
+        critic_width: width of the critic's Transformer; 256 in the paper.
+        critic_depth: blocks of the critic's Transformer; 2 in the paper. 0 leaves out the tokens,
+            which on a CPU take longer than the rest of the training.
+        critic_lr: learning rate of the critic. ``lr`` is that of the actor; in ``dora-prune`` that
+            of gate and budget, and encoder and selector have 0.4 of it.
     """
 
     damage: Damage = "divergence"
@@ -58,31 +58,31 @@ class _DoraCommon(PolicyConfig):
     critic_lr: float = 1e-3
 
     def implied(self, given: dict[str, Any]) -> dict[str, Any]:
-        """The drop is measured at threshold 0.5, so a ``target_drop`` leaves that."""
+        """``target_drop`` implies ``calibrate=0``: the drop is measured at threshold 0.5."""
         return {"calibrate": 0} if given.get("target_drop") else {}
 
     @property
     def allowed_drop(self) -> float:
-        """``target_drop``."""
+        """Share of the images that top-1 may lose: ``target_drop``."""
         return self.target_drop
 
     def next_price(self, price: float, found: Judgement) -> float:
-        """The penalty after a policy was judged; the same without a closed loop."""
+        """The penalty after a judgement; unchanged without a closed loop."""
         if not self.closed_loop:
             return price
         if self.target_drop:
             return PenaltyLoop(price, self.target_drop).follow(found.drop / 100)
-        # The loop steers the price of computation; in units of damage that is its inverse.
+        # The loop adjusts the price of computation, which is the inverse of the penalty.
         return 1 / ClosedLoop(1 / price, self.target_saving).follow(found.saving)
 
     def make_critic(self, policy: ActorPolicy | GatedPolicy, game: Game) -> nn.Module:
-        """DORA's, or one that sees what the actor sees."""
+        """Build the privileged or the symmetric critic."""
         if self.critic == "symmetric":
             return SymmetricCritic(game, policy.heads)
         return PrivilegedCritic(game, policy.heads, self.critic_width, self.critic_depth)
 
     def ppo(self, game: Game) -> PPOConfig:
-        """A rate of its own for the critic."""
+        """The settings of PPO, with ``critic_lr`` and a gradient norm of at most 0.5."""
         return dataclasses.replace(super().ppo(game), critic_lr=self.critic_lr, max_grad_norm=0.5)
 
     def _reward(self) -> Dora:
@@ -91,21 +91,21 @@ class _DoraCommon(PolicyConfig):
 
 @dataclass(frozen=True)
 class DoraConfig(_DoraCommon):
-    """What ``tokenenv train dora --set key=value`` can set.
+    """The settings of ``tokenenv train dora``.
 
-    The defaults are for an ImageNet model; :meth:`for_digits` for the embedded one. ``drift`` costs
-    a quarter of ``divergence`` there and trained no worse policy.
+    The defaults are for an ImageNet model, on which ``drift`` takes a quarter of the computation of
+    ``divergence`` and trained no worse policy; :meth:`for_digits` is for the embedded model.
 
     Attributes:
-        skip: share of the model's blocks, counted from the first, in which nobody decides where
-            ``blocks`` is empty. A decision costs most there and merges least.
-        features: what the agent sees of a candidate pair, see
+        skip: share of the model's blocks, counted from the first, without decisions if ``blocks``
+            is empty. Decisions in early blocks cost most and merge least.
+        features: what the agent observes of a candidate pair, see
             :class:`~tokenenv.game.rules.LayerMerge`.
         hidden: widths of the actor's hidden layers.
-        initial_merge: probability of merging before training, of a pair with cosines of 0.9.
-        lean: how fast the log-odds of merging rise before training with the cosine of the keys,
-            the same less its mean over the candidates, and the cosine of the tokens, per 0.05
-            each, where those are seen.
+        initial_merge: probability of merging a pair with cosines of 0.9 before training.
+        lean: slopes of the log-odds of merging before training, per 0.05 of the cosine of the keys,
+            of the same less its mean over the candidates, and of the cosine of the tokens; each
+            only if ``features`` has it.
 
     Raises:
         UserError: a value out of its range.
@@ -122,7 +122,7 @@ class DoraConfig(_DoraCommon):
 
     @classmethod
     def for_digits(cls) -> DoraConfig:
-        """Settings for the embedded model."""
+        """The default settings for the embedded model of 64 tokens."""
         return cls(
             updates=120, batch=128, held_back=0.3, evaluate_every=10, damage="divergence",
             penalty=120.0, target_saving=73.0, lr=1e-3, initial_merge=0.95, lean=(0.0, 4.0, 0.8),
@@ -131,13 +131,13 @@ class DoraConfig(_DoraCommon):
 
     @classmethod
     def for_large_digits(cls) -> DoraConfig:
-        """Settings for the embedded model of 256 tokens: most merge early, so it decides there."""
+        """The default settings for the embedded model of 256 tokens, most of which merge early."""
         return dataclasses.replace(
             cls.for_digits(), updates=40, target_saving=82.0, blocks=(0, 1, 2, 3, 4, 5)
         )
 
     def game(self, backbone: Backbone, source: ImageSource) -> Game:
-        """The game to learn from."""
+        """Build the game to learn from, on the images of ``source``."""
         later = range(int(self.skip * backbone.depth), backbone.depth)
         return build_game(
             rules="layer_merge",
@@ -152,7 +152,7 @@ class DoraConfig(_DoraCommon):
         )
 
     def policy(self, game: Game, model: str) -> ActorPolicy:
-        """An untrained policy for ``game``; initialised from torch's global generator."""
+        """Build an untrained policy for ``game``, initialised from torch's global generator."""
         policy = ActorPolicy(
             game.rules,
             Widths(game.agent_dim, game.shared_dim, game.state_dim),
@@ -174,23 +174,23 @@ class DoraConfig(_DoraCommon):
 
 @dataclass(frozen=True)
 class DoraPruneConfig(_DoraCommon):
-    """What ``tokenenv train dora-prune --set key=value`` can set.
+    """The settings of ``tokenenv train dora-prune``.
 
-    The defaults are for an ImageNet model; :meth:`for_digits` for the embedded one.
+    The defaults are for an ImageNet model; :meth:`for_digits` is for the embedded one.
 
     Attributes:
-        features: what the agent sees of a token, see :class:`~tokenenv.game.rules.LayerPrune`.
+        features: what the agent observes of a token, see :class:`~tokenenv.game.rules.LayerPrune`.
         budget_step: spacing of the budgets, see :class:`~tokenenv.game.rules.LayerPrune`.
-        width: of the actor's encoder; 0: a sixth of the model's, as in the paper.
+        width: width of the actor's encoder; 0: a sixth of the model's width, as in the paper.
         initial_gate: probability of an open gate before training.
-        initial_budget: number of tokens that leave by an open gate before training, give or take
-            a third; one for all decision blocks, or one for each. Where ``blocks`` are others than
-            those that a list is for, all start from its mean unless told.
-        lean: how fast the log-odds of leaving fall with class attention before training, and
-            rise with redundancy, where those are seen.
-        selector: ``learned``; or ``random``, or ``redundancy`` (the most similar leave), in its
-            place, for comparison. Random draws again at every size of a batch: which tokens leave
-            also depends on an image's place in it.
+        initial_budget: number of tokens that an open gate prunes before training, within about a
+            third; one number for all decision blocks, or one for each. If ``blocks`` is changed and
+            this is not, all blocks start from the mean of the list.
+        lean: slopes of the log-odds of pruning a token before training: how fast they fall with
+            class attention, and rise with redundancy; each only if ``features`` has it.
+        selector: which tokens are pruned: ``learned``, or for comparison ``random`` or
+            ``redundancy`` (the most similar ones). With ``random`` they also depend on the size
+            of the batch and on the image's place in it.
 
     Raises:
         UserError: a value out of its range.
@@ -205,7 +205,7 @@ class DoraPruneConfig(_DoraCommon):
     selector: Literal["learned", "random", "redundancy"] = "learned"
 
     def implied(self, given: dict[str, Any]) -> dict[str, Any]:
-        """A budget for each of these blocks doesn't fit others: there all start from the mean."""
+        """Other ``blocks`` imply that all budgets start from the mean of ``initial_budget``."""
         implied = super().implied(given)
         if given.get("blocks", self.blocks) != self.blocks:
             implied["initial_budget"] = (sum(self.initial_budget) / len(self.initial_budget),)
@@ -218,14 +218,18 @@ class DoraPruneConfig(_DoraCommon):
         seed: int,
         workers: Workers = ALONE,
     ) -> PPO:
-        """PPO with DORA's critic; a random selector's dice are not shared by several processes."""
+        """Build PPO with DORA's critic.
+
+        Raises:
+            UserError: the random selector in several processes, which would not draw the same.
+        """
         if self.selector == "random" and workers.count > 1:
             raise UserError("selector=random draws for one process: train it without torchrun")
         return super().learner(policy, game, seed, workers)
 
     @classmethod
     def for_digits(cls) -> DoraPruneConfig:
-        """Settings for the embedded model. Where it starts from was chosen on training images."""
+        """The default settings for the embedded model; its start was chosen on training images."""
         return cls(
             updates=60, batch=128, repeats=8, held_back=0.3, evaluate_every=10, penalty=150.0,
             target_saving=70.0, lr=1e-3, features=("cls_attention", "redundancy"),
@@ -235,7 +239,7 @@ class DoraPruneConfig(_DoraCommon):
 
     @classmethod
     def for_large_digits(cls) -> DoraPruneConfig:
-        """Settings for the embedded model of 256 tokens, of which more are redundant."""
+        """The default settings for the embedded model of 256 tokens, more of them redundant."""
         return dataclasses.replace(
             cls.for_digits(),
             updates=40,
@@ -245,7 +249,7 @@ class DoraPruneConfig(_DoraCommon):
         )
 
     def game(self, backbone: Backbone, source: ImageSource) -> Game:
-        """The game to learn from."""
+        """Build the game to learn from, on the images of ``source``."""
         return build_game(
             rules="layer_prune",
             model=backbone,
@@ -260,7 +264,7 @@ class DoraPruneConfig(_DoraCommon):
         )
 
     def policy(self, game: Game, model: str) -> GatedPolicy:
-        """An untrained policy for ``game``; initialised from torch's global generator."""
+        """Build an untrained policy for ``game``, initialised from torch's global generator."""
         rules = cast(LayerPrune, game.rules)
         steps, layout = len(rules.blocks), rules.layout(game.backbone)
         if len(self.initial_budget) not in (1, steps):

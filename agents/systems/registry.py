@@ -1,4 +1,4 @@
-"""The systems that can be trained, by the words a user types. Nothing heavy is imported here."""
+"""The registry of systems that can be trained. Imports neither torch nor timm."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tokenenv.own import is_own, load_own
 
 @dataclasses.dataclass(frozen=True)
 class System:
-    """What can be trained.
+    """A system that can be trained.
 
     Attributes:
-        name: what a run folder calls it.
-        home: the class of its settings, or where that is: ``module:Class``.
-        summary: one line.
-        origin: of a user's own class, where it came from, see :class:`tokenenv.own.Own`.
+        name: the name that commands take and that run folders hold.
+        home: the class of its settings, or its place as ``module:Class``.
+        summary: one line for the command line's help.
+        origin: where a user's own class came from, see :class:`tokenenv.own.Own`; else empty.
     """
 
     name: str
@@ -52,17 +52,17 @@ SYSTEMS: dict[str, System] = {
         (
             "dora-prune",
             "agents.systems.dora:DoraPruneConfig",
-            "an agent per block: whether tokens leave, how many, and which",
+            "an agent per block: whether to prune tokens, how many, and which",
         ),
         (
             "mstm",
             "agents.finetune.config:MSTMConfig",
-            "fine-tunes: two scales, and what matters little merges into what it resembles",
+            "fine-tunes: two patch sizes; unimportant tokens merge into the most similar ones",
         ),
         (
             "evit",
             "agents.finetune.config:EViTConfig",
-            "fine-tunes: what the class token overlooks fuses into one token",
+            "fine-tunes: tokens of low class attention fuse into one token",
         ),
         (
             "rl4evit-finetune",
@@ -72,7 +72,7 @@ SYSTEMS: dict[str, System] = {
         (
             "dynamicvit",
             "agents.finetune.config:DynamicViTConfig",
-            "fine-tunes: predictors trained by gradient say which tokens leave",
+            "fine-tunes: predictors trained by gradient choose the tokens to prune",
         ),
         (
             "ltm",
@@ -81,20 +81,20 @@ SYSTEMS: dict[str, System] = {
         ),
     )
 }
-"""By name."""
+"""All systems by name."""
 
 _Class = TypeVar("_Class", bound=type[SystemConfig])
 
 
 def register_system(name: str, summary: str = "") -> Callable[[_Class], _Class]:
-    """Make a class of settings known as a system; a decorator.
+    """Register a class of settings as a system; a decorator.
 
     Args:
-        name: what :func:`agents.training.train` shall call it.
-        summary: one line.
+        name: the name for :func:`agents.training.train`.
+        summary: one line for the command line's help.
 
     Raises:
-        UserError: the name is taken, or the class can't be trained.
+        UserError: the name is taken, or the class is no valid class of settings.
     """
 
     def register(cls: _Class) -> _Class:
@@ -108,7 +108,7 @@ def register_system(name: str, summary: str = "") -> Callable[[_Class], _Class]:
 
 
 def _place(home: str | type[SystemConfig]) -> str:
-    """Where a class is written: a notebook's cell that runs again defines the same one anew."""
+    """``module:Class``; a notebook cell that runs twice defines two classes with the same one."""
     return home if isinstance(home, str) else f"{home.__module__}:{home.__qualname__}"
 
 
@@ -116,7 +116,7 @@ def find_system(word: str) -> System:
     """A system by its name, or a user's own as ``module:Config`` or ``path/to/file.py:Config``.
 
     Raises:
-        UserError: there is none, or it can't be imported or trained.
+        UserError: it is unknown, can't be imported, or is no valid class of settings.
     """
     if word in SYSTEMS:
         return SYSTEMS[word]

@@ -1,4 +1,4 @@
-"""RL4EViT (Lu et al., ICME 2025): the settings of a run and the pieces built from them."""
+"""RL4EViT (Lu et al., ICME 2025): the settings, and what is built from them."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ from tokenenv.vit.backbone import Backbone
 
 @dataclass(frozen=True)
 class RL4EViTConfig(PolicyConfig):
-    """What ``tokenenv train rl4evit --set key=value`` can set.
+    """The settings of ``tokenenv train rl4evit``.
 
-    The defaults are for an ImageNet model; :meth:`for_digits` for the embedded one.
+    The defaults are for an ImageNet model; :meth:`for_digits` is for the embedded one.
 
     Attributes:
-        features: what an agent sees of its own token.
-        share: whether it also sees the class token.
+        features: what an agent observes of its own token.
+        share: whether it also observes the class token.
         reward: ``cooperative`` (ours), ``alpha_beta`` or ``keep_target`` (RL4EViT's).
-        beta: price of a token per decision (``cooperative``, ``alpha_beta``) before training; with
-            ``closed_loop`` it follows the policy. Choosing ``alpha_beta`` sets it to 0.1 and
-            ``closed_loop`` to false unless they are given.
-        alpha: weight of the class reward; 0: the default of the reward for this model.
+        beta: price of keeping a token, per decision (``cooperative``, ``alpha_beta``), before
+            training; with ``closed_loop`` it is adjusted in training. Choosing ``alpha_beta`` sets
+            it to 0.1 and ``closed_loop`` to false unless they are given.
+        alpha: weight of the class reward; 0: the default of the reward for the model.
         class_reward: RL4EViT's class reward, paid for ``each`` decision or the ``final`` one.
-        targets: shares to keep after each decision (``keep_target``); empty: 0.7, 0.49, 0.343.
-        centralised: critic with the global state (MAPPO); without it IPPO.
+        targets: shares of the tokens to keep after each decision (``keep_target``); empty: 0.7,
+            0.49, 0.343.
+        centralised: whether the critic observes the global state (MAPPO) or not (IPPO).
         hidden: widths of the actor's and critic's hidden layers.
         initial_keep: probability of keeping a token of mean class attention before training.
-        lean: how fast the log-odds of keeping rise with ``cls_attention`` before training, where
-            that is among the features: the policy starts as a soft top-k by class attention.
+        lean: slope of the log-odds of keeping a token over ``cls_attention`` before training, if
+            ``features`` has it: the policy starts as a soft top-k by class attention.
         decide: how the deterministic policy decides, by ``threshold`` or ``systematic`` sampling,
             see :class:`~agents.policies.actor.ActorPolicy`.
 
@@ -75,11 +76,11 @@ class RL4EViTConfig(PolicyConfig):
 
     @classmethod
     def for_digits(cls) -> RL4EViTConfig:
-        """Settings for the embedded model.
+        """The default settings for the embedded model.
 
-        Its class attention does not tell which tokens matter (pruning by it loses as much as
-        pruning at random), so the policy does not lean on it. Many pixels are worth the same:
-        that enough stay everywhere matters more than which.
+        Pruning by its class attention loses as much top-1 as pruning at random, so the policy
+        starts without it (``lean=0``). Many tokens are about equally important: keeping enough of
+        them everywhere in the image matters more than which, hence systematic sampling.
         """
         return cls(
             updates=100,
@@ -95,15 +96,12 @@ class RL4EViTConfig(PolicyConfig):
         )
 
     def implied(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Settings that those ``given`` bring with them.
-
-        RL4EViT's reward comes with a price of its own, which stays where it is unless asked.
-        """
+        """The reward ``alpha_beta`` implies RL4EViT's constant price, ``beta=0.1``."""
         own_price = {"beta": 0.1, "closed_loop": False}
         return own_price if given.get("reward") == "alpha_beta" else {}
 
     def reward_kwargs(self) -> dict[str, Any]:
-        """What the chosen reward is built with; what is left out takes the reward's default."""
+        """Arguments of the chosen reward; those left out have the reward's defaults."""
         alpha = {"alpha": self.alpha} if self.alpha else {}
         if self.reward == "cooperative":
             return {**alpha, "beta": self.beta}
@@ -113,7 +111,7 @@ class RL4EViTConfig(PolicyConfig):
         return {**alpha, **targets, "class_reward": self.class_reward}
 
     def game(self, backbone: Backbone, source: ImageSource) -> Game:
-        """The game to learn from."""
+        """Build the game to learn from, on the images of ``source``."""
         return build_game(
             model=backbone,
             data=source,
@@ -127,7 +125,7 @@ class RL4EViTConfig(PolicyConfig):
         )
 
     def policy(self, game: Game, model: str) -> ActorPolicy:
-        """An untrained policy for ``game``; initialised from torch's global generator."""
+        """Build an untrained policy for ``game``, initialised from torch's global generator."""
         policy = ActorPolicy(
             game.rules,
             Widths(game.agent_dim, game.shared_dim, game.state_dim),
@@ -142,11 +140,11 @@ class RL4EViTConfig(PolicyConfig):
         return policy.to(game.backbone.device)
 
     def ppo(self, game: Game) -> MAPPOConfig:
-        """With those of the critic."""
+        """The settings of MAPPO: those of PPO, and those of the critic."""
         return MAPPOConfig(
             **vars(super().ppo(game)), hidden=self.hidden, centralised=self.centralised
         )
 
     def learner(self, policy: Any, game: Game, seed: int, workers: Workers = ALONE) -> MAPPO:
-        """MAPPO, or IPPO without the centralised critic."""
+        """Build MAPPO, or IPPO without the centralised critic."""
         return MAPPO(policy, game, self.ppo(game), seed=seed, workers=workers)

@@ -1,4 +1,4 @@
-"""Settings of a system: their base class, their checks, and how values are read."""
+"""Settings of a system: their base class, their checks, and the parser of their values."""
 
 from __future__ import annotations
 
@@ -41,28 +41,28 @@ class SystemConfig:
 
     @classmethod
     def for_digits(cls) -> SystemConfig:
-        """The settings for the embedded model."""
+        """The default settings for the embedded model of 64 tokens."""
         return cls()
 
     @classmethod
     def for_large_digits(cls) -> SystemConfig:
-        """The settings for the embedded model of 256 tokens."""
+        """The default settings for the embedded model of 256 tokens."""
         return cls.for_digits()
 
     def implied(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Settings that change along with those ``given`` in place of these."""
+        """Settings that change when those in ``given`` are set, unless they are set themselves."""
         return {}
 
     def training(self, request: Request, workers: Workers, out: Path) -> Training:
-        """Everything that a training needs, built and ready to run.
+        """Build the training run, ready to start.
 
         Args:
-            request: what was asked for; its ``config`` is this one.
+            request: the arguments of ``train``; ``request.config`` is this object.
             workers: the processes that train together.
             out: the run folder.
 
         Raises:
-            UserError: settings that don't go with the model or the images.
+            UserError: the settings don't fit the model or the images.
         """
         raise NotImplementedError
 
@@ -70,7 +70,7 @@ class SystemConfig:
 C = TypeVar("C", bound=SystemConfig)
 
 Check = tuple[Callable[[Any], bool], str]
-"""Whether a value will do, and words for those that will."""
+"""A test of a value, and the range that it accepts, in words."""
 
 _FROM_ONE: Check = (lambda v: v >= 1, "at least 1")
 _FROM_ZERO: Check = (lambda v: v >= 0, "at least 0")
@@ -116,7 +116,7 @@ RESERVED = (
     "dtype",
     "resume",
 )
-"""Arguments of :func:`agents.training.train`, which no setting can be named as."""
+"""Arguments of :func:`agents.training.train`; no setting may have one of these names."""
 
 
 def check_config(cls: Any) -> None:
@@ -146,8 +146,8 @@ def check_config(cls: Any) -> None:
 
 
 def preset(cls: type[C], model: str | None) -> C:
-    """The settings that a system starts from on a model; None is the embedded one."""
-    from tokenenv.vit.load import DIGITS_MODELS, EMBEDDED  # heavy: a command's help does without
+    """The default settings of a system for a model; None: the embedded model of 64 tokens."""
+    from tokenenv.vit.load import DIGITS_MODELS, EMBEDDED  # imports torch, which --help avoids
 
     if model not in (None, *DIGITS_MODELS):
         return cls()
@@ -156,7 +156,7 @@ def preset(cls: type[C], model: str | None) -> C:
 
 
 def check_settings(config: Any) -> None:
-    """Raise :class:`UserError` where a setting is out of its range."""
+    """Raise :class:`UserError` if a setting is out of its range."""
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for key, value in vars(config).items():
         fits, words = _CHECKS.get(key, (lambda v: True, ""))
@@ -173,22 +173,22 @@ def check_settings(config: Any) -> None:
 
 
 def with_settings(config: C, given: dict[str, Any]) -> C:
-    """``config`` with the settings ``given``, and those they imply.
+    """A copy of ``config`` with the settings ``given`` and those that they imply.
 
     Raises:
-        UserError: see :func:`read_settings`, or values out of their range.
+        UserError: see :func:`read_settings`, or a value out of its range.
     """
     values = read_settings(type(config), given)
     return dataclasses.replace(config, **{**config.implied(values), **values})
 
 
 def read_settings(cls: type[SystemConfig], given: dict[str, Any]) -> dict[str, Any]:
-    """Values for the fields of ``cls``.
+    """Check and convert values for the fields of ``cls``.
 
     Args:
         cls: the class of a system's settings.
-        given: values by name; words are read as the command line's, in which lists are separated
-            by slashes or commas.
+        given: values by name. Strings are read in the command line's form, in which lists are
+            separated by slashes or commas.
 
     Raises:
         UnknownSetting: a name that is no field. UserError: a value of the wrong type.
@@ -210,7 +210,7 @@ def read_settings(cls: type[SystemConfig], given: dict[str, Any]) -> dict[str, A
 
 
 def settings_help(cls: type[SystemConfig]) -> str:
-    """Every setting with its default, then what each of them means."""
+    """The text of ``--list-settings``: every setting with its default, then their meanings."""
     from tokenenv.vit.load import DIGITS_MODELS
 
     presets = {name: vars(preset(cls, name)) for name in DIGITS_MODELS}
@@ -231,13 +231,13 @@ def settings_help(cls: type[SystemConfig]) -> str:
 
 
 def _hints(cls: type[SystemConfig]) -> dict[str, Any]:
-    """Types of the fields that can be set."""
+    """Types of the fields by name."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def word(value: Any) -> str:
-    """A value as ``--set`` takes it."""
+    """A value in the form that ``--set`` takes."""
     if isinstance(value, tuple | list):
         return "/".join(map(word, value))
     return str(value).lower() if isinstance(value, bool) else f"{value}"
@@ -251,7 +251,7 @@ def _is_settable(hint: Any) -> bool:
 
 
 def _read(hint: Any, value: Any) -> Any:
-    """A value of Python's, or the command line's word for it, as a field's type wants it."""
+    """Convert a Python value, or a string in the command line's form, to a field's type."""
     args = typing.get_args(hint)
     if isinstance(value, str):
         return _parse(hint, value)

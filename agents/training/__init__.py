@@ -1,4 +1,4 @@
-"""Training runs: from a system's name to a run folder, the loop around a learner, its report."""
+"""Training runs: how a system is trained, evaluated, checkpointed and reported on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _HOME = {"Run": "agents.training.run", "train": "agents.training.start"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: what systems are built of imports parts of this package."""
+    """Import on first use: systems import parts of this package while they are defined."""
     if name not in _HOME:
         raise AttributeError(f"module 'agents.training' has no attribute '{name}'")
     import importlib

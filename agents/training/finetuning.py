@@ -1,4 +1,4 @@
-"""Training a backbone together with what removes its tokens."""
+"""Fine-tuning of a backbone together with the method that removes its tokens."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ from tokenenv.vit.dense import Dense
 
 _STATISTICS = 1000
 _PER_CLASS = 4
-"""Training images, at most, that LTM's bound takes its statistics of: the larger number."""
+"""LTM's bound takes its statistics of at most ``max(_STATISTICS, _PER_CLASS * classes)`` images."""
 
 
 class FineTuning:
-    """Every process builds one; the first of them reports.
+    """A fine-tuning run. Every process builds one; only the first writes the report.
 
     Args:
-        request: what was asked for.
-        config: its settings.
+        request: the arguments of ``train``.
+        config: the settings of the system.
         workers: the processes that train together.
         out: run folder.
 
     Raises:
-        UserError: settings that don't go with the model, the images or the processes.
+        UserError: the settings don't fit the model, the images or the number of processes.
     """
 
     def __init__(
@@ -79,8 +79,8 @@ class FineTuning:
             updates=config.updates,
             evaluate_every=config.evaluate_every,
             target_saving=0.0,
-            # Each process has images of its own: with another number of processes a run can't be
-            # resumed.
+            # Each process trains on its own part of the images, so a run can only be resumed with
+            # the same number of processes.
             config={
                 **request.description(self.source),
                 "frozen": False,
@@ -127,7 +127,7 @@ class FineTuning:
         return Run(self.out, config, self._report())
 
     def _report(self) -> dict[str, Any]:
-        """Write weights, report and pictures, and print the result; the report."""
+        """Write weights, report and picture, print the result, and return the report."""
         student, trainer, out = self.student, self.trainer, self.out
         held_back = self.judge.source
         assert trainer.best is not None
@@ -166,7 +166,10 @@ class FineTuning:
 def check_batch(config: FineTuneConfig, images: int, processes: int) -> None:
     """Raise :class:`UserError` unless ``batch`` images can be drawn, divided and, if asked, mixed.
 
-    ``images``: how many there are to train on.
+    Args:
+        config: the settings of the system.
+        images: number of images to train on.
+        processes: number of processes that train together.
     """
     parts = processes * config.accumulate
     if config.batch % parts or config.batch > images:

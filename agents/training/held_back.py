@@ -1,4 +1,4 @@
-"""Held-back images, on which policies are compared while they train."""
+"""Held-back training images, on which policies are compared during training."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from tokenenv.vit.dense import Dense
 
 
 class HeldBack:
-    """Measures policies, and models in training, on images whose dense predictions are known.
+    """Measures policies, and models in training, on the held-back images.
 
-    Several processes measure on a share of the images each, and all find the same.
+    The dense model's predictions are computed once, by :meth:`prepare`. Several processes measure
+    a share of the images each; all of them return the result for all images.
 
     Args:
         backbone: the dense model.
-        source: the images.
-        workers: who measures together.
+        source: the held-back images.
+        workers: the processes that train together.
 
     Raises:
-        UserError: fewer images than processes.
+        UserError: there are fewer images than processes.
     """
 
     def __init__(self, backbone: Dense, source: ImageSource, workers: Workers = ALONE) -> None:
@@ -40,7 +41,7 @@ class HeldBack:
         return len(self._share)
 
     def prepare(self) -> Iterator[int]:
-        """Predict with the dense model; yields images done."""
+        """Predict with the dense model; yields the number of images done since."""
         for index in torch.arange(len(self._share)).split(64):
             batch = self._share.batch(index)
             if len(batch.index):
@@ -50,17 +51,17 @@ class HeldBack:
             yield len(index)
 
     def __call__(self, policy: Method) -> Judgement:
-        """Saving, loss and drop of the deterministic policy."""
+        """Saving, loss and drop of the deterministic policy on all held-back images."""
         assert isinstance(self.backbone, Backbone)
         return self._judged(evaluate(self.backbone, policy, self._share, dense=self._dense))
 
     def trainee(self, trainee: Trainee, clean: ImageSource) -> Judgement:
-        """The same of a fine-tuned model with its weights as they are.
+        """The same for a model in fine-tuning, with its current weights.
 
-        ``clean``: training images, not augmented, that its statistics may be taken of.
+        ``clean``: training images without augmentation, for statistics such as LTM's bound.
         """
         found = trainee.eval().measured(self._share, self.backbone, dense=self._dense)
-        # Of all images in every process: a bound of parts is no part of the bound.
+        # Every process computes the bound on all images: it is no mean of bounds on parts.
         return replace(self._judged(found), **trainee.judged(clean, self.source))
 
     def _judged(self, found: Evaluation) -> Judgement:

@@ -1,4 +1,4 @@
-"""How good a deterministic policy is, which of two is better, and where to set its threshold."""
+"""Judging policies on held-back images: which of two is better, and which threshold to set."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Judgement:
-    """A deterministic policy on images it does not train on.
+    """Results of a deterministic policy on images that it is not trained on.
 
     Attributes:
         saving: multiply-adds saved, percent, policy included.
-        loss: mean cross-entropy, nats. It decides between policies: with some hundred images it
-            tells them apart where the top-1 of both is a matter of a few images.
-        drop: top-1 lost against the dense model, percentage points; for the reader.
-        bound, ib: of LTM, the separable bound on the information bottleneck and the bottleneck
-            itself, nats; for the reader.
+        loss: mean cross-entropy, nats. Policies are chosen by it and not by top-1, because on some
+            hundred images the top-1 of two policies differs by a few images only.
+        drop: top-1 lost against the dense model, percentage points; reported, and used with
+            ``target_drop``.
+        bound, ib: for LTM, the separable bound on the information bottleneck and the bottleneck
+            itself, nats; reported only.
     """
 
     saving: float
@@ -30,16 +31,23 @@ class Judgement:
     ib: float | None = None
 
     def numbers(self) -> dict[str, float]:
-        """What is known, by name."""
+        """The numbers that are known (not None), by name."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def beats(
         self, other: Judgement | None, target_saving: float, target_drop: float = 0.0
     ) -> bool:
-        """Whoever saves the target, up to a point; of two that do, the one with less loss.
+        """Whether this judgement is better than ``other``.
 
-        With a ``target_drop``, a share of the images: whoever loses no more; of two that do not,
-        the one that saves more (DORA-pruning's rule for checkpoints).
+        The better policy misses ``target_saving`` by less, where up to one percentage point counts
+        as none. Of two that miss it equally, it is the one with the lower loss. With a
+        ``target_drop`` (DORA-pruning's rule for checkpoints) the better policy exceeds the allowed
+        drop by less; of two that exceed it equally, it is the one that saves more.
+
+        Args:
+            other: the judgement to compare with; None is always beaten.
+            target_saving: multiply-adds to save, percent.
+            target_drop: share of the images that top-1 may lose; 0: choose by ``target_saving``.
         """
         if other is None:
             return True
@@ -51,11 +59,11 @@ class Judgement:
 
 
 Judge = Callable[[Any], Judgement]
-"""Measures the deterministic policy on held-back images."""
+"""A function that measures a deterministic policy on held-back images."""
 
 
 class Calibrated(Protocol):
-    """A policy with a threshold."""
+    """A policy that decides by comparing probabilities with a threshold."""
 
     threshold: float
 
@@ -65,17 +73,17 @@ class Calibrated(Protocol):
 
 
 def calibrate(policy: Calibrated, judge: Judge, target_saving: float, steps: int) -> Judgement:
-    """Set the policy's threshold so that the target is saved, by bisection.
+    """Choose the policy's threshold by bisection, so that the policy saves ``target_saving``.
 
-    The logit of the threshold is searched from 0.02 to 0.98 as a probability; the first try is
-    0.5.
+    The search runs over the logit of the threshold, between thresholds of 0.02 and 0.98, and
+    starts at 0.5.
 
     Args:
-        policy: its threshold is set to the one tried that saves the target and least beyond it;
-            if none does, to the one that saves most.
+        policy: its threshold is set to the tried one with the smallest saving that reaches the
+            target; if none reaches it, to the one with the largest saving.
         judge: measures a policy.
         target_saving: multiply-adds to save, percent.
-        steps: how many thresholds to try, at least one.
+        steps: number of thresholds to try, at least 1.
 
     Returns:
         The judgement at the threshold that was set.
@@ -87,7 +95,7 @@ def calibrate(policy: Calibrated, judge: Judge, target_saving: float, steps: int
         policy.threshold = 1 / (1 + math.exp(-middle * policy.strict))
         found = judge(policy)
         enough = found.saving >= target_saving
-        # What is tried after one that saves enough saves less, after one that doesn't more.
+        # After a threshold that saves enough, bisection tries those that save less, else more.
         if best is None or enough or best[0].saving < target_saving:
             best = found, policy.threshold
         low, high = (low, middle) if enough else (middle, high)

@@ -1,4 +1,4 @@
-"""The picture of a training run."""
+"""The picture ``curve.png`` of a training run."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _KEPT = {"reward": "decisions that keep, %", "loss": "tokens left at the end, %"
 def plot_history(
     path: Path, history: list[dict[str, Any]], target_saving: float | None, shown: str = "reward"
 ) -> None:
-    """Draw reward or loss, tokens kept, and the held-back images' saving and drop over the updates.
+    """Draw reward or loss, tokens kept, and saving and drop on held-back images, over the updates.
 
     Args:
         path: PNG to write.
         history: rows of :class:`agents.training.trainer.Trainer`.
-        target_saving: percent, drawn as a line; None where there is no target.
-        shown: ``reward`` or ``loss``, what the updates were about.
+        target_saving: percent, drawn as a line; None: no target.
+        shown: ``reward`` or ``loss``, the quantity that the updates optimise.
     """
     # Not pyplot: it keeps figures, and looks for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg

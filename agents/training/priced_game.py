@@ -1,4 +1,4 @@
-"""What a game remembers from one update to the next, and the closed loop of its price."""
+"""The state of a game between updates, and the closed loop on the price in its reward."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from tokenenv.game import Game
 
 
 class PricedGame:
-    """A game whose reward may have a price, which then follows every judgement of the policy.
+    """A game whose reward may have a price, which is adjusted after every judgement of the policy.
 
-    That price and the order of the game's images are what a resumed run needs of a game.
+    A resumed run restores that price and the order of the game's images.
 
     Args:
-        game: the game that is learnt from.
-        config: says what price follows, see :meth:`~agents.systems.base.PolicyConfig.next_price`.
+        game: the game that is learned from.
+        config: gives the next price, see :meth:`~agents.systems.base.PolicyConfig.next_price`.
         judge: measures a policy.
     """
 
@@ -25,7 +25,7 @@ class PricedGame:
         self.game, self._config, self._judge = game, config, judge
 
     def judge(self, policy: Trainable) -> Judgement:
-        """Judge the policy, and set the price that follows from it."""
+        """Measure the policy, and set the price that follows from the result."""
         found = self._judge(policy)
         price = self.game.reward.price
         if price is not None:
@@ -33,11 +33,11 @@ class PricedGame:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers."""
+        """The order of the images and the price, as tensors and numbers."""
         return {"stream": self.game.stream.state_dict(), "price": self.game.reward.price}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Restore what :meth:`state_dict` returned."""
         self.game.stream.load_state_dict(state["stream"])
         if self.game.reward.price is not None:
             self.game.reward = self.game.reward.with_price(state["price"])

@@ -1,4 +1,4 @@
-"""What a training is asked for."""
+"""The arguments of a training run."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ class Request:
     """The arguments of :func:`agents.training.train`, checked.
 
     Attributes:
-        system: what is trained, with the settings ``config``, on ``model``.
+        system: the system to train.
+        config: its settings.
+        model: the model to train it on.
         data: folder or data set; None: the embedded digits.
         out: run folder; None: a new one under ``runs``.
-        images: how many of ``data`` to use; None: all.
+        images: number of images of ``data`` to use; None: all.
         seed: of everything drawn at random.
-        resume: whether the run in ``out`` goes on.
+        resume: whether to continue the run in ``out``.
     """
 
     system: System
@@ -42,10 +44,10 @@ class Request:
     resume: bool = False
 
     def training_images(self, backbone: Dense) -> ImageSource:
-        """The images to train on and to compare policies with.
+        """The images to train on and to hold back.
 
         Raises:
-            UserError: there are none, or fewer than asked for.
+            UserError: there are none, or fewer than ``images``.
         """
         source = open_source(self.data, backbone.model, split="train")
         if self.images is None:
@@ -58,15 +60,15 @@ class Request:
         return source.subset(self.images, self.seed)
 
     def final_images(self, backbone: Dense, held_back: ImageSource) -> ImageSource:
-        """The images of the report: the test part of the digits; of other data those held back."""
+        """The images of the report: the test part of the digits, else the held-back images."""
         if self.data in (None, "digits"):
             return open_source(self.data, backbone.model, split="test")
         return held_back
 
     def description(self, source: ImageSource) -> dict[str, Any]:
-        """What the run is, as JSON; a run is only resumed under the same description.
+        """System, model, images and settings as JSON; resuming requires an equal description.
 
-        ``source``: all its images.
+        ``source``: the images to train on and to hold back.
         """
         weights = self.model.weights
         if weights not in (None, RANDOM):
@@ -86,7 +88,7 @@ class Request:
 
 
 class Training(Protocol):
-    """A training that is built and ready to run."""
+    """A training run, built and ready to start."""
 
     def run(self) -> Run:
-        """Train to the end, or to Ctrl-C, and write the report."""
+        """Train until the last update or Ctrl-C, and write the report."""

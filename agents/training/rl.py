@@ -1,4 +1,4 @@
-"""Training a policy by reinforcement learning, on a backbone that stays as it is."""
+"""Training of a policy by reinforcement learning on a frozen backbone."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ from tokenenv.storage import write_json
 
 
 class PolicyTraining:
-    """Every process builds one; the first of them reports.
+    """A training run of a policy. Every process builds one; only the first writes the report.
 
     Args:
-        request: what was asked for.
-        config: its settings.
+        request: the arguments of ``train``.
+        config: the settings of the system.
         workers: the processes that train together.
         out: run folder.
 
     Raises:
-        UserError: settings that don't go with the model, the images or the processes.
+        UserError: the settings don't fit the model, the images or the number of processes.
     """
 
     def __init__(self, request: Request, config: PolicyConfig, workers: Workers, out: Path) -> None:
@@ -76,7 +76,7 @@ class PolicyTraining:
 
     def run(self) -> Run:
         """Train, choose the best policy and its threshold, and report."""
-        self._say_what_starts()
+        self._print_start()
         run_dense_model(self.game, self.judge, self.workers)
         config = write_config(self.out, self.request, self.trainer)
         with events(self.out, self.trainer) as log:
@@ -88,7 +88,8 @@ class PolicyTraining:
         final = self.request.final_images(self.backbone, self.judge.source)
         return Run(self.out, config, self._report(found, final))
 
-    def _say_what_starts(self) -> None:
+    def _print_start(self) -> None:
+        """Print system, model, images and decision blocks."""
         game, judge, count = self.game, self.judge, self.workers.count
         together = f", {count} processes" if count > 1 else ""
         print(
@@ -102,7 +103,7 @@ class PolicyTraining:
         )
 
     def _choose(self) -> Judgement:
-        """Take the best policy, and set its threshold; how good it is."""
+        """Restore the best policy and set its threshold; returns how it was judged."""
         policy, config = self.policy, self.config
         assert self.trainer.best is not None
         policy.load_state_dict(self.trainer.best_state)
@@ -121,7 +122,7 @@ class PolicyTraining:
         return found
 
     def _report(self, found: Judgement, final: ImageSource) -> dict[str, Any]:
-        """Write policy, report and pictures, and print the result; the report."""
+        """Write policy, report and pictures, print the result, and return the report."""
         out, trainer, policy = self.out, self.trainer, self.policy
         policy.save(out / POLICY)
         result = evaluate_with_bar(self.backbone, policy, final)
@@ -151,7 +152,10 @@ class PolicyTraining:
 def check_batch(config: PolicyConfig, images: int, processes: int) -> None:
     """Raise :class:`UserError` unless ``batch`` images can be drawn and shared.
 
-    ``images``: how many there are to train on.
+    Args:
+        config: the settings of the system.
+        images: number of images to train on.
+        processes: number of processes that train together.
     """
     batch, repeats = config.batch, config.repeats
     if batch % repeats:
@@ -172,7 +176,7 @@ def check_batch(config: PolicyConfig, images: int, processes: int) -> None:
 
 
 def run_dense_model(game: Game, judge: HeldBack, workers: Workers) -> None:
-    """Compute once what the dense model says of every image; all processes learn of all."""
+    """Compute the dense model's outputs for every image once, and share them among processes."""
     total = len(game.source) // workers.count + len(judge)
     with tqdm(total=total, unit="image", desc="dense model", leave=False, disable=None) as bar:
         for part in (game.prepare(), judge.prepare()):

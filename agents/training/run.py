@@ -1,4 +1,4 @@
-"""A training run that has been reported on, as its folder keeps it."""
+"""A finished training run, as its folder holds it."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from agents.policies import POLICY, load_policy
 from tokenenv.errors import UserError
 
 MODEL = "model.safetensors"
-"""Only where the backbone was fine-tuned."""
+"""Weights of a fine-tuned backbone; a run with a frozen backbone has no such file."""
 CONFIG, REPORT = "config.json", "report.json"
 
 
 @dataclass(frozen=True, repr=False)
 class Run:
-    """What a training came to.
+    """A training run and its results.
 
     Attributes:
-        folder: where everything about it lies.
-        config: what it is: system, model, images, seed, settings, versions; its ``config.json``.
-        report: what it came to, its ``report.json``. Where several processes trained together only
-            the first one has it.
+        folder: the run folder.
+        config: system, model, images, seed, settings and versions, as in ``config.json``.
+        report: accuracy, cost and history, as in ``report.json``. If several processes trained
+            together, only the first one has it.
     """
 
     folder: Path
@@ -35,7 +35,7 @@ class Run:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Run:
-        """The run that was written to ``folder``.
+        """Read the run that was written to ``folder``.
 
         Raises:
             UserError: there is none, it has not been reported on yet, or a file of it is damaged.
@@ -53,7 +53,7 @@ class Run:
 
     @property
     def stopped(self) -> bool:
-        """Whether Ctrl-C, or SIGTERM, ended the training early; ``resume`` goes on."""
+        """Whether Ctrl-C or SIGTERM ended the training early; ``resume`` continues it."""
         return bool(self.report.get("stopped_early"))
 
     @cached_property
@@ -63,7 +63,7 @@ class Run:
         return load_policy(path) if path.is_file() else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything known of it, as JSON."""
+        """Folder, config, report and whether it was stopped, as JSON."""
         return {
             "folder": str(self.folder),
             "config": self.config,
@@ -85,7 +85,7 @@ class Run:
         )
 
     def _table(self) -> list[tuple[str, str]]:
-        """The numbers to show first; none without a report."""
+        """Names and values of the main numbers; empty without a report."""
         r = self.report
         if not r:
             return []

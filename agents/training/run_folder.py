@@ -1,4 +1,4 @@
-"""A training run's folder, and what all trainings put into it."""
+"""The folder of a training run, and the files that all kinds of training write to it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run_folder(request: Request) -> Iterator[Path]:
     """The folder to write to: new and writable, or the one to resume.
 
     Raises:
-        UserError: it holds a run that shall not be resumed, or can't be written to.
+        UserError: the folder holds a run and ``resume`` is not set, or can't be written to.
     """
     out = request.out
     if out is None:
@@ -44,7 +44,7 @@ def run_folder(request: Request) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def resumable(out: Path) -> Iterator[None]:
-    """Where Ctrl-C ends what is done here, say how it goes on, if it can."""
+    """After Ctrl-C, add to the interrupt how the run is resumed, if there is a checkpoint."""
     try:
         yield
     except KeyboardInterrupt:
@@ -73,7 +73,7 @@ def _new_folder(parent: Path, name: str) -> Iterator[Path]:
 
 
 def write_config(out: Path, request: Request, trainer: Trainer) -> dict[str, Any]:
-    """What the run is, which the first process writes to its folder."""
+    """The run's description with versions; the first process writes it to ``config.json``."""
     origin = {"origin": request.system.origin} if request.system.origin else {}
     config = {**trainer.config, **origin, "versions": versions()}
     if not trainer.workers.rank:
@@ -82,7 +82,7 @@ def write_config(out: Path, request: Request, trainer: Trainer) -> dict[str, Any
 
 
 def progress_json(trainer: Trainer, kept: Judgement) -> dict[str, Any]:
-    """What every report says of the training; ``kept``: how good what is kept is."""
+    """The part of a report about the training; ``kept``: the judgement of the result."""
     return {
         "updates": trainer.done,
         "stopped_early": trainer.stopped,
@@ -94,7 +94,7 @@ def progress_json(trainer: Trainer, kept: Judgement) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that a run depends on."""
+    """Versions of Python and of the packages that a run depends on, by name."""
     found = {"python": platform.python_version()}
     for name in ("tokenenv", "torch", "timm", "gymnasium", "pettingzoo"):
         with contextlib.suppress(PackageNotFoundError):
@@ -104,13 +104,13 @@ def versions() -> dict[str, str]:
 
 @contextlib.contextmanager
 def events(out: Path, trainer: Trainer) -> Iterator[Any]:
-    """A function that writes numbers as TensorBoard events, in the first of several processes."""
+    """A function ``log(update, numbers)`` that writes TensorBoard events in the first process."""
     if trainer.workers.rank:
         yield lambda update, numbers: None
         return
     from torch.utils.tensorboard import SummaryWriter
 
-    # What was written after the checkpoint that this run goes on from will be written again.
+    # Events written after the checkpoint that this run resumes from are written again.
     writer = SummaryWriter(str(out), purge_step=trainer.done + 1 if trainer.history else 0)
 
     def log(update: int, numbers: dict[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""The way into every training, from Python and from the command line."""
+"""``train``: the function that starts every training, from Python or the command line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tokenenv.measure.opening import Model
 from tokenenv.vit.load import EMBEDDED
 
 SEEDS = 2**32
-"""A seed is below."""
+"""Seeds are below this number."""
 
 
 def train(
@@ -39,36 +39,36 @@ def train(
 ) -> Run:
     """Train a system and write a run folder; the same as ``tokenenv train``.
 
-    Progress is printed. Ctrl-C ends the training after the update in progress; the best policy so
-    far is kept and reported on.
+    Progress is printed. Ctrl-C ends the training after the update in progress; the report is on the
+    best policy so far.
 
     Args:
-        system: a name of ``agents.systems.SYSTEMS``, or a class of settings of one's own as
+        system: a name of ``agents.systems.SYSTEMS``, or your own class of settings as
             ``module:Config`` or ``path/to/file.py:Config``.
         model: a timm model; None: the embedded ``digits_vit``.
-        weights: a ``.safetensors`` or ``.pth`` state dict, or ``random``; None: the embedded or
-            timm's own.
+        weights: a ``.safetensors`` or ``.pth`` state dict, or ``random``; None: the embedded
+            weights or timm's.
         data: a folder of class/image, or a torchvision data set such as ``CIFAR10:ROOT``; None: the
             embedded digits.
         out: run folder; None: a new one under ``runs``.
-        images: how many of ``data`` to use; None: all.
+        images: number of images of ``data`` to use; None: all.
         seed: of everything drawn at random, from 0 to 2**32 - 1.
         device: ``cpu``, ``cuda`` ...
-        dtype: what models compute in: ``float32``, ``bfloat16`` or ``float16``.
-        resume: go on with the run in ``out``.
-        **settings: the system's own, see ``tokenenv train SYSTEM --list-settings``; lists do for
-            tuples, and words in the command line's form, such as ``"64/64"``, too.
+        dtype: precision of the models: ``float32``, ``bfloat16`` or ``float16``.
+        resume: continue the run in ``out``.
+        **settings: settings of the system, see ``tokenenv train SYSTEM --list-settings``. A tuple
+            may also be given as a list, or in the command line's form, such as ``"64/64"``.
 
     Returns:
-        The run. Where ``torchrun`` started several processes each returns one, and only the first
-        one's has a report.
+        The run. If ``torchrun`` started several processes, each returns one, and only that of the
+        first has a report.
 
     Raises:
-        UserError: anything in what was asked for that can't be. An unknown setting is a
-            ``TypeError`` as well.
+        UserError: an argument is wrong; the message names it and the remedy. An unknown setting
+            is a ``TypeError`` as well.
 
     Example:
-        Two short runs of MAPPO, and what the second came to::
+        Two short runs of MAPPO, and the result of the second::
 
             for seed in (0, 1):
                 run = tokenenv.train("rl4evit", seed=seed, updates=20, hidden=[64, 64])
@@ -93,7 +93,7 @@ def train(
         here = dataclasses.replace(request.model, device=place)
         request = dataclasses.replace(request, model=here)
         with workers.together():
-            # Only the first process writes: the others need no folder of their own.
+            # Only the first process writes; the others need no folder.
             folder = request.out or Path()
             if not workers.rank:
                 folder = stack.enter_context(run_folder(request))

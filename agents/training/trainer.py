@@ -1,4 +1,4 @@
-"""The loop around a learner: evaluate, keep the best, checkpoint, resume, stop on Ctrl-C."""
+"""The training loop: update, evaluate, keep the best policy, checkpoint, resume, stop."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHECKPOINT = "checkpoint.safetensors"
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 
 Log = Callable[[int, dict[str, float]], object]
-"""Called with the number of updates done and some numbers."""
+"""A function that is called with the number of updates done and numbers by name."""
 
 
 class Learner(Protocol):
@@ -33,52 +33,52 @@ class Learner(Protocol):
 
     @property
     def policy(self) -> nn.Module:
-        """What is judged and kept."""
+        """The module that is judged and whose best state is kept."""
 
     def update(self) -> dict[str, float]:
-        """One update; returns numbers to log, :class:`Trainer`'s ``shown`` and ``keep`` too."""
+        """Do one update; returns numbers to log, among them ``keep`` and the number to show."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the game's own state."""
+        """The state of policy, optimisers and generators, without that of the game."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Restore what :meth:`state_dict` returned."""
 
 
 class Resumable(Protocol):
-    """The part of a game that must be remembered: the order of its images."""
+    """The state of a game that a checkpoint holds: the order of its images."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers."""
+        """The state, as tensors and numbers."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Restore what :meth:`state_dict` returned."""
 
 
 class Trainer:
     """Runs a learner for a number of updates.
 
     Args:
-        learner: improves its policy. Between two updates no episode may be under way: only the
-            order of the images is remembered of the game.
-        order: the order of the game's images, for exact resumption.
+        learner: improves its policy. No episode may be in progress between two updates, because
+            a checkpoint holds only the order of the images.
+        order: the order of the game's images, so that a resumed run is exact.
         judge: measures the deterministic policy on held-back images.
         out: run folder; the checkpoint is written there.
-        updates: how many updates in all.
-        evaluate_every: updates between two judgements; a checkpoint follows each.
+        updates: number of updates in all.
+        evaluate_every: updates between two judgements; a checkpoint is written after each.
         target_saving, target_drop: decide which policy is best, see
             :meth:`~agents.training.judgement.Judgement.beats`.
-        config: what the run is; resuming with another is an error.
-        shown: which of the learner's numbers the table of progress shows.
-        workers: who trains together, each with a trainer: all judge, keep the best, and stop
-            after the same update; the first prints, and writes the checkpoint.
+        config: the description of the run; resuming with a different one is an error.
+        shown: name of the learner's number that the progress table shows.
+        workers: the processes that train together, each with a trainer. All of them judge, keep
+            the best policy, and stop after the same update; the first prints and writes files.
 
     Attributes:
-        done: updates so far.
-        seconds: time spent in :meth:`run`, this and earlier ones.
-        history: a row for every update and one for every judgement.
-        best, best_state: the best judgement, and the policy's state that got it.
-        stopped: whether Ctrl-C, or SIGTERM, ended :meth:`run` early.
+        done: number of updates so far.
+        seconds: time spent in :meth:`run`, including that of the run before it was resumed.
+        history: one row per update and one per judgement.
+        best, best_state: the best judgement, and the state of the policy that was judged.
+        stopped: whether Ctrl-C or SIGTERM ended :meth:`run` early.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Trainer:
         self.stopped = False
 
     def run(self, log: Log = lambda update, numbers: None) -> None:
-        """Train to the end; or to Ctrl-C or SIGTERM, and keep the update in progress."""
+        """Train to the last update; Ctrl-C or SIGTERM stops after the current one."""
         clock = _Clock(self.seconds, self.done)
         bar = tqdm(total=self.updates, initial=self.done, unit="update", disable=None, leave=False)
         with interruptible(say=not self.workers.rank) as interrupted, bar:
@@ -129,7 +129,7 @@ class Trainer:
                 self._save(clock)
 
     def _evaluate(self, log: Log, clock: _Clock) -> None:
-        """Judge the policy, keep it if it is the best, print a line, write the checkpoint."""
+        """Judge the policy, keep it if it is the best so far, print a line, write the checkpoint."""
         found = self.judge(self.learner.policy)
         better = found.beats(self.best, self.target_saving, self.target_drop)
         if better:
@@ -148,7 +148,7 @@ class Trainer:
         self._save(clock)
 
     def _save(self, clock: _Clock) -> None:
-        """Write the checkpoint, atomically."""
+        """Write the checkpoint, in the first process, atomically."""
         self.seconds = clock.seconds()
         orders = self.workers.gather(self.order.state_dict())
         if self.workers.rank:
@@ -174,11 +174,11 @@ class Trainer:
         )
 
     def resume(self) -> None:
-        """Go on from the checkpoint in the run folder.
+        """Continue from the checkpoint in the run folder.
 
         Raises:
-            UserError: no checkpoint, an unreadable one, or one of a run with another
-                configuration.
+            UserError: there is no checkpoint, it is unreadable, or it is of a run with another
+                description.
         """
         path = self.out / CHECKPOINT
         if not path.is_file():
@@ -191,8 +191,8 @@ class Trainer:
             state = unflatten_state(saved["state"], tensors)
             check_same(saved["config"], self.config, self.out)
             self.learner.load_state_dict(state["learner"])
-            # Of as many processes as before each goes on where it was: who met images that can't
-            # be read is further on. Where all see all images one order is everybody's.
+            # With as many processes as before each restores its own order: orders differ where a
+            # process skipped unreadable images. With another number all take the first one's.
             orders, rank = state["orders"], self.workers.rank
             self.order.load_state_dict(orders[rank if len(orders) == self.workers.count else 0])
             self.best_state = state["best_state"]
@@ -208,7 +208,7 @@ class Trainer:
 def check_same(saved: dict[str, Any], now: dict[str, Any], out: Path) -> None:
     """Raise :class:`UserError` naming the first setting that differs.
 
-    A number is the same as a list of it: some settings once took only one.
+    A number equals a list of that one number: some settings once took a single number only.
     """
     for key in sorted(saved.keys() | now.keys()):
         before, after = saved.get(key), now.get(key)
@@ -220,17 +220,17 @@ def check_same(saved: dict[str, Any], now: dict[str, Any], out: Path) -> None:
 
 
 class _Clock:
-    """Time spent in this and earlier sessions of a run, and an estimate of what is left."""
+    """Time spent on a run, including before it was resumed, and an estimate of the rest."""
 
     def __init__(self, seconds: float, done: int) -> None:
         self._earlier, self._first, self._start = seconds, done, time.perf_counter()
 
     def seconds(self) -> float:
-        """In all sessions."""
+        """Seconds spent on the run, including before it was resumed."""
         return self._earlier + time.perf_counter() - self._start
 
     def left(self, done: int, updates: int) -> str:
-        """Such as ``"1:05 left"``; nothing before the first update and after the last."""
+        """Estimate as ``"1:05 left"``; empty before the first update and after the last."""
         if done in (self._first, updates):
             return ""
         elapsed = time.perf_counter() - self._start
@@ -240,9 +240,13 @@ class _Clock:
 
 @contextmanager
 def interruptible(say: bool = True) -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C, or SIGTERM, into a flag; a second one interrupts at once.
+    """Turn the first Ctrl-C or SIGTERM into a flag; a second one interrupts at once.
 
-    ``say``: whether to tell the user.
+    Args:
+        say: whether to print that the run will stop.
+
+    Yields:
+        A function that returns whether a signal has come.
     """
     flag = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -253,7 +257,7 @@ def interruptible(say: bool = True) -> Iterator[Callable[[], bool]]:
         if flag.is_set():
             raise KeyboardInterrupt
         flag.set()
-        # print() may have been interrupted in the middle, and must not be entered twice.
+        # The signal may have interrupted print(), which must not be entered twice.
         if say:
             os.write(2, b"\nstopping after this update; press Ctrl-C again to stop at once\n")
 

@@ -1,4 +1,4 @@
-"""The learners of ``tokenenv suite run``: built in, shipped or in a run folder, or a user's own."""
+"""Learners of ``tokenenv suite run``: built in, saved in a run folder, or a user's own."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from tokenenv.suite.results import HEURISTIC, RANDOM
 from tokenenv.suite.tasks import POINTS, Task
 
 Policies = dict[str, Any]
-"""By what is written down as their setting; a single one with a threshold is swept over it."""
+"""Policies by the setting that results hold; a single adjustable one is swept over thresholds."""
 
 
 @dataclass(frozen=True)
 class Means:
-    """What a learner may train with, beside the task.
+    """Model, images, device and precision that learners train with.
 
     Attributes:
-        weights: of the task's model; None: the embedded or timm's own.
-        data: photographs to learn from, for tasks that don't bring their own images.
-        device: where it computes.
-        dtype: what the model computes in.
+        weights: of the task's model; None: the embedded weights or timm's.
+        data: photographs to learn from, for tasks without images of their own.
+        device: such as ``cpu`` or ``cuda``.
+        dtype: precision of the model.
     """
 
     weights: str | None = None
@@ -49,34 +49,35 @@ class Means:
 
 
 Learn = Callable[[OpenTask, int, Path, Means], Policies]
-"""Gets the task, the seed, a folder for a run of its own, and what to train with."""
+"""A function of the task, the seed, a folder to write its run to, and what to train with."""
 
 SB3_PENALTIES: dict[Damage, tuple[float, ...]] = {
     "divergence": (20.0, 80.0, 320.0),
     "drift": (3.5, 16.0, 64.0),
 }
-"""For a kind of damage: stable-baselines3 learns a policy for each, with a third of the budget.
+"""Penalties by kind of damage; each trains one policy of stable-baselines3 on a third of the budget.
 
-A front is a staircase, so each should cost what a third of a task's range begins with. Chosen so on
-training images with one seed: of divergence (digits, range 0.20 to 0.37) 20 gave 0.19, 80 0.25 and
-320 0.31; of drift (DeiT-Tiny, 0.52 to 0.90) 4, 16 and 64. With 4 one seed of five cost more than
-the low end on test images, hence 3.5.
+The score counts the area under a step function, so the three policies should cost about as much as
+the lower ends of the three thirds of the task's range. They were chosen on training images with one
+seed. Divergence (digits, range 0.20 to 0.37): 20 gave 0.19, 80 gave 0.25, 320 gave 0.31. Drift
+(DeiT-Tiny, 0.52 to 0.90): 4, 16 and 64; with 4 one seed of five cost more than the lower end on
+test images, hence 3.5.
 """
 
 
 @dataclass(frozen=True)
 class Learner:
-    """One that ``--learner`` names.
+    """A learner that ``--learner`` names.
 
     Attributes:
         name: as typed.
-        learn: makes its policies.
+        learn: the function that makes its policies.
         summary: one line.
-        rules: the games it plays; empty: all.
-        deterministic: one seed says it all.
-        trains: in the precision that ``--dtype`` names; the others have no use for it.
-        learnt_in: the precision of those others; empty: that of the games it opens.
-        code: fingerprint of a user's own; results of another are not taken for this one's.
+        rules: names of the rules that it can play; empty: all.
+        deterministic: whether all seeds give the same policies, so that one is enough.
+        trains: whether it trains in the precision that ``--dtype`` names.
+        learnt_in: precision of a learner that does not; empty: that of the games it opens.
+        code: fingerprint of a user's own code, so that results of other code are not reused.
     """
 
     name: str
@@ -89,7 +90,7 @@ class Learner:
     code: str = ""
 
     def check(self, task: Task) -> None:
-        """Raise :class:`UserError` where it does not play the task's game."""
+        """Raise :class:`UserError` if the learner can't play the task's game."""
         if self.rules and task.rules not in self.rules:
             fits = ", ".join(
                 one.name for one in BUILT_IN if task.rules in (one.rules or (task.rules,))
@@ -104,7 +105,7 @@ def find_learner(name: str) -> Learner:
     """A learner by name.
 
     Raises:
-        UserError: there is none, or a user's own can't be imported or is no function.
+        UserError: it is unknown, or a user's own can't be imported or is no function.
     """
     for learner in BUILT_IN:
         if learner.name == name:
@@ -129,7 +130,7 @@ def find_learner(name: str) -> Learner:
 
 
 def _learnt_in(folder: Path) -> str:
-    """What a run's config says; those that say nothing are from when there was no choice."""
+    """Precision that a run's config names; old configs name none and are float32."""
     try:
         return str(json.loads((folder / "config.json").read_text()).get("dtype", "float32"))
     except (OSError, ValueError, AttributeError):
@@ -152,10 +153,10 @@ def _own(name: str) -> Learner:
 
 
 def checked(name: str, returned: Any) -> Policies:
-    """What a user's function returned, as policies with names.
+    """The policies that a user's function returned, by name.
 
     Raises:
-        UserError: it is neither a policy nor a list of one to :data:`POINTS` policies.
+        UserError: ``returned`` is neither a policy nor a list of 1 to :data:`POINTS` policies.
     """
     several = list(returned) if isinstance(returned, list | tuple) else [returned]
     policies = []
@@ -173,7 +174,7 @@ def checked(name: str, returned: Any) -> Policies:
 
 
 def _sweep_of(pattern: Callable[[Task], str], seeded: bool) -> Learn:
-    """A reference policy at each value of the task's grid."""
+    """A learner that returns one fixed policy for each value of the task's grid."""
 
     def learn(opened: OpenTask, seed: int, *_: Any) -> Policies:
         task = opened.spec
@@ -187,24 +188,24 @@ def _sweep_of(pattern: Callable[[Task], str], seeded: bool) -> Learn:
 
 
 def settings(task: Task, system: str, **changed: Any) -> Any:
-    """The preset of a system for a task: its budget, its blocks, the middle of its range."""
+    """Default settings of a system with the task's budget, blocks and target saving."""
     start: Any = preset(SYSTEMS[system].config, task.model)
     updates = task.budget // start.batch
     if system == "dora":
-        changed = {"skip": 0.0, **changed}  # a task without blocks of its own is played in all
+        changed = {"skip": 0.0, **changed}  # without blocks given, a task is played in all blocks
     return dataclasses.replace(
         start,
         updates=updates,
         evaluate_every=min(start.evaluate_every, updates),
         blocks=task.blocks,
         target_saving=task.target_saving,
-        calibrate=0,  # the suite reads many thresholds
+        calibrate=0,  # the suite measures at many thresholds
         **changed,
     )
 
 
 def _trained(system: str, **changed: Any) -> Learn:
-    """A system of ``tokenenv train``, in a run folder of its own, which is resumed."""
+    """A learner that trains a system of ``tokenenv train``, resuming the run in its folder."""
 
     def learn(opened: OpenTask, seed: int, folder: Path, means: Means) -> Policies:
         task = opened.spec
@@ -230,7 +231,7 @@ def _trained(system: str, **changed: Any) -> Learn:
 
 
 def _untrained(opened: OpenTask, seed: int, *_: Any) -> Policies:
-    """Where training starts from, with no update."""
+    """The policy that training starts from, without any update."""
     task = opened.spec
     config = settings(task, "dora" if task.rules == "layer_merge" else "rl4evit")
     torch.manual_seed(seed)
@@ -239,9 +240,9 @@ def _untrained(opened: OpenTask, seed: int, *_: Any) -> Policies:
 
 
 def _sb3(opened: OpenTask, seed: int, _folder: Path, means: Means) -> Policies:
-    """stable-baselines3's PPO on the game of one agent per block, once for each penalty.
+    """Policies of stable-baselines3's PPO on the game of one agent per block, one per penalty.
 
-    Damage is what DORA's preset for the task takes for it.
+    The kind of damage in the reward is that of DORA's default settings for the task.
     """
     from tokenenv.envs.sb3 import SB3VecEnv  # says what to install
 
@@ -269,14 +270,14 @@ def _sb3(opened: OpenTask, seed: int, _folder: Path, means: Means) -> Policies:
 
 
 BUILT_IN = (
-    Learner(RANDOM, _sweep_of(lambda task: task.random, True), "at random; score 0"),
+    Learner(RANDOM, _sweep_of(lambda task: task.random, True), "random decisions; score 0"),
     Learner(
         HEURISTIC,
         _sweep_of(lambda task: task.heuristic, False),
         "class attention where tokens are pruned, ToMe where they merge",
         deterministic=True,
     ),
-    Learner("untrained", _untrained, "where mappo and dora start from, with no update"),
+    Learner("untrained", _untrained, "the policies that mappo and dora start from, untrained"),
     Learner(
         "ippo",
         _trained("rl4evit", centralised=False),
@@ -294,4 +295,4 @@ BUILT_IN = (
         trains=True,
     ),
 )
-"""By name; every one keeps the task's budget."""
+"""The built-in learners; each stays within the task's budget."""
