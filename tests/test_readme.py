@@ -145,6 +145,13 @@ def test_the_training_page_lists_every_system() -> None:
     assert sorted(listed("docs/training.md", "Systems")) == sorted(SYSTEMS)
 
 
+def test_what_the_changelog_says_is_imported_now_can_be() -> None:
+    table = text("CHANGELOG.md").split("| before | now |")[1].split("\n\n")[0]
+    names = re.findall(r"`([\w.]+)`", "\n".join(row.split("|")[2] for row in table.split("\n")[2:]))
+    assert len(names) > 15
+    assert [name for name in names if find_spec(name) is None] == []
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     links = re.findall(r"\]\(([^)#]+)\)", text(page))

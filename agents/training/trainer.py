@@ -129,7 +129,7 @@ class Trainer:
                 self._save(clock)
 
     def _evaluate(self, log: Log, clock: _Clock) -> None:
-        """Judge the policy, keep it if it is the best so far, print a line, write the checkpoint."""
+        """Judge the policy, keep it if it is the best so far, print a line, save a checkpoint."""
         found = self.judge(self.learner.policy)
         better = found.beats(self.best, self.target_saving, self.target_drop)
         if better:

@@ -55,7 +55,7 @@ SB3_PENALTIES: dict[Damage, tuple[float, ...]] = {
     "divergence": (20.0, 80.0, 320.0),
     "drift": (3.5, 16.0, 64.0),
 }
-"""Penalties by kind of damage; each trains one policy of stable-baselines3 on a third of the budget.
+"""Penalties by kind of damage. stable-baselines3 trains a policy for each on a third of the budget.
 
 The score counts the area under a step function, so the three policies should cost about as much as
 the lower ends of the three thirds of the task's range. They were chosen on training images with one
