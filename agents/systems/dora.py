@@ -102,7 +102,7 @@ class DoraConfig(_DoraCommon):
         features: what the agent observes of a candidate pair, see
             :class:`~tokenenv.game.rules.LayerMerge`.
         hidden: widths of the actor's hidden layers.
-        initial_merge: probability of merging a pair with cosines of 0.9 before training.
+        initial_merge: probability of merging before training, for a pair with cosines of 0.9.
         lean: slopes of the log-odds of merging before training, per 0.05 of the cosine of the keys,
             of the same less its mean over the candidates, and of the cosine of the tokens; each
             only if ``features`` has it.

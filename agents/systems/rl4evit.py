@@ -26,7 +26,7 @@ class RL4EViTConfig(PolicyConfig):
         features: what an agent observes of its own token.
         share: whether it also observes the class token.
         reward: ``cooperative`` (ours), ``alpha_beta`` or ``keep_target`` (RL4EViT's).
-        beta: price of keeping a token, per decision (``cooperative``, ``alpha_beta``), before
+        beta: price of a token kept, per decision (``cooperative``, ``alpha_beta``), before
             training; with ``closed_loop`` it is adjusted in training. Choosing ``alpha_beta`` sets
             it to 0.1 and ``closed_loop`` to false unless they are given.
         alpha: weight of the class reward; 0: the default of the reward for the model.
