@@ -30,7 +30,7 @@ class PolicyConfig(SystemConfig):
     last one :meth:`learner`.
 
     Attributes:
-        updates: number of updates; each is a rollout of ``batch`` images and its PPO epochs.
+        updates: rollouts of ``batch`` images, each followed by epochs of PPO.
         batch: images per rollout.
         repeats: how often each image is in a batch, see :class:`~agents.learners.ppo.PPOConfig`.
         blocks: decision blocks; empty: the default of the system.
