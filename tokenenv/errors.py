@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class UserError(ValueError):
@@ -12,6 +19,33 @@ class UserError(ValueError):
     The command line prints the line and exits with status 2; library users may catch it as
     a ``ValueError``.
     """
+
+
+class UnknownArgument(UserError, TypeError):
+    """A keyword argument that a function does not take; Python raises a ``TypeError`` for one."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'model'?"``, the end of a message, or nothing where no word is close."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def check_keywords(function: Callable[P, R]) -> Callable[P, R]:
+    """Make a function raise :class:`UnknownArgument` for a keyword that it does not take."""
+    known = list(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in kwargs:
+            if name not in known:
+                raise UnknownArgument(
+                    f"{function.__name__}() has no argument '{name}': choose from "
+                    f"{', '.join(known)}{did_you_mean(name, known)}"
+                )
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def run_script(main: Callable[[], None]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -15,9 +14,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tokenenv.errors import UserError
+from tokenenv.errors import UserError, did_you_mean
 
 _PREFIX = "tokenenv_own_"
+_DIGESTS: dict[str, str] = {}
+"""By the name of the module, the SHA-256 of the file that it was made of."""
+
+REGISTER = "register_reducer, register_policy or register_rules"
+"""For messages: how a user's own class is made known to files that hold one."""
+
 _FORM = "give module:Name, importable from here or installed, or path/to/file.py:Name"
 
 
@@ -65,7 +70,7 @@ def load_own(word: str) -> Own:
         raise _mistake(word, f"'{place}' is no module's name")
     try:
         module = importlib.import_module(place)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _failed(word, error) from error
     found = _attribute(word, module, name)
     source = _source_file(found, module)
@@ -83,26 +88,46 @@ def split_own(what: str) -> tuple[str, str] | None:
 def origin_of(cls: type) -> dict[str, str] | None:
     """Where a class of a user's own comes from, so that :func:`load_origin` finds it again.
 
-    None for a class of this package, and for one that was typed into an interpreter.
+    None for a class of this package, and for one that no import finds: typed into an interpreter,
+    or made inside a function or another class.
     """
-    module = sys.modules.get(cls.__module__)
-    if module is None or cls.__module__.partition(".")[0] in ("tokenenv", "agents"):
+    module, name = sys.modules.get(cls.__module__), cls.__qualname__
+    if module is None or is_packaged(cls) or not name.isidentifier():
         return None
-    file = getattr(module, "__file__", None)
-    if cls.__module__.startswith(_PREFIX) or cls.__module__ == "__main__":
-        if file is None:
-            return None
-        path = Path(file).resolve()
-        return {"file": str(path), "name": cls.__qualname__, "sha256": _sha256(path)}
-    return {"module": cls.__module__, "name": cls.__qualname__}
+    if not (cls.__module__.startswith(_PREFIX) or cls.__module__ == "__main__"):
+        return {"module": cls.__module__, "name": name}
+    path = Path(getattr(module, "__file__", None) or "").resolve()
+    if cls.__module__ not in _DIGESTS and not path.is_file():
+        return None
+    digest = _DIGESTS.get(cls.__module__) or _sha256(path)
+    return {"file": str(path), "name": name, "sha256": digest}
+
+
+def is_packaged(cls: type) -> bool:
+    """Whether a class is one of this package's own."""
+    return cls.__module__.partition(".")[0] in ("tokenenv", "agents")
+
+
+def same_place(one: type, other: type) -> bool:
+    """Whether two classes are one piece of code: the same name in the same file, or notebook.
+
+    A notebook's cell that runs again, and a file that is both run and named in a command, define
+    their classes anew.
+    """
+    return _place(one) == _place(other)
+
+
+def _place(cls: type) -> tuple[str, str]:
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return (str(Path(file).resolve()) if file else cls.__module__, cls.__qualname__)
 
 
 def load_origin(origin: Any) -> Any:
     """The class that :func:`origin_of` described. Its module or file is executed.
 
     Raises:
-        UserError: it is no such description, or the class can't be found; a file that has changed
-            since is not executed.
+        UserError: it is no such description, or the class can't be found, which the message says
+            how to mend; a file that has changed since is not executed.
     """
     parts = [origin.get(key) for key in ("module", "file")] if isinstance(origin, dict) else []
     place = next((part for part in parts if isinstance(part, str)), None)
@@ -112,9 +137,17 @@ def load_origin(origin: Any) -> Any:
     if "file" in origin and path.is_file() and _sha256(path) != origin.get("sha256"):
         raise UserError(
             f"'{place}' has changed since its class '{origin['name']}' was saved: restore it, or "
-            f"name the method anew as {place}:{origin['name']}"
+            f"name the method anew as {place}:{origin['name']}, or import the class and register it"
         )
-    return load_own(f"{place}:{origin['name']}").object
+    try:
+        return load_own(f"{place}:{origin['name']}").object
+    except UserError as error:
+        reason = str(error.__cause__ or error).removesuffix(f": {_FORM}")
+        raise UserError(
+            f"its class '{origin['name']}' came from '{place}', which can't be imported "
+            f"({reason}): restore that, or import the class from where it is now, register it "
+            f"({REGISTER}), and load again"
+        ) from error
 
 
 def _is_module(place: str) -> bool:
@@ -131,11 +164,12 @@ def _import_file(word: str, path: Path, digest: str) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    _DIGESTS[name] = digest
     try:
         spec.loader.exec_module(module)
     except BaseException as error:
         del sys.modules[name]
-        if isinstance(error, Exception):
+        if isinstance(error, Exception | SystemExit):
             raise _failed(word, error) from error
         raise
     return module
@@ -144,8 +178,7 @@ def _import_file(word: str, path: Path, digest: str) -> ModuleType:
 def _attribute(word: str, module: ModuleType, name: str) -> Any:
     if hasattr(module, name):
         return getattr(module, name)
-    near = difflib.get_close_matches(name, [n for n in vars(module) if n[0] != "_"], n=1)
-    hint = f"; did you mean '{near[0]}'?" if near else ""
+    hint = did_you_mean(name, [known for known in vars(module) if known[0] != "_"])
     raise _mistake(word, f"there is no '{name}' in it{hint}")
 
 
@@ -162,7 +195,7 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _failed(word: str, error: Exception) -> UserError:
+def _failed(word: str, error: BaseException) -> UserError:
     return _mistake(word, f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 

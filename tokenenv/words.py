@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from tokenenv.errors import UserError
+
+_READERS = {bool: "flag", int: "whole", float: "number", str: "text"}
+"""The method of :class:`Words` that reads a plain type."""
+
+
+def is_readable(hint: Any) -> bool:
+    """Whether :meth:`Words.value` reads words as this type."""
+    if get_origin(hint) is tuple:
+        return set(get_args(hint)) <= {int, Ellipsis}
+    return hint in _READERS or get_origin(hint) is Literal
 
 
 class Words:
@@ -118,24 +128,31 @@ class Words:
         return self._text(key, default)
 
     def value(self, key: str, hint: Any, count: int) -> Any:
-        """An argument that is there, as the type of a dataclass's field says.
+        """An argument that was given, read as the type of a field or parameter.
 
         Args:
             key: its name.
-            hint: ``bool``, ``int``, ``float``, ``str``, a ``Literal``, or a tuple of whole numbers,
-                of which a single one is for all of ``count`` blocks.
-            count: number of blocks.
+            hint: ``bool``, ``int``, ``float``, ``str``, a ``Literal``, or a tuple of whole numbers;
+                of a union, such as ``float | None``, the first of these.
+            count: how many numbers a tuple has where only one was given, which stands for all.
+
+        Raises:
+            UserError: the word is of another type, or no word can be read as ``hint``.
         """
+        parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        hint = next((part for part in parts if is_readable(part)), None)
+        if hint is None:
+            raise UserError(
+                f"'{self.what}': {key} can't be given as a word: only numbers, booleans, words and "
+                "tuples of whole numbers can"
+            )
         origin = get_origin(hint)
         if origin is Literal:
             return self.choice(key, *get_args(hint))
         if origin is tuple:
             numbers = self.wholes(key)
             return numbers * count if len(numbers) == 1 else numbers
-        readers: dict[Any, Callable[[str], Any]] = {
-            bool: self.flag, int: self.whole, float: self.number, str: self.text,
-        }  # fmt: skip
-        return readers[hint](key)
+        return getattr(self, _READERS[hint])(key)
 
     def missing(self, key: str) -> UserError:
         """The error to raise for a required argument that was not given."""

@@ -21,6 +21,7 @@ from agents.policies.heuristics import (
 from tokenenv.errors import UserError
 from tokenenv.game.policy import Method, Policy
 from tokenenv.game.stored import find_class, remake
+from tokenenv.own import same_place
 from tokenenv.reducers import REDUCERS, Reducer
 from tokenenv.storage import read_tensors
 
@@ -60,7 +61,7 @@ def register_policy(cls: P) -> P:
     Raises:
         UserError: the name is taken.
     """
-    if POLICIES.get(cls.__name__, cls) is not cls:
+    if not same_place(POLICIES.get(cls.__name__, cls), cls):
         raise UserError(f"policy class '{cls.__name__}' exists already: give it another name")
     POLICIES[cls.__name__] = cls
     return cls
@@ -85,11 +86,12 @@ def load_policy(path: Path, trust: bool = False) -> Method:
             method.eval()
     except UserError as error:
         raise UserError(f"'{path}' can't be loaded: {error}") from error
-    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
-        reason = str(error).splitlines()[-1].strip()  # torch puts what is wrong into the last line
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        # torch puts what is wrong into the last line
+        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
         raise UserError(
-            f"'{path}' is not a policy of this version ({reason}): train it anew"
-        ) from None
+            f"'{path}' is not a policy of this version ({reason[0].strip()}): train it anew"
+        ) from error
     return method
 
 

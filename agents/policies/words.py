@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from tokenenv.game.policy import Method, Policy, as_method
 from tokenenv.game.rules import LayerMerge, TokenPrune
 from tokenenv.own import load_own, split_own
 from tokenenv.reducers import REDUCERS, Reducer
-from tokenenv.words import Words
+from tokenenv.words import Words, is_readable
 
 
 class Word(NamedTuple):
@@ -44,7 +45,13 @@ class Word(NamedTuple):
 def usages() -> dict[str, str]:
     """The usage line of every method that needs no training."""
     policies = {name: word.usage for name, word in WORDS.items()}
-    return policies | {name: reducer.usage for name, reducer in REDUCERS.items()}
+    return policies | {name: _usage(name, reducer) for name, reducer in REDUCERS.items()}
+
+
+def _usage(name: str, reducer: type[Reducer]) -> str:
+    """A reducer's usage line; one that has none lists its fields."""
+    names = [field.name for field in fields(reducer) if field.name != "depth"]
+    return reducer.usage or f"{name} takes {', '.join(names)}"
 
 
 def parse_policy(what: str, depth: int, trust: bool = False) -> Method:
@@ -100,6 +107,12 @@ def plain(what: str) -> str:
     return os.path.join(".", folder) if folder in known else folder
 
 
+def code_of(what: str) -> str:
+    """A digest of the source of a user's own method; empty for any other name."""
+    own = None if split_name(what)[0] in usages() else split_own(what)
+    return load_own(own[0]).origin.get("sha256", "") if own else ""
+
+
 def folder_of(what: str) -> Path | None:
     """Where a run or a shipped policy is kept; None for anything else."""
     name = split_name(what)[0]
@@ -109,38 +122,93 @@ def folder_of(what: str) -> Path | None:
 
 
 def _own(what: str, word: str, rest: str, depth: int) -> Method:
-    """A method that a module or a file of the user's defines."""
+    """A method that a user's module or file defines: a class, a function that makes one, or one."""
     found = load_own(word).object
-    if isinstance(found, Method):
+    wanted = (
+        "name a subclass of tokenenv.reducers.Reducer or of tokenenv.Policy, an instance of one, "
+        "or a function that returns one"
+    )
+    decides = hasattr(found, "act") or isinstance(found, Method)
+    if isinstance(found, type):
+        fits = decides or issubclass(found, Method)
+    else:
+        fits = decides or callable(found)
+    if not fits:
+        raise UserError(f"'{word}' is {found!r:.60}: {wanted}")
+    if not isinstance(found, type) and decides:
         if rest:
             raise UserError(f"'{word}' is a method already: leave ':{rest}' out")
-        return found
-    if not callable(found):
-        raise UserError(f"'{word}' is {found!r:.60}: name a reducer, a policy, or a function")
-    if isinstance(found, type) and issubclass(found, Reducer):
-        names = [field.name for field in fields(found) if field.name != "depth"]
-        words = Words(what, rest, found.usage or f"{word} takes {', '.join(names)}")
-        method: Method = found.from_words(words, depth)
-    else:
-        parameters = inspect.signature(found).parameters
-        words = Words(what, rest, f"{word} takes {', '.join(parameters) or 'no arguments'}")
-        method = as_method(_called(found, words, depth))
+        return as_method(found)
+    reads = _reducer if isinstance(found, type) and issubclass(found, Reducer) else _called
+    try:
+        made = reads(found, what, word, rest, depth)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(
+            f"'{what}' can't be made ({reason}): correct it; tokenenv --traceback shows the line"
+        ) from error
+    try:
+        return as_method(made)
+    except UserError:
+        raise UserError(f"'{word}' makes {made!r:.60}: {wanted}") from None
+
+
+def _reducer(cls: type[Reducer], what: str, word: str, rest: str, depth: int) -> Reducer:
+    """A reducer from its class and the words for its fields."""
+    own = [
+        name for name, kind in inspect.get_annotations(cls).items() if "ClassVar" not in str(kind)
+    ]
+    known = [field.name for field in fields(cls)]
+    lost = next((name for name in own if name not in known), None)
+    if lost:
+        raise UserError(
+            f"'{word}' has a field '{lost}' that can't be set: write @dataclass(frozen=True) above "
+            "the class"
+        )
+    words = Words(what, rest, _usage(word, cls))
+    made = cls.from_words(words, depth)
     words.check_all_read()
-    return method
+    return made
 
 
-def _called(make: Callable[..., Any], words: Words, depth: int) -> Any:
-    """What a class or a function makes of the arguments; ``depth`` is the model's, unasked."""
-    hints = get_type_hints(getattr(make, "__init__") if isinstance(make, type) else make)  # noqa: B009
+def _called(make: Callable[..., Any], what: str, word: str, rest: str, depth: int) -> Any:
+    """What a class or a function returns for the words; ``depth`` is the model's, if it is asked.
+
+    A word is read as the type of its parameter: the annotation, else the type of the default.
+    """
+    taken = {
+        name: parameter
+        for name, parameter in inspect.signature(make).parameters.items()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    }
+    names = [name for name in taken if name != "depth"]
+    words = Words(what, rest, f"{word} takes {', '.join(names) or 'no arguments'}")
     given: dict[str, Any] = {}
-    for name, parameter in inspect.signature(make).parameters.items():
+    for name, parameter in taken.items():
         if name == "depth":
             given[name] = depth
         elif words.has(name):
-            given[name] = words.value(name, hints.get(name, str), depth)
-        elif parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
+            given[name] = words.value(name, _type_of(make, parameter), 1)
+        elif parameter.default is parameter.empty:
             raise words.missing(name)
+    words.check_all_read()
     return make(**given)
+
+
+def _type_of(make: Callable[..., Any], parameter: inspect.Parameter) -> Any:
+    """As what type to read a word for a parameter."""
+    function = make.__init__ if isinstance(make, type) else make  # type: ignore[misc]
+    hints = {}
+    with contextlib.suppress(NameError, TypeError):  # not importable, or no function with hints
+        hints = get_type_hints(function)
+    if parameter.name in hints:
+        return hints[parameter.name]
+    if isinstance(parameter.default, tuple):
+        return tuple[int, ...]
+    kind = type(parameter.default)
+    return kind if is_readable(kind) else str
 
 
 def _learned(words: Words, policy: Method) -> Method:

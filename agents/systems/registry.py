@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from agents.systems.settings import SystemConfig, check_config
 from tokenenv.errors import UserError
-from tokenenv.own import is_own, load_own
+from tokenenv.own import is_own, load_own, same_place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,17 +99,12 @@ def register_system(name: str, summary: str = "") -> Callable[[_Class], _Class]:
 
     def register(cls: _Class) -> _Class:
         check_config(cls)
-        if name in SYSTEMS and _place(SYSTEMS[name].home) != _place(cls):
+        if name in SYSTEMS and not same_place(SYSTEMS[name].config, cls):
             raise UserError(f"system '{name}' exists already: register it under another name")
         SYSTEMS[name] = System(name, cls, summary)
         return cls
 
     return register
-
-
-def _place(home: str | type[SystemConfig]) -> str:
-    """``module:Class``; a notebook cell that runs twice defines two classes with the same one."""
-    return home if isinstance(home, str) else f"{home.__module__}:{home.__qualname__}"
 
 
 def find_system(word: str) -> System:

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import math
 import numbers
 import operator
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from tokenenv.errors import UserError
+from tokenenv.errors import UnknownArgument, UserError, did_you_mean
 
 if TYPE_CHECKING:
     from agents.training.request import Request, Training
     from agents.workers import Workers
-
-
-class UnknownSetting(UserError, TypeError):
-    """A setting that a system does not have: what Python raises for an unknown argument."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,34 +168,37 @@ def check_settings(config: Any) -> None:
 
 
 def with_settings(config: C, given: dict[str, Any]) -> C:
-    """A copy of ``config`` with the settings ``given`` and those that they imply.
+    """A copy of ``config`` with the settings ``given`` to ``train`` and those that they imply.
 
     Raises:
         UserError: see :func:`read_settings`, or a value out of its range.
     """
-    values = read_settings(type(config), given)
+    values = read_settings(type(config), given, RESERVED)
     return dataclasses.replace(config, **{**config.implied(values), **values})
 
 
-def read_settings(cls: type[SystemConfig], given: dict[str, Any]) -> dict[str, Any]:
+def read_settings(
+    cls: type[SystemConfig], given: dict[str, Any], others: Sequence[str] = ()
+) -> dict[str, Any]:
     """Check and convert values for the fields of ``cls``.
 
     Args:
         cls: the class of a system's settings.
         given: values by name. Strings are read in the command line's form, in which lists are
             separated by slashes or commas.
+        others: names that may have been meant by one that is no field.
 
     Raises:
-        UnknownSetting: a name that is no field. UserError: a value of the wrong type.
+        UnknownArgument: a name is no field.
+        UserError: a value has the wrong type.
     """
     hints = _hints(cls)
     values: dict[str, Any] = {}
     for key, value in given.items():
         if key not in hints:
-            near = difflib.get_close_matches(key, hints, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise UnknownSetting(
-                f"{key}={word(value)}: unknown key; choose from {', '.join(sorted(hints))}{hint}"
+            raise UnknownArgument(
+                f"{key}={word(value)}: unknown key; choose from {', '.join(sorted(hints))}"
+                f"{did_you_mean(key, [*hints, *others])}"
             )
         try:
             values[key] = _read(hints[key], value)

@@ -122,9 +122,9 @@ class FineTuning:
         with events(self.out, self.trainer) as log:
             self.trainer.run(log)
         if self.workers.rank:
-            return Run(self.out, config)
+            return Run(self.out, config, trust=True)
         report_skipped(self.source)
-        return Run(self.out, config, self._report())
+        return Run(self.out, config, self._report(), trust=True)  # its code has run here
 
     def _report(self) -> dict[str, Any]:
         """Write weights, report and picture, print the result, and return the report."""

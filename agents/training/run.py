@@ -27,15 +27,17 @@ class Run:
         config: system, model, images, seed, settings and versions, as in ``config.json``.
         report: accuracy, cost and history, as in ``report.json``. If several processes trained
             together, only the first one has it.
+        trust: whether a user's own code that the policy's file names may be run.
     """
 
     folder: Path
     config: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
+    trust: bool = False
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> Run:
-        """Read the run that was written to ``folder``.
+    def open(cls, folder: str | os.PathLike[str], trust: bool = False) -> Run:
+        """Read the run that was written to ``folder``; ``trust`` as above.
 
         Raises:
             UserError: there is none, it has not been reported on yet, or a file of it is damaged.
@@ -49,7 +51,7 @@ class Run:
                     f"'{path / name}' doesn't say {', '.join(missing)}: it is not a run's, restore "
                     "it or train again"
                 )
-        return cls(path, config, report)
+        return cls(path, config, report, trust)
 
     @property
     def stopped(self) -> bool:
@@ -60,7 +62,7 @@ class Run:
     def policy(self) -> Any:
         """The trained policy, on the CPU; None of a model with LTM blocks, which has none."""
         path = self.folder / POLICY
-        return load_policy(path) if path.is_file() else None
+        return load_policy(path, self.trust) if path.is_file() else None
 
     def to_dict(self) -> dict[str, Any]:
         """Folder, config, report and whether it was stopped, as JSON."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tokenenv.cli.main import main
-from tokenenv.suite import report, tasks
-from tokenenv.suite.tasks import TASKS, Task, find_task
+from tokenenv.suite.tasks import TASKS, Task, find_task, register_task
 
 TINY = dataclasses.replace(
     find_task("digits-prune-v0"),
@@ -25,11 +25,14 @@ TINY_MERGE = dataclasses.replace(
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A folder of its own, and two small tasks more."""
     monkeypatch.chdir(tmp_path)
-    for module in (tasks, report):
-        monkeypatch.setattr(module, "TASKS", (*TASKS, TINY, TINY_MERGE))
+    known = list(TASKS)
+    for task in (TINY, TINY_MERGE):
+        register_task(task)
+    yield
+    TASKS[:] = known
 
 
 def run(command: str) -> int:

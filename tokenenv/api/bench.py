@@ -15,7 +15,7 @@ from tqdm import tqdm
 from tokenenv.api.opening import Opened, each_once, named_model, open_candidates, text
 from tokenenv.data import open_source
 from tokenenv.data.pixels import Preprocess
-from tokenenv.errors import UserError
+from tokenenv.errors import UserError, check_keywords
 from tokenenv.game.episode import Execution
 from tokenenv.measure.speed import Speed, timings
 from tokenenv.measure.speed import bench as time_all
@@ -58,6 +58,7 @@ class Speeds:
         )
 
 
+@check_keywords
 def bench(
     what: Sequence[Any],
     *,

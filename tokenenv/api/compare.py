@@ -16,7 +16,7 @@ from tqdm import tqdm
 from agents.policies.words import plain
 from tokenenv.api.opening import Opened, each_once, named_model, open_candidates, text
 from tokenenv.data import ImageSource, open_source
-from tokenenv.errors import UserError
+from tokenenv.errors import UserError, check_keywords
 from tokenenv.measure.candidate import Candidate
 from tokenenv.measure.comparison import (
     Comparison,
@@ -37,6 +37,7 @@ from tokenenv.storage import writable_folder, write_bytes, write_json
 _BATCH = 64  # as in evaluate; it affects only the draws of random policies
 
 
+@check_keywords
 def compare(
     what: Sequence[Any],
     *,

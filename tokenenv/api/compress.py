@@ -11,12 +11,13 @@ from tokenenv.api.opening import named_model, open_candidates
 from tokenenv.api.what import NamedMethod, NamedWord, method_of, name_what, no_method
 from tokenenv.deploy.compressed import CompressedViT
 from tokenenv.deploy.compressed import compress as compress_model
-from tokenenv.errors import UserError
+from tokenenv.errors import UserError, check_keywords
 from tokenenv.game.episode import Execution
 from tokenenv.measure.candidate import MethodCandidate
 from tokenenv.vit.families import family_of
 
 
+@check_keywords
 def compress(
     model: nn.Module | str | None,
     what: Any,

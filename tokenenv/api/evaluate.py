@@ -9,6 +9,7 @@ from typing import Any
 
 from tokenenv.api.opening import named_model, open_candidates, text
 from tokenenv.data import ImageSource, open_source
+from tokenenv.errors import check_keywords
 from tokenenv.measure.evaluation import Evaluation
 from tokenenv.measure.printing import evaluation_bar, evaluation_json
 
@@ -80,6 +81,7 @@ class Evaluated:
         )
 
 
+@check_keywords
 def evaluate(
     what: Any,
     *,

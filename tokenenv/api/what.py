@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from agents.policies import POLICY
-from agents.policies.words import folder_of, parse_policy, split_name
+from agents.policies.words import code_of, folder_of, parse_policy, split_name
 from agents.training import Run
 from agents.training.run import CONFIG as RUN_CONFIG
 from agents.training.run import MODEL, REPORT
@@ -91,7 +91,7 @@ def name_what(what: Any, trust: bool = False) -> Named:
         UserError: it is none of these, or a folder with arguments that it can't take.
     """
     if isinstance(what, Run):
-        what = what.folder
+        what, trust = what.folder, trust or what.trust
     if isinstance(what, os.PathLike):
         what = os.fspath(what)
     if isinstance(what, LTM):
@@ -190,9 +190,10 @@ class NamedWord:
         """The method on the dense model, or on the model fine-tuned with it."""
         assert isinstance(dense, Backbone) and self.method is not None
         known, method, backbone = self.made_of(), self.method, dense
-        digest = hashlib.sha256()
-        if self.folder is not None:
-            digest.update((self.folder / POLICY).read_bytes())
+        if self.folder is None:
+            digest = hashlib.sha256(code_of(self.what).encode())
+        else:
+            digest = hashlib.sha256((self.folder / POLICY).read_bytes())
         if known.tuned is not None:
             check_same_model([self.what], known, model.name)
             digest.update(Path(known.tuned).read_bytes())

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokenenv.cli.options import Parser, add_dtype, seeds, writable_file
+from tokenenv.cli.options import Parser, add_dtype, add_trust, seeds, writable_file
 from tokenenv.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
     run.add_argument("--test-data", metavar="DIR", help="other photographs to test on, for those")
     run.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda ...; default: cpu")
     add_dtype(run, "precision that learners train in; tests are in float32")
+    add_trust(run)
     score = actions.add_parser("score", help="tables of scores, beside the reference results")
     plot = actions.add_parser("plot", help="draw the fronts and the intervals of the scores")
     for reader in (score, plot):
@@ -102,7 +103,7 @@ def _run(args: argparse.Namespace) -> None:
         seeds=args.seeds,
         out=args.out,
         test_data=args.test_data,
-        means=Means(args.weights, args.data, args.device, args.dtype),
+        means=Means(args.weights, args.data, args.device, args.dtype, args.trust),
     )
     print(f"tokenenv suite score {args.out} and tokenenv suite plot {args.out} show the results")
 

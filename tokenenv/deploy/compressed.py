@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from tokenenv.errors import UserError
 from tokenenv.game.episode import EXECUTIONS, Episode, Execution, default_execution
-from tokenenv.game.policy import Method, as_method, play
+from tokenenv.game.policy import DuckPolicy, Method, as_method, play
+from tokenenv.own import same_place
 from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.load import check_device, load_model
 
@@ -193,6 +194,7 @@ class CompressedViT(nn.Module):
         (folder / WEIGHTS).write_bytes(save(state))
         self.policy.save(folder / POLICY)
         self._check_twin(folder)
+        self._check_method(folder)
 
     @torch.no_grad()
     def _check_twin(self, folder: Path) -> None:
@@ -202,18 +204,32 @@ class CompressedViT(nn.Module):
             "and pooling, and can't be read back: save its state_dict() and build it by your code"
         )
         try:
-            twin = load_compressed(
-                folder, self.backbone.device, trust=True
-            )  # its own class is here
+            read, _ = _load_model(folder, self.backbone.device)
         except UserError as error:
             raise UserError(f"{words} ({error})") from None
         shape = (1, *self.backbone.image_shape)
         image = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         image = image.to(self.backbone.device, self.backbone.dtype)
         model = copy.deepcopy(self.model).eval()
-        same = torch.allclose(model(image), twin.model(image), rtol=1e-3, atol=1e-4)
-        if not same or _dropped(model) != _dropped(twin.model):
+        same = torch.allclose(model(image), read(image), rtol=1e-3, atol=1e-4)
+        if not same or _dropped(model) != _dropped(read):
             raise UserError(words)
+
+    def _check_method(self, folder: Path) -> None:
+        """See that the method can be loaded, and is of the same class."""
+        import agents  # the only policies that come with a way to read them back
+
+        kind = type(self.policy)
+        try:
+            found = type(agents.load(folder, trust=True))  # its code runs in this process already
+        except UserError as error:
+            reason = error.__cause__ or error
+            raise UserError(f"the {kind.__name__} can't be read back: {reason}") from error
+        if not isinstance(self.policy, DuckPolicy) and not same_place(found, kind):
+            raise UserError(
+                f"the {kind.__name__} would be read back as the {found.__module__}."
+                f"{found.__qualname__}: give your class another name"
+            )
 
     def _play(self, x: Tensor) -> Episode:
         return self._play_outside(x, torch.compiler.is_dynamo_compiling())
@@ -258,13 +274,22 @@ def load_compressed(
     """
     import agents  # imported late: it reads policies back
 
-    place, folder = check_device(device), Path(folder)
+    model, execution = _load_model(folder := Path(folder), check_device(device))
+    return compress(model, agents.load(folder, trust), execution)
+
+
+def _load_model(folder: Path, device: torch.device) -> tuple[nn.Module, Execution | None]:
+    """The dense model of a saved compressed one, and how it runs.
+
+    Raises:
+        UserError: no such folder, or it is not complete.
+    """
     try:
         config = json.loads((folder / CONFIG).read_text())
         name, options = config["model"], dict(config["options"])
         options["img_size"] = tuple(options["img_size"])
         dtype, execution = getattr(torch, config["dtype"]), config["execution"]
-        model = load_model(name, str(folder / WEIGHTS), options).to(place, dtype)
+        return load_model(name, str(folder / WEIGHTS), options).to(device, dtype), execution
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
@@ -272,4 +297,3 @@ def load_compressed(
             f"'{folder}' holds no compressed model ({CONFIG}: {type(error).__name__}): "
             "give a folder that 'tokenenv compress' or save() wrote"
         ) from None
-    return compress(model, agents.load(folder, trust), execution)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tokenenv.data import ImageSource, Split, open_source
-from tokenenv.errors import UserError
+from tokenenv.errors import UnknownArgument, UserError, did_you_mean
 from tokenenv.game.episode import Execution
 from tokenenv.game.game import Game
 from tokenenv.game.rewards import REWARDS, Reward, Turn, as_reward
@@ -111,6 +112,17 @@ def build_rules(
     Raises:
         UserError: unknown name or setting, a value out of range, or settings beside an instance.
     """
+    if isinstance(rules, str) and rules not in RULES:
+        raise UserError(f"unknown rules '{rules}': choose from {', '.join(RULES)}")
+    cls: Any = RULES[rules] if isinstance(rules, str) else type(rules)
+    known = [field.name for field in fields(cls) if field.name != "blocks"]
+    for key in settings:
+        if key not in known:
+            hint = did_you_mean(key, [*known, *inspect.signature(build_game).parameters])
+            raise UnknownArgument(
+                f"unknown argument '{key}': the rules take {', '.join(known)}; what a reward takes "
+                f"goes into reward_kwargs={{...}}{hint}"
+            )
     if isinstance(rules, Rules):
         given = {"blocks": blocks, "max_cycles": max_cycles, **settings}
         extra = [name for name, value in given.items() if value is not None]
@@ -120,16 +132,6 @@ def build_rules(
                 f"{type(rules).__name__}()"
             )
         return rules
-    if rules not in RULES:
-        raise UserError(f"unknown rules '{rules}': choose from {', '.join(RULES)}")
-    cls: Any = RULES[rules]
-    known = [field.name for field in fields(cls) if field.name != "blocks"]
-    for key in settings:
-        if key not in known:
-            raise UserError(
-                f"unknown argument '{key}': the rules take {', '.join(known)}; what a reward takes "
-                "goes into reward_kwargs={...}"
-            )
     if blocks is not None and max_cycles not in (None, len(blocks)):
         raise UserError(
             f"max_cycles={max_cycles} but {len(blocks)} decision blocks are given: "

@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from tokenenv.errors import UserError
-from tokenenv.own import load_origin, origin_of
+from tokenenv.own import REGISTER, is_packaged, load_origin, origin_of
 
 
 def describe(made: Any) -> dict[str, Any]:
@@ -32,9 +32,10 @@ def remake(described: dict[str, Any], known: Iterable[type], trust: bool = False
         trust: whether the code that defines another class may be run.
 
     Raises:
-        KeyError: the class is unknown.
+        KeyError: no class is named.
         TypeError: the class does not have such fields.
-        UserError: it is a user's own class and ``trust`` is False, or it is not found.
+        UserError: the class is unknown; or it is a user's own and ``trust`` is False, or it is not
+            found.
     """
     values: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in described.items()
@@ -46,20 +47,25 @@ def remake(described: dict[str, Any], known: Iterable[type], trust: bool = False
 def find_class(config: dict[str, Any], known: Iterable[type], trust: bool) -> Any:
     """The class that a config names; removes ``class`` and ``origin`` from the config.
 
+    A user's class may have the name of one of the package's: its origin tells them apart.
+
     Raises:
-        KeyError: the class is unknown.
-        UserError: as for :func:`remake`.
+        KeyError: the config names no class.
+        UserError: the class is unknown; or as for :func:`remake`.
     """
     name, origin = config.pop("class"), config.pop("origin", None)
     found = {cls.__name__: cls for cls in known}.get(name)
-    if found is not None:
+    if found is not None and (origin is None or not is_packaged(found)):
         return found
     if origin is None:
-        raise KeyError(f"class '{name}'")
+        raise UserError(
+            f"it holds a '{name}', and no class of that name is registered: import and register "
+            f"yours ({REGISTER}) before loading"
+        )
     if trust:
         return load_origin(origin)
     place = origin.get("module") or origin.get("file") if isinstance(origin, dict) else origin
     raise UserError(
         f"it holds a '{name}' of {place!r}, which is a user's own code: to run it, "
-        "give trust=True (--trust)"
+        f"give trust=True (--trust), or import the class yourself and register it ({REGISTER})"
     )

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from tokenenv.errors import UserError
-from tokenenv.ltm.model import LTM, ltm
+from tokenenv.ltm.model import LTM, check_family, ltm
 from tokenenv.vit.dense import evaluating
-from tokenenv.vit.load import check_device, import_timm, read_weights
+from tokenenv.vit.load import check_device, check_name, create_model, read_weights
 
 CONFIG, WEIGHTS = "ltm.json", "model.safetensors"
 """What a folder of a saved model holds."""
@@ -72,10 +72,9 @@ def load_ltm(folder: str | Path, device: str | torch.device = "cpu") -> LTM:
             f"'{folder}' holds no LTM model ({CONFIG}: {type(error).__name__}): "
             "give a folder that save_ltm wrote"
         ) from None
-    import tokenenv.vit.digits  # noqa: F401  (registers digits_vit with timm)
-
+    check_name(name, check_family)
     try:
-        model = ltm(import_timm().create_model(name, **options), **blocks)
+        model = ltm(create_model(name, options), **blocks)
         model.load_state_dict(read_weights(folder / WEIGHTS))
     except (RuntimeError, TypeError) as error:
         problem = str(error).splitlines()[0]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from tokenenv.errors import UserError
+from tokenenv.own import same_place
 from tokenenv.reducers.ats import ATS
 from tokenenv.reducers.base import Reducer
 from tokenenv.reducers.diffrate import DiffRate
@@ -38,7 +39,8 @@ def register_reducer(name: str) -> Callable[[R], R]:
 
     def register(cls: R) -> R:
         classes = {known.__name__: known for known in REDUCERS.values()}
-        if REDUCERS.get(name, cls) is not cls or classes.get(cls.__name__, cls) is not cls:
+        taken = (REDUCERS.get(name, cls), classes.get(cls.__name__, cls))
+        if not all(same_place(known, cls) for known in taken):
             raise UserError(
                 f"reducer '{name}' or its class '{cls.__name__}' exists already: take other names"
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, get_type_hints
 
 import torch
@@ -76,12 +76,14 @@ class Reducer(Method, Reduction):
         """
         hints = get_type_hints(cls)
         made: dict[str, Any] = {"blocks": words.blocks(cls.default_blocks(depth))}
-        for name in (field.name for field in fields(cls) if field.name != "blocks"):
+        for field in (field for field in fields(cls) if field.name != "blocks"):
+            name = field.name
+            optional = field.default is not MISSING or field.default_factory is not MISSING
             if name == "depth":
                 made[name] = depth
             elif words.has(name):
                 made[name] = words.value(name, hints[name], len(made["blocks"]))
-            elif name in cls.required:
+            elif name in cls.required or not optional:
                 raise words.missing(name)
         return cls(**made)
 

@@ -5,8 +5,8 @@ this package does not import torch.
 """
 
 from tokenenv._agents import require_own_agents
-from tokenenv.suite.tasks import TASKS, Task, find_task
+from tokenenv.suite.tasks import TASKS, Task, find_task, register_task
 
-__all__ = ["TASKS", "Task", "find_task"]
+__all__ = ["TASKS", "Task", "find_task", "register_task"]
 
 require_own_agents()

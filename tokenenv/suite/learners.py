@@ -40,12 +40,14 @@ class Means:
         data: photographs to learn from, for tasks without images of their own.
         device: such as ``cpu`` or ``cuda``.
         dtype: precision of the model.
+        trust: whether a user's own code that a run folder's policy names may be run.
     """
 
     weights: str | None = None
     data: str | None = None
     device: str = "cpu"
     dtype: str = "float32"
+    trust: bool = False
 
 
 Learn = Callable[[OpenTask, int, Path, Means], Policies]
@@ -115,7 +117,7 @@ def find_learner(name: str) -> Learner:
         digest = hashlib.sha256((folder / "policy.safetensors").read_bytes()).hexdigest()[:16]
         return Learner(
             name,
-            lambda *_: {"policy": load(name)},
+            lambda opened, seed, folder, means: {"policy": load(name, means.trust)},
             deterministic=True,
             learnt_in=_learnt_in(folder),
             code=digest,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -44,7 +45,7 @@ class Task:
     name: str
     level: Literal["easy", "medium", "hard"]
     environment: str
-    rules: Literal["token_prune", "layer_merge", "layer_prune"]
+    rules: str
     model: str
     data: str
     test_images: int
@@ -100,7 +101,7 @@ _MERGE: dict[str, Any] = {
 _DIGITS: dict[str, Any] = {"model": "digits_vit", "data": "digits", "test_images": 600}
 _DEIT: dict[str, Any] = {"model": "deit_tiny_patch16_224", "data": "", "test_images": 300}
 
-TASKS = (
+TASKS = [
     Task(
         name="digits-prune-v0", level="easy", **_PRUNE, **_DIGITS, agents=64, budget=8192,
         low=0.28, high=0.6, grid=(0.7, 0.6, 0.5, 0.4, 0.33, 0.26, 0.2, 0.14, 0.08, 0.03),
@@ -131,8 +132,36 @@ TASKS = (
         grid=(0.6, 0.5, 0.42, 0.35, 0.28, 0.22, 0.17, 0.12, 0.08, 0.04),
         description="256 agents that decide early, on digits of 16x16 pixels",
     ),
-)  # fmt: skip
-"""All tasks, the easy ones first."""
+]  # fmt: skip
+"""All tasks, the easy ones first; those registered later at the end."""
+
+
+def register_task(task: Task) -> Task:
+    """Add a task of one's own to the suite; the same task may be registered again.
+
+    Returns:
+        The task.
+
+    Raises:
+        UserError: the name is taken or has no version, the range is empty, or the grid has no
+            value or more than :data:`POINTS`.
+    """
+    known = next((other for other in TASKS if other.name == task.name), None)
+    if known == task:
+        return known
+    problem = ""
+    if known is not None:
+        problem = "exists already with other settings: raise its version or give another name"
+    elif not re.fullmatch(r"[\w.-]+-v\d+", task.name):
+        problem = "has no version: end its name with -v0"
+    elif not 0 < task.low < task.high <= 1:
+        problem = f"has the range {task.low:g} to {task.high:g}: give 0 < low < high <= 1"
+    elif not 1 <= len(task.grid) <= POINTS:
+        problem = f"has a grid of {len(task.grid)} values: give 1 to {POINTS}"
+    if problem:
+        raise UserError(f"task '{task.name}' {problem}")
+    TASKS.append(task)
+    return task
 
 
 def find_task(name: str) -> Task:
@@ -148,4 +177,6 @@ def find_task(name: str) -> Task:
     other = next((task.name for task in TASKS if stem and task.name.startswith(f"{stem}-v")), None)
     if other:
         raise UserError(f"task '{name}' is another version's: this one has '{other}'")
-    raise UserError(f"unknown task '{name}': choose from {known}")
+    raise UserError(
+        f"unknown task '{name}': choose from {known}; yours needs tokenenv.suite.register_task"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import inspect
 import logging
 import warnings
 from collections.abc import Callable
@@ -87,7 +88,7 @@ def load_model(
     state = read_weights(Path(weights))
     head = state.get(f"{_classifier(timm, name)}.weight")
     classes = {"num_classes": len(head)} if head is not None else {}
-    model = timm.create_model(name, pretrained=False, **classes, **(options or {}))
+    model = create_model(name, classes | (options or {}))
     if any(key.startswith(STATE_PREFIX) for key in state):
         add_scale(model)
     missing, unexpected = [], []
@@ -104,6 +105,26 @@ def load_model(
             f"({len(missing)} missing, {len(unexpected)} unexpected): give the matching --model"
         )
     return model.eval()
+
+
+def create_model(name: str, options: dict[str, Any]) -> nn.Module:
+    """A timm model without weights.
+
+    Args:
+        name: its name in timm.
+        options: arguments of the model itself, as a file of a saved model has them.
+
+    Raises:
+        UserError: an option is one by which timm would read further files, such as
+            ``checkpoint_path``.
+    """
+    timm = import_timm()
+    own = inspect.signature(timm.create_model).parameters.values()
+    reserved = [each.name for each in own if each.kind is not each.VAR_KEYWORD]
+    for option in options:
+        if option in reserved:
+            raise UserError(f"option '{option}' is none of a saved model's: remove it")
+    return timm.create_model(name, **options)
 
 
 def untrained_model(name: str) -> nn.Module:

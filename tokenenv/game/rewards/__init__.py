@@ -19,6 +19,7 @@ from tokenenv.game.rewards.cooperative import Cooperative
 from tokenenv.game.rewards.dora import Damage, Dora
 from tokenenv.game.rewards.price import ClosedLoop, PenaltyLoop
 from tokenenv.game.rewards.rl4evit import AlphaBeta, KeepTarget, class_term
+from tokenenv.own import same_place
 
 REWARDS: dict[str, type[Reward]] = {
     "alpha_beta": AlphaBeta,
@@ -39,7 +40,7 @@ def register_reward(name: str) -> Callable[[R], R]:
     """
 
     def register(cls: R) -> R:
-        if REWARDS.get(name, cls) is not cls:
+        if not same_place(REWARDS.get(name, cls), cls):
             raise UserError(f"reward '{name}' exists already: register it under another name")
         REWARDS[name] = cls
         return cls

@@ -12,6 +12,7 @@ from tokenenv.game.rules.layer_merge import LayerMerge
 from tokenenv.game.rules.layer_prune import LayerPrune
 from tokenenv.game.rules.observation import Observation
 from tokenenv.game.rules.token_prune import TokenPrune
+from tokenenv.own import same_place
 
 RULES: dict[str, type[Rules]] = {
     "token_prune": TokenPrune,
@@ -31,7 +32,7 @@ def register_rules(name: str) -> Callable[[R], R]:
     """
 
     def register(cls: R) -> R:
-        if RULES.get(name, cls) is not cls:
+        if not same_place(RULES.get(name, cls), cls):
             raise UserError(f"rules '{name}' exist already: register them under another name")
         RULES[name] = cls
         return cls
