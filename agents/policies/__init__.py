@@ -99,9 +99,9 @@ def _remade(config: dict[str, Any], trust: bool) -> Method:
     if config["class"] == "Nobody":  # earlier versions stored reducers so
         config = config["rules"]
     known = [*REDUCERS.values(), *POLICIES.values()]
-    name, cls = config["class"], find_class(config, known, trust)
+    cls = find_class(config, known, trust)
     if isinstance(cls, type) and issubclass(cls, Reducer):
-        return remake({"class": name, **config}, [cls])
+        return remake({"class": cls.__name__, **config}, [cls])
     made: Method = cls.remade(config, trust)
     return made
 

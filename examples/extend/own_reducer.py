@@ -1,8 +1,6 @@
 """A reducer of your own beside ToMe: the tokens with the longest values stay.
 
-python examples/extend/own_reducer.py
-tokenenv evaluate examples/extend/own_reducer.py:LongestValues:keep=0.6
-tokenenv compare 'examples/extend/own_reducer.py:LongestValues:keep=0.8|0.6|0.4' 'tome:r=4|8'
+Run ``python own_reducer.py``, or ``tokenenv compare 'own_reducer.py:LongestValues:keep=0.8|0.6'``.
 """
 
 from dataclasses import dataclass

@@ -2,8 +2,8 @@
 
     python examples/extend/own_task.py
 
-The task is small, so that it runs in seconds: an agent per pixel of a digit decides twice, early in
-the model. A task is data; results are compared only where all of it is the same, so a change raises
+The task is small, so that it runs in seconds: an agent per pixel of a digit decides twice.
+A task is data; results are compared only where all of it is the same, so a change raises
 the version in its name.
 """
 
@@ -24,24 +24,24 @@ from tokenenv.suite.run import run_suite
 
 TASK = register_task(
     Task(
-        name="digits-early-v0",
+        name="digits-twice-v0",
         level="easy",
         environment="tokenenv/TokenPrune-v0",
         rules="token_prune",
-        blocks=(1, 3),
+        blocks=(3, 6),
         model="digits_vit",
         data="digits",
         test_images=100,
-        budget=1024,
+        budget=2048,
         agents=64,
         decisions=2,
         seeds=2,
-        low=0.3,
+        low=0.4,
         high=0.7,
-        random="random:keep={},blocks=1/3",
-        heuristic="cls-attention:keep={},blocks=1/3",
+        random="random:keep={},blocks=3/6",
+        heuristic="cls-attention:keep={},blocks=3/6",
         grid=(0.8, 0.65, 0.5, 0.35, 0.2),
-        description="an agent per pixel of a digit decides before two early blocks",
+        description="an agent per pixel of a digit decides before two blocks",
     )
 )
 

@@ -23,6 +23,7 @@ from agents.training.run import MODEL, REPORT
 from tokenenv.deploy.compressed import CONFIG as COMPRESSED
 from tokenenv.deploy.compressed import CompressedViT, load_compressed
 from tokenenv.errors import UserError
+from tokenenv.game.checks import check_range
 from tokenenv.game.policy import Method, as_method
 from tokenenv.ltm.model import LTM
 from tokenenv.ltm.storage import CONFIG as LTM_CONFIG
@@ -185,6 +186,8 @@ class NamedWord:
     def read(self, model: str, depth: int) -> None:
         """Parse the word, or read the policy's file."""
         self.method = parse_policy(self.what, depth, trust=self.trust)
+        if self.folder is None:
+            check_range(self.method.reduction.blocks, depth)
 
     def candidate(self, dense: Dense, model: Model) -> Candidate:
         """The method on the dense model, or on the model fine-tuned with it."""

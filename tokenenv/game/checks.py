@@ -28,7 +28,7 @@ def check_features(features: Sequence[str], known: Sequence[str]) -> None:
 
 def check_range(blocks: Sequence[int], depth: int) -> None:
     """Raise :class:`UserError` unless a model of ``depth`` blocks has all ``blocks``."""
-    if blocks[-1] >= depth:
+    if blocks and blocks[-1] >= depth:
         raise UserError(
             f"decision block {blocks[-1]} is out of range: the model has blocks 0 to {depth - 1}"
         )

@@ -54,6 +54,8 @@ def find_class(config: dict[str, Any], known: Iterable[type], trust: bool) -> An
         UserError: the class is unknown; or as for :func:`remake`.
     """
     name, origin = config.pop("class"), config.pop("origin", None)
+    if isinstance(origin, dict):  # a subclass may have its base's config
+        name = origin.get("name", name)
     found = {cls.__name__: cls for cls in known}.get(name)
     if found is not None and (origin is None or not is_packaged(found)):
         return found
