@@ -40,5 +40,5 @@ def test_tasks_that_are_refused(changed: dict[str, Any], words: str) -> None:
 
 
 def test_an_unknown_task_says_how_to_add_one() -> None:
-    with pytest.raises(UserError, match="yours needs tokenenv.suite.register_task"):
+    with pytest.raises(UserError, match=r"yours needs tokenenv.suite.register_task"):
         find_task("gone")

@@ -64,7 +64,7 @@ def load_ltm(folder: str | Path, device: str | torch.device = "cpu") -> LTM:
     place, folder = check_device(device), Path(folder)
     try:
         config = json.loads((folder / CONFIG).read_text())
-        name, options, blocks = config["model"], dict(config["options"]), dict(config["ltm"])
+        name, options, blocks = str(config["model"]), dict(config["options"]), dict(config["ltm"])
         dtype = getattr(torch, config["dtype"])
         blocks["image_size"] = tuple(blocks["image_size"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
