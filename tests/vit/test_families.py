@@ -213,10 +213,17 @@ def test_a_registered_family_is_accepted_by_name(registry: None) -> None:
     check_name("vit_base_patch16_rpn_224")
 
 
-def test_a_name_is_registered_once() -> None:
+def test_a_name_is_registered_once(registry: None) -> None:
     register_family(ParallelFamily)
+    again = type("ParallelFamily", (ParallelFamily,), {"__module__": __name__})
+    register_family(again)  # as a notebook's cell that runs twice
+    assert families.FAMILIES["parallel"] is again
+
+    class Parallel2(VisionTransformerFamily):
+        name = "parallel"
+
     with pytest.raises(UserError, match=r"family 'parallel' is registered already, by .*Parallel"):
-        register_family(ParallelFamily)
+        register_family(Parallel2)
 
     class Again(VisionTransformerFamily):
         pass

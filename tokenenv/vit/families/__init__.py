@@ -11,6 +11,7 @@ from typing import TypeVar
 from torch import nn
 
 from tokenenv.errors import UserError
+from tokenenv.own import same_place
 from tokenenv.vit.families.base import Family
 from tokenenv.vit.families.vision_transformer import VisionTransformerFamily
 
@@ -24,10 +25,10 @@ def register_family(family: _F) -> _F:
     """Register a family for :class:`~tokenenv.vit.backbone.Backbone`; a decorator.
 
     Raises:
-        UserError: a family of this name is registered already.
+        UserError: another family of this name is registered already.
     """
-    known = FAMILIES.get(family.name)
-    if known is not None:
+    known = FAMILIES.get(family.name, family)
+    if not same_place(known, family):
         raise UserError(
             f"family '{family.name}' is registered already, by {known.__module__}."
             f"{known.__qualname__}: give {family.__qualname__} another name"
