@@ -4,8 +4,8 @@
     python benchmarks/compare.py a.json b.json
 
 Prints the difference in top-1 of each to the dense model and to each other, in percentage points,
-with a 95 % bootstrap interval over the images (10,000 samples, fixed seed). To compare many
-policies with the dense model, use tokenenv compare.
+with a 95 % interval (Newcombe's method 10 for paired proportions). To compare many policies with
+the dense model, use tokenenv compare.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from tokenenv.errors import UserError, run_script
-from tokenenv.measure.evaluation import paired_difference
+from tokenenv.measure.paired import paired_difference
 
 
 def read_report(path: Path) -> Any:
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def interval(first: np.ndarray, second: np.ndarray) -> str:
-    """Mean paired difference in percentage points and its 95 % bootstrap interval."""
+    """Mean paired difference in percentage points and its 95 % interval."""
     mean, low, high = paired_difference(first, second)
     return f"{mean:+.2f} pp [{low:+.2f}, {high:+.2f}]"
 

@@ -8,8 +8,9 @@
 One row for each corruption, mean over the severities: the dense model's top-1, each policy's top-1
 and the share of multiply-adds it saves (1 MAC = 1 FLOP, policy included, frozen backbone), and the
 difference in top-1 between the first two policies (of a single one: to the dense model), paired,
-with a 95 % bootstrap interval over the images. The row "clean", without corruption, is not part of
-the mean in the last line. Ctrl-C ends it with the mean of the rows done so far.
+with a 95 % interval over the images (tokenenv.measure.paired). The row "clean",
+without corruption, is not part of the mean in the last line. Ctrl-C ends it with the mean of the
+rows done so far.
 
 The 15 corruptions of Hendrycks & Dietterich, "Benchmarking Neural Network Robustness to Common
 Corruptions and Perturbations" (ICLR 2019), at their 5 severities, come from the package

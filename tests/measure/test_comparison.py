@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import source
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scipy.stats import binomtest
 
 from agents.policies.actor import ActorPolicy
 from agents.policies.words import parse_policy
@@ -29,8 +31,10 @@ from tokenenv.measure.comparison import (
     methods,
     pareto_front,
 )
-from tokenenv.measure.evaluation import Evaluation, paired_difference
+from tokenenv.measure.evaluation import Evaluation
+from tokenenv.measure.paired import Difference, images_needed, paired_difference
 from tokenenv.measure.pareto import picture, swept
+from tokenenv.measure.printing import print_result
 from tokenenv.measure.speed import Speed
 
 
@@ -59,18 +63,48 @@ def test_a_sweep_without_a_value(what: str) -> None:
         expand(what)
 
 
-@pytest.mark.parametrize(("n", "wins", "losses"), [(900, 30, 40), (200, 20, 4), (5000, 10, 10)])
-def test_the_interval_agrees_with_the_closed_form(n: int, wins: int, losses: int) -> None:
-    """Variance of a mean of paired differences: (b + c - (b - c)^2 / n) / n^2 (McNemar)."""
-    first, second = np.zeros(n, bool), np.zeros(n, bool)
-    first[:wins] = True
-    second[wins : wins + losses] = True
+def hits(both: int, wins: int, losses: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two models' hits from the four counts of a table of pairs."""
+    first = np.repeat([True, True, False, False], [both, wins, losses, neither])
+    second = np.repeat([True, False, True, False], [both, wins, losses, neither])
+    return first, second
+
+
+@pytest.mark.parametrize(
+    ("table", "low", "high"),
+    [  # Newcombe 1998, table III, method 10: 14 of 50 pairs, and tables with empty cells
+        ((36, 12, 2, 0), 0.0569, 0.3404),
+        ((20, 12, 2, 16), 0.0562, 0.3292),
+        ((36, 14, 0, 0), 0.1528, 0.4167),
+        ((54, 0, 0, 0), -0.0664, 0.0664),
+        ((0, 29, 1, 0), 0.6666, 0.9882),
+    ],
+)
+def test_the_interval_is_newcombes(table: tuple[int, ...], low: float, high: float) -> None:
+    found = paired_difference(*hits(*table))
+    assert (found.low, found.high) == pytest.approx((100 * low, 100 * high), abs=0.006)
+
+
+@pytest.mark.parametrize("table", [(650, 30, 40, 180), (150, 20, 4, 26), (4000, 10, 10, 980)])
+def test_the_interval_by_its_formula(table: tuple[int, ...]) -> None:
+    """From scipy's score intervals and numpy's correlation, continuity-corrected."""
+    first, second = hits(*table)
+    n, half = len(first), len(first) / 2
+    (l1, u1), (l2, u2) = (
+        binomtest(int(each.sum()), n).proportion_ci(method="wilson") for each in (first, second)
+    )
+    p1, p2 = first.mean(), second.mean()
+    joint = table[0] * table[3] - table[1] * table[2]
+    phi = np.corrcoef(first, second)[0, 1] * (joint - half) / joint
+    down = np.array([p1 - l1, -(u2 - p2)])
+    up = np.array([u1 - p1, -(p2 - l2)])
+    mix = np.array([[1, phi], [phi, 1]])
     found = paired_difference(first, second)
-    mean = (wins - losses) / n
-    half = 1.96 * np.sqrt((wins + losses - (wins - losses) ** 2 / n) / n**2)
-    assert found.mean == pytest.approx(100 * mean)
-    assert found.low == pytest.approx(100 * (mean - half), abs=100 * half * 0.15)
-    assert found.high == pytest.approx(100 * (mean + half), abs=100 * half * 0.15)
+    assert found.mean == pytest.approx(100 * (p1 - p2))
+    assert found.low == pytest.approx(100 * (p1 - p2 - np.sqrt(down @ mix @ down)))
+    assert found.high == pytest.approx(100 * (p1 - p2 + np.sqrt(up @ mix @ up)))
+    turned = paired_difference(second, first)
+    assert tuple(-found) == pytest.approx(tuple(turned))
 
 
 def test_the_interval_agrees_with_drawing_images() -> None:
@@ -84,9 +118,50 @@ def test_the_interval_agrees_with_drawing_images() -> None:
     assert paired_difference(first, second) == found  # the same draws again
 
 
-def test_the_interval_of_no_difference() -> None:
-    hits = np.array([True, False, True])
-    assert paired_difference(hits, hits) == (0, 0, 0)
+@pytest.mark.parametrize("n", [1, 40, 900])
+@pytest.mark.parametrize("right", [0.0, 0.5, 1.0])
+def test_no_difference_seen_is_no_proof_that_there_is_none(n: int, right: float) -> None:
+    """The interval reaches half an image or more each way, for hits and for shares."""
+    values = np.zeros(n, bool)
+    values[: round(n * right)] = True
+    for each in (values, values * 0.4):
+        found = paired_difference(each, each)
+        assert found.mean == 0 and found.low == pytest.approx(-found.high, rel=0.05)
+        assert found.high > 50 / n
+
+
+def test_the_images_that_a_precision_takes() -> None:
+    """The interval of that many images of the same kind is as narrow as was asked."""
+    first, second = hits(650, 30, 40, 180)
+    times = images_needed(first, second) / len(first)
+    found = paired_difference(*hits(*(round(count * times) for count in (650, 30, 40, 180))))
+    assert (found.high - found.low) / 2 == pytest.approx(0.5, rel=0.03)
+    assert images_needed(first, second, within=0.25) == pytest.approx(4 * 900 * times, rel=1e-3)
+    none = np.ones(40, bool)
+    assert images_needed(none, none) == pytest.approx((1.96 / 0.005) ** 2 * 2 / 42, rel=1e-3)
+
+
+def test_a_change_has_its_sign() -> None:
+    assert str(Difference(-0.5, -1.2, 0.2)) == "-0.50 [-1.20, +0.20]"
+    assert str(-Difference(0.0, -1.0, 2.0)) == "+0.00 [-2.00, +1.00]"
+    result = evaluation([1, 0, 0, 1, 1, 0])
+    table = Comparison([dense_row(result), make_row("m:k=1", "m", False, result)], "m", "d", "")
+    lost = table.rows[1]
+    words = f"{-lost.lost:+.2f} [{-lost.lost_high:+.2f}, {-lost.lost_low:+.2f}]"
+    lines = table.as_markdown().splitlines()
+    assert any("`m:k=1`" in line and words in line for line in lines)
+    assert any("`dense`" in line and "| - |" in line for line in lines)
+
+
+def test_an_evaluation_says_how_sure_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    result = replace(evaluation([1, 0, 0, 1, 1, 0]), dense_seconds=1.0)
+    print_result(source(), result)
+    right, native = ((e == result.labels).numpy() for e in (result.reduced, result.dense))
+    change = paired_difference(right, native)
+    assert change.mean == pytest.approx(-200 / 6)
+    count = images_needed(right, native)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "top-1 change" in line)
+    assert f"{change} points" in line and f"+-0.5 points would take about {count:,} images" in line
 
 
 def test_the_area_by_hand() -> None:
@@ -211,7 +286,9 @@ def test_all_tables_say_the_same() -> None:
         assert (line["frozen"], line["pareto"]) == (str(own["frozen"]), str(own["pareto"]))
         assert (line["images_per_s_b1"], line["images_per_s_b8"]) == ("10", "20")
     text = found.as_markdown()
-    assert "| `tome:r=8` | frozen | 78.00 | 2.00 [1.00, 3.00] | 95.0 | 0.6000 | 40.0 | * |" in text
+    assert (
+        "| `tome:r=8` | frozen | 78.00 | -2.00 [-3.00, -1.00] | 95.0 | 0.6000 | 40.0 | * |" in text
+    )
     assert "| `runs/a\\|b` | fine-tuned | 79.50 |" in text
     assert "| `tome` | frozen | 2 | 34.00 |" in text
     assert "| `tome:r=4` | 8 | 20.0 | 2.00 [1.82, 2.22] | 5.0 | 80 |" in text

@@ -26,6 +26,7 @@ from tokenenv.measure.comparison import (
     expand,
     in_words,
     make_row,
+    top1_change,
 )
 from tokenenv.measure.evaluation import Evaluation, dense_predictions
 from tokenenv.measure.pareto import picture
@@ -244,13 +245,14 @@ class _Work:
         return make_row(candidate.what, candidate.group, candidate.frozen, found, speeds)
 
 
-_HEADER = f"  {'':46}{'top-1 %':>9}{'lost, pp [95 %]':>24}{'same %':>8}{'GMACs':>9}{'saved %':>9}"
+_HEADER = (
+    f"  {'':46}{'top-1 %':>9}{'top-1 change, pp [95 %]':>26}{'same %':>8}{'GMACs':>9}{'saved %':>9}"
+)
 
 
 def _line(row: Row) -> str:
-    lost = f"{row.lost:.2f} [{row.lost_low:.2f}, {row.lost_high:.2f}]"
     mark = "" if row.frozen else f"  {in_words(row.frozen)}"
     return (
-        f"  {row.what:46}{row.top1:9.2f}{lost:>24}{row.agreement:8.1f}{row.gmacs:9.4f}"
+        f"  {row.what:46}{row.top1:9.2f}{top1_change(row):>26}{row.agreement:8.1f}{row.gmacs:9.4f}"
         f"{row.saved:9.1f}{mark}"
     )

@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tokenenv.errors import UserError
-from tokenenv.measure.evaluation import Evaluation, paired_difference
-from tokenenv.measure.speed import Speed
+from tokenenv.measure.evaluation import Evaluation
+from tokenenv.measure.paired import Difference
+from tokenenv.measure.speed import DENSE, Speed
 
 TOLERATED = 10.0
 """Top-1 below the dense model at which :func:`hypervolume` has its floor, percentage points."""
@@ -51,7 +52,7 @@ class Row:
         top1: percent.
         lost: top-1 lost against the dense model on the same images, percentage points.
         lost_low, lost_high: its 95 % interval, see
-            :func:`~tokenenv.measure.evaluation.paired_difference`.
+            :func:`~tokenenv.measure.paired.paired_difference`.
         agreement: share of images with the same prediction as the dense model, percent.
         gmacs: 10^9 multiply-adds per image, policy included (1 MAC = 1 FLOP).
         saved: share of the dense model's multiply-adds saved, percent.
@@ -77,16 +78,13 @@ def make_row(
 ) -> Row:
     """The row of an evaluated method; arguments as the attributes of :class:`Row`."""
     report = result.report()
-    dense_right, right = (
-        (predicted == result.labels).numpy() for predicted in (result.dense, result.reduced)
-    )
-    lost, low, high = paired_difference(dense_right, right)
+    lost, low, high = -result.change()
     return Row(
         what=what,
         method=method,
         frozen=frozen,
-        images=len(right),
-        top1=100.0 * right.mean().item(),
+        images=len(result.labels),
+        top1=100.0 * (result.reduced == result.labels).double().mean().item(),
         lost=lost,
         lost_low=low,
         lost_high=high,
@@ -233,14 +231,14 @@ class Comparison:
     def _repr_html_(self) -> str:
         lines = "".join(
             f"<tr><th>{html.escape(r.what)}</th><td>{in_words(r.frozen)}</td><td>{r.top1:.2f}</td>"
-            f"<td>{_lost(r)}</td><td>{r.agreement:.1f}</td><td>{r.gmacs:.4f}</td>"
+            f"<td>{top1_change(r)}</td><td>{r.agreement:.1f}</td><td>{r.gmacs:.4f}</td>"
             f"<td>{r.saved:.1f}</td></tr>"
             for r in self.rows
         )
         title = f"{self.model}, {self.dense.images} images of {self.data} (1 MAC = 1 FLOP)"
         return (
             f"<table><caption>{html.escape(title)}</caption><tr><th></th><th>backbone</th>"
-            "<th>top-1 %</th><th>lost, pp [95 %]</th><th>same as dense %</th><th>GMACs</th>"
+            "<th>top-1 %</th><th>top-1 change, pp [95 %]</th><th>same as dense %</th><th>GMACs</th>"
             f"<th>saved %</th></tr>{lines}</table>"
         )
 
@@ -249,13 +247,14 @@ class Comparison:
         front, groups = pareto_front(self.rows), methods(self.rows)
         parts = [
             f"# {self.model}, {self.dense.images} images of {self.data}",
-            "1 MAC = 1 FLOP, policy included. Top-1 lost: percentage points against the dense "
-            "model, [95 % interval], paired bootstrap over the images. Front: no other row is "
-            "better in MACs or top-1 and no worse in the other.",
+            "1 MAC = 1 FLOP, policy included. Change: top-1 minus that of the dense model, "
+            "percentage points, [95 % interval] (Newcombe's for paired proportions). Front: no "
+            "other row is better in MACs or top-1 and no worse in the other.",
             _table(
-                "what | backbone | top-1 % | lost, pp | same as dense % | GMACs | saved % | front",
+                "what | backbone | top-1 % | change, pp | same as dense % | GMACs | saved % "
+                "| front",
                 [
-                    f"{_code(r.what)} | {in_words(r.frozen)} | {r.top1:.2f} | {_lost(r)} | "
+                    f"{_code(r.what)} | {in_words(r.frozen)} | {r.top1:.2f} | {top1_change(r)} | "
                     f"{r.agreement:.1f} | {r.gmacs:.4f} | {r.saved:.1f} | "
                     f"{'*' if r in front else ''}"
                     for r in self.rows
@@ -303,8 +302,11 @@ def in_words(frozen: bool) -> str:
     return "frozen" if frozen else "fine-tuned"
 
 
-def _lost(row: Row) -> str:
-    return f"{row.lost:.2f} [{row.lost_low:.2f}, {row.lost_high:.2f}]"
+def top1_change(row: Row) -> str:
+    """Such as ``"-0.50 [-1.20, +0.20]"``; of the dense model itself there is none."""
+    if row.what == DENSE:
+        return "-"
+    return str(-Difference(row.lost, row.lost_low, row.lost_high))
 
 
 def _code(text: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tokenenv.data import ImageSource
@@ -17,6 +18,7 @@ from tokenenv.errors import UserError
 from tokenenv.game.cost import Cost, measured_macs
 from tokenenv.game.episode import Episode, Execution
 from tokenenv.game.policy import Method, as_method, play
+from tokenenv.measure.paired import Difference, images_needed, paired_difference
 from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.dense import Dense
 
@@ -67,6 +69,18 @@ class Evaluation:
         right, dense_right = self.reduced == self.labels, self.dense == self.labels
         return 100.0 * (dense_right.sum() - right.sum()).item() / len(self.labels)
 
+    def change(self) -> Difference:
+        """Top-1 of the reduced model minus that of the dense one, with its 95 % interval."""
+        return paired_difference(*self._hits())
+
+    def images_needed(self, within: float = 0.5) -> int:
+        """How many images would tell :meth:`change` to ``within`` percentage points each side."""
+        return images_needed(*self._hits(), within)
+
+    def _hits(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """``(n,)`` which images the reduced and the dense model classify rightly."""
+        return (self.reduced == self.labels).numpy(), (self.dense == self.labels).numpy()
+
     @property
     def saving(self) -> float:
         """Share of multiply-adds saved, percent."""
@@ -90,39 +104,6 @@ class Evaluation:
             "images_per_s": round(n / self.seconds, 2),
             "images_per_s_dense": round(n / self.dense_seconds, 2) if self.dense_seconds else None,
         }
-
-
-class Difference(NamedTuple):
-    """A mean paired difference and its 95 % interval, percentage points."""
-
-    mean: float
-    low: float
-    high: float
-
-
-DRAWS = 10_000
-"""Bootstrap draws. With so many an interval's ends are accurate to about 1 % of its width."""
-
-
-def paired_difference(first: np.ndarray, second: np.ndarray) -> Difference:
-    """How much more often ``first`` is right than ``second``, on the same images.
-
-    The interval is the percentile bootstrap over the images (Efron & Tibshirani 1993, section
-    13.3), always with the same draws. How often each value occurs in a draw of ``n`` images is
-    multinomial. Drawing these counts instead of images gives the same distribution, and takes
-    memory for the distinct values (three for hits) and not for every image. If no image differs
-    the interval has zero width, which understates the uncertainty.
-
-    Args:
-        first: ``(n,)`` hits, bool or the share of several views of an image.
-        second: ``(n,)`` the same for the other method.
-    """
-    difference = 100.0 * (first.astype(float) - second.astype(float))
-    values, counts = np.unique(difference, return_counts=True)
-    n = len(difference)
-    draws = np.random.default_rng(0).multinomial(n, counts / n, DRAWS) @ values / n
-    low, high = np.percentile(draws, [2.5, 97.5]).tolist()
-    return Difference(difference.mean().item(), low, high)
 
 
 @torch.inference_mode()

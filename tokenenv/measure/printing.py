@@ -16,6 +16,8 @@ from tokenenv.vit.backbone import Backbone
 
 MAC_NOTE = "1 MAC = 1 FLOP, policy included, frozen backbone"
 _TUNED_NOTE = "1 MAC = 1 FLOP, policy included, fine-tuned backbone"
+_CERTIFIED = 0.5
+"""Half the width of an interval of the change in top-1 that would count as sure, points."""
 
 
 @contextlib.contextmanager
@@ -54,6 +56,10 @@ def print_result(source: ImageSource, result: Evaluation, frozen: bool = True) -
     )
     print(f"  {'reduced':8}{r['top1']:9.2f}{r['gmacs']:13.4f}{r['images_per_s']:10.1f}")
     print(f"  {in_words(result.saving, result.drop)}, {r['agreement']:.1f} % same prediction")
+    print(
+        f"  top-1 change {result.change()} points (95 % interval); +-{_CERTIFIED} points would "
+        f"take about {result.images_needed(_CERTIFIED):,} images"
+    )
     print(f"  visual tokens, block by block: {' '.join(f'{n:.0f}' for n in r['tokens'])}")
 
 
