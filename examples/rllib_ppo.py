@@ -1,11 +1,15 @@
 """RLlib's PPO with one policy for all agents and two env runners.
 
-    pip install 'tokenenv[rllib]'      # in an environment of its own: RLlib pins Gymnasium
+    pip install tokenenv && pip install 'ray[rllib]>=2.60'      # in an environment of its own
     python examples/rllib_ppo.py --updates 10 --seed 0
 
 RLlib's own ``ParallelPettingZooEnv`` wraps the PettingZoo parallel environment. Each env runner is
 a process with its own copy of the model, and every observation passes through Python;
 ``torchrl_mappo.py`` is faster.
+
+RLlib pins Gymnasium at 1.2.2, so pip puts that in place of 1.4 and says that tokenenv wants more.
+The PettingZoo environments work with it; Gymnasium's RecordEpisodeStatistics around ``make_vec``
+counts wrong.
 """
 
 from __future__ import annotations

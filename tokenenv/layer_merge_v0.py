@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from pettingzoo import AECEnv
-from pettingzoo.utils import wrappers
 
 from tokenenv.envs.layer_pettingzoo import LayerMergeAECEnv, LayerMergeParallelEnv
+from tokenenv.envs.pettingzoo_base import OrderedEnv
 
 __all__ = ["env", "parallel_env", "raw_env"]
 
@@ -24,4 +24,4 @@ def raw_env(**kwargs: Any) -> LayerMergeAECEnv:
 
 def env(**kwargs: Any) -> AECEnv[str, Any, Any]:
     """Make the AEC env with PettingZoo's usual wrappers."""
-    return wrappers.OrderEnforcingWrapper(wrappers.AssertOutOfBoundsWrapper(raw_env(**kwargs)))
+    return OrderedEnv(raw_env(**kwargs))

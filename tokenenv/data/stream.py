@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -26,6 +28,9 @@ class Stream:
         rank: which part of each batch to read, from 0.
         of: number of parts. If it does not divide ``batch_size``, some parts have one image more.
 
+    Attributes:
+        source: as above.
+
     Raises:
         UserError: ``batch_size`` is less than one, or than ``of``.
     """
@@ -37,7 +42,7 @@ class Stream:
             raise UserError(f"batch size {batch_size} is too small; use at least 1")
         if batch_size < of:
             raise UserError(f"{of} processes cannot share a batch of {batch_size}: start fewer")
-        self._source = source
+        self.source = source
         self._batch_size = batch_size
         self._seed = seed
         self._part = slice(batch_size * rank // of, batch_size * (rank + 1) // of)
@@ -61,27 +66,53 @@ class Stream:
         parts: list[Batch] = []
         missing = self._batch_size
         while missing:
-            batch = self._source.batch(self._ahead(missing))
+            batch = self.source.batch(self._ahead(missing))
             missing -= len(batch.index)
             parts.append(batch)
             if not len(batch.index):
-                self._source.check_readable()
+                self.source.check_readable()
+        return Batch(*(torch.cat(field) for field in zip(*parts, strict=True)))
+
+    def next_of(self, labels: Sequence[int]) -> Batch:
+        """For each of ``labels`` the next readable image of that class, in the stream's order.
+
+        The images before it are passed over.
+
+        Raises:
+            UserError: the source has no readable image of a class.
+        """
+        parts = []
+        for label in labels:
+            batch = None
+            for _ in range(2 * len(self.source)):  # what is left of an epoch, and a whole one
+                index = self._ahead(1)
+                if int(self.source.labels[index]) == label:
+                    batch = self.source.batch(index)
+                    if len(batch.index):
+                        break
+            if batch is None or not len(batch.index):
+                known = self.source.labels.unique().tolist()
+                raise UserError(
+                    f"'{self.source.name}' has no readable image of label={label}: choose from "
+                    f"{known[0]} to {known[-1]}"
+                )
+            parts.append(batch)
         return Batch(*(torch.cat(field) for field in zip(*parts, strict=True)))
 
     def _next_part(self) -> Batch:
         known: list[Tensor] = []
         missing = self._batch_size
         while missing:
-            self._source.check_readable()
+            self.source.check_readable()
             index = self._ahead(missing)
-            known.append(index[self._source.readable(index)])
+            known.append(index[self.source.readable(index)])
             missing -= len(known[-1])
         mine = torch.cat(known)[self._part]
-        batch = self._source.batch(mine)
+        batch = self.source.batch(mine)
         if len(batch.index) < len(mine):
             lost = (set(mine.tolist()) - set(batch.index.tolist())).pop()
             raise UserError(
-                f"image '{self._source.files[lost]}' can no longer be read: put it back, or take "
+                f"image '{self.source.files[lost]}' can no longer be read: put it back, or take "
                 "it away and start anew"
             )
         return batch
@@ -101,7 +132,7 @@ class Stream:
             "seed": self._seed,
             "epoch": self._epoch,
             "position": self._position,
-            "images": len(self._source),
+            "images": len(self.source),
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -110,10 +141,10 @@ class Stream:
         Raises:
             UserError: that stream's source had another number of images.
         """
-        if int(state["images"]) != len(self._source):
+        if int(state["images"]) != len(self.source):
             raise UserError(
-                f"the saved stream read {int(state['images'])} images and '{self._source.name}' "
-                f"has {len(self._source)}; resume with the data the run was started with"
+                f"the saved stream read {int(state['images'])} images and '{self.source.name}' "
+                f"has {len(self.source)}; resume with the data the run was started with"
             )
         self._seed = int(state["seed"])
         self._position = int(state["position"])
@@ -122,4 +153,4 @@ class Stream:
     def _shuffle(self, epoch: int) -> None:
         self._epoch = epoch
         rng = np.random.default_rng([self._seed, epoch])
-        self._order = torch.from_numpy(rng.permutation(len(self._source)))
+        self._order = torch.from_numpy(rng.permutation(len(self.source)))

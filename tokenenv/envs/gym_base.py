@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, ClassVar
 
 import gymnasium as gym
@@ -10,7 +11,7 @@ from gymnasium import spaces
 from gymnasium.utils import EzPickle
 from numpy.typing import NDArray
 
-from tokenenv.envs.play import RENDER_MODES, one_image, open_play
+from tokenenv.envs.play import RENDER_MODES, check_time_limit, one_image, open_play
 
 
 class GameEnv(gym.Env[NDArray[np.float32], Any], EzPickle):
@@ -32,6 +33,7 @@ class GameEnv(gym.Env[NDArray[np.float32], Any], EzPickle):
         self._play = open_play(self.rules, render_mode, game)
         self.game = self._play.game
         self.max_cycles = self.game.steps
+        check_time_limit(_limit_of_make(), self.max_cycles)
         self.render_mode = render_mode
         self.action_space = self._play.action_space
         self.observation_space: spaces.Space[Any] = self._play.observation_space
@@ -39,11 +41,20 @@ class GameEnv(gym.Env[NDArray[np.float32], Any], EzPickle):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Start with the next image. A seed restarts the order; ``options`` are not used."""
+        """Start with the next image, or with the one that ``options`` name.
+
+        Args:
+            seed: restarts the order of the images.
+            options: ``index``, ``label`` or ``file`` of an image, see
+                :func:`~tokenenv.envs.chosen.chosen_batch`.
+
+        Raises:
+            UserError: a negative seed, or options that name no image.
+        """
         super().reset(seed=seed)
         if seed is not None or self._play.needs_seed:
             self._play.seed(self.np_random_seed)
-        observation = self._play.reset()
+        observation = self._play.reset(options)
         return observation[0].cpu().numpy(), self._info()
 
     def step(self, action: Any) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
@@ -79,3 +90,18 @@ class GameEnv(gym.Env[NDArray[np.float32], Any], EzPickle):
             "dense_correct": bool(play.dense_correct[0]),
         }
         return info if play.by_count else {"active_mask": play.active[0].cpu().numpy()} | info
+
+
+def _limit_of_make() -> int | None:
+    """``max_episode_steps`` of the ``gymnasium.make`` that is making this environment, if one is.
+
+    Gymnasium puts a ``TimeLimit`` around the environment and tells it nothing, and a wrapper of our
+    own in the registry would forbid ``make_vec``. So the caller's arguments are read.
+    """
+    frame = sys._getframe(1)
+    while frame.f_code.co_name == "__init__" and frame.f_back is not None:  # subclasses' too
+        frame = frame.f_back
+    if frame.f_code is not gym.make.__code__:
+        return None
+    limit: int | None = frame.f_locals["max_episode_steps"]
+    return frame.f_locals["env_spec"].max_episode_steps if limit is None else limit

@@ -100,12 +100,22 @@ class LayerMergeEnv(GameEnv):
     The next image of the data set, with a token for every patch, at the first decision. Images
     come in a random order, another one in every epoch; `reset(seed=...)` restarts it.
 
+    `reset(options=...)` names the image instead, for one episode:
+
+    | Option | Meaning |
+    |---|---|
+    | `index` | its position in the data set, from 0 |
+    | `label` | its class: the next image of it, those before it are passed over |
+    | `file` | its name in the data set, as in `env.unwrapped.game.source.files` |
+
+    An unknown option is an error. A vector environment takes one value for all images or a list.
+
     ## Episode End
 
     1. Termination: the last decision was taken, and the image is classified. An episode always
        has `max_cycles` steps.
 
-    There is no truncation.
+    There is no truncation; a `max_episode_steps` that would cut an episode is refused.
 
     ## Info
 

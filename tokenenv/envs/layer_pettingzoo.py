@@ -103,12 +103,13 @@ from gymnasium.utils import EzPickle
 from numpy.typing import NDArray
 from pettingzoo import AECEnv, ParallelEnv
 
+from tokenenv.envs.pettingzoo_base import SeededPlay
 from tokenenv.envs.play import RENDER_MODES, check_choice, one_choice, open_play
 from tokenenv.envs.token_prune_pettingzoo import MaskIn, Seen
 from tokenenv.errors import UserError
 
 
-class _BlockAgents(EzPickle):
+class _BlockAgents(SeededPlay, EzPickle):
     """What the AEC and the parallel environment share: agents, spaces, observations and infos.
 
     Args:
@@ -173,15 +174,12 @@ class _BlockAgents(EzPickle):
         mask = spaces.Box(0, 1, (self.game.actions,), np.int8)
         return spaces.Dict({"observation": self._play.observation_space, "action_mask": mask})
 
-    def _start(self, seed: int | None) -> None:
-        if seed is not None:
-            self._play.seed(seed)
-        elif self._play.needs_seed:
-            self._play.seed(int(np.random.SeedSequence().generate_state(1)[0]))
+    def _start(self, seed: int | None, options: dict[str, Any] | None) -> None:
+        self._seed(seed)
+        self._view = self._play.reset(options)[0].cpu().numpy()
         self.agents = list(self.possible_agents)
         self._turn = 0
         self._illegal = dict.fromkeys(self.agents, 0)
-        self._view = self._play.reset()[0].cpu().numpy()
 
     def _decide(self, actions: dict[str, Any]) -> tuple[float, bool]:
         """Play the decision that is due; returns its reward and whether the episode has ended."""
@@ -249,8 +247,17 @@ class _LayerAECEnv(_BlockAgents, AECEnv[str, Any, Any]):
         _BlockAgents.__init__(self, **kwargs)
 
     def reset(self, seed: int | None = None, options: dict[str, Any] | None = None) -> None:
-        """Start with the next image. A seed restarts the order; ``options`` are not used."""
-        self._start(seed)
+        """Start with the next image, or with the one that ``options`` name.
+
+        Args:
+            seed: restarts the order of the images.
+            options: ``index``, ``label`` or ``file`` of an image, see
+                :func:`~tokenenv.envs.chosen.chosen_batch`.
+
+        Raises:
+            UserError: a negative seed, or options that name no image.
+        """
+        self._start(seed, options)
         self.rewards = dict.fromkeys(self.agents, 0.0)
         self._cumulative_rewards = dict.fromkeys(self.agents, 0.0)
         self.terminations = dict.fromkeys(self.agents, False)
@@ -288,8 +295,17 @@ class _LayerParallelEnv(_BlockAgents, ParallelEnv[str, Any, Any]):
     def reset(
         self, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Seen], dict[str, dict[str, Any]]]:
-        """Start with the next image. A seed restarts the order; ``options`` are not used."""
-        self._start(seed)
+        """Start with the next image, or with the one that ``options`` name.
+
+        Args:
+            seed: restarts the order of the images.
+            options: ``index``, ``label`` or ``file`` of an image, see
+                :func:`~tokenenv.envs.chosen.chosen_batch`.
+
+        Raises:
+            UserError: a negative seed, or options that name no image.
+        """
+        self._start(seed, options)
         return {agent: self._observation(agent) for agent in self.agents}, self._infos()
 
     def step(

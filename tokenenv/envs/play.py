@@ -10,6 +10,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokenenv.envs.chosen import chosen_batch
 from tokenenv.errors import UserError
 from tokenenv.game import Game, render
 from tokenenv.game.build import build_game
@@ -109,9 +110,16 @@ class Play:
         self.game.seed(seed)
         self._seeded = True
 
-    def reset(self) -> Tensor:
-        """Start the next episodes; returns float32 observations, see :attr:`by_count`."""
-        seen = self.game.reset()
+    def reset(self, options: dict[str, Any] | None = None) -> Tensor:
+        """Start the next episodes; returns float32 observations, see :attr:`by_count`.
+
+        Args:
+            options: which images to play, see :func:`~tokenenv.envs.chosen.chosen_batch`.
+
+        Raises:
+            UserError: they name no image.
+        """
+        seen = self.game.reset(chosen_batch(self.game.stream, options))
         wrong = torch.zeros_like(seen.active[:, 0])
         illegal = torch.zeros_like(seen.active, dtype=torch.int64)
         self._now = {"illegal": illegal, "correct": wrong, "dense_correct": wrong}
@@ -295,6 +303,18 @@ def one_choice(action: Any, choices: int) -> int | None:
         return None
     value = given.item() if given.shape == () else -1
     return int(value) if 0 <= value < choices and value == int(value) else None
+
+
+def check_time_limit(limit: int | None, decisions: int) -> None:
+    """Raise :class:`UserError` where ``limit`` steps would end an episode before its last decision.
+
+    The image would not be classified, and a reward at the end never be paid. -1 is no limit.
+    """
+    if limit is not None and limit != -1 and limit < decisions:
+        raise UserError(
+            f"max_episode_steps={limit} is less than the episode's {decisions} decisions: give "
+            f"max_cycles={limit} instead"
+        )
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

@@ -62,16 +62,32 @@ class SB3VecEnv(VecEnv):
         )
 
     def reset(self) -> NDArray[np.float32]:
-        """Start with the next images; a seed given to :meth:`seed` restarts their order.
+        """Start with the next images, or with those that :meth:`set_options` named.
+
+        A seed given to :meth:`seed` restarts their order.
 
         Returns:
             ``(B, ...)`` float32 observations.
+
+        Raises:
+            UserError: options that name no image, or not of every environment the same.
         """
-        observations, infos = self.envs.reset(seed=self._seeds[0])
+        observations, infos = self.envs.reset(seed=self._seeds[0], options=self._joint_options())
         self._reset_seeds()
         self._reset_options()
         self.reset_infos = _rows(infos, self.num_envs)
         return observations
+
+    def _joint_options(self) -> dict[str, Any]:
+        """The environments' options as those of the batch: a list of values for each name."""
+        names = self._options[0].keys()
+        for other in self._options:
+            if other.keys() != names:
+                raise UserError(
+                    f"options {other} beside {self._options[0]}: give every environment the same "
+                    "ones, as all of a batch start together"
+                )
+        return {name: [each[name] for each in self._options] for name in names}
 
     def step_async(self, actions: NDArray[Any]) -> None:
         """Remember ``(B, ...)`` actions for :meth:`step_wait`."""
@@ -102,8 +118,12 @@ class SB3VecEnv(VecEnv):
         """Do nothing: the environment holds no resources."""
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """An attribute of the batched game, which all images share, once per index."""
-        value = getattr(self.envs, attr_name)
+        """An attribute of the batched game, which all images share, once per index.
+
+        Of what the batch has for one image as well, such as ``action_space``, that of one image.
+        """
+        single = f"single_{attr_name}"
+        value = getattr(self.envs, single if hasattr(self.envs, single) else attr_name)
         return [value for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:

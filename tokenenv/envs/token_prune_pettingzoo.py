@@ -94,9 +94,9 @@ from gymnasium import spaces
 from gymnasium.utils import EzPickle
 from numpy.typing import NDArray
 from pettingzoo import AECEnv, ParallelEnv
-from pettingzoo.utils import wrappers
-from pettingzoo.utils.conversions import parallel_to_aec
+from pettingzoo.utils.conversions import parallel_to_aec_wrapper
 
+from tokenenv.envs.pettingzoo_base import OrderedEnv, SeededPlay
 from tokenenv.envs.play import RENDER_MODES, check_choice, open_play
 from tokenenv.errors import UserError
 
@@ -107,7 +107,7 @@ OnPrune = Literal["mask", "remove"]
 MaskIn = Literal["info", "obs"]
 
 
-class TokenPruneParallelEnv(ParallelEnv[str, Seen, int], EzPickle):
+class TokenPruneParallelEnv(SeededPlay, ParallelEnv[str, Seen, int], EzPickle):
     """One agent per visual token of one image: keep or prune. See the module's page.
 
     Args:
@@ -162,13 +162,19 @@ class TokenPruneParallelEnv(ParallelEnv[str, Seen, int], EzPickle):
     def reset(
         self, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Seen], dict[str, dict[str, Any]]]:
-        """Start with the next image. A seed restarts the order; ``options`` are not used."""
-        if seed is not None:
-            self._play.seed(seed)
-        elif self._play.needs_seed:
-            self._play.seed(int(np.random.SeedSequence().generate_state(1)[0]))
+        """Start with the next image, or with the one that ``options`` name.
+
+        Args:
+            seed: restarts the order of the images.
+            options: ``index``, ``label`` or ``file`` of an image, see
+                :func:`~tokenenv.envs.chosen.chosen_batch`.
+
+        Raises:
+            UserError: a negative seed, or options that name no image.
+        """
+        self._seed(seed)
+        observation = self._play.reset(options)[0].cpu().numpy()
         self.agents = list(self.possible_agents)
-        observation = self._play.reset()[0].cpu().numpy()
         return self._reports(observation)
 
     def step(
@@ -278,11 +284,24 @@ def parallel_env(**kwargs: Any) -> TokenPruneParallelEnv:
     return TokenPruneParallelEnv(**kwargs)
 
 
+class TokenPruneAECEnv(parallel_to_aec_wrapper, EzPickle):
+    """The same with the agents in turn; the decision is played when all have chosen.
+
+    Args:
+        **kwargs: as for :class:`TokenPruneParallelEnv`.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        EzPickle.__init__(self, **kwargs)
+        super().__init__(parallel_env(**kwargs))
+        self.agents: list[str] = []
+
+
 def raw_env(**kwargs: Any) -> AECEnv[str, Any, Any]:
     """Make the AEC env without PettingZoo's usual wrappers."""
-    return parallel_to_aec(parallel_env(**kwargs))
+    return TokenPruneAECEnv(**kwargs)
 
 
 def env(**kwargs: Any) -> AECEnv[str, Any, Any]:
     """Make the AEC env with PettingZoo's usual wrappers."""
-    return wrappers.OrderEnforcingWrapper(wrappers.AssertOutOfBoundsWrapper(raw_env(**kwargs)))
+    return OrderedEnv(raw_env(**kwargs))

@@ -13,8 +13,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenenv.envs.play import RENDER_MODES, check_choice, open_play
-from tokenenv.errors import UserError
+from tokenenv.envs.play import RENDER_MODES, check_choice, check_time_limit, open_play
 
 
 class GameVectorEnv(gym.vector.VectorEnv[Any, Any, Any], EzPickle):
@@ -62,11 +61,7 @@ class GameVectorEnv(gym.vector.VectorEnv[Any, Any, Any], EzPickle):
         self._play = open_play(self.rules, render_mode, game, num_envs)
         self.game = self._play.game
         self.max_cycles = self.game.steps
-        if max_episode_steps is not None and max_episode_steps < self.max_cycles:
-            raise UserError(
-                f"max_episode_steps={max_episode_steps} is less than the episode's "
-                f"{self.max_cycles} decisions: give max_cycles={max_episode_steps} instead"
-            )
+        check_time_limit(max_episode_steps, self.max_cycles)
         self._return: Tensor
         self._length: int
         self.num_envs, self.output, self.render_mode = num_envs, output, render_mode
@@ -78,17 +73,25 @@ class GameVectorEnv(gym.vector.VectorEnv[Any, Any, Any], EzPickle):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """Start with the next images. A seed restarts the order; ``options`` are not used.
+        """Start with the next images, or with those that ``options`` name.
+
+        Args:
+            seed: restarts the order of the images.
+            options: ``index``, ``label`` or ``file``, one for all images or ``B`` of them, see
+                :func:`~tokenenv.envs.chosen.chosen_batch`. They hold for one episode each.
 
         Returns:
             ``(B, ...)`` float32 observations, and infos.
+
+        Raises:
+            UserError: a negative seed, or options that name no image.
         """
         super().reset(seed=seed)
         if seed is not None or self._play.needs_seed:
             seed = self.np_random_seed
             assert seed is not None
             self._play.seed(seed)
-        observation = self._start()
+        observation = self._start(options)
         return self._out(observation), self._out(self._info())
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
@@ -135,8 +138,8 @@ class GameVectorEnv(gym.vector.VectorEnv[Any, Any, Any], EzPickle):
         frames = tuple(self._play.draw(row) for row in range(self.num_envs))
         return None if self.render_mode == "human" else frames
 
-    def _start(self) -> Tensor:
-        observation = self._play.reset()
+    def _start(self, options: dict[str, Any] | None = None) -> Tensor:
+        observation = self._play.reset(options)
         self._return = observation.new_zeros(self.num_envs)
         self._length = 0
         return observation

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tokenenv.data import ImageSource, Stream
+from tokenenv.data import Batch, ImageSource, Stream
 from tokenenv.errors import UserError
 from tokenenv.game.dense import CONFIDENCE_DIM, DenseAnswers, confidence
 from tokenenv.game.episode import Episode, Execution, default_execution
@@ -133,10 +133,14 @@ class Game:
 
     # Not inference_mode: a learner's autograd must be able to save the observations.
     @torch.no_grad()
-    def reset(self) -> Observation:
-        """Take the next batch of images and run the model up to the first decision."""
+    def reset(self, batch: Batch | None = None) -> Observation:
+        """Run the model up to the first decision.
+
+        Args:
+            batch: the images, without repeats, of :attr:`source`; None: the stream's next ones.
+        """
         self.on_reset(self.batch_size)
-        batch = self.stream.next()
+        batch = self.stream.next() if batch is None else batch
         device = self.backbone.device
         self.images = batch.images.to(device, self.backbone.dtype, non_blocking=True)
         self.labels = batch.labels.to(device, non_blocking=True)

@@ -1,0 +1,82 @@
+"""The options of an environment's ``reset``: which images to play."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+import torch
+
+from tokenenv.data import Batch, Stream
+from tokenenv.errors import UserError
+
+OPTIONS = ("index", "label", "file")
+_OF_CHECKERS = {"options": 1}  # PettingZoo's api_test and parallel_api_test give this and no more
+
+
+def chosen_batch(stream: Stream, options: dict[str, Any] | None) -> Batch | None:
+    """The images that ``options`` name; None where they name none.
+
+    Args:
+        stream: the images in the order in which they would be played.
+        options: one of ``index``, a position in the source; ``label``, for which the next image of
+            that class is taken, so that those before it are passed over; and ``file``, a name in
+            the source. A batch of ``B`` images takes one value for all or ``B`` of them.
+
+    Raises:
+        UserError: an unknown option, two of them, a value that names no image, another number of
+            values than images, or an image that can't be read.
+    """
+    if not options or options == _OF_CHECKERS:
+        return None
+    for name in options:
+        if name not in OPTIONS:
+            raise UserError(f"unknown option '{name}' of reset: choose from {', '.join(OPTIONS)}")
+    if len(options) > 1:
+        raise UserError(f"options {' and '.join(options)} both name images: give one of them")
+    ((name, given),) = options.items()
+    values = _one_each(name, given, stream.part_size)
+    if name == "label":
+        return stream.next_of([_whole(name, value) for value in values])
+    source = stream.source
+    if name == "file":
+        known = {file: i for i, file in enumerate(source.files)}
+        for value in values:
+            if value not in known:
+                example = source.files[0]
+                raise UserError(
+                    f"file={value!r} is not in '{source.name}': give a name such as '{example}'"
+                )
+        index = [known[value] for value in values]
+    else:
+        index = [_whole(name, value) for value in values]
+        for value in index:
+            if not 0 <= value < len(source):
+                raise UserError(
+                    f"index={value} is not in '{source.name}': choose 0 to {len(source) - 1}"
+                )
+    batch = source.batch(torch.tensor(index))
+    if len(batch.index) < len(index):
+        lost = (set(index) - set(batch.index.tolist())).pop()
+        raise UserError(f"image '{source.files[lost]}' can't be read: choose another")
+    return batch
+
+
+def _one_each(name: str, given: Any, count: int) -> list[Any]:
+    """``count`` values, from as many or from one for all."""
+    if isinstance(given, str) or np.ndim(given) == 0:
+        return [given] * count
+    values = list(given)
+    if len(values) != count:
+        raise UserError(
+            f"option '{name}' has {len(values)} values for {count} images: give {count}, or one"
+        )
+    return values
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise UserError(f"{name}={value!r} is not a whole number") from None
