@@ -17,7 +17,9 @@ class PrivilegedCritic(nn.Module):
     DORA-pruning's critic (arXiv 2609.34325, "Privileged critic"): a learned value token and the
     tokens, projected to ``width``, go through ``depth`` pre-LN Transformer blocks. The value token
     is concatenated with projections of the numbers about the episode and of the dense logits.
-    There is one value per head of the actor; that of the selector also reads the budget.
+    There is one value per head of the actor; that of the selector also reads the budget. Among the
+    numbers about the episode are the dense model's probability of the true class and its margin,
+    which need the label; the paper's critic reads the dense model's predictions and no label.
 
     Args:
         game: a game made with ``privileged=True``.

@@ -42,7 +42,9 @@ def surgery(
 ) -> list[Tensor | None]:
     """PCGrad (Yu et al. 2020) for two losses: the sum of their projected gradients.
 
-    If the two have a negative dot product, each loses its component along the other.
+    If the two have a negative dot product, each loses its component along the other. A parameter
+    for which only one loss has a gradient (the other's is None) keeps that gradient as it is; as
+    part of the paper's flat vectors the missing one would be zeros and get its projection there.
     """
     pairs = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
     dot = sum(((a * b).sum() for a, b in pairs), torch.zeros(()))
@@ -90,7 +92,11 @@ def normalise_advantage(
 
 
 def centre_groups(advantage: Tensor, active: Tensor, repeats: int) -> Tensor:
-    """Subtract from ``(T, B, A)`` the mean over active agents of all repeats of an image."""
+    """Subtract from ``(T, B, A)`` the mean over active agents of all repeats of an image.
+
+    The mean is over all agents, so that an agent's baseline holds the others' advantages; for
+    independent learners (IPPO) as well.
+    """
     groups = (len(advantage), -1, repeats, advantage.shape[2])
     values, mask = advantage.reshape(groups), active.reshape(groups)
     count = mask.sum((2, 3), keepdim=True).clamp(min=1)

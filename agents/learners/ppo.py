@@ -66,7 +66,8 @@ class PPOConfig:
         advantage_norm: normalise advantages over all active agents (``global``), or for each agent
             separately (``per_agent``).
         repeats: number of consecutive images in the batch that are the same; the mean advantage of
-            such a group is subtracted, which removes the image's own effect on the reward.
+            such a group, over all its agents (for IPPO, too), is subtracted, which removes the
+            image's own effect on the reward.
         max_grad_norm: largest gradient norm of the actor and of the critic.
 
     Raises:

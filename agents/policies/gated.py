@@ -25,12 +25,14 @@ class GatedPolicy(Trainable):
     keys of all tokens left; the budget is read from its class token, the selector's scores from its
     other tokens. Parameters are shared by all blocks, and each block has embeddings of its own.
 
-    There are three departures from the paper, because training here has some hundred images and
+    There are four departures from the paper, because training here has some hundred images and
     not 300,000. (1) Gate and budget are initialised near a given schedule (in the paper both are
     flat), and a linear layer from the block to the budget adapts it quickly. (2) If the rules have
     a suitable feature, the scores are initialised by it (:meth:`lean_on`), with a weight per block.
     (3) Each pick of the selector has its own PPO ratio, because the ratio of the product of all
-    picks explodes with their number.
+    picks explodes with their number. (4) The class token enters the encoder by a projection of its
+    own: what an agent's token is described by may be other features than its key, and then has
+    another width.
 
     Args:
         rules: :class:`~tokenenv.game.rules.LayerPrune` with ``action="tokens"``.

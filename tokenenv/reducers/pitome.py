@@ -34,6 +34,11 @@ class PiToMe(Reducer):
     into the most similar of the other k, as a mean weighted by size. Attention is proportional, as
     in ToMe.
 
+    The energy is that of the published code, the choice of candidates that of the paper in every
+    block. In half of the blocks (which half differs between its versions, as the margin does) the
+    code protects no token: in the order of energy it pairs every second of all tokens with the
+    others, and merges the k most similar pairs.
+
     Attributes:
         blocks: indices of the blocks where tokens are merged, strictly increasing.
         keep: share of an image's visual tokens that is left after each of these blocks, in

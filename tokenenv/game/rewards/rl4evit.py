@@ -24,7 +24,9 @@ _KEEP_PER_DECISION = 0.7
 def class_term(turn: Turn, alpha: float, when: ClassReward) -> Tensor:
     """RL4EViT's classification reward: kept tokens share ``alpha`` if the prediction is correct.
 
-    It is paid when the episode ends.
+    It is paid when the episode ends. The published code pays the share of a decision in the step of
+    that decision, so its last decision has one share at stake in the prediction. With ``each`` it
+    has those of all decisions here, 2.2 times as much at shares of tokens of 0.7, 0.49 and 0.343.
 
     Args:
         turn: the decision.
