@@ -13,6 +13,7 @@ from helpers import needs_compiler
 from timm.models.vision_transformer import Block, ParallelScalingBlock, ResPostBlock
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torchvision.models.vision_transformer import VisionTransformer
 
 import agents
 from tokenenv import Backbone, UserError
@@ -204,6 +205,12 @@ def test_an_unknown_model_is_told_what_each_family_misses(both: None) -> None:
     )
     with pytest.raises(UserError, match="'Linear' is not supported: Linear is not timm's Vision"):
         family_of(nn.Linear(2, 2))
+
+
+def test_another_librarys_class_of_the_same_name_is_told_apart() -> None:
+    words = "VisionTransformer of torchvision.models.vision_transformer is not timm's"
+    with pytest.raises(UserError, match=words):
+        family_of(VisionTransformer(16, 8, 1, 1, 8, 8))
 
 
 def test_a_registered_family_is_accepted_by_name(registry: None) -> None:

@@ -26,7 +26,10 @@ class VisionTransformerFamily(Family):
         from timm.models.vision_transformer import VisionTransformer
 
         if not isinstance(model, VisionTransformer):
-            return f"{type(model).__name__} is not timm's VisionTransformer"
+            name = type(model).__name__
+            if name == VisionTransformer.__name__:  # torchvision's has the same name
+                name = f"{name} of {type(model).__module__}"
+            return f"{name} is not timm's VisionTransformer"
         for i, block in enumerate(model.blocks):
             if (reason := cls.block_refusal(i, block)) is not None:
                 return reason
