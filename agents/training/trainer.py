@@ -231,6 +231,9 @@ def check_same(saved: dict[str, Any], now: dict[str, Any], out: Path) -> None:
     """
     for key in sorted(saved.keys() | now.keys()):
         before, after = saved.get(key), now.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            check_same(before, after, out)
+            continue
         if not (before == after or [before] == after or before == [after]):
             raise UserError(
                 f"cannot resume '{out}' with {key}={word(after)}: it was started with "

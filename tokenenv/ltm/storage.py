@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tokenenv.data import Preprocessing
 from tokenenv.errors import UserError
 from tokenenv.ltm.model import LTM, check_family, ltm
 from tokenenv.storage import check_values
@@ -76,7 +77,10 @@ def load_ltm(folder: str | Path, device: str | torch.device = "cpu") -> LTM:
         ) from None
     check_name(name, check_family)
     try:
-        model = ltm(create_model(name, options), **blocks)
+        dense = create_model(name, options)
+        if (said := config.get("preprocessing")) is not None:
+            Preprocessing.from_json(said, folder / CONFIG).apply(dense)
+        model = ltm(dense, **blocks)
         state = read_weights(folder / WEIGHTS)
         check_values(state, model.state_dict(), f"'{folder / WEIGHTS}'", "save the model anew")
         model.load_state_dict(state)
@@ -100,6 +104,7 @@ def _describe(model: LTM) -> dict[str, Any]:
         "options": options,
         "ltm": model.config,
         "dtype": str(first.weight.dtype).removeprefix("torch."),
+        "preprocessing": Preprocessing.of(timm_model).to_json(),
     }
 
 

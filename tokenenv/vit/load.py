@@ -46,6 +46,7 @@ def load_backbone(
     weights: str | None = None,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
+    prepare: Callable[[nn.Module], object] | None = None,
 ) -> Backbone:
     """A frozen backbone.
 
@@ -59,14 +60,18 @@ def load_backbone(
             (downloaded by timm).
         device: where to put the model.
         dtype: its precision, one of :data:`DTYPES`; policies always compute in float32.
+        prepare: changes the loaded model, such as the size of its images.
 
     Raises:
         UserError: unknown or unsupported model, missing or mismatching weights, unknown device or
             dtype.
     """
     place, precision = check_device(device), check_dtype(dtype)
+    model = load_model(name, weights)
+    if prepare is not None:
+        prepare(model)
     # Of a named model only the weights differ from one time to the next.
-    backbone = Backbone(load_model(name, weights), proven=name in _PROVEN).to(place, precision)
+    backbone = Backbone(model, proven=name in _PROVEN).to(place, precision)
     _PROVEN.add(name)
     return backbone
 
