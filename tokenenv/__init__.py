@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from tokenenv.api.compare import compare
     from tokenenv.api.compress import compress
     from tokenenv.api.evaluate import evaluate
-    from tokenenv.data import ImageSource, open_source
+    from tokenenv.data import ImageSource, Preprocessing, open_source
     from tokenenv.deploy.compressed import CompressedViT, load_compressed
     from tokenenv.deploy.onnx import export_onnx
     from tokenenv.game import Game
@@ -65,6 +65,7 @@ __all__ = [
     "LayerPrune",
     "Method",
     "Policy",
+    "Preprocessing",
     "Reward",
     "Rules",
     "Run",
@@ -124,6 +125,7 @@ _HOME = {
     "load_backbone": "vit.load",
     "load_compressed": "deploy.compressed",
     "open_source": "data",
+    "Preprocessing": "data",
 }
 
 _AGENTS_HOME = {

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -44,6 +46,60 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"cannot read '{path}' as a file of tokenenv ({type(error).__name__}): "
             "is it complete, and written by tokenenv?"
         ) from None
+
+
+def check_values(
+    tensors: dict[str, Tensor], own: dict[str, Tensor], where: str, remedy: str
+) -> None:
+    """Refuse values that would load without an error and compute nonsense.
+
+    Args:
+        tensors: what a file holds, by name.
+        own: the tensors that they replace, by name. A value has to stay finite in the type of its
+            own tensor, and floating-point numbers replace floating-point numbers only.
+        where: words for the file.
+        remedy: what the user can do.
+
+    Raises:
+        UserError: it names the tensor.
+    """
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise UserError(f"{where}: tensor '{name}' is sparse, quantised or empty: {remedy}")
+        mine = own.get(name, tensor)
+        if _kind(tensor) != _kind(mine):
+            raise UserError(
+                f"{where}: tensor '{name}' holds {_plain(tensor)}, not {_plain(mine)} numbers: "
+                f"{remedy}"
+            )
+        # A byte is too narrow for torch to compare.
+        wide = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+        if not wide.to(mine.dtype).isfinite().all():
+            raise UserError(f"{where}: tensor '{name}' holds NaN or infinite values: {remedy}")
+
+
+def _kind(tensor: Tensor) -> str:
+    if tensor.is_floating_point():
+        return "floating-point"
+    if tensor.is_complex():
+        return "complex"
+    return "bool" if tensor.dtype == torch.bool else "whole"
+
+
+def _plain(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def not_finite(value: Any, name: str = "") -> str | None:
+    """The name of the first NaN or infinite number in JSON values, such as ``rules.alpha``."""
+    if isinstance(value, dict):
+        inside = value.items()
+    elif isinstance(value, list):
+        inside = enumerate(value)  # type: ignore[assignment]
+    else:
+        return name if isinstance(value, float) and not math.isfinite(value) else None
+    found = (not_finite(part, f"{name}.{key}" if name else str(key)) for key, part in inside)
+    return next((where for where in found if where is not None), None)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -23,13 +23,15 @@ from tokenenv.game.policy import Method, Policy
 from tokenenv.game.stored import find_class, remake
 from tokenenv.own import same_place
 from tokenenv.reducers import REDUCERS, Reducer
-from tokenenv.storage import read_tensors
+from tokenenv.storage import check_values, not_finite, read_tensors
 
 POLICY = "policy.safetensors"
 """Name of a method's file in a run folder."""
 
 SHIPPED = Path(__file__).parents[1] / "shipped"
 """Folder with the policies that come with the package, one folder each."""
+
+_ANEW = "train it anew"
 
 
 class Stored(Protocol):
@@ -75,13 +77,16 @@ def load_policy(path: Path, trust: bool = False) -> Method:
         trust: whether a user's own code that the file names may be run.
 
     Raises:
-        UserError: the file does not exist, is not a method of this version, or holds one of a
-            user's own class and ``trust`` is False.
+        UserError: the file does not exist, is not a method of this version, holds values that are
+            not finite or out of range, or a method of a user's own class and ``trust`` is False.
     """
     tensors, config = read_tensors(path)
+    if (setting := not_finite(config)) is not None:
+        raise UserError(f"'{path}' can't be loaded: its {setting} is not finite: {_ANEW}")
     try:
         method = _remade(dict(config), trust)
         if isinstance(method, nn.Module):
+            check_values(tensors, method.state_dict(), "its weights", _ANEW)
             method.load_state_dict(tensors)
             method.eval()
     except UserError as error:
@@ -90,7 +95,7 @@ def load_policy(path: Path, trust: bool = False) -> Method:
         # torch puts what is wrong into the last line
         reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
         raise UserError(
-            f"'{path}' is not a policy of this version ({reason[0].strip()}): train it anew"
+            f"'{path}' is not a policy of this version ({reason[0].strip()}): {_ANEW}"
         ) from error
     return method
 

@@ -13,6 +13,7 @@ from agents.policies.networks import SharedMLP
 from agents.policies.trainable import Columns, Head, Trainable
 from agents.workers import WHOLE, Rows
 from tokenenv.errors import UserError
+from tokenenv.game.checks import check_threshold
 from tokenenv.game.rules import RULES, Observation, Rules
 from tokenenv.game.stored import describe, remake
 from tokenenv.vit.backbone import Backbone
@@ -79,7 +80,7 @@ class ActorPolicy(Trainable):
         trained_on: timm's name of the backbone it is trained on.
 
     Raises:
-        UserError: an unknown ``decide``.
+        UserError: an unknown ``decide``, or a threshold that is no probability between 0 and 1.
     """
 
     heads: tuple[str, ...] = ("action",)
@@ -98,7 +99,8 @@ class ActorPolicy(Trainable):
     ) -> None:
         super().__init__()
         self.rules, self.widths, self.hidden = rules, widths, tuple(hidden)
-        self.actions, self.threshold, self.trained_on = actions, threshold, trained_on
+        self.actions, self.threshold = actions, check_threshold(threshold)
+        self.trained_on = trained_on
         if decide not in get_args(Decide):
             raise UserError(f"decide='{decide}': choose from {', '.join(get_args(Decide))}")
         self.decide = decide

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from agents.policies.trainable import Columns, Head, Trainable, columns
 from agents.workers import WHOLE, Rows
 from tokenenv.errors import UserError
+from tokenenv.game.checks import check_threshold
 from tokenenv.game.rules import LayerPrune, Observation
 from tokenenv.game.rules.layer_prune import LEAST
 from tokenenv.game.stored import describe, remake
@@ -45,6 +46,9 @@ class GatedPolicy(Trainable):
             :meth:`lean_on`.
         threshold: the gate is open if its probability is at least this.
         trained_on: timm's name of the backbone it is trained on.
+
+    Raises:
+        UserError: a threshold that is no probability between 0 and 1.
     """
 
     budgets: Tensor
@@ -63,7 +67,8 @@ class GatedPolicy(Trainable):
     ) -> None:
         super().__init__()
         self.rules, self.widths, self.width = rules, widths, width
-        self.chooser, self.threshold, self.trained_on = selector, threshold, trained_on
+        self.chooser, self.threshold = selector, check_threshold(threshold)
+        self.trained_on = trained_on
         learned = ("selector",) if selector == "learned" else ()
         self.heads: tuple[str, ...] = ("gate", "budget", *learned)
         key, own, steps = widths["key"], widths["own"], len(rules.blocks)

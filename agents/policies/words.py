@@ -22,7 +22,7 @@ from agents.policies.heuristics import (
     decreasing,
 )
 from tokenenv.errors import UserError
-from tokenenv.game.checks import spread_blocks
+from tokenenv.game.checks import check_threshold, spread_blocks
 from tokenenv.game.policy import Method, Policy, as_method
 from tokenenv.game.rules import LayerMerge, TokenPrune
 from tokenenv.own import load_own, split_own
@@ -217,11 +217,10 @@ def _learned(words: Words, policy: Method) -> Method:
     threshold = words.number("threshold")
     if not policy.adjustable:
         raise UserError(f"'{words.what}': this policy decides without a threshold: leave it out")
-    if not 0 < threshold < 1:
-        raise UserError(
-            f"'{words.what}': threshold={threshold:g} is no probability: give more than 0, below 1"
-        )
-    policy.threshold = threshold
+    try:
+        policy.threshold = check_threshold(threshold)
+    except UserError as error:
+        raise UserError(f"'{words.what}': {error}") from None
     return policy
 
 

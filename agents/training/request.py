@@ -81,6 +81,7 @@ class Request:
             "weights": weights,
             "data": source.name,
             "images": len(source),
+            "preprocessing": source.preprocessing.to_json(),
             "seed": self.seed,
             "dtype": self.model.dtype,
             **json.loads(json.dumps(dataclasses.asdict(self.config))),

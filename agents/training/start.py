@@ -15,6 +15,7 @@ from agents.training.request import Request
 from agents.training.run import Run
 from agents.training.run_folder import resumable, run_folder
 from agents.workers import join
+from tokenenv.data import Preprocessing
 from tokenenv.errors import UserError
 from tokenenv.measure.opening import Model
 from tokenenv.vit.load import EMBEDDED
@@ -34,6 +35,7 @@ def train(
     seed: int = 0,
     device: str = "cpu",
     dtype: str = "float32",
+    preprocessing: Preprocessing | None = None,
     resume: bool = False,
     **settings: Any,
 ) -> Run:
@@ -55,6 +57,7 @@ def train(
         seed: of everything drawn at random, from 0 to 2**32 - 1.
         device: ``cpu``, ``cuda`` ...
         dtype: precision of the models: ``float32``, ``bfloat16`` or ``float16``.
+        preprocessing: replaces timm's for the model; kept in the run's ``config.json``.
         resume: continue the run in ``out``.
         **settings: settings of the system, see ``tokenenv train SYSTEM --list-settings``. A tuple
             may also be given as a list, or in the command line's form, such as ``"64/64"``.
@@ -78,7 +81,14 @@ def train(
     request = Request(
         system=found,
         config=with_settings(preset(found.config, model), settings),
-        model=Model(model or EMBEDDED, _text(weights), device, dtype, named=model is not None),
+        model=Model(
+            model or EMBEDDED,
+            _text(weights),
+            device,
+            dtype,
+            named=model is not None,
+            preprocessing=preprocessing or Preprocessing(),
+        ),
         data=_text(data),
         out=None if out is None else Path(out),
         images=None if images is None else _whole("images", images, 1),

@@ -19,7 +19,14 @@ from agents.systems.settings import word
 from agents.training.judgement import Judge, Judgement
 from agents.workers import ALONE, Workers
 from tokenenv.errors import UserError
-from tokenenv.storage import flatten_state, read_tensors, unflatten_state, write_tensors
+from tokenenv.storage import (
+    check_values,
+    flatten_state,
+    not_finite,
+    read_tensors,
+    unflatten_state,
+    write_tensors,
+)
 
 CHECKPOINT = "checkpoint.safetensors"
 _STOPS = (signal.SIGINT, signal.SIGTERM)
@@ -177,8 +184,8 @@ class Trainer:
         """Continue from the checkpoint in the run folder.
 
         Raises:
-            UserError: there is no checkpoint, it is unreadable, or it is of a run with another
-                description.
+            UserError: there is no checkpoint, it is unreadable, of a run with another description,
+                or holds values that are not finite.
         """
         path = self.out / CHECKPOINT
         if not path.is_file():
@@ -190,6 +197,7 @@ class Trainer:
         try:
             state = unflatten_state(saved["state"], tensors)
             check_same(saved["config"], self.config, self.out)
+            self._check_values(tensors, saved["best"], path)
             self.learner.load_state_dict(state["learner"])
             # With as many processes as before each restores its own order: orders differ where a
             # process skipped unreadable images. With another number all take the first one's.
@@ -204,6 +212,17 @@ class Trainer:
                 f"'{path}' is not a checkpoint of this version ({error}): start with another --out"
             ) from None
 
+    def _check_values(self, tensors: dict[str, Tensor], best: dict[str, Any], path: Path) -> None:
+        """Refuse a checkpoint with values that no training goes on from."""
+        remedy = "start with another --out"
+        policy = self.learner.policy.state_dict()
+        own: dict[str, Tensor] = {}
+        now = {"learner": self.learner.state_dict(), "best_state": policy}
+        flatten_state("state", now, own)
+        check_values(tensors, own, f"'{path}'", remedy)
+        if (number := not_finite(best)) is not None:
+            raise UserError(f"'{path}': its best {number} is not finite: {remedy}")
+
 
 def check_same(saved: dict[str, Any], now: dict[str, Any], out: Path) -> None:
     """Raise :class:`UserError` naming the first setting that differs.
@@ -212,6 +231,9 @@ def check_same(saved: dict[str, Any], now: dict[str, Any], out: Path) -> None:
     """
     for key in sorted(saved.keys() | now.keys()):
         before, after = saved.get(key), now.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            check_same(before, after, out)
+            continue
         if not (before == after or [before] == after or before == [after]):
             raise UserError(
                 f"cannot resume '{out}' with {key}={word(after)}: it was started with "

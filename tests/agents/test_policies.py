@@ -1,12 +1,16 @@
 """Heuristics keep what they say, learned policies survive the disk."""
 
+import copy
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import agents
-from agents.policies import load_policy
+from agents.policies import POLICY, SHIPPED, load_policy
 from agents.policies.actor import ActorPolicy, Widths
 from agents.policies.heuristics import KeepAll, RandomPrune, TopK, keep_highest
 from agents.policies.words import parse_policy
@@ -19,6 +23,7 @@ from tokenenv.game.policy import play
 from tokenenv.game.rewards import divergence
 from tokenenv.game.rules import Observation, TokenPrune
 from tokenenv.measure import evaluation
+from tokenenv.storage import read_tensors, write_tensors
 
 
 def observation(score: torch.Tensor, active: torch.Tensor) -> Observation:
@@ -172,3 +177,59 @@ def test_a_threshold_removes_more_or_fewer_as_the_policy_says(system: str) -> No
         policy.threshold = threshold
         left.append(play(game.backbone, policy, images).counts[-1].sum().item())
     assert (left[1] < left[0]) == (policy.strict == 1) and left[0] != left[1]
+
+
+def stored(path: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> str:
+    """The error of loading these."""
+    write_tensors(path, tensors, config)
+    with pytest.raises(UserError) as error:
+        load_policy(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+SHIPPED_KINDS = ("rl4evit-deit_tiny", "dora-prune-deit_tiny")
+
+
+@pytest.mark.parametrize("name", SHIPPED_KINDS)
+@pytest.mark.parametrize("threshold", [math.nan, 2, -3, 0, 1, True])
+def test_a_threshold_from_a_file_is_a_probability(
+    name: str, threshold: float, tmp_path: Path
+) -> None:
+    tensors, config = read_tensors(SHIPPED / name / POLICY)
+    error = stored(tmp_path / "p", tensors, config | {"threshold": threshold})
+    assert "threshold" in error
+    assert "not finite" in error or "is no probability" in error
+
+
+@pytest.mark.parametrize("name", SHIPPED_KINDS)
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda t: t.index_fill(0, torch.tensor([0]), torch.nan), "NaN or infinite"),
+        (lambda t: t - torch.inf, "NaN or infinite"),
+        (lambda t: t.double() + 1e300, "NaN or infinite"),  # not in float32
+        (lambda t: t > 0, "holds bool, not float32"),
+        (lambda t: t.long(), "holds int64, not float32"),
+        (lambda t: t.to(torch.complex64), "holds complex64, not float32"),
+    ],
+    ids=["nan", "infinite", "too large", "bool", "whole", "complex"],
+)
+def test_a_policys_tensors_are_finite_numbers(
+    name: str, spoil: Callable[[torch.Tensor], torch.Tensor], words: str, tmp_path: Path
+) -> None:
+    tensors, config = read_tensors(SHIPPED / name / POLICY)
+    last = list(tensors)[-1]
+    error = stored(tmp_path / "p", tensors | {last: spoil(tensors[last])}, config)
+    assert words in error
+    assert f"'{last}'" in error
+
+
+def test_a_methods_settings_in_a_file_are_finite(tmp_path: Path) -> None:
+    parse_policy("merge-above:similarity=0.9", 12).save(tmp_path / "p")
+    tensors, config = read_tensors(tmp_path / "p")
+    for where, value in (("similarity", math.nan), ("rules.least", [1, {"deep": -math.inf}])):
+        spoilt = copy.deepcopy(config)
+        (spoilt if where == "similarity" else spoilt["rules"])[where.split(".")[-1]] = value
+        assert f"its {where}" in stored(tmp_path / "p", tensors, spoilt)

@@ -236,6 +236,34 @@ def test_resuming_with_another_setting_names_it(tmp_path: Path) -> None:
         trainer(tmp_path, new=1).resume()
 
 
+def test_a_checkpoint_with_values_that_are_not_finite_is_refused(tmp_path: Path) -> None:
+    trainer(tmp_path).run()
+    path = tmp_path / CHECKPOINT
+    tensors, saved = read_tensors(path)
+    floats = [name for name, t in tensors.items() if t.is_floating_point()]
+    policy, average, best = (
+        next(name for name in floats if name.startswith("state." + start) and end in name)
+        for start, end in (("learner", "skip.weight"), ("learner", "exp_avg"), ("best_state", ""))
+    )
+    nan, huge = torch.tensor(torch.nan), torch.tensor(1e300, dtype=torch.float64)
+    for name, value, words in (
+        (policy, nan, "NaN or infinite"),
+        (average, nan, "NaN or infinite"),
+        (best, nan, "NaN or infinite"),
+        (best, huge, "NaN or infinite"),  # not in float32
+        (policy, torch.tensor(1), "holds int64, not float32"),
+        (best, torch.tensor(True), "holds bool, not float32"),
+    ):
+        write_tensors(path, tensors | {name: value.expand(tensors[name].shape)}, saved)
+        with pytest.raises(UserError, match=words) as error:
+            trainer(tmp_path).resume()
+        assert f"'{name}'" in str(error.value)
+        assert "another --out" in str(error.value)
+    write_tensors(path, tensors, saved | {"best": saved["best"] | {"saving": float("nan")}})
+    with pytest.raises(UserError, match="its best saving is not finite: start with another"):
+        trainer(tmp_path).resume()
+
+
 def test_a_number_and_a_list_of_it_are_one_setting() -> None:
     out = Path("run")
     check_same({"initial_budget": 12.0}, {"initial_budget": [12.0]}, out)

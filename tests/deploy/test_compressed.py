@@ -429,3 +429,12 @@ def test_a_config_that_someone_changed(options: dict[str, Any], tmp_path: Path) 
     path.write_text(json.dumps(json.loads(path.read_text()) | options))
     with pytest.raises(UserError):
         tokenenv.load_compressed(tmp_path / "a")
+
+
+def test_a_model_whose_namesake_has_no_head_is_saved(tmp_path: Path) -> None:
+    model = timm.create_model("vit_small_patch14_dinov2", num_classes=5, img_size=28).eval()
+    fast = compressed("tome:r=1", model)
+    fast.save(tmp_path / "fast")
+    images = torch.randn(2, 3, 28, 28)
+    with torch.inference_mode():
+        assert_close(tokenenv.load_compressed(tmp_path / "fast")(images), fast(images))

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tokenenv.api.opening import Opened, each_once, named_model, open_candidates, text
-from tokenenv.data import open_source
+from tokenenv.data import Preprocessing, open_source
 from tokenenv.data.pixels import Preprocess
 from tokenenv.errors import UserError, check_keywords
 from tokenenv.game.episode import Execution
@@ -72,6 +72,7 @@ def bench(
     compile: bool | None = None,
     device: str = "cpu",
     dtype: str = "float32",
+    preprocessing: Preprocessing | None = None,
     trust: bool = False,
     show: Any = None,
 ) -> Speeds:
@@ -90,6 +91,7 @@ def bench(
         compile: whether to use ``torch.compile`` for all of them; None: only on CUDA.
         device: see :func:`tokenenv.evaluate`.
         dtype: see :func:`tokenenv.evaluate`.
+        preprocessing: see :func:`tokenenv.evaluate`.
         trust: see :func:`tokenenv.evaluate`.
         show: called with the times so far, first without rows and then after each batch size, so
             that they are not lost after Ctrl-C.
@@ -101,7 +103,7 @@ def bench(
         torch.set_num_threads(threads)
     whats, batches = each_once(what), list(dict.fromkeys(batch))
     opened = open_candidates(
-        whats, named_model(model, weights, device, dtype), images=False, trust=trust
+        whats, named_model(model, weights, device, dtype, preprocessing), images=False, trust=trust
     )
     images, origin = _images(opened, text(data), max(batches))
     compiled = compile if compile is not None else opened.dense.device.type == "cuda"

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from agents.policies.words import plain
 from tokenenv.api.opening import Opened, each_once, named_model, open_candidates, text
-from tokenenv.data import ImageSource, open_source
+from tokenenv.data import ImageSource, Preprocessing, open_source
 from tokenenv.errors import UserError, check_keywords
 from tokenenv.measure.candidate import Candidate
 from tokenenv.measure.comparison import (
@@ -51,6 +51,7 @@ def compare(
     out: str | os.PathLike[str] | None = None,
     device: str = "cpu",
     dtype: str = "float32",
+    preprocessing: Preprocessing | None = None,
     trust: bool = False,
 ) -> Comparison:
     """Evaluate methods on one model and the same images, then time them; as ``tokenenv compare``.
@@ -71,6 +72,7 @@ def compare(
             to continue from; None: no file is written.
         device: see :func:`tokenenv.evaluate`.
         dtype: see :func:`tokenenv.evaluate`.
+        preprocessing: see :func:`tokenenv.evaluate`.
         trust: see :func:`tokenenv.evaluate`.
 
     Raises:
@@ -82,7 +84,10 @@ def compare(
     place = contextlib.nullcontext() if folder is None else writable_folder(folder)
     with place:  # before minutes of work
         opened = open_candidates(
-            whats, named_model(model, weights, device, dtype), data=text(data), trust=trust
+            whats,
+            named_model(model, weights, device, dtype, preprocessing),
+            data=text(data),
+            trust=trust,
         )
         source = open_source(text(data), opened.dense.model, split="test", limit=limit)
         common = {"dtype": dtype, **conditions(opened.model.name, opened.dense.model, source)}
@@ -91,6 +96,7 @@ def compare(
             f"comparing {len(whats)} rows on {opened.model.name}: {len(source)} images of "
             f"{source.name}"
         )
+        print(f"preprocessing: {source.preprocessing}")
         print(_HEADER)
         work = _Work(opened, source, state, rounds, list(dict.fromkeys(batch)))
         try:

@@ -9,6 +9,7 @@ from torch import nn
 
 from tokenenv.api.opening import named_model, open_candidates
 from tokenenv.api.what import NamedMethod, NamedWord, method_of, name_what, no_method
+from tokenenv.data import Preprocessing
 from tokenenv.deploy.compressed import CompressedViT
 from tokenenv.deploy.compressed import compress as compress_model
 from tokenenv.errors import UserError, check_keywords
@@ -26,6 +27,7 @@ def compress(
     weights: str | os.PathLike[str] | None = None,
     device: str = "cpu",
     dtype: str = "float32",
+    preprocessing: Preprocessing | None = None,
     trust: bool = False,
 ) -> CompressedViT:
     """Make a model and a method one module that computes only the tokens the method keeps.
@@ -39,6 +41,8 @@ def compress(
         weights: of a model given by name, see :func:`tokenenv.evaluate`.
         device: of a model given by name, see :func:`tokenenv.evaluate`.
         dtype: of a model given by name, see :func:`tokenenv.evaluate`.
+        preprocessing: of a model given by name, see :func:`tokenenv.evaluate`; kept in the folder
+            that is saved.
         trust: whether to run third-party code that a saved method names, see :func:`agents.load`.
 
     Returns:
@@ -58,7 +62,7 @@ def compress(
     if not isinstance(named, NamedWord | NamedMethod):
         raise UserError(no_method(named))
     opened = open_candidates(
-        [what], named_model(model, weights, device, dtype), images=False, trust=trust
+        [what], named_model(model, weights, device, dtype, preprocessing), images=False, trust=trust
     )
     (candidate,) = opened.candidates
     assert isinstance(candidate, MethodCandidate)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenenv.api.opening import named_model, open_candidates, text
-from tokenenv.data import ImageSource, open_source
+from tokenenv.data import ImageSource, Preprocessing, open_source
 from tokenenv.errors import check_keywords
 from tokenenv.measure.evaluation import Evaluation
 from tokenenv.measure.printing import evaluation_bar, evaluation_json
@@ -93,6 +93,7 @@ def evaluate(
     restrict: bool = False,
     device: str = "cpu",
     dtype: str = "float32",
+    preprocessing: Preprocessing | None = None,
     trust: bool = False,
 ) -> Evaluated:
     """Run every image through the dense model and through a method; as ``tokenenv evaluate``.
@@ -111,6 +112,7 @@ def evaluate(
         restrict: predict only among the classes of ``data`` (the ImageNet-A and -R protocol).
         device: ``"cpu"``, ``"cuda"`` ...
         dtype: precision of the models: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        preprocessing: replaces that of the run or the model that ``what`` names, or timm's.
         trust: whether to run third-party code that a saved method names, see :func:`agents.load`.
 
     Raises:
@@ -118,7 +120,7 @@ def evaluate(
     """
     opened = open_candidates(
         [what],
-        named_model(model, weights, device, dtype),
+        named_model(model, weights, device, dtype, preprocessing),
         data=text(data),
         trust=trust,
     )

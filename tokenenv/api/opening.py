@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenenv.api.what import MadeOf, Named, check_same_model, name_what
+from tokenenv.data import Preprocessing
 from tokenenv.errors import UserError
 from tokenenv.measure.candidate import Candidate
 from tokenenv.measure.opening import Model
@@ -59,7 +60,7 @@ def open_candidates(
     """
     named = _distinct([name_what(what, trust) for what in whats])
     known = [each.made_of() for each in named]
-    model = _named_model(model, named, known)
+    model = _prepared(_named_model(model, named, known), named, known)
     whole = all(each.whole for each in named)
     depth = 0 if whole else model.depth()
     if depth is not None:
@@ -108,6 +109,25 @@ def _named_model(model: Model, named: Sequence[Named], known: Sequence[MadeOf]) 
     )
 
 
+def _prepared(model: Model, named: Sequence[Named], known: Sequence[MadeOf]) -> Model:
+    """The dense model with the preprocessing that what was made of it has, where none was given."""
+    own, name = model.preprocessing, model.name.split(".")[0]
+    kept = {
+        each.what: own.over(made.preprocessing)
+        for each, made in zip(named, known, strict=True)
+        if made.preprocessing and made.model and made.model.split(".")[0] == name
+    }
+    first, *others = dict.fromkeys(kept.values()) or [own]
+    if others:
+        whats = {preprocessing: what for what, preprocessing in kept.items()}
+        raise UserError(
+            f"'{whats[first]}' and '{whats[others[0]]}' were made with different preprocessing "
+            f"({first}; {others[0]}): name them apart, or give --mean, --std, --crop-pct, "
+            "--interpolation and --image-size"
+        )
+    return replace(model, preprocessing=first)
+
+
 def _open_dense(
     model: Model, known: Sequence[MadeOf], data: str | None, images: bool, whole: bool
 ) -> Dense:
@@ -126,10 +146,21 @@ def _open_dense(
 
 
 def named_model(
-    name: str | None, weights: str | os.PathLike[str] | None, device: str, dtype: str
+    name: str | None,
+    weights: str | os.PathLike[str] | None,
+    device: str,
+    dtype: str,
+    preprocessing: Preprocessing | None,
 ) -> Model:
     """The model that the arguments of a function name."""
-    return Model(name or EMBEDDED, text(weights), device, dtype, named=name is not None)
+    return Model(
+        name or EMBEDDED,
+        text(weights),
+        device,
+        dtype,
+        named=name is not None,
+        preprocessing=preprocessing or Preprocessing(),
+    )
 
 
 def text(path: str | os.PathLike[str] | None) -> str | None:

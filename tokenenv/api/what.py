@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from agents.policies.words import code_of, folder_of, parse_policy, split_name
 from agents.training import Run
 from agents.training.run import CONFIG as RUN_CONFIG
 from agents.training.run import MODEL, REPORT
+from tokenenv.data import Preprocessing
 from tokenenv.deploy.compressed import CONFIG as COMPRESSED
 from tokenenv.deploy.compressed import CompressedViT, load_compressed
 from tokenenv.errors import UserError
@@ -45,11 +46,13 @@ class MadeOf:
         model: its timm name; None if unknown.
         weights: a file, or None for timm's weights.
         tuned: a file of weights that were fine-tuned from those; None for a frozen backbone.
+        preprocessing: what it was made with; None if unknown.
     """
 
     model: str | None = None
     weights: str | None = None
     tuned: str | None = None
+    preprocessing: Preprocessing | None = None
 
 
 class Named(Protocol):
@@ -200,7 +203,9 @@ class NamedWord:
         if known.tuned is not None:
             check_same_model([self.what], known, model.name)
             digest.update(Path(known.tuned).read_bytes())
-            backbone = load_backbone(model.name, known.tuned, dense.device, dense.dtype)
+            backbone = load_backbone(
+                model.name, known.tuned, dense.device, dense.dtype, model.prepare
+            )
         method.check_fit(backbone, model.name)
         key = f"{self.what} {digest.hexdigest()}"
         frozen = known.tuned is None
@@ -220,16 +225,19 @@ class NamedLTM:
     def made_of(self) -> MadeOf:
         """The model that the folder's config names, or that the object was made from."""
         if self.model is not None:
-            return MadeOf(self.model.pretrained_cfg.get("architecture") or None)
+            name = self.model.pretrained_cfg.get("architecture") or None
+            return MadeOf(name, preprocessing=Preprocessing.of(self.model.model))
         run, own = Path(self.what, RUN_CONFIG), Path(self.what, LTM_CONFIG)
         try:
             if run.is_file():
                 known = json.loads(run.read_text())
-                return MadeOf(known["model"], known["weights"])
+                return MadeOf(
+                    known["model"], known["weights"], preprocessing=_preprocessing(known, run)
+                )
             said = json.loads(own.read_text())
             if not isinstance(said["ltm"], dict):
                 raise TypeError
-            return MadeOf(said["model"])
+            return MadeOf(said["model"], preprocessing=_preprocessing(said, own))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"'{self.what}' holds no LTM model, or doesn't say which one it was made of "
@@ -266,9 +274,9 @@ class NamedCompressed:
     def made_of(self) -> MadeOf:
         """The model and weights that the folder or the object holds."""
         if self.model is not None:
-            return MadeOf(self.model.backbone.architecture or None)
-        name, _ = _said_in(Path(self.what, COMPRESSED))
-        return MadeOf(name, str(Path(self.what, MODEL)))
+            name = self.model.backbone.architecture or None
+            return MadeOf(name, preprocessing=Preprocessing.of(self.model.model))
+        return replace(_said_in(Path(self.what, COMPRESSED)), weights=str(Path(self.what, MODEL)))
 
     def read(self, model: str, depth: int) -> None:
         """Do nothing: there are no words to parse."""
@@ -332,13 +340,13 @@ def _said_by(folder: Path) -> MadeOf:
     config = folder / RUN_CONFIG
     if not config.is_file():
         return MadeOf(read_tensors(folder / POLICY)[1].get("trained_on"))
-    model, weights = _said_in(config)
+    said = _said_in(config)
     own = folder / MODEL
     if own.is_file():
-        return MadeOf(model, weights, str(own))
+        return replace(said, tuned=str(own))
     if _fine_tuned(folder):
         raise UserError(f"run '{folder}' was fine-tuned and '{own}' is missing: restore it")
-    return MadeOf(model, weights)
+    return said
 
 
 def _fine_tuned(folder: Path) -> bool:
@@ -352,8 +360,14 @@ def _fine_tuned(folder: Path) -> bool:
     return False
 
 
-def _said_in(config: Path) -> tuple[str, str | None]:
-    """Model and weights that a config file names."""
+def _preprocessing(said: dict[str, Any], path: Path) -> Preprocessing | None:
+    """What the JSON of a file says; runs of earlier versions say nothing."""
+    values = said.get("preprocessing")
+    return None if values is None else Preprocessing.from_json(values, path)
+
+
+def _said_in(config: Path) -> MadeOf:
+    """Model, weights and preprocessing that a config file names."""
     try:
         found = json.loads(config.read_text())
         model, weights = found["model"], found.get("weights")
@@ -364,4 +378,4 @@ def _said_in(config: Path) -> tuple[str, str | None]:
             f"'{config}' doesn't say model and weights ({type(error).__name__}): "
             "restore it, or give --model and --weights"
         ) from None
-    return model, weights
+    return MadeOf(model, weights, preprocessing=_preprocessing(found, config))

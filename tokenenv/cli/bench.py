@@ -16,6 +16,7 @@ from tokenenv.cli.options import (
     add_trust,
     batches,
     positive,
+    preprocessing,
     writable_file,
 )
 from tokenenv.errors import UserError
@@ -81,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
                 compile=args.compile,
                 device=args.device,
                 dtype=args.dtype,
+                preprocessing=preprocessing(args),
                 trust=args.trust,
                 show=table.show,
             )

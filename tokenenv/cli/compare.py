@@ -12,6 +12,7 @@ from tokenenv.cli.options import (
     add_trust,
     batches,
     positive,
+    preprocessing,
 )
 
 
@@ -65,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
         out=args.out,
         device=args.device,
         dtype=args.dtype,
+        preprocessing=preprocessing(args),
         trust=args.trust,
     )
     print(

@@ -12,6 +12,7 @@ from tokenenv.cli.options import (
     add_execution,
     add_model_options,
     add_trust,
+    preprocessing,
     writable_file,
 )
 from tokenenv.errors import UserError
@@ -59,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
             weights=args.weights,
             device=args.device,
             dtype=args.dtype,
+            preprocessing=preprocessing(args),
             trust=args.trust,
         )
         fast.save(args.out)

@@ -12,6 +12,7 @@ from tokenenv.cli.options import (
     add_model_options,
     add_trust,
     positive,
+    preprocessing,
     writable_file,
 )
 
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
             restrict=args.restrict,
             device=args.device,
             dtype=args.dtype,
+            preprocessing=preprocessing(args),
             trust=args.trust,
         )
         dtype = "" if args.dtype == "float32" else f" in {args.dtype}"

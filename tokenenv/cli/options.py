@@ -6,9 +6,12 @@ import argparse
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from tokenenv.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenenv.data import Preprocessing
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,7 +78,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, images: bool = True) -
     parser.add_argument(
         "--weights",
         metavar="FILE",
-        help=".safetensors or .pth state dict; random: untrained ones, no download",
+        help=".safetensors or .pth state dict or checkpoint; random: untrained ones, no download",
     )
     if images:
         parser.add_argument(
@@ -83,7 +86,21 @@ def add_model_options(parser: argparse.ArgumentParser, *, images: bool = True) -
             metavar="DIR",
             help="folder of class/image, or a torchvision data set such as CIFAR10:ROOT",
         )
+    own = parser.add_argument_group("preprocessing", "in place of what timm says of the model")
+    own.add_argument("--mean", type=float, nargs="+", metavar="M", help="of 1 or 3 channels")
+    own.add_argument("--std", type=float, nargs="+", metavar="S", help="of 1 or 3 channels")
+    own.add_argument("--crop-pct", type=float, metavar="P", help="centre crop, as a share")
+    own.add_argument("--interpolation", metavar="NAME", help="bilinear, bicubic ...")
+    own.add_argument("--image-size", type=positive, metavar="N", help="side, pixels")
     parser.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda ...; default: cpu")
+
+
+def preprocessing(args: argparse.Namespace) -> Preprocessing:
+    """What the options of :func:`add_model_options` say of the preprocessing."""
+    from tokenenv.data import Preprocessing
+
+    names = ("mean", "std", "crop_pct", "interpolation", "image_size")
+    return Preprocessing(**{name: getattr(args, name) for name in names})
 
 
 def add_dtype(

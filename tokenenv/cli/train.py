@@ -7,7 +7,7 @@ from typing import Any
 
 from agents.systems.registry import SYSTEMS, find_system
 from agents.systems.settings import SystemConfig, read_settings, settings_help
-from tokenenv.cli.options import Parser, add_dtype, add_model_options, positive, seed
+from tokenenv.cli.options import Parser, add_dtype, add_model_options, positive, preprocessing, seed
 from tokenenv.errors import UserError
 
 INTERRUPTED = 130
@@ -82,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         device=args.device,
         dtype=args.dtype,
+        preprocessing=preprocessing(args),
         resume=args.resume,
         **_settings(config, args.settings),
     )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +23,150 @@ DECODE_THREADS = min(8, os.cpu_count() or 1)
 """Number of threads that decode image files; Pillow releases the GIL while it decodes."""
 
 
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+"""timm's names of the filters that resize images."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images become a model's input, in timm's words; None leaves what timm says of the model.
+
+    Attributes:
+        mean: of each colour channel, of values from 0 to 1; or one for all.
+        std: standard deviation, likewise.
+        crop_pct: side of the centre crop as a share of the resized image's shorter side.
+        interpolation: of resizing, one of :data:`INTERPOLATIONS`.
+        image_size: side, or (height, width), of the model's images, pixels.
+
+    Raises:
+        UserError: a value out of its range.
+    """
+
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    crop_pct: float | None = None
+    interpolation: str | None = None
+    image_size: int | tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std", "image_size"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, least in (("mean", -math.inf), ("std", 0.0)):
+            values = getattr(self, name)
+            if values is not None and not (
+                len(values) in (1, 3) and all(math.isfinite(v) and v > least for v in values)
+            ):
+                raise UserError(
+                    f"{name}={_slashed(values)}: give 1 or 3 finite numbers"
+                    f"{'' if name == 'mean' else ' above 0'}"
+                )
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise UserError(f"crop_pct={self.crop_pct:g}: give more than 0, at most 1")
+        if self.interpolation is not None and self.interpolation not in INTERPOLATIONS:
+            raise UserError(
+                f"interpolation='{self.interpolation}': choose from {', '.join(INTERPOLATIONS)}"
+            )
+        sides = self.sides
+        if sides is not None and (len(sides) != 2 or min(sides) < 1):
+            raise UserError(f"image_size={self.image_size}: give a side of at least 1 pixel")
+
+    @property
+    def sides(self) -> tuple[int, ...] | None:
+        """Height and width of the model's images, pixels."""
+        size = self.image_size
+        return (size, size) if isinstance(size, int) else size
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Preprocessing:
+        """What a timm model is used with."""
+        from timm.data import resolve_model_data_config
+
+        config = resolve_model_data_config(model)
+        # timm's configuration describes the pretrained weights; a model created with another
+        # img_size differs from it.
+        embed = getattr(model, "patch_embed", None)
+        size = getattr(embed, "img_size", None) or config["input_size"][1:]
+        return cls(
+            tuple(config["mean"]),
+            tuple(config["std"]),
+            config["crop_pct"],
+            config["interpolation"],
+            tuple(size),
+        )
+
+    @classmethod
+    def from_json(cls, values: Any, path: object) -> Preprocessing:
+        """What :meth:`to_json` wrote into the file ``path``.
+
+        Raises:
+            UserError: it is something else.
+        """
+        try:
+            return cls(**values)
+        except (TypeError, UserError) as error:
+            raise UserError(f"preprocessing in '{path}': {error}; restore it") from None
+
+    def to_json(self) -> dict[str, Any]:
+        """The values, as JSON."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
+
+    def over(self, other: Preprocessing) -> Preprocessing:
+        """These values, and those of ``other`` where these are None."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return replace(other, **given)
+
+    def apply(self, model: nn.Module) -> None:
+        """Make a timm model say so, and take images of this size; None changes nothing.
+
+        Raises:
+            UserError: the model can't take images of this size.
+        """
+        told: Any = model
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        given.pop("image_size", None)
+        sides = self.sides
+        if sides is not None and sides != Preprocessing.of(model).sides:
+            patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
+            if any(side % step for side, step in zip(sides, patch, strict=True)):
+                raise UserError(
+                    f"image_size={_sized(sides)} is no multiple of the model's patches of "
+                    f"{_sized(patch)} pixels: give one that is"
+                )
+            if hasattr(model, "set_input_size"):
+                told.set_input_size(img_size=sides)
+            channels = told.pretrained_cfg["input_size"][0]
+            given["input_size"] = (channels, *sides)
+        told.pretrained_cfg = {**told.pretrained_cfg, **given}
+
+    def __str__(self) -> str:
+        said = {
+            "images of": self.sides and _sized(self.sides),
+            "": self.interpolation,
+            "crop": self.crop_pct and f"{self.crop_pct:g}",
+            "mean": self.mean and _slashed(self.mean),
+            "std": self.std and _slashed(self.std),
+        }
+        return ", ".join(f"{name} {value}".strip() for name, value in said.items() if value)
+
+
+def _sized(sides: Sequence[int]) -> str:
+    return "x".join(map(str, sides))
+
+
+def _slashed(values: Sequence[float]) -> str:
+    return "/".join(f"{value:.4g}" for value in values)
+
+
 class Preprocess:
     """timm's evaluation transform for a model in two steps: uint8 pixels, then normalisation.
 
     Attributes:
         shape: ``(C, H, W)`` of the model's images.
+        used: the values that it has.
 
     Raises:
         UserError: the model reads neither 1 nor 3 colour channels.
@@ -34,12 +176,10 @@ class Preprocess:
         from timm.data import create_transform, resolve_model_data_config
 
         config = resolve_model_data_config(model)
-        # timm's configuration describes the pretrained weights; a model created with another
-        # img_size or in_chans differs from it.
-        channels, height, width = config["input_size"]
-        channels = getattr(model, "in_chans", channels)
-        embed = getattr(model, "patch_embed", None)
-        height, width = getattr(embed, "img_size", None) or (height, width)
+        self.used = Preprocessing.of(model)
+        # As with the size, a model created with another in_chans differs from its configuration.
+        channels = getattr(model, "in_chans", config["input_size"][0])
+        height, width = self.used.image_size  # type: ignore[misc]
         if channels not in (1, 3):
             raise UserError(
                 f"the model reads {channels} colour channels and images have 1 or 3; "

@@ -17,6 +17,7 @@ from tokenenv.data.pixels import (
     AlteredPixels,
     AugmentedPixels,
     PixelStore,
+    Preprocessing,
 )
 from tokenenv.errors import UserError
 
@@ -64,6 +65,11 @@ class ImageSource:
     def shape(self) -> tuple[int, int, int]:
         """``(C, H, W)`` of an image."""
         return self._store.preprocess.shape
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How its images are resized, cropped and normalised."""
+        return self._store.preprocess.used
 
     @property
     def skipped(self) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenenv.data import Preprocessing
 from tokenenv.errors import UserError
 from tokenenv.game.episode import EXECUTIONS, Episode, Execution, default_execution
 from tokenenv.game.policy import DuckPolicy, Method, as_method, play
@@ -188,6 +189,7 @@ class CompressedViT(nn.Module):
             "options": self.backbone.family.options(),
             "dtype": str(self.backbone.dtype).removeprefix("torch."),
             "execution": self.execution,
+            "preprocessing": Preprocessing.of(self.model).to_json(),
         }
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         state = {name: t.detach().cpu().contiguous() for name, t in self.model.state_dict().items()}
@@ -289,7 +291,10 @@ def _load_model(folder: Path, device: torch.device) -> tuple[nn.Module, Executio
         name, options = config["model"], dict(config["options"])
         options["img_size"] = tuple(options["img_size"])
         dtype, execution = getattr(torch, config["dtype"]), config["execution"]
-        return load_model(name, str(folder / WEIGHTS), options).to(device, dtype), execution
+        model = load_model(name, str(folder / WEIGHTS), options).to(device, dtype)
+        if (said := config.get("preprocessing")) is not None:
+            Preprocessing.from_json(said, folder / CONFIG).apply(model)
+        return model, execution
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:

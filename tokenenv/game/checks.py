@@ -44,6 +44,17 @@ def check_keep(keep: float) -> None:
         raise UserError(f"keep ratio {keep:g} is outside (0, 1]: give a share such as 0.7")
 
 
+def check_threshold(threshold: float) -> float:
+    """``threshold``, unchanged.
+
+    Raises:
+        UserError: it is no probability between 0 and 1.
+    """
+    if not 0.0 < threshold < 1.0:
+        raise UserError(f"threshold={threshold:g} is no probability: give more than 0, below 1")
+    return threshold
+
+
 def spread_blocks(depth: int, count: int = 3) -> tuple[int, ...]:
     """``count`` decision blocks spread evenly over ``depth`` blocks: 3, 6, 9 of 12.
 

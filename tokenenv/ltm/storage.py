@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from tokenenv.data import Preprocessing
 from tokenenv.errors import UserError
 from tokenenv.ltm.model import LTM, check_family, ltm
+from tokenenv.storage import check_values
+from tokenenv.vit.checkpoint import read_weights
 from tokenenv.vit.dense import evaluating
-from tokenenv.vit.load import check_device, check_name, create_model, read_weights
+from tokenenv.vit.load import check_device, check_name, create_model
 
 CONFIG, WEIGHTS = "ltm.json", "model.safetensors"
 """What a folder of a saved model holds."""
@@ -74,8 +77,13 @@ def load_ltm(folder: str | Path, device: str | torch.device = "cpu") -> LTM:
         ) from None
     check_name(name, check_family)
     try:
-        model = ltm(create_model(name, options), **blocks)
-        model.load_state_dict(read_weights(folder / WEIGHTS))
+        dense = create_model(name, options)
+        if (said := config.get("preprocessing")) is not None:
+            Preprocessing.from_json(said, folder / CONFIG).apply(dense)
+        model = ltm(dense, **blocks)
+        state = read_weights(folder / WEIGHTS)
+        check_values(state, model.state_dict(), f"'{folder / WEIGHTS}'", "save the model anew")
+        model.load_state_dict(state)
     except (RuntimeError, TypeError) as error:
         problem = str(error).splitlines()[0]
         raise UserError(f"'{folder}' does not fit model '{name}': {problem}") from None
@@ -96,6 +104,7 @@ def _describe(model: LTM) -> dict[str, Any]:
         "options": options,
         "ltm": model.config,
         "dtype": str(first.weight.dtype).removeprefix("torch."),
+        "preprocessing": Preprocessing.of(timm_model).to_json(),
     }
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from torch import nn
+
+from tokenenv.data import Preprocessing
 from tokenenv.errors import UserError
 from tokenenv.ltm.model import check_family
 from tokenenv.vit.backbone import Backbone
@@ -32,6 +35,7 @@ class Model:
         device: such as ``cpu`` or ``cuda``.
         dtype: precision of the computation, such as ``float32``.
         named: False if the user named no model and ``name`` is a default.
+        preprocessing: replaces timm's.
     """
 
     name: str = EMBEDDED
@@ -39,6 +43,7 @@ class Model:
     device: str = "cpu"
     dtype: str = "float32"
     named: bool = True
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
 
     def depth(self) -> int | None:
         """Number of blocks of the backbone, without loading weights; None if timm can't tell.
@@ -63,7 +68,9 @@ class Model:
         check_name(self.name)
         self._check_data(data, images)
         with self._hint_at_default():
-            return load_backbone(self.name, self.weights, self.device, check_dtype(self.dtype))
+            return load_backbone(
+                self.name, self.weights, self.device, check_dtype(self.dtype), self.prepare
+            )
 
     def open_dense(self, data: str | None = None, *, images: bool = True) -> Dense:
         """:meth:`open_backbone`, but for a model of any family that has LTM blocks."""
@@ -72,7 +79,19 @@ class Model:
         place = check_device(self.device)
         with self._hint_at_default():
             model = load_model(self.name, self.weights, check=check_family)
+        self.prepare(model)
         return Dense(model).to(place, check_dtype(self.dtype))
+
+    def prepare(self, model: nn.Module) -> None:
+        """Give a loaded model the preprocessing.
+
+        Raises:
+            UserError: it can't take images of that size.
+        """
+        before = Preprocessing.of(model)
+        if self.name in DIGITS_MODELS and self.preprocessing.over(before).sides != before.sides:
+            raise UserError(f"the images of '{self.name}' have one size: leave --image-size out")
+        self.preprocessing.apply(model)
 
     def _check_data(self, data: str | None, images: bool) -> None:
         if self.name in DIGITS_MODELS:

@@ -40,6 +40,7 @@ def evaluation_json(model: str, source: ImageSource, result: Evaluation) -> dict
     return {
         "model": model,
         "data": source.name,
+        "preprocessing": source.preprocessing.to_json(),
         "skipped": len(source.skipped),
         **result.report(),
     }
@@ -49,6 +50,7 @@ def print_result(source: ImageSource, result: Evaluation, frozen: bool = True) -
     """Print a table of both models; ``frozen``: whether they share the dense model's weights."""
     r = result.report()
     print(f"{r['images']} images of {source.name} ({MAC_NOTE if frozen else _TUNED_NOTE}):")
+    print(f"  preprocessing: {source.preprocessing}")
     print(f"  {'':8}{'top-1 %':>9}{'GMACs/image':>13}{'images/s':>10}")
     print(
         f"  {'dense':8}{r['top1_dense']:9.2f}{r['gmacs_dense']:13.4f}"

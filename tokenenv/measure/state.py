@@ -30,6 +30,7 @@ def conditions(model: str, network: nn.Module, source: ImageSource) -> dict[str,
         "weights": fingerprint(network.state_dict()),
         "data": source.name,
         "images": len(source),
+        "preprocessing": str(source.preprocessing),
         "files": hashlib.sha256(names.encode()).hexdigest()[:16],
     }
 

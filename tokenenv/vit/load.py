@@ -6,7 +6,7 @@ import contextlib
 import difflib
 import inspect
 import logging
-import warnings
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from tokenenv.errors import UserError
+from tokenenv.storage import check_values
 from tokenenv.vit.backbone import Backbone
+from tokenenv.vit.checkpoint import read_weights, without_prefixes
 from tokenenv.vit.families import family_of
 
 EMBEDDED = "digits_vit"
@@ -28,6 +30,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 _PROVEN: set[str] = set()
 """Names of models whose stages gave their own logits in this process."""
 
+UNTRAINED_CLASSES = 1000
+"""Classes of an untrained model whose namesake in timm has no classifier: ImageNet's number."""
+
+_FINE_TUNED = (
+    "give --weights FILE of one fine-tuned with a head, or --weights random to measure speed"
+)
+
 RANDOM = "random"
 """Given instead of a weights file: an untrained model."""
 
@@ -37,25 +46,32 @@ def load_backbone(
     weights: str | None = None,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
+    prepare: Callable[[nn.Module], object] | None = None,
 ) -> Backbone:
     """A frozen backbone.
 
     Args:
         name: any timm model name of a family in :mod:`tokenenv.vit.families`, or ``digits_vit``,
             the embedded model.
-        weights: a ``.safetensors`` or ``.pth`` state dict. The number of classes is read from
-            it. ``random``: :func:`untrained_model`. None: the packaged weights of ``digits_vit``,
-            and for any other model those that timm publishes (downloaded by timm).
+        weights: a ``.safetensors`` or ``.pth`` state dict or training checkpoint, see
+            :func:`~tokenenv.vit.checkpoint.read_weights`. The number of classes and the size of
+            the images are read from its tensors. ``random``: :func:`untrained_model`. None: the
+            packaged weights of ``digits_vit``, and for any other model those that timm publishes
+            (downloaded by timm).
         device: where to put the model.
         dtype: its precision, one of :data:`DTYPES`; policies always compute in float32.
+        prepare: changes the loaded model, such as the size of its images.
 
     Raises:
         UserError: unknown or unsupported model, missing or mismatching weights, unknown device or
             dtype.
     """
     place, precision = check_device(device), check_dtype(dtype)
+    model = load_model(name, weights)
+    if prepare is not None:
+        prepare(model)
     # Of a named model only the weights differ from one time to the next.
-    backbone = Backbone(load_model(name, weights), proven=name in _PROVEN).to(place, precision)
+    backbone = Backbone(model, proven=name in _PROVEN).to(place, precision)
     _PROVEN.add(name)
     return backbone
 
@@ -81,30 +97,77 @@ def load_model(
     if weights == RANDOM:
         return untrained_model(name)
     timm = import_timm()
+    if weights is None:
+        if _classes(timm, name) == 0:
+            raise UserError(f"{_headless(name)}: {_FINE_TUNED}")
+        return _pretrained(timm, name)
     from tokenenv.vit.multiscale import STATE_PREFIX, add_scale
 
-    if weights is None:
-        return _pretrained(timm, name)
-    state = read_weights(Path(weights))
-    head = state.get(f"{_classifier(timm, name)}.weight")
-    classes = {"num_classes": len(head)} if head is not None else {}
-    model = create_model(name, classes | (options or {}))
+    state = without_prefixes(read_weights(Path(weights)), weights)
+    shape = _shape(timm, name, weights, state)
+    model = create_model(name, shape | (options or {}))
     if any(key.startswith(STATE_PREFIX) for key in state):
         add_scale(model)
-    missing, unexpected = [], []
+    _fill(model, state, name, weights)
+    return model.eval()
+
+
+def _shape(timm, name: str, weights: str, state: dict[str, Tensor]) -> dict[str, Any]:  # type: ignore[no-untyped-def]
+    """What the tensors tell of the model: ``num_classes``, and ``img_size`` if it is another."""
+    shape: dict[str, Any] = {}
+    head = state.get(f"{_classifier(timm, name)}.weight")
+    if head is not None and head.ndim:
+        shape["num_classes"] = len(head)
+    elif _classes(timm, name) == 0:
+        raise UserError(
+            f"{_headless(name)} and weights '{weights}' hold none ('{_classifier(timm, name)}."
+            f"weight' is missing): {_FINE_TUNED}"
+        )
+    side = None if name in DIGITS_MODELS else _side(timm, name, state.get("pos_embed"))
+    if side is not None:
+        print(f"weights '{weights}' are for images of {side}x{side}, and so is '{name}' now")
+        shape["img_size"] = side
+    return shape
+
+
+def _side(timm, name: str, positions: Tensor | None) -> int | None:  # type: ignore[no-untyped-def]
+    """The side, pixels, of the square images that position embeddings are for.
+
+    None: it is the model's own, or they tell none.
+    """
+    if positions is None or positions.ndim != 3:
+        return None
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    own, embed = getattr(model, "pos_embed", None), getattr(model, "patch_embed", None)
+    if own is None or embed is None or own.ndim != 3:
+        return None
+    patches = positions.shape[1] - own.shape[1] + embed.num_patches
+    rows, (height, width) = math.isqrt(max(patches, 0)), embed.patch_size
+    if patches == embed.num_patches or rows == 0 or rows**2 != patches or height != width:
+        return None
+    return rows * height
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor], name: str, weights: str) -> None:
+    """Load ``state`` into ``model``.
+
+    Raises:
+        UserError: a tensor is missing, not in the model, of another shape or kind, or not finite.
+    """
     try:
+        check_values(state, model.state_dict(), f"weights '{weights}'", "give other --weights")
         result = model.load_state_dict(state, strict=False)
-        missing, unexpected = list(result.missing_keys), list(result.unexpected_keys)
     except RuntimeError as error:
         problem = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise UserError(f"weights '{weights}' don't fit model '{name}': {problem}") from None
+    missing, unexpected = list(result.missing_keys), list(result.unexpected_keys)
     if missing or unexpected:
         what = f"'{missing[0]}' is missing" if missing else f"'{unexpected[0]}' is not in the model"
         raise UserError(
             f"weights '{weights}' don't fit model '{name}': {what} "
             f"({len(missing)} missing, {len(unexpected)} unexpected): give the matching --model"
         )
-    return model.eval()
 
 
 def create_model(name: str, options: dict[str, Any]) -> nn.Module:
@@ -128,13 +191,16 @@ def create_model(name: str, options: dict[str, Any]) -> nn.Module:
 
 
 def untrained_model(name: str) -> nn.Module:
-    """A timm model in eval mode with random weights from a fixed seed."""
+    """A timm model in eval mode with random weights from a fixed seed.
+
+    Where timm's has no classifier, it gets one of :data:`UNTRAINED_CLASSES`.
+    """
     timm = import_timm()
     import tokenenv.vit.digits  # noqa: F401  (registers digits_vit with timm)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return timm.create_model(name).eval()
+        return timm.create_model(name, **_with_head(timm, name)).eval()
 
 
 def check_name(name: str, check: Callable[[nn.Module], object] = family_of) -> None:
@@ -160,7 +226,22 @@ def check_name(name: str, check: Callable[[nn.Module], object] = family_of) -> N
         raise UserError(f"unknown model '{name}': choose from {', '.join([base, *known])}")
     # On the meta device no weights are allocated. If timm can't do that, loading checks it later.
     with contextlib.suppress(RuntimeError), torch.device("meta"):
-        check(timm.create_model(base))
+        check(timm.create_model(base, **_with_head(timm, base)))
+
+
+def _classes(timm, name: str) -> int | None:  # type: ignore[no-untyped-def]
+    """Number of classes of timm's weights for the model; 0: they have no classifier."""
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    return config.num_classes if config else None
+
+
+def _with_head(timm, name: str) -> dict[str, int]:  # type: ignore[no-untyped-def]
+    """Arguments that give a model a classifier if it has none."""
+    return {"num_classes": UNTRAINED_CLASSES} if _classes(timm, name) == 0 else {}
+
+
+def _headless(name: str) -> str:
+    return f"timm's '{name}' has no classifier"
 
 
 def _classifier(timm, name: str) -> str:  # type: ignore[no-untyped-def]
@@ -184,34 +265,6 @@ def _pretrained(timm, name: str) -> nn.Module:  # type: ignore[no-untyped-def]
         ) from None
     finally:
         logging.disable(disabled)
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from a ``.safetensors`` or ``.pth`` file; code in it is not executed.
-
-    Raises:
-        UserError: the file does not exist, or it is not a state dict.
-    """
-    if not path.is_file():
-        raise UserError(f"weights file '{path}' does not exist: check --weights")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        with warnings.catch_warnings():  # the error below replaces them
-            warnings.simplefilter("ignore")
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(
-            f"weights file '{path}' cannot be read ({type(error).__name__}): "
-            "give a .safetensors or a .pth state dict"
-        ) from None
-    for key in ("state_dict", "model"):
-        state = state.get(key, state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"weights file '{path}' holds no state dict of tensors")
-    return state
 
 
 def check_device(device: str | torch.device) -> torch.device:
