@@ -15,7 +15,7 @@ from tokenenv.data import ImageSource
 from tokenenv.errors import UserError
 from tokenenv.measure.evaluation import Evaluation
 from tokenenv.measure.speed import Speed
-from tokenenv.storage import read_tensors, write_json, write_tensors
+from tokenenv.storage import LOCK, read_tensors, write_json, write_tensors
 
 _TENSORS = ("labels", "dense", "reduced", "losses", "macs", "lengths", "index")
 _NUMBERS = ("dense_macs", "seconds", "dense_seconds")
@@ -59,7 +59,7 @@ class State:
         self.folder = out / "state"
         path = self.folder / "conditions.json"
         if not path.is_file():
-            if any(out.iterdir()):
+            if any(other.name != LOCK for other in out.iterdir()):
                 raise UserError(f"'{out}' holds other files than a comparison's: give a new --out")
             write_json(path, conditions)
         before = _read(path)
