@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from tokenenv.artefact import FAULTS, Unfit, check_fields, parse_json
 from tokenenv.errors import UserError
 
 LOCK = ".lock"
@@ -40,14 +41,19 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         UserError: the file is unreadable, or was not written by this function.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise Unfit("no regular file")
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             # Copies: get_tensor() maps the file, so later writes to it would change the tensors.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        return tensors, json.loads(metadata["tokenenv"])
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+        config = parse_json(metadata["tokenenv"])
+        check_fields(config, {})
+        return tensors, config
+    except (OSError, SafetensorError, *FAULTS) as error:
+        reason = error if isinstance(error, Unfit) else type(error).__name__
         raise UserError(
-            f"cannot read '{path}' as a file of tokenenv ({type(error).__name__}): "
+            f"cannot read '{path}' as a file of tokenenv ({reason}): "
             "is it complete, and written by tokenenv?"
         ) from None
 
@@ -180,12 +186,18 @@ def flatten_state(prefix: str, state: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def unflatten_state(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
-    """Undo :func:`flatten_state`; tuples come back as lists."""
-    kind, value = next(iter(skeleton.items()))
+    """Undo :func:`flatten_state`; tuples come back as lists.
+
+    Raises:
+        AttributeError, KeyError, TypeError, ValueError: ``skeleton`` is none of its making.
+    """
+    ((kind, value),) = skeleton.items()
     if kind == "tensor":
         return tensors[value]
     if kind == "dict":
         return {k: unflatten_state(v, tensors) for k, v in value}
     if kind == "list":
         return [unflatten_state(v, tensors) for v in value]
-    return value
+    if kind == "value":
+        return value
+    raise KeyError(kind)
