@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from tokenenv.artefact import FAULTS, Unfit, check_fields, parse_json
 from tokenenv.errors import UserError
+
+LOCK = ".lock"
+"""Name of the file that locks a folder while a process writes to it."""
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
@@ -36,14 +43,19 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         UserError: the file is unreadable, or was not written by this function.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise Unfit("no regular file")
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             # Copies: get_tensor() maps the file, so later writes to it would change the tensors.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        return tensors, json.loads(metadata["tokenenv"])
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+        config = parse_json(metadata["tokenenv"])
+        check_fields(config, {})
+        return tensors, config
+    except (OSError, SafetensorError, *FAULTS) as error:
+        reason = error if isinstance(error, Unfit) else type(error).__name__
         raise UserError(
-            f"cannot read '{path}' as a file of tokenenv ({type(error).__name__}): "
+            f"cannot read '{path}' as a file of tokenenv ({reason}): "
             "is it complete, and written by tokenenv?"
         ) from None
 
@@ -114,23 +126,44 @@ def write_json(path: Path, value: Any) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically: a reader, or a crash, finds the old file or the new one.
 
+    Of several processes that write the same file at once, the last one's content stays. A link
+    stays a link to the file that is written. What exists and is neither a file nor a folder, such
+    as ``/dev/null`` or a FIFO, is written to and never replaced.
+
     Raises:
         UserError: the file cannot be written.
     """
-    temporary = path.with_name(path.name + ".part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        if is_stream(path):
+            with open(path, "wb", buffering=0) as stream:
+                stream.write(content)
+            return
+        target = Path(os.path.realpath(path))
+        if target.is_symlink():  # it leads round in a circle
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        _replace(target, content)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write '{path}' ({reason}): choose another place") from None
+
+
+def is_stream(path: Path) -> bool:
+    """Whether ``path`` exists and is neither a file nor a folder: a device, a FIFO, a socket."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}-{secrets.token_hex(8)}.part")
+    try:
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())  # else a power cut could leave an empty file under the name
         os.replace(temporary, path)
-    except BaseException as error:
-        if temporary.is_file():
+    except BaseException:
+        with contextlib.suppress(OSError):
             temporary.unlink()
-        if isinstance(error, OSError):
-            reason = error.strerror or error
-            raise UserError(f"cannot write '{path}' ({reason}): choose another place") from None
         raise
 
 
@@ -156,6 +189,36 @@ def writable_folder(folder: Path) -> Iterator[None]:
                 place.rmdir()
 
 
+@contextlib.contextmanager
+def own_folder(folder: Path) -> Iterator[None]:
+    """:func:`writable_folder`, which no other process may have at the same time.
+
+    The lock is a file in it, which goes when this ends; what a killed process left locks nothing.
+
+    Raises:
+        UserError: it cannot be made, written to or locked, or another process has it.
+    """
+    with writable_folder(folder):
+        file = folder / LOCK
+        lock = FileLock(file)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise UserError(
+                f"another process is writing to '{folder}': wait until it ends, or choose another"
+            ) from None
+        except (OSError, NotImplementedError) as error:
+            raise UserError(
+                f"cannot lock '{folder}' ({error}): choose one on another file system"
+            ) from None
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                file.unlink()  # before it is released, or it could be another process's by then
+            lock.release()
+
+
 def flatten_state(prefix: str, state: Any, tensors: dict[str, Tensor]) -> Any:
     """Move the tensors of a nested state dict into ``tensors``; returns the rest as JSON.
 
@@ -179,12 +242,18 @@ def flatten_state(prefix: str, state: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def unflatten_state(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
-    """Undo :func:`flatten_state`; tuples come back as lists."""
-    kind, value = next(iter(skeleton.items()))
+    """Undo :func:`flatten_state`; tuples come back as lists.
+
+    Raises:
+        AttributeError, KeyError, TypeError, ValueError: ``skeleton`` is none of its making.
+    """
+    ((kind, value),) = skeleton.items()
     if kind == "tensor":
         return tensors[value]
     if kind == "dict":
         return {k: unflatten_state(v, tensors) for k, v in value}
     if kind == "list":
         return [unflatten_state(v, tensors) for v in value]
-    return value
+    if kind == "value":
+        return value
+    raise KeyError(kind)

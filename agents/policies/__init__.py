@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from agents.policies.actor import ActorPolicy
 from agents.policies.dynamicvit import DynamicViTPolicy
@@ -18,6 +21,7 @@ from agents.policies.heuristics import (
     RandomPrune,
     TopK,
 )
+from tokenenv.artefact import FAULTS, Unfit, check_fields, reason_of
 from tokenenv.errors import UserError
 from tokenenv.game.policy import Method, Policy
 from tokenenv.game.stored import find_class, remake
@@ -27,6 +31,9 @@ from tokenenv.storage import check_values, not_finite, read_tensors
 
 POLICY = "policy.safetensors"
 """Name of a method's file in a run folder."""
+
+_MOST = 2**16
+"""The largest whole number, except for a seed, and the longest list of a stored method."""
 
 SHIPPED = Path(__file__).parents[1] / "shipped"
 """Folder with the policies that come with the package, one folder each."""
@@ -84,24 +91,53 @@ def load_policy(path: Path, trust: bool = False) -> Method:
     if (setting := not_finite(config)) is not None:
         raise UserError(f"'{path}' can't be loaded: its {setting} is not finite: {_ANEW}")
     try:
-        method = _remade(dict(config), trust)
+        _check_size(config, tensors, trust)
+        method = _remade(copy.deepcopy(config), trust)
         if isinstance(method, nn.Module):
             check_values(tensors, method.state_dict(), "its weights", _ANEW)
             method.load_state_dict(tensors)
             method.eval()
     except UserError as error:
         raise UserError(f"'{path}' can't be loaded: {error}") from error
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        # torch puts what is wrong into the last line
-        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+    except FAULTS as error:
         raise UserError(
-            f"'{path}' is not a policy of this version ({reason[0].strip()}): {_ANEW}"
+            f"'{path}' is not a policy of this version ({reason_of(error)}): {_ANEW}"
         ) from error
     return method
 
 
+def _check_size(config: dict[str, Any], tensors: dict[str, Tensor], trust: bool) -> None:
+    """Check sizes that a file names against its own tensors, before memory is allocated for them.
+
+    Raises:
+        Unfit: a number or a list is larger than any method's, or a tensor is of another shape.
+    """
+    _check_numbers({key: value for key, value in config.items() if key != "seed"})
+    if config.get("class") not in POLICIES:
+        return
+    # On the meta device no weights are allocated. If a class can't do that, loading checks it.
+    with contextlib.suppress(NotImplementedError, RuntimeError), torch.device("meta"):
+        method = _remade(copy.deepcopy(config), trust)
+        made = method.state_dict() if isinstance(method, nn.Module) else {}
+        for name in made.keys() & tensors.keys():
+            if made[name].shape != tensors[name].shape:
+                raise Unfit(
+                    f"'{name}' is {list(tensors[name].shape)}, not {list(made[name].shape)}"
+                )
+
+
+def _check_numbers(value: Any) -> None:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    if len(inner) > _MOST or (type(value) is int and abs(value) > _MOST):
+        raise Unfit(f"{value!r:.40} is larger than a method's numbers and lists, {_MOST}")
+    for one in inner:
+        _check_numbers(one)
+
+
 def _remade(config: dict[str, Any], trust: bool) -> Method:
+    check_fields(config, {"class": str})
     if config["class"] == "Nobody":  # earlier versions stored reducers so
+        check_fields(config, {"rules": dict})
         config = config["rules"]
     known = [*REDUCERS.values(), *POLICIES.values()]
     cls = find_class(config, known, trust)

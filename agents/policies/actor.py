@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from agents.policies.networks import SharedMLP
 from agents.policies.trainable import Columns, Head, Trainable
 from agents.workers import WHOLE, Rows
+from tokenenv.artefact import check_annotated
 from tokenenv.errors import UserError
 from tokenenv.game.checks import check_threshold
 from tokenenv.game.rules import RULES, Observation, Rules
@@ -219,10 +220,9 @@ class ActorPolicy(Trainable):
     @classmethod
     def remade(cls, config: dict[str, Any], trust: bool = False) -> ActorPolicy:
         """An untrained policy with the settings of :meth:`config`."""
-        rules, widths = (
-            remake(config.pop("rules"), RULES.values(), trust),
-            Widths(**config.pop("widths")),
-        )
+        rules = remake(config.pop("rules"), RULES.values(), trust)
+        widths = remake({"class": "Widths", **config.pop("widths")}, [Widths])
+        check_annotated(config, cls.__init__)
         return cls(rules, widths, **config)
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from agents.policies.heuristics import keep_highest
+from tokenenv.artefact import check_annotated
 from tokenenv.errors import UserError
 from tokenenv.game.checks import check_keep
 from tokenenv.game.policy import Policy
@@ -134,4 +135,6 @@ class DynamicViTPolicy(nn.Module, Policy):
     @classmethod
     def remade(cls, config: dict[str, Any], trust: bool = False) -> DynamicViTPolicy:
         """An untrained policy with the settings of :meth:`config`."""
-        return cls(remake(config.pop("rules"), [TokenPrune], trust), **config)
+        rules = remake(config.pop("rules"), [TokenPrune], trust)
+        check_annotated(config, cls.__init__)
+        return cls(rules, **config)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from agents.policies.trainable import Columns, Head, Trainable, columns
 from agents.workers import WHOLE, Rows
+from tokenenv.artefact import check_annotated
 from tokenenv.errors import UserError
 from tokenenv.game.checks import check_threshold
 from tokenenv.game.rules import LayerPrune, Observation
@@ -267,6 +268,7 @@ class GatedPolicy(Trainable):
     def remade(cls, config: dict[str, Any], trust: bool = False) -> GatedPolicy:
         """An untrained policy with the settings of :meth:`config`."""
         rules = remake(config.pop("rules"), [LayerPrune], trust)
+        check_annotated(config, cls.__init__)
         return cls(rules, config.pop("widths"), **config)
 
     def _split(self, seen: Columns) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenenv.artefact import check_annotated
 from tokenenv.errors import UserError
 from tokenenv.game.checks import check_keep
 from tokenenv.game.policy import Policy
@@ -32,6 +33,7 @@ class Heuristic(Policy):
         """The policy with the settings of :meth:`config`."""
         rules = remake(config.pop("rules"), RULES.values(), trust)
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+        check_annotated(values, cls)
         return cls(rules=rules, **values)  # type: ignore[call-arg]
 
 

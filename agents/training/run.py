@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import os
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from agents.policies import POLICY, load_policy
+from tokenenv.artefact import Unfit, Within, check_fields, read_json
 from tokenenv.errors import UserError
 
 MODEL = "model.safetensors"
@@ -44,13 +44,19 @@ class Run:
         """
         path = Path(folder)
         config, report = (_read(path, name) for name in (CONFIG, REPORT))
-        for name, found, keys in ((CONFIG, config, _SAID), (REPORT, report, _REPORTED)):
-            missing = [key for key in keys if key not in found]
+        for name, found, kinds in ((CONFIG, config, _SAID), (REPORT, report, _REPORTED)):
+            missing = [key for key in kinds if key not in found]
             if missing:
                 raise UserError(
                     f"'{path / name}' doesn't say {', '.join(missing)}: it is not a run's, restore "
                     "it or train again"
                 )
+            try:
+                check_fields(found, kinds)
+            except Unfit as error:
+                raise UserError(
+                    f"cannot read '{path / name}' ({error}): restore it or train again"
+                ) from None
         return cls(path, config, report, trust)
 
     @property
@@ -101,22 +107,22 @@ class Run:
         return [*rows, ("stopped after", f"{r['updates']} updates")] if self.stopped else rows
 
 
-_SAID = ("system", "model", "seed")
-_REPORTED = ("top1", "top1_dense", "gmacs", "gmacs_dense", "training_seconds", "updates")
+_SAID = {"system": str, "model": str, "seed": int}
+_REPORTED: dict[str, Any] = {
+    **dict.fromkeys(("top1", "top1_dense", "gmacs", "training_seconds"), float),
+    "gmacs_dense": Within(1e-12, 1e12),
+    "updates": int,
+}
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / name).read_text())
-    except FileNotFoundError:
+    path = folder / name
+    if not path.exists():
         raise UserError(
             f"'{folder}' holds no finished run, there is no {name}: give the folder of one, or go "
             "on with an unfinished one by resume=True (--resume)"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read '{folder / name}' ({type(error).__name__}): restore it or train again"
-        ) from None
+        )
+    found = read_json(path, "restore it or train again")
     if not isinstance(found, dict):
-        raise UserError(f"'{folder / name}' is not a run's: restore it or train again")
+        raise UserError(f"'{path}' is not a run's: restore it or train again")
     return found

@@ -17,15 +17,16 @@ from agents.training.request import Request
 from agents.training.run import CONFIG
 from agents.training.trainer import CHECKPOINT, Trainer
 from tokenenv.errors import UserError
-from tokenenv.storage import writable_folder, write_json
+from tokenenv.storage import own_folder, writable_folder, write_json
 
 
 @contextlib.contextmanager
 def run_folder(request: Request) -> Iterator[Path]:
-    """The folder to write to: new and writable, or the one to resume.
+    """The folder to write to: new and writable, or the one to resume; locked for this process.
 
     Raises:
-        UserError: the folder holds a run and ``resume`` is not set, or can't be written to.
+        UserError: the folder holds a run and ``resume`` is not set, it can't be written to, or
+            another process is writing to it.
     """
     out = request.out
     if out is None:
@@ -36,9 +37,9 @@ def run_folder(request: Request) -> Iterator[Path]:
         return
     if out.exists() and not out.is_dir():
         raise UserError(f"--out '{out}' is a file: choose a folder")
-    if not request.resume and any((out / name).exists() for name in (CHECKPOINT, POLICY)):
-        raise UserError(f"--out '{out}' already holds a run: add --resume, or choose another")
-    with writable_folder(out):
+    with own_folder(out):
+        if not request.resume and any((out / name).exists() for name in (CHECKPOINT, POLICY)):
+            raise UserError(f"--out '{out}' already holds a run: add --resume, or choose another")
         yield out
 
 
@@ -66,7 +67,8 @@ def _new_folder(parent: Path, name: str) -> Iterator[Path]:
             except FileExistsError:
                 number += 1
         try:
-            yield out
+            with own_folder(out):
+                yield out
         finally:
             with contextlib.suppress(OSError):  # not empty
                 out.rmdir()

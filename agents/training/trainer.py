@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_type_hints
 
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from agents.systems.settings import word
 from agents.training.judgement import Judge, Judgement
 from agents.workers import ALONE, Workers
+from tokenenv.artefact import FAULTS, Within, check_fields, reason_of
 from tokenenv.errors import UserError
 from tokenenv.storage import (
     check_values,
@@ -29,6 +30,16 @@ from tokenenv.storage import (
 )
 
 CHECKPOINT = "checkpoint.safetensors"
+_SAVED = {
+    "config": dict,
+    "done": Within(0, 2**53),
+    "seconds": Within(0.0, 1e12),
+    "history": list[dict],
+    "best": dict,
+    "state": dict,
+}
+"""What a checkpoint says beside its tensors."""
+
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 
 Log = Callable[[int, dict[str, float]], object]
@@ -195,6 +206,8 @@ class Trainer:
             )
         tensors, saved = read_tensors(path)
         try:
+            check_fields(saved, _SAVED)
+            check_fields(saved["best"], get_type_hints(Judgement), closed=True)
             state = unflatten_state(saved["state"], tensors)
             check_same(saved["config"], self.config, self.out)
             self._check_values(tensors, saved["best"], path)
@@ -207,9 +220,12 @@ class Trainer:
             self.done, self.seconds = saved["done"], saved["seconds"]
             self.history = saved["history"]
             self.best = Judgement(**saved["best"])
-        except (KeyError, TypeError) as error:
+        except UserError:
+            raise
+        except FAULTS as error:
             raise UserError(
-                f"'{path}' is not a checkpoint of this version ({error}): start with another --out"
+                f"'{path}' is not a checkpoint of this version ({reason_of(error)}): start with "
+                "another --out"
             ) from None
 
     def _check_values(self, tensors: dict[str, Tensor], best: dict[str, Any], path: Path) -> None:

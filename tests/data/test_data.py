@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -322,6 +323,29 @@ def test_only_visible_images_count(tmp_path: Path, digits_model: nn.Module) -> N
     (tmp_path / "0" / "notes.txt").write_text("words")
     save(tmp_path / "stray.png")
     assert open_source(str(tmp_path), digits_model).files == ["0/00.png", "0/deep/Y.JPG"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs on this system")
+def test_only_regular_files_count(tmp_path: Path, digits_model: nn.Module) -> None:
+    make_folder(tmp_path, {"0": 1, "1": 1})
+    os.mkfifo(tmp_path / "0" / "waits.png")  # whoever opens it waits for a writer
+    (tmp_path / "0" / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "1" / "also.png").symlink_to(tmp_path / "fifo")
+    (tmp_path / "1" / "linked.png").symlink_to(tmp_path / "1" / "00.png")
+    found = open_source(str(tmp_path), digits_model)
+    assert found.files == ["0/00.png", "1/00.png", "1/linked.png"]
+
+
+def test_links_are_followed_once(tmp_path: Path, digits_model: nn.Module) -> None:
+    root = make_folder(tmp_path / "root", {"0": 2, "1": 1})
+    make_folder(tmp_path, {"elsewhere": 1})
+    (root / "0" / "loop").symlink_to(".")
+    (root / "0" / "second").symlink_to(root / "0")
+    (root / "1" / "out").symlink_to(tmp_path / "elsewhere")
+    (root / "1" / "again").symlink_to(tmp_path / "elsewhere")
+    found = open_source(str(root), digits_model)
+    assert found.files == ["0/00.png", "0/01.png", "1/00.png", "1/again/00.png"]
 
 
 def test_a_folder_names_its_source(tmp_path: Path, digits_model: nn.Module) -> None:

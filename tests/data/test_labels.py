@@ -38,6 +38,14 @@ def test_numbers_are_outputs() -> None:
         map_classes(["7", "10", "2"], head(10), "it")
 
 
+def test_two_classes_of_one_output_are_an_error() -> None:
+    words = "it: classes '3' and '03' are both output 3 of the model: put their images"
+    with pytest.raises(UserError, match=words):
+        map_classes(["3", "5", "03"], head(10), "it")
+    with pytest.raises(UserError, match="classes 'goldfish' and 'GoldFish' are both output 1 "):
+        map_classes(["goldfish", "GoldFish"], head(1000), "it")
+
+
 def test_a_models_own_labels_are_known() -> None:
     model = head(3, label_names=("red_fox", "Cat", "dog"), label_descriptions={"dog": "a hound"})
     assert map_classes(["A Hound", "Red Fox", "cat"], model, "it") == [2, 0, 1]

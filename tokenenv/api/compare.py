@@ -33,7 +33,7 @@ from tokenenv.measure.pareto import picture
 from tokenenv.measure.printing import report_skipped
 from tokenenv.measure.speed import DENSE, Speed, bench, timings
 from tokenenv.measure.state import Memory, State, conditions
-from tokenenv.storage import writable_folder, write_bytes, write_json
+from tokenenv.storage import own_folder, write_bytes, write_json
 
 _BATCH = 64  # as in evaluate; it affects only the draws of random policies
 
@@ -81,7 +81,7 @@ def compare(
     """
     whats = each_once(itertools.chain.from_iterable(map(_each, what)))
     folder = None if out is None else Path(out)
-    place = contextlib.nullcontext() if folder is None else writable_folder(folder)
+    place = contextlib.nullcontext() if folder is None else own_folder(folder)
     with place:  # before minutes of work
         opened = open_candidates(
             whats,

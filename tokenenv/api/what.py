@@ -6,6 +6,7 @@ once. Then, when the dense model is open, each becomes a candidate.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from agents.policies.words import code_of, folder_of, parse_policy, split_name
 from agents.training import Run
 from agents.training.run import CONFIG as RUN_CONFIG
 from agents.training.run import MODEL, REPORT
+from tokenenv.artefact import read_object
 from tokenenv.data import Preprocessing
 from tokenenv.deploy.compressed import CONFIG as COMPRESSED
 from tokenenv.deploy.compressed import CompressedViT, load_compressed
@@ -36,6 +38,8 @@ from tokenenv.storage import read_tensors
 from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.dense import Dense
 from tokenenv.vit.load import load_backbone
+
+_SAID = {"model": str, "weights": str | None}
 
 
 @dataclass(frozen=True)
@@ -228,21 +232,14 @@ class NamedLTM:
             name = self.model.pretrained_cfg.get("architecture") or None
             return MadeOf(name, preprocessing=Preprocessing.of(self.model.model))
         run, own = Path(self.what, RUN_CONFIG), Path(self.what, LTM_CONFIG)
-        try:
-            if run.is_file():
-                known = json.loads(run.read_text())
-                return MadeOf(
-                    known["model"], known["weights"], preprocessing=_preprocessing(known, run)
-                )
-            said = json.loads(own.read_text())
-            if not isinstance(said["ltm"], dict):
-                raise TypeError
-            return MadeOf(said["model"], preprocessing=_preprocessing(said, own))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"'{self.what}' holds no LTM model, or doesn't say which one it was made of "
-                f"({type(error).__name__}): restore it"
-            ) from None
+        blame = f"'{self.what}' holds no LTM model, or doesn't say which one it was made of"
+        if run.is_file():
+            known = read_object(run, _SAID, "restore it", blame)
+            return MadeOf(
+                known["model"], known.get("weights"), preprocessing=_preprocessing(known, run)
+            )
+        said = read_object(own, {"model": str, "ltm": dict}, "restore it", blame)
+        return MadeOf(said["model"], preprocessing=_preprocessing(said, own))
 
     def read(self, model: str, depth: int) -> None:
         """Check that it was made from ``model``."""
@@ -339,7 +336,8 @@ def _said_by(folder: Path) -> MadeOf:
     """
     config = folder / RUN_CONFIG
     if not config.is_file():
-        return MadeOf(read_tensors(folder / POLICY)[1].get("trained_on"))
+        known = read_tensors(folder / POLICY)[1].get("trained_on")
+        return MadeOf(known if isinstance(known, str) else None)
     said = _said_in(config)
     own = folder / MODEL
     if own.is_file():
@@ -352,11 +350,9 @@ def _said_by(folder: Path) -> MadeOf:
 def _fine_tuned(folder: Path) -> bool:
     """Whether a run's files say that its backbone was trained; old ones don't, and it was not."""
     for file in (folder / RUN_CONFIG, folder / REPORT):
-        try:
-            if json.loads(file.read_text()).get("frozen") is False:
+        with contextlib.suppress(UserError):  # missing, or not a run's
+            if read_object(file, {}, "restore it").get("frozen") is False:
                 return True
-        except (OSError, ValueError, AttributeError):  # missing, or not a run's
-            continue
     return False
 
 
@@ -368,14 +364,6 @@ def _preprocessing(said: dict[str, Any], path: Path) -> Preprocessing | None:
 
 def _said_in(config: Path) -> MadeOf:
     """Model, weights and preprocessing that a config file names."""
-    try:
-        found = json.loads(config.read_text())
-        model, weights = found["model"], found.get("weights")
-        if not isinstance(model, str) or not isinstance(weights, str | None):
-            raise TypeError
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"'{config}' doesn't say model and weights ({type(error).__name__}): "
-            "restore it, or give --model and --weights"
-        ) from None
-    return MadeOf(model, weights, preprocessing=_preprocessing(found, config))
+    blame = f"'{config}' doesn't say model and weights"
+    found = read_object(config, _SAID, "restore it, or give --model and --weights", blame)
+    return MadeOf(found["model"], found.get("weights"), preprocessing=_preprocessing(found, config))

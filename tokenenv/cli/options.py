@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -45,14 +46,14 @@ def writable_file(path: str | None, option: str = "--json") -> Iterator[None]:
     Raises:
         UserError: the file cannot be written.
     """
-    from tokenenv.storage import writable_folder
+    from tokenenv.storage import is_stream, writable_folder
 
-    if path is None:
+    if path is None or is_stream(Path(path)):
         yield
         return
     if Path(path).is_dir():
         raise UserError(f"{option} '{path}' is a folder: give the name of a file")
-    with writable_folder(Path(path).parent):
+    with writable_folder(Path(os.path.realpath(path) if os.path.islink(path) else path).parent):
         yield
 
 

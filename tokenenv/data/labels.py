@@ -48,7 +48,8 @@ def map_classes(names: Sequence[str | Sequence[str]], model: nn.Module, owner: s
         One index in ``[0, num_classes)`` for each class.
 
     Raises:
-        UserError: no rule fits, or the head has no output for a WordNet id.
+        UserError: no rule fits, the head has no output for a WordNet id, or two classes belong to
+            one output.
     """
     outputs = head_outputs(model)
     synonyms = [[name] if isinstance(name, str) else list(name) for name in names]
@@ -66,12 +67,12 @@ def map_classes(names: Sequence[str | Sequence[str]], model: nn.Module, owner: s
         return [rank[name] for name in first]
 
     if all(_is_output(name, outputs) for name in first):
-        return [int(name) for name in first]
+        return _each_its_own([int(name) for name in first], first, owner)
 
     known = _known_names(model, outputs)
     matches = [{known[key] for key in map(_plain, group) if key in known} for group in synonyms]
     if all(len(match) == 1 for match in matches):
-        return [match.pop() for match in matches]
+        return _each_its_own([match.pop() for match in matches], first, owner)
 
     if len(names) == outputs:
         return list(range(outputs))
@@ -83,6 +84,19 @@ def map_classes(names: Sequence[str | Sequence[str]], model: nn.Module, owner: s
         f"'{example}' is no label of the model; name the classes by WordNet id, output index or "
         "label, or use a model trained on these classes"
     )
+
+
+def _each_its_own(outputs: list[int], names: Sequence[str], owner: str) -> list[int]:
+    """``outputs``, which are refused if two classes have the same one."""
+    before: dict[int, str] = {}
+    for name, output in zip(names, outputs, strict=True):
+        if output in before:
+            raise UserError(
+                f"{owner}: classes '{before[output]}' and '{name}' are both output {output} of "
+                "the model: put their images into one folder, or rename one"
+            )
+        before[output] = name
+    return outputs
 
 
 def class_names(model: nn.Module) -> Callable[[int], str]:

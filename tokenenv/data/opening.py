@@ -110,18 +110,36 @@ def _folder_name(root: Path) -> str:
 
 
 def _image_files(root: Path, folder: str) -> list[str]:
-    """Sorted names, relative to ``root``, of the images anywhere below ``root/folder``."""
+    """Sorted names, relative to ``root``, of the images anywhere below ``root/folder``.
+
+    Links are followed; a folder that several links lead to is read once. Nothing but regular files
+    counts as an image: opening a FIFO would wait for a writer. A link that leads nowhere is listed,
+    so that it is reported as unreadable.
+    """
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    found = []
+    found, seen = [], {_identity(str(root / folder))}
     for place, subfolders, names in os.walk(root / folder, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        identities = {name: _identity(os.path.join(place, name)) for name in subfolders}
+        # A link comes after real folders: what is reached by both is named by its own path.
+        for name in sorted(subfolders, key=lambda name: os.path.islink(os.path.join(place, name))):
+            if identities[name] in seen:
+                subfolders.remove(name)
+            seen.add(identities[name])
         found += [
             (Path(place) / name).relative_to(root).as_posix()
             for name in names
             if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+            if os.path.isfile(path := os.path.join(place, name)) or not os.path.exists(path)
         ]
     return sorted(found)
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    """Device and inode of a folder, the same by whatever path it is reached."""
+    known = os.stat(folder)
+    return known.st_dev, known.st_ino
 
 
 def _what_is_wrong(root: Path, classes: list[str]) -> str:

@@ -7,21 +7,26 @@ import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from tokenenv.artefact import FAULTS, read_object, reason_of
 from tokenenv.data import Preprocessing
 from tokenenv.errors import UserError
 from tokenenv.game.episode import EXECUTIONS, Episode, Execution, default_execution
 from tokenenv.game.policy import DuckPolicy, Method, as_method, play
 from tokenenv.own import same_place
 from tokenenv.vit.backbone import Backbone
-from tokenenv.vit.load import check_device, load_model
+from tokenenv.vit.families import check_options
+from tokenenv.vit.load import DTYPES, check_device, check_dtype, load_model
 
 CONFIG, WEIGHTS, POLICY = "compressed.json", "model.safetensors", "policy.safetensors"
 """Files in the folder of a saved compressed model."""
+
+
+_KINDS = {"model": str, "options": dict, "dtype": Literal[DTYPES], "execution": Execution | None}
 
 
 def compress(model: nn.Module, policy: Method, execution: Execution | None = None) -> CompressedViT:
@@ -286,19 +291,16 @@ def _load_model(folder: Path, device: torch.device) -> tuple[nn.Module, Executio
     Raises:
         UserError: no such folder, or it is not complete.
     """
+    blame = f"'{folder}' holds no compressed model"
+    remedy = "give a folder that 'tokenenv compress' or save() wrote"
+    config = read_object(folder / CONFIG, _KINDS, remedy, blame)
     try:
-        config = json.loads((folder / CONFIG).read_text())
-        name, options = config["model"], dict(config["options"])
-        options["img_size"] = tuple(options["img_size"])
-        dtype, execution = getattr(torch, config["dtype"]), config["execution"]
-        model = load_model(name, str(folder / WEIGHTS), options).to(device, dtype)
+        options = check_options(config["options"])
+        model = load_model(config["model"], str(folder / WEIGHTS), options)
         if (said := config.get("preprocessing")) is not None:
             Preprocessing.from_json(said, folder / CONFIG).apply(model)
-        return model, execution
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise UserError(
-            f"'{folder}' holds no compressed model ({CONFIG}: {type(error).__name__}): "
-            "give a folder that 'tokenenv compress' or save() wrote"
-        ) from None
+    except FAULTS as error:
+        raise UserError(f"{blame} ({CONFIG}: {reason_of(error)}): {remedy}") from None
+    return model.to(device, check_dtype(config["dtype"])), config.get("execution")

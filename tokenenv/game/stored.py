@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from tokenenv.artefact import Unfit, check_annotated, check_fields
 from tokenenv.errors import UserError
 from tokenenv.own import REGISTER, is_packaged, load_origin, origin_of
 
@@ -34,13 +35,16 @@ def remake(described: dict[str, Any], known: Iterable[type], trust: bool = False
     Raises:
         KeyError: no class is named.
         TypeError: the class does not have such fields.
+        Unfit: a field is not what its annotation says.
         UserError: the class is unknown; or it is a user's own and ``trust`` is False, or it is not
             found.
     """
+    check_fields(described, {"class": str})
     values: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in described.items()
     }
     cls = find_class(values, known, trust)
+    check_annotated(values, cls)
     return cls(**values)
 
 
@@ -56,6 +60,8 @@ def find_class(config: dict[str, Any], known: Iterable[type], trust: bool) -> An
     name, origin = config.pop("class"), config.pop("origin", None)
     if isinstance(origin, dict):  # a subclass may have its base's config
         name = origin.get("name", name)
+    if not isinstance(name, str):
+        raise Unfit(f"'class' is {name!r:.40}, not text")
     found = {cls.__name__: cls for cls in known}.get(name)
     if found is not None and (origin is None or not is_packaged(found)):
         return found

@@ -5,21 +5,42 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from tokenenv.artefact import FAULTS, Unfit, Within, check_fields, read_object, reason_of
 from tokenenv.data import Preprocessing
 from tokenenv.errors import UserError
+from tokenenv.ltm.block import MaskKind
 from tokenenv.ltm.model import LTM, check_family, ltm
 from tokenenv.storage import check_values
 from tokenenv.vit.checkpoint import read_weights
 from tokenenv.vit.dense import evaluating
-from tokenenv.vit.load import check_device, check_name, create_model
+from tokenenv.vit.families.vision_transformer import POOLINGS, VisionTransformerFamily
+from tokenenv.vit.load import DTYPES, check_device, check_dtype, check_name, create_model
 
 CONFIG, WEIGHTS = "ltm.json", "model.safetensors"
 """What a folder of a saved model holds."""
+
+_KINDS = {"model": str, "options": dict, "ltm": dict, "dtype": Literal[DTYPES]}
+_SIZE = VisionTransformerFamily.OPTIONS["img_size"]
+_OPTIONS = {
+    "num_classes": Within(0, 10**6),
+    "in_chans": VisionTransformerFamily.OPTIONS["in_chans"],
+    "img_size": _SIZE,
+    "global_pool": POOLINGS,
+}
+_BLOCKS = {
+    "ratio": Within(0.0, 1.0),
+    "mask": MaskKind,
+    "blocks": list[int] | None,
+    "recursive": bool,
+    "hard": bool,
+    "image_size": _SIZE,
+}
+"""What :data:`CONFIG` holds: nothing else is passed on to timm, which could download it."""
 
 
 def save_ltm(model: LTM, folder: str | Path) -> None:
@@ -65,17 +86,18 @@ def load_ltm(folder: str | Path, device: str | torch.device = "cpu") -> LTM:
         UserError: the folder does not exist or is not complete.
     """
     place, folder = check_device(device), Path(folder)
+    blame = f"'{folder}' holds no LTM model"
+    remedy = "give a folder that save_ltm wrote"
+    config = read_object(folder / CONFIG, _KINDS, remedy, blame)
+    name, options, blocks = config["model"], config["options"], config["ltm"]
     try:
-        config = json.loads((folder / CONFIG).read_text())
-        name, options, blocks = str(config["model"]), dict(config["options"]), dict(config["ltm"])
-        dtype = getattr(torch, config["dtype"])
-        blocks["image_size"] = tuple(blocks["image_size"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"'{folder}' holds no LTM model ({CONFIG}: {type(error).__name__}): "
-            "give a folder that save_ltm wrote"
-        ) from None
+        check_fields(options, {key: _OPTIONS[key] for key in options.keys() & _OPTIONS}, True)
+        check_fields(blocks, _BLOCKS, closed=True)
+    except Unfit as error:
+        raise UserError(f"{blame} ({CONFIG}: {error}): {remedy}") from None
     check_name(name, check_family)
+    for given in (options, blocks):
+        given |= {key: tuple(one) for key, one in given.items() if isinstance(one, list)}
     try:
         dense = create_model(name, options)
         if (said := config.get("preprocessing")) is not None:
@@ -84,10 +106,11 @@ def load_ltm(folder: str | Path, device: str | torch.device = "cpu") -> LTM:
         state = read_weights(folder / WEIGHTS)
         check_values(state, model.state_dict(), f"'{folder / WEIGHTS}'", "save the model anew")
         model.load_state_dict(state)
-    except (RuntimeError, TypeError) as error:
-        problem = str(error).splitlines()[0]
-        raise UserError(f"'{folder}' does not fit model '{name}': {problem}") from None
-    return model.to(place, dtype).eval()
+    except UserError:
+        raise
+    except FAULTS as error:
+        raise UserError(f"'{folder}' does not fit model '{name}': {reason_of(error)}") from None
+    return model.to(place, check_dtype(config["dtype"])).eval()
 
 
 def _describe(model: LTM) -> dict[str, Any]:

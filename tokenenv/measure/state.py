@@ -5,20 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from tokenenv._version import __version__
+from tokenenv.artefact import Unfit, check_fields, read_object
 from tokenenv.data import ImageSource
 from tokenenv.errors import UserError
 from tokenenv.measure.evaluation import Evaluation
 from tokenenv.measure.speed import Speed
-from tokenenv.storage import read_tensors, write_json, write_tensors
+from tokenenv.storage import LOCK, read_tensors, write_json, write_tensors
 
 _TENSORS = ("labels", "dense", "reduced", "losses", "macs", "lengths", "index")
-_NUMBERS = ("dense_macs", "seconds", "dense_seconds")
+_NUMBERS = {"dense_macs": float, "seconds": float, "dense_seconds": float | None}
+_REMEDY = "restore it, or give a new --out"
 
 
 def conditions(model: str, network: nn.Module, source: ImageSource) -> dict[str, Any]:
@@ -60,10 +62,10 @@ class State:
         self.folder = out / "state"
         path = self.folder / "conditions.json"
         if not path.is_file():
-            if any(out.iterdir()):
+            if any(other.name != LOCK for other in out.iterdir()):
                 raise UserError(f"'{out}' holds other files than a comparison's: give a new --out")
             write_json(path, conditions)
-        before = _read(path)
+        before = read_object(path, {}, _REMEDY)
         for key, value in conditions.items():
             if before.get(key) != value:
                 raise UserError(
@@ -81,7 +83,12 @@ class State:
         if not path.is_file():
             return None
         tensors, numbers = read_tensors(path)
-        values: dict[str, Any] = {**tensors, **{name: numbers[name] for name in _NUMBERS}}
+        try:
+            check_fields(numbers, _NUMBERS)
+            _check_rows(tensors)
+        except Unfit as error:
+            raise UserError(f"cannot read '{path}' ({error}): {_REMEDY}") from None
+        values: dict[str, Any] = {**tensors, **{name: numbers.get(name) for name in _NUMBERS}}
         return Evaluation(**values)
 
     def save(self, key: str, result: Evaluation) -> None:
@@ -93,8 +100,17 @@ class State:
     def load_speeds(self, batch: int, asked: dict[str, Any]) -> list[Speed] | None:
         """The times of a batch size if they were taken under the same ``asked``, or None."""
         path = self._speeds(batch)
-        found = _read(path) if path.is_file() else {}
-        return [Speed(**row) for row in found["rows"]] if found.get("asked") == asked else None
+        if not path.is_file():
+            return None
+        found = read_object(path, {"asked": dict, "rows": list}, _REMEDY)
+        if found["asked"] != asked:
+            return None
+        try:
+            for row in found["rows"]:
+                check_fields(row, get_type_hints(Speed), closed=True)
+            return [Speed(**row) for row in found["rows"]]
+        except (Unfit, TypeError) as error:
+            raise UserError(f"cannot read '{path}' ({error}): {_REMEDY}") from None
 
     def save_speeds(self, batch: int, asked: dict[str, Any], rows: list[Speed]) -> None:
         """Save the times of a batch size, and what was ``asked`` for."""
@@ -123,12 +139,17 @@ class Memory:
         """Do nothing."""
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-        if isinstance(found, dict):
-            return found
-        reason = "no object"
-    except (OSError, ValueError) as error:
-        reason = type(error).__name__
-    raise UserError(f"cannot read '{path}' ({reason}): restore it, or give a new --out")
+def _check_rows(tensors: dict[str, Tensor]) -> None:
+    """Check that the tensors are an evaluation's: one finite row for each image.
+
+    Raises:
+        Unfit: they are not.
+    """
+    if set(tensors) != set(_TENSORS):
+        raise Unfit(f"tensors {', '.join(sorted(tensors)):.60}")
+    images = tensors["labels"].shape[:1]
+    for name, tensor in tensors.items():
+        if tensor.shape[:1] != images or tensor.ndim != (2 if name == "lengths" else 1):
+            raise Unfit(f"'{name}' is of shape {list(tensor.shape)}")
+        if not tensor.isfinite().all():
+            raise Unfit(f"'{name}' is not finite")

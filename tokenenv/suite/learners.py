@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from agents.systems.registry import SYSTEMS
 from agents.systems.settings import preset
 from agents.training.start import train
 from agents.training.trainer import CHECKPOINT
+from tokenenv.artefact import read_object
 from tokenenv.errors import UserError
 from tokenenv.game.policy import as_method
 from tokenenv.game.rewards import Damage
@@ -134,8 +134,9 @@ def find_learner(name: str) -> Learner:
 def _learnt_in(folder: Path) -> str:
     """Precision that a run's config names; old configs name none and are float32."""
     try:
-        return str(json.loads((folder / "config.json").read_text()).get("dtype", "float32"))
-    except (OSError, ValueError, AttributeError):
+        found = read_object(folder / "config.json", {"dtype": str | None}, "restore it")
+        return found.get("dtype") or "float32"
+    except UserError:
         return "unknown"
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenenv.artefact import FAULTS, Within, check_fields, read_json, reason_of
 from tokenenv.errors import UserError
 from tokenenv.suite.score import Front, front
 from tokenenv.suite.tasks import POINTS, find_task
@@ -48,6 +48,9 @@ class Point:
     macs: float
     top1: float
     right: str = ""
+
+
+_POINT = {"knob": str, "macs": Within(0.0, 1e3), "top1": Within(0.0, 1.0), "right": str | None}
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,10 @@ class Result:
         return described
 
 
+_RESULT = {**get_type_hints(Result), "points": list}
+del _RESULT["reference"]
+
+
 def from_json(found: Any, where: Path) -> Result:
     """The result that :meth:`Result.as_json` described.
 
@@ -124,18 +131,21 @@ def from_json(found: Any, where: Path) -> Result:
         UserError: a field is missing or invalid.
     """
     try:
+        check_fields(found, _RESULT, closed=True)
+        for point in found["points"]:
+            check_fields(point, _POINT, closed=True)
         points = tuple(Point(**point) for point in found["points"])
         conditions = {"learnt_in": "float32", **found["conditions"]}  # once there was no other
         made = Result(**{**found, "points": points, "conditions": conditions})
         _check(made)
         _ = made.area  # all numbers are finite
         return made
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except FAULTS as error:
         if isinstance(error, UserError) and "task" in str(error):
             raise
         raise UserError(
-            f"'{where}' is no result of the suite ({error}): restore it, or remove it and run "
-            "the learner again"
+            f"'{where}' is no result of the suite ({reason_of(error)}): restore it, or remove "
+            "it and run the learner again"
         ) from None
 
 
@@ -198,10 +208,4 @@ def check_conditions(result: Result, now: dict[str, Any], where: Path) -> None:
 
 
 def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read '{path}' ({type(error).__name__}): restore it, or remove it and run "
-            "the learner again"
-        ) from None
+    return read_json(path, "restore it, or remove it and run the learner again")

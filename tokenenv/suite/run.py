@@ -17,7 +17,7 @@ from tqdm import tqdm
 from tokenenv.errors import UserError
 from tokenenv.measure.printing import report_skipped
 from tokenenv.measure.state import conditions, fingerprint
-from tokenenv.storage import writable_folder, write_json
+from tokenenv.storage import own_folder, write_json
 from tokenenv.suite.learners import Learner, Means, find_learner
 from tokenenv.suite.opened import (
     OpenTask,
@@ -64,7 +64,7 @@ def run_suite(
         for learner in found:
             learner.check(task)
     paths: list[Path] = []
-    with writable_folder(Path(out)):
+    with own_folder(Path(out)):
         try:
             for task in chosen:
                 opened = open_task(

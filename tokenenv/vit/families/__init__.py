@@ -6,10 +6,11 @@ To add one, decorate a subclass of :class:`Family` with :func:`register_family`,
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
+from tokenenv.artefact import check_fields
 from tokenenv.errors import UserError
 from tokenenv.own import same_place
 from tokenenv.vit.families.base import Family
@@ -55,6 +56,29 @@ def family_of(model: nn.Module) -> Family:
         "use a model of timm's VisionTransformer family (ViT, DeiT, CLIP, DINOv2 ...), "
         "or register its family"
     )
+
+
+def check_options(options: Any) -> dict[str, Any]:
+    """Arguments for ``timm.create_model`` from a file, which are refused unless a family's own.
+
+    Timm takes others that download something or read any file (``pretrained_cfg_overlay``,
+    ``checkpoint_path``), or allocate without limit (``depth``).
+
+    Args:
+        options: a JSON value.
+
+    Returns:
+        The arguments, with tuples for lists.
+
+    Raises:
+        Unfit: it is no object, or a field is not what a registered family's ``OPTIONS`` allow.
+    """
+    kinds: dict[str, Any] = {}
+    for family in FAMILIES.values():
+        kinds |= family.OPTIONS
+    given = kinds.keys() & options.keys() if isinstance(options, dict) else ()
+    check_fields(options, {key: kinds[key] for key in given}, closed=True)
+    return {key: tuple(one) if isinstance(one, list) else one for key, one in options.items()}
 
 
 register_family(VisionTransformerFamily)

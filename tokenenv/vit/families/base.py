@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from tokenenv.artefact import Within
 from tokenenv.vit.blocks import Parts
 from tokenenv.vit.tokens import Tokens
 
@@ -28,6 +29,13 @@ class Family(ABC):
 
     name: ClassVar[str]
     """The name under which the family is registered."""
+
+    OPTIONS: ClassVar[dict[str, Any]] = {
+        "img_size": tuple[Within(1, 4096), Within(1, 4096)],  # type: ignore[misc]
+        "in_chans": Within(1, 1024),
+    }
+    """What :meth:`options` may hold, as kinds of :func:`tokenenv.artefact.fits`; nothing else is
+    taken from a file."""
 
     def __init__(self, model: nn.Module) -> None:
         # timm's modules are not typed.

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from tokenenv.artefact import Within
 from tokenenv.vit.families.base import Family
+
+POOLINGS = Literal["", "avg", "avgmax", "max", "token", "map"]
+"""What timm's ``global_pool`` can be."""
 
 
 class VisionTransformerFamily(Family):
@@ -19,6 +23,15 @@ class VisionTransformerFamily(Family):
     """
 
     name = "vision_transformer"
+    OPTIONS: ClassVar[dict[str, Any]] = {
+        **Family.OPTIONS,
+        "global_pool": POOLINGS,
+        "dynamic_img_size": bool,
+        **dict.fromkeys(
+            ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"),
+            Within(0.0, 1.0),
+        ),
+    }
 
     @classmethod
     def refusal(cls, model: nn.Module) -> str | None:
