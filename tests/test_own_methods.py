@@ -407,7 +407,7 @@ def test_options_that_would_read_other_files(key: str) -> None:
         config = json.loads(path.read_text())
         config["options"][key] = value
         path.write_text(json.dumps(config))
-        with pytest.raises(UserError, match=f"option '{key}' is none of a saved model's"):
+        with pytest.raises(UserError, match=f"unknown field '{key}'"):
             load(folder)
 
 

@@ -196,7 +196,13 @@ def _sha256(path: Path) -> str:
 
 
 def _failed(word: str, error: BaseException) -> UserError:
-    return _mistake(word, f"{type(error).__name__}: {' '.join(str(error).split())}")
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if isinstance(error, ModuleNotFoundError) and word.startswith(str(error.name)):
+        return _mistake(word, reason)  # of that module itself; others are what its code imports
+    return UserError(
+        f"'{word}' can't be imported ({reason}): correct its code; "
+        "tokenenv --traceback shows the line"
+    )
 
 
 def _mistake(word: str, reason: str) -> UserError:

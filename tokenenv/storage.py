@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import math
 import os
 import secrets
 import tempfile
@@ -100,18 +99,6 @@ def _kind(tensor: Tensor) -> str:
 
 def _plain(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def not_finite(value: Any, name: str = "") -> str | None:
-    """The name of the first NaN or infinite number in JSON values, such as ``rules.alpha``."""
-    if isinstance(value, dict):
-        inside = value.items()
-    elif isinstance(value, list):
-        inside = enumerate(value)  # type: ignore[assignment]
-    else:
-        return name if isinstance(value, float) and not math.isfinite(value) else None
-    found = (not_finite(part, f"{name}.{key}" if name else str(key)) for key, part in inside)
-    return next((where for where in found if where is not None), None)
 
 
 def write_json(path: Path, value: Any) -> None:

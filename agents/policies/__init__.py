@@ -27,7 +27,7 @@ from tokenenv.game.policy import Method, Policy
 from tokenenv.game.stored import find_class, remake
 from tokenenv.own import same_place
 from tokenenv.reducers import REDUCERS, Reducer
-from tokenenv.storage import check_values, not_finite, read_tensors
+from tokenenv.storage import check_values, read_tensors
 
 POLICY = "policy.safetensors"
 """Name of a method's file in a run folder."""
@@ -88,8 +88,6 @@ def load_policy(path: Path, trust: bool = False) -> Method:
             not finite or out of range, or a method of a user's own class and ``trust`` is False.
     """
     tensors, config = read_tensors(path)
-    if (setting := not_finite(config)) is not None:
-        raise UserError(f"'{path}' can't be loaded: its {setting} is not finite: {_ANEW}")
     try:
         _check_size(config, tensors, trust)
         method = _remade(copy.deepcopy(config), trust)

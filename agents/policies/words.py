@@ -21,7 +21,7 @@ from agents.policies.heuristics import (
     check_pairs,
     decreasing,
 )
-from tokenenv.errors import UserError
+from tokenenv.errors import UserError, did_you_mean
 from tokenenv.game.checks import check_threshold, spread_blocks
 from tokenenv.game.policy import Method, Policy, as_method
 from tokenenv.game.rules import LayerMerge, TokenPrune
@@ -72,8 +72,13 @@ def parse_policy(what: str, depth: int, trust: bool = False) -> Method:
     known = usages()
     own = None if name in known or Path(name).is_dir() else split_own(what)
     if not (own or name in known or Path(name).is_dir() or name in shipped()):
-        names = ", ".join([*known, *shipped()])
-        raise UserError(f"'{what}' is neither a run folder nor a policy: choose from {names}")
+        if name.endswith(".py"):
+            raise UserError(f"'{what}' names a file and nothing in it: write {name}:Name")
+        names = [*known, *shipped()]
+        raise UserError(
+            f"'{what}' is neither a run folder nor a policy: choose from {', '.join(names)}"
+            f"{did_you_mean(name, names)}"
+        )
     usage = known.get(name, "what was learned takes none but threshold=...")
     words = Words(what, rest, usage)
     method: Method

@@ -109,6 +109,7 @@ RESERVED = (
     "seed",
     "device",
     "dtype",
+    "preprocessing",
     "resume",
 )
 """Arguments of :func:`agents.training.train`; no setting may have one of these names."""

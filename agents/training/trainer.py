@@ -23,7 +23,6 @@ from tokenenv.errors import UserError
 from tokenenv.storage import (
     check_values,
     flatten_state,
-    not_finite,
     read_tensors,
     unflatten_state,
     write_tensors,
@@ -210,7 +209,7 @@ class Trainer:
             check_fields(saved["best"], get_type_hints(Judgement), closed=True)
             state = unflatten_state(saved["state"], tensors)
             check_same(saved["config"], self.config, self.out)
-            self._check_values(tensors, saved["best"], path)
+            self._check_values(tensors, path)
             self.learner.load_state_dict(state["learner"])
             # With as many processes as before each restores its own order: orders differ where a
             # process skipped unreadable images. With another number all take the first one's.
@@ -228,16 +227,13 @@ class Trainer:
                 "another --out"
             ) from None
 
-    def _check_values(self, tensors: dict[str, Tensor], best: dict[str, Any], path: Path) -> None:
+    def _check_values(self, tensors: dict[str, Tensor], path: Path) -> None:
         """Refuse a checkpoint with values that no training goes on from."""
-        remedy = "start with another --out"
         policy = self.learner.policy.state_dict()
         own: dict[str, Tensor] = {}
         now = {"learner": self.learner.state_dict(), "best_state": policy}
         flatten_state("state", now, own)
-        check_values(tensors, own, f"'{path}'", remedy)
-        if (number := not_finite(best)) is not None:
-            raise UserError(f"'{path}': its best {number} is not finite: {remedy}")
+        check_values(tensors, own, f"'{path}'", "start with another --out")
 
 
 def check_same(saved: dict[str, Any], now: dict[str, Any], out: Path) -> None:

@@ -397,7 +397,7 @@ def test_fine_tuned_backbones_each_run_on_their_own(run: Path, tmp_path: Path, c
     other = str(shutil.copytree(run, tmp_path / "other"))
     assert main(["bench", str(run), other, "--batch", "1", "--rounds", "1"]) == 0
     assert other in capsys.readouterr().out
-    opened = open_candidates([str(run), other], named_model(None, None, "cpu", "float32"))
+    opened = open_candidates([str(run), other], named_model(None, None, "cpu", "float32", None))
     one, two = (each.backbone for each in opened.candidates)
     assert one is not two and opened.dense not in (one, two)
 

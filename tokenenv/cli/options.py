@@ -20,6 +20,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with status 2."""
+        if "--traceback" in message:
+            message += " (--traceback stands before the command)"
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 

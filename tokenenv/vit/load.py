@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import inspect
 import logging
 import math
 from collections.abc import Callable
@@ -175,19 +174,10 @@ def create_model(name: str, options: dict[str, Any]) -> nn.Module:
 
     Args:
         name: its name in timm.
-        options: arguments of the model itself, as a file of a saved model has them.
-
-    Raises:
-        UserError: an option is one by which timm would read further files, such as
-            ``checkpoint_path``.
+        options: arguments of the model itself. Those of a file were checked before: timm takes some
+            by which it reads further files, such as ``checkpoint_path``.
     """
-    timm = import_timm()
-    own = inspect.signature(timm.create_model).parameters.values()
-    reserved = [each.name for each in own if each.kind is not each.VAR_KEYWORD]
-    for option in options:
-        if option in reserved:
-            raise UserError(f"option '{option}' is none of a saved model's: remove it")
-    return timm.create_model(name, **options)
+    return import_timm().create_model(name, **options)
 
 
 def untrained_model(name: str) -> nn.Module:
