@@ -1,13 +1,15 @@
-"""A system of your own: a reward, and a class of settings that builds what is trained.
+"""A system of your own: rules, a reward, and a class of settings that builds what is trained.
 
     python examples/extend/own_system.py
     tokenenv train examples/extend/own_system.py:LikelihoodConfig --set target_saving=50
-    tokenenv evaluate runs/own_system-py-LikelihoodConfig-0
+    tokenenv evaluate --trust runs/own_system-py-LikelihoodConfig-0
 
 Every token of the embedded digits has an agent that keeps or prunes it three times, as in RL4EViT.
-Here all agents are rewarded by the log-probability of the true class in the reduced model, where
-RL4EViT's agents are rewarded for a correct prediction. To give the system a name for
-:func:`tokenenv.train`, decorate the class with ``@register_system("likelihood")`` from
+Two things differ: a decision that would leave an image fewer than eight tokens prunes none of them,
+and all agents are rewarded by the log-probability of the true class in the reduced model, where
+RL4EViT's agents are rewarded for a correct prediction. The saved policy holds the rules, so
+``--trust`` is needed to run them from this file again. To give the system a name for
+:func:`tokenenv.train`, decorate the class of settings with ``@register_system("likelihood")`` from
 ``agents.systems``.
 """
 
@@ -26,7 +28,26 @@ from agents.systems import PolicyConfig
 from tokenenv.data import ImageSource
 from tokenenv.game import Game
 from tokenenv.game.rewards import Reward, Turn
+from tokenenv.game.rules import Moment, TokenPrune
+from tokenenv.reduction import prune
 from tokenenv.vit.backbone import Backbone
+from tokenenv.vit.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class LeastPrune(TokenPrune):
+    """RL4EViT's rules, but tokens are left to every image.
+
+    Attributes:
+        least: fewest tokens of an image; a decision that would leave fewer prunes none.
+    """
+
+    least: int = 8
+
+    def apply(self, moment: Moment, action: Tensor | None) -> Tokens:
+        """Prune the tokens whose action ``(B, N - prefix)`` is 0."""
+        assert action is not None
+        return prune(moment.tokens, action != 0, least=self.least)
 
 
 @dataclass(frozen=True)
@@ -77,12 +98,12 @@ class LikelihoodConfig(PolicyConfig):
 
     def game(self, backbone: Backbone, source: ImageSource) -> Game:
         """A game with one agent per token; decisions before three blocks by default."""
+        features = ("position", "progress", "cls_attention", "redundancy", "norm")
+        blocks = self.blocks or LeastPrune.decision_blocks(backbone.depth, None)
         return tokenenv.build_game(
-            rules="token_prune",
+            rules=LeastPrune(blocks, features),
             model=backbone,
             data=source,
-            blocks=self.blocks or None,
-            features=("position", "progress", "cls_attention", "redundancy", "norm"),
             reward=Likelihood(self.price),
             batch_size=self.batch,
             repeats=self.repeats,

@@ -26,6 +26,7 @@ from agents.training import Run, train
 from agents.training.trainer import CHECKPOINT
 from tokenenv.cli.main import main
 from tokenenv.errors import UserError
+from tokenenv.own import load_own
 from tokenenv.storage import read_tensors, unflatten_state
 
 pytestmark = pytest.mark.usefixtures("elsewhere", "one_thread")
@@ -236,6 +237,18 @@ def test_the_price_of_an_own_reward_follows() -> None:
     assert run.report["updates"] == 4 and run.config["price"] == 1e-4
     assert order["price"] not in (None, run.config["price"])
     assert run.policy.rules.blocks == (3, 6, 9)
+
+
+def test_the_rules_of_an_own_system() -> None:
+    rules = load_own(f"{EXAMPLE}:LeastPrune").object((3, 6), features=("progress",))
+    game = tokenenv.build_game(rules=rules, batch_size=2)
+    game.reset()
+    few = torch.zeros(2, 64, dtype=torch.long)
+    few[0, :8] = 1
+    few[1, :7] = 1
+    game.step(few)
+    # 8 tokens are enough; of the image that would have had 7 none is pruned.
+    assert game.counts[-1].tolist() == [8, 64]
 
 
 @pytest.mark.parametrize(
