@@ -5,8 +5,8 @@
     tokenenv evaluate --trust runs/own_system-py-LikelihoodConfig-0
 
 Every token of the embedded digits has an agent that keeps or prunes it three times, as in RL4EViT.
-Two things differ: a decision that would leave an image fewer than eight tokens prunes none of them,
-and all agents are rewarded by the log-probability of the true class in the reduced model, where
+Two things differ: the eight tokens with the most class attention stay whatever their agents do, and
+all agents are rewarded by the log-probability of the true class in the reduced model, where
 RL4EViT's agents are rewarded for a correct prediction. The saved policy holds the rules, so
 ``--trust`` is needed to run them from this file again. To give the system a name for
 :func:`tokenenv.train`, decorate the class of settings with ``@register_system("likelihood")`` from
@@ -19,6 +19,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import tokenenv
@@ -29,25 +30,27 @@ from tokenenv.data import ImageSource
 from tokenenv.game import Game
 from tokenenv.game.rewards import Reward, Turn
 from tokenenv.game.rules import Moment, TokenPrune
-from tokenenv.reduction import prune
+from tokenenv.reduction import highest, prune
 from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.tokens import Tokens
 
 
 @dataclass(frozen=True)
 class LeastPrune(TokenPrune):
-    """RL4EViT's rules, but tokens are left to every image.
+    """RL4EViT's rules, but some tokens are left to every image.
 
     Attributes:
-        least: fewest tokens of an image; a decision that would leave fewer prunes none.
+        least: how many tokens stay in any case, those with the most class attention.
     """
 
     least: int = 8
 
     def apply(self, moment: Moment, action: Tensor | None) -> Tokens:
-        """Prune the tokens whose action ``(B, N - prefix)`` is 0."""
-        assert action is not None
-        return prune(moment.tokens, action != 0, least=self.least)
+        """Prune the other tokens whose action ``(B, N - prefix)`` is 0."""
+        tokens, attention = moment.tokens, moment.context.cls_attention
+        assert action is not None and attention is not None  # `features` has it
+        attention = attention[:, tokens.prefix :].masked_fill(~tokens.visual_alive, -torch.inf)
+        return prune(tokens, (action != 0) | highest(attention, self.least))
 
 
 @dataclass(frozen=True)

@@ -240,14 +240,10 @@ def test_the_price_of_an_own_reward_follows() -> None:
 
 
 def test_the_rules_of_an_own_system() -> None:
-    rules = load_own(f"{EXAMPLE}:LeastPrune").object((3, 6), features=("progress",))
+    rules = load_own(f"{EXAMPLE}:LeastPrune").object((3, 6), features=("cls_attention",))
     game = tokenenv.build_game(rules=rules, batch_size=2)
     game.reset()
-    few = torch.zeros(2, 64, dtype=torch.long)
-    few[0, :8] = 1
-    few[1, :7] = 1
-    game.step(few)
-    # 8 tokens are enough; of the image that would have had 7 none is pruned.
+    game.step(torch.tensor([[0], [1]]).expand(2, 64))  # all prune, all keep
     assert game.counts[-1].tolist() == [8, 64]
 
 
