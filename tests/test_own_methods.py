@@ -32,7 +32,7 @@ from tokenenv.vit.digits import digits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROOT = Path(tokenenv.__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 
 METHODS = """
 from __future__ import annotations

@@ -90,7 +90,8 @@ def _unreadable(path: Path, error: Exception) -> UserError:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     others = {name for name in named if name != "argparse.Namespace"}
     if others:
-        first = min(others, key=lambda name: (name.startswith("torch."), name))
+        # Of all kinds, the one that tells the user what the file holds.
+        first = min(others, key=lambda name: (name.startswith(("builtins.", "torch.")), name))
         more = f" and {len(others) - 1} more kinds" if len(others) > 1 else ""
         return UserError(
             f"weights file '{path}' cannot be read without running code: it holds objects of "
