@@ -16,6 +16,7 @@ import pytest
 import timm
 import torch
 from command_line import QUICK, evaluation, mistake
+from own_methods import METHODS
 from safetensors.torch import save_file
 
 import agents
@@ -23,7 +24,7 @@ import tokenenv
 from agents.policies import POLICIES
 from agents.policies.words import parse_policy
 from tokenenv.cli.main import main
-from tokenenv.errors import UnknownArgument, UserError
+from tokenenv.errors import UserError
 from tokenenv.game.rules import RULES
 from tokenenv.own import load_own
 from tokenenv.reducers import REDUCERS, Reducer, register_reducer
@@ -33,90 +34,6 @@ from tokenenv.vit.digits import digits
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).resolve().parents[1]
-
-METHODS = """
-from __future__ import annotations
-from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-
-import agents
-from tokenenv import Policy, TokenPrune
-from tokenenv.game.stored import describe, remake
-from tokenenv.reducers import Reducer
-from tokenenv.reduction import highest, prune
-
-@dataclass(frozen=True)
-class First(Reducer):
-    keep: float = 0.5
-    least: int | None = None
-
-    def reduce(self, tokens, context, step):
-        count = (self.keep * tokens.visual_alive.sum(1, keepdim=True)).ceil()
-        if self.least is not None:
-            count = count.clamp(min=self.least)
-        return prune(tokens, highest(torch.where(tokens.visual_alive, 1.0, -torch.inf), count))
-
-@dataclass(frozen=True)
-class Twice(TokenPrune):
-    pass
-
-class Left(Policy):
-    def __init__(self, depth=12, keep=0.5, rules=None):
-        at = (depth // 3, 2 * depth // 3)
-        self.rules, self.keep = rules or Twice(at, features=("progress",), share=False), keep
-
-    def act(self, observation):
-        active = observation.active
-        return (active & (active.cumsum(1) <= self.keep * active.sum(1, keepdim=True))).long()
-
-    def config(self):
-        return {"class": "Left", "rules": describe(self.rules), "keep": self.keep}
-
-    @classmethod
-    def remade(cls, config, trust=False):
-        return cls(rules=remake(config["rules"], [], trust), keep=config["keep"])
-
-def make(depth, keep=0.5):
-    assert depth == 12 and isinstance(keep, float)
-    return First((3, 6, 9), keep)
-
-def words(blocks: tuple[int, ...], name="first", fast: bool = False):
-    assert (name, fast) == ("second", True)
-    return First(blocks, 0.5)
-
-ready = Left(keep=0.5)
-
-class Duck:
-    def __init__(self):
-        self.rules = ready.rules
-
-    def act(self, observation):
-        return ready.act(observation)
-
-    def macs(self, agents, removed):
-        return torch.zeros_like(agents)
-
-class Loose(Reducer):
-    keep: float = 0.5
-
-@dataclass(frozen=True)
-class Needy(Reducer):
-    ratio: float
-    table: dict
-
-class Neither:
-    pass
-
-def fails(keep=0.5):
-    raise LookupError("no table for this")
-
-def five():
-    return 5
-
-number = 5
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -514,28 +431,6 @@ def test_the_traceback_shows_ones_own_line(
     assert line in error and f'{word.partition(":")[0]}", line 2, in ' in error
     assert "ZeroDivisionError: division by zero" in error
     assert error.splitlines()[-1].startswith(f"tokenenv: '{word}'")
-
-
-@pytest.mark.parametrize(
-    "name", ["evaluate", "bench", "compare", "compress", "train", "build_game"]
-)
-def test_an_unknown_keyword(name: str) -> None:
-    arguments = {"compress": ("digits_vit", "tome:r=4"), "build_game": (), "train": ("rl4evit",)}
-    with pytest.raises(TypeError, match=r"mdoel.*; did you mean 'model'") as caught:
-        getattr(tokenenv, name)(*arguments.get(name, ("tome:r=4",)), mdoel="digits_vit")
-    assert isinstance(caught.value, UnknownArgument) and isinstance(caught.value, UserError)
-    assert "\n" not in str(caught.value)
-    if name in ("evaluate", "bench", "compare", "compress"):
-        assert f"{name}() has no argument 'mdoel': choose from " in str(caught.value)
-        assert ", trust" in str(caught.value)
-
-
-def test_an_unknown_keyword_beside_ready_rules() -> None:
-    rules = tokenenv.TokenPrune((3,))
-    with pytest.raises(UnknownArgument, match=r"unknown argument 'dvice'.* did you mean 'device'"):
-        tokenenv.build_game(rules=rules, dvice="cpu")
-    with pytest.raises(UserError, match="share=False goes with the name of rules"):
-        tokenenv.build_game(rules=rules, share=False)
 
 
 def test_weights_without_a_model(capfd: pytest.CaptureFixture[str]) -> None:

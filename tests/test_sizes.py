@@ -12,7 +12,7 @@ BODY_LINES = 60
 
 
 def files() -> Iterator[Path]:
-    for folder in ("tokenenv", "agents", "examples", "benchmarks"):
+    for folder in ("tokenenv", "agents", "examples", "benchmarks", "tests"):
         yield from sorted((ROOT / folder).rglob("*.py"))
 
 

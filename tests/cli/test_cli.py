@@ -19,12 +19,11 @@ from command_line import QUICK, Failed, evaluation, fail, mistake, write_digits
 from PIL import Image
 from safetensors.torch import save_file
 
-from agents.learners.mappo import MAPPO
 from agents.policies import shipped
 from agents.systems.rl4evit import RL4EViTConfig
 from agents.training import Run
 from agents.training.rl import PolicyTraining
-from agents.training.trainer import CHECKPOINT, Trainer
+from agents.training.trainer import Trainer
 from tokenenv.cli.main import main
 from tokenenv.measure import candidate
 from tokenenv.storage import read_tensors
@@ -36,14 +35,6 @@ KEYS = {
     "gmacs_dense", "tokens", "images_per_s", "images_per_s_dense", "dtype", "predictions",
     "preprocessing",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 digits as a folder of images."""
-    root = tmp_path_factory.mktemp("images") / "digits"
-    write_digits(root, 40)
-    return root
 
 
 @pytest.mark.parametrize(
@@ -360,20 +351,6 @@ def read_tensors_of(name: str) -> dict[str, Any]:
     return read_tensors(SHIPPED / name / "policy.safetensors")[1]
 
 
-def test_a_folder_is_evaluated_by_name(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = evaluation(f"keep-all --data {folder}")
-    assert (report["data"], report["images"]) == ("digits", 40)
-    assert report["top1"] >= 90
-    for row in report["predictions"]:
-        assert (folder / row["file"]).is_file()
-        assert row["file"].startswith(f"{row['label']}/")
-
-
-def test_limit_takes_at_most_so_many(folder: Path) -> None:
-    assert evaluation(f"keep-all --data {folder} --limit 15")["images"] == 15
-    assert evaluation(f"keep-all --data {folder} --limit 5000")["images"] == 40
-
-
 def test_restrict_predicts_among_the_classes_of_the_data() -> None:
     write_digits(Path("right"), 20, only="78")
     Path("wrong").mkdir()
@@ -400,65 +377,6 @@ def test_a_pth_state_dict_will_do() -> None:
 
     torch.save({"state_dict": load_file(WEIGHTS)}, "digits.pth")
     assert evaluation("keep-all --weights digits.pth --limit 50")["top1"] >= 90
-
-
-def test_unreadable_images_are_skipped_and_counted(
-    folder: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    write_digits(Path("images"), 40)
-    Path("images/3/bad.png").write_bytes(b"no picture")
-    Path("images/4/worse.png").write_bytes(b"")
-    report = evaluation("keep-all --data images")
-    assert (report["images"], report["skipped"]) == (40, 2)
-    assert not [row for row in report["predictions"] if "bad" in row["file"]]
-    assert (
-        "skipped 2 unreadable images of images, for example '3/bad.png'" in capfd.readouterr().out
-    )
-
-    command = QUICK.replace("--images 60", "--data images --set batch=4")
-    assert main([*command.split(), "--out", "r"]) == 0
-    assert "skipped 2 unreadable images" in capfd.readouterr().out
-    assert json.loads(Path("r/report.json").read_text())["images"] > 0
-
-
-def test_a_first_ctrl_c_keeps_everything(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = [*QUICK.replace("--images 60", f"--data {folder}").split(), "--out", "r"]
-    interrupt_update(monkeypatch, number=2, times=1)
-    assert main(command) == 130
-    report = json.loads(Path("r/report.json").read_text())
-    assert (report["updates"], report["stopped_early"]) == (2, True)
-    for name in ("policy.safetensors", "config.json", "curve.png", "tokens.png", CHECKPOINT):
-        assert Path("r", name).is_file()
-    assert evaluation("r --limit 10")["images"] == 10
-
-    assert main([*command, "--resume"]) == 0
-    report = json.loads(Path("r/report.json").read_text())
-    assert (report["updates"], report["stopped_early"]) == (3, False)
-    assert report["evaluated_on_held_back"]
-
-
-def test_a_second_ctrl_c_ends_it_and_says_how_to_go_on(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    interrupt_update(monkeypatch, number=2, times=2)
-    assert main([*QUICK.split(), "--out", "r"]) == 130
-    assert not Path("r/report.json").exists()
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last == "tokenenv: interrupted; the same command with --out r --resume goes on"
-    assert read_tensors(Path("r", CHECKPOINT))[1]["done"] == 1
-
-
-def interrupt_update(monkeypatch: pytest.MonkeyPatch, number: int, times: int) -> None:
-    """Press Ctrl-C in the ``number``-th update from now on."""
-    update, calls = MAPPO.update, iter(range(1, 99))
-
-    def interrupted(self: MAPPO) -> dict[str, float]:
-        if next(calls) == number:
-            for _ in range(times):
-                signal.raise_signal(signal.SIGINT)
-        return update(self)
-
-    monkeypatch.setattr(MAPPO, "update", interrupted)
 
 
 def test_a_ctrl_c_in_an_evaluation(

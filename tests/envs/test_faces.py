@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,14 +24,12 @@ from pettingzoo.test import (
 from pettingzoo.test.state_test import state_test
 
 import tokenenv
-from agents.policies.words import parse_policy
 from tokenenv import UserError, token_prune_v0
 from tokenenv.envs.token_prune_gym import TokenPruneEnv
 from tokenenv.envs.token_prune_vector import TokenPruneVectorEnv
 from tokenenv.game import render
 from tokenenv.game.build import build_game
 from tokenenv.game.rewards import AlphaBeta, Cooperative, KeepTarget, Turn
-from tokenenv.measure import token_pictures as run_report
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -364,31 +360,6 @@ def test_mistakes_in_play() -> None:
         TokenPruneVectorEnv(**small(output="jax"))
 
 
-# Pictures -----------------------------------------------------------------------------------------
-def test_frames_of_an_episode_have_one_size() -> None:
-    game = TokenPruneEnv(render_mode="rgb_array", **small())
-    game.reset(seed=0)
-    frames = [game.render()]
-    for action in choices(0, keep=0.3):
-        over = game.step(action)[2]
-        frames.append(game.render())
-        if over:
-            break
-    assert len({frame.shape for frame in frames}) == 1
-    assert all(not np.array_equal(a, b) for a, b in pairwise(frames))
-
-
-def test_text_marks_pruned_tokens() -> None:
-    game = TokenPruneEnv(render_mode="ansi", **small(max_cycles=1))
-    game.reset(seed=0)
-    assert render._PRUNED not in game.render()
-    action = next(choices(0))
-    game.step(action)
-    text = game.render()
-    assert text.count(render._PRUNED) == 2 * (action == 0).sum()
-    assert f"{action.sum()}" in text.splitlines()[0]
-
-
 def test_human_mode_prints_each_step(capsys: pytest.CaptureFixture[str]) -> None:
     game = TokenPruneEnv(render_mode="human", **small(max_cycles=1))
     game.reset(seed=0)
@@ -418,44 +389,3 @@ def test_pruned_tokens_are_greyed_where_they_are() -> None:
     expected = np.zeros((10, 15), bool)
     expected[5:, 10:] = True
     assert (grey == expected).all()
-
-
-def test_saved_pictures(tmp_path: Path) -> None:
-    source = np.arange(2 * PATCHES).reshape(2, PATCHES) % PATCHES
-    source[1, :20] = -1
-    rows = [
-        render.TokenRow(np.full((8, 8, 3), 9, np.uint8), source, "7", "7", predicted)
-        for predicted in ("7", "1")
-    ]
-    render.save_token_pictures(tmp_path / "tokens.png", rows, (8, 8), (2, 4))
-    assert (tmp_path / "tokens.png").stat().st_size > 1000
-
-
-@pytest.mark.parametrize(
-    ("what", "left"),
-    [
-        ("tome:r=8,blocks=2/5", [56, 48]),
-        ("tome:r=0,blocks=2/5", [64, 64]),
-        ("random:keep=0.5,blocks=2/5", [32, 16]),
-        ("random:keep=1,blocks=2/5", [64, 64]),
-    ],
-)
-def test_pictures_of_a_run_show_what_left(
-    what: str, left: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drawn: list[Any] = []
-    outlined = render.outlined
-    monkeypatch.setattr(render, "outlined", lambda *a: drawn.append(a) or outlined(*a))
-    rows: list[Any] = []
-    monkeypatch.setattr(
-        run_report,
-        "save_token_pictures",
-        lambda path, of, *a, **k: rows.extend(of) or render.save_token_pictures(path, of, *a, **k),
-    )
-    model = backbone()
-    policy = parse_policy(what, model.depth)
-    run_report.write_token_pictures(tmp_path / "tokens.png", model, policy, source(), 3)
-    assert [[len(set(now[now >= 0])) for now in row.source] for row in rows] == [left] * 3
-    # Merged tokens are outlined, with the patches that became one.
-    assert len(drawn) == (6 if what.startswith("tome") else 0)
-    assert (tmp_path / "tokens.png").stat().st_size > 1000

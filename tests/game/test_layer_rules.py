@@ -19,6 +19,8 @@ from layer_games import (
     EXECUTION,
     KINDS,
     Decide,
+    actor,
+    gated,
     merge_rules,
     prune_rules,
     run,
@@ -29,8 +31,6 @@ from test_reduction import check_invariants
 from torch import Tensor
 from torch.testing import assert_close
 
-from agents.policies.actor import ActorPolicy, Widths
-from agents.policies.gated import GatedPolicy
 from agents.policies.heuristics import MergeAbove, MergeStrongest
 from tokenenv.data import open_source
 from tokenenv.errors import UserError
@@ -50,35 +50,6 @@ def backbone(request: pytest.FixtureRequest) -> Backbone:
 @pytest.fixture(scope="module")
 def deit() -> Backbone:
     return family_model("deit")
-
-
-def shake(policy: Any, by: float) -> Any:
-    """What the policy decides depends on the image."""
-    generator = torch.Generator().manual_seed(2)
-    for parameter in policy.parameters():
-        parameter.data += by * torch.randn(parameter.shape, generator=generator)
-    return policy
-
-
-def actor(backbone: Backbone) -> ActorPolicy:
-    torch.manual_seed(0)
-    rules = merge_rules(backbone)
-    widths = Widths(rules.agent_dim(backbone), rules.shared_dim(backbone), 1)
-    policy = shake(ActorPolicy(rules, widths, hidden=(16, 8)), 0.1)
-    # Near half of the candidates merge: those more similar than the mean one.
-    second = rules.layout(backbone)["similarity"].start + 1
-    policy.lean_on(slice(second, second + 1), 3.0)
-    return policy
-
-
-def gated(backbone: Backbone, **kwargs: Any) -> GatedPolicy:
-    torch.manual_seed(0)
-    rules = prune_rules(backbone)
-    own, shared = rules.agent_dim(backbone), rules.shared_dim(backbone)
-    widths = {"key": shared - len(BLOCKS) - 3, "own": own, "patches": backbone.patches}
-    kwargs = {"initial_gate": 0.6, "initial_budget": (20.0,)} | kwargs
-    policy = GatedPolicy(rules, widths, width=16, **kwargs)
-    return shake(policy, 0.5)
 
 
 POLICIES: dict[str, Callable[[Backbone], Any]] = {
