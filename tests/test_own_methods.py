@@ -256,7 +256,10 @@ def test_registering_the_same_code_again() -> None:
     second = load_own("methods.py:First").object
     assert first is not second and REDUCERS["first"] is second
     assert type(parse_policy("first:keep=0.4", 12)) is second
-    with pytest.raises(UserError, match="'first' or its class 'First' exists already"):
+    with pytest.raises(
+        UserError,
+        match=r"reducer 'first' exists already, it is \S*methods\.First: give First another",
+    ):
         register_reducer("first")(load_own("own_module:First").object)
     with pytest.raises(UserError, match="unknown argument 'kepe': first takes blocks, keep, least"):
         parse_policy("first:kepe=0.4", 12)

@@ -117,6 +117,25 @@ def same_place(one: type, other: type) -> bool:
     return _place(one) == _place(other)
 
 
+def check_free(kind: str, name: str, known: type | None, cls: type) -> None:
+    """Check that a name in a registry is free for a class; the same code may take it again.
+
+    Args:
+        kind: what the registry holds, such as ``reward``.
+        name: the name.
+        known: the class that has it; None: no class has.
+        cls: the class that is to get it.
+
+    Raises:
+        UserError: another class has the name.
+    """
+    if known is not None and not same_place(known, cls):
+        raise UserError(
+            f"{kind} '{name}' exists already, it is {known.__module__}.{known.__qualname__}: give "
+            f"{cls.__qualname__} another name"
+        )
+
+
 def _place(cls: type) -> tuple[str, str]:
     file = getattr(sys.modules.get(cls.__module__), "__file__", None)
     return (str(Path(file).resolve()) if file else cls.__module__, cls.__qualname__)
@@ -197,7 +216,8 @@ def _sha256(path: Path) -> str:
 
 def _failed(word: str, error: BaseException) -> UserError:
     reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    if isinstance(error, ModuleNotFoundError) and word.startswith(str(error.name)):
+    place = word.rpartition(":")[0]
+    if isinstance(error, ModuleNotFoundError) and f"{place}.".startswith(f"{error.name}."):
         return _mistake(word, reason)  # of that module itself; others are what its code imports
     return UserError(
         f"'{word}' can't be imported ({reason}): correct its code; "

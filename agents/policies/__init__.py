@@ -25,7 +25,7 @@ from tokenenv.artefact import FAULTS, Unfit, check_fields, reason_of
 from tokenenv.errors import UserError
 from tokenenv.game.policy import Method, Policy
 from tokenenv.game.stored import find_class, remake
-from tokenenv.own import same_place
+from tokenenv.own import check_free
 from tokenenv.reducers import REDUCERS, Reducer
 from tokenenv.storage import check_values, read_tensors
 
@@ -70,8 +70,7 @@ def register_policy(cls: P) -> P:
     Raises:
         UserError: the name is taken.
     """
-    if not same_place(POLICIES.get(cls.__name__, cls), cls):
-        raise UserError(f"policy class '{cls.__name__}' exists already: give it another name")
+    check_free("policy of class", cls.__name__, POLICIES.get(cls.__name__), cls)
     POLICIES[cls.__name__] = cls
     return cls
 

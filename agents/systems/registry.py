@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from agents.systems.settings import SystemConfig, check_config
 from tokenenv.errors import UserError
-from tokenenv.own import is_own, load_own, same_place
+from tokenenv.own import check_free, is_own, load_own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +99,8 @@ def register_system(name: str, summary: str = "") -> Callable[[_Class], _Class]:
 
     def register(cls: _Class) -> _Class:
         check_config(cls)
-        if name in SYSTEMS and not same_place(SYSTEMS[name].config, cls):
-            raise UserError(f"system '{name}' exists already: register it under another name")
+        known = SYSTEMS.get(name)
+        check_free("system", name, known.config if known else None, cls)
         SYSTEMS[name] = System(name, cls, summary)
         return cls
 

@@ -229,7 +229,7 @@ def test_a_name_is_registered_once(registry: None) -> None:
     class Parallel2(VisionTransformerFamily):
         name = "parallel"
 
-    with pytest.raises(UserError, match=r"family 'parallel' is registered already, by .*Parallel"):
+    with pytest.raises(UserError, match=r"family 'parallel' exists already, it is .*Parallel"):
         register_family(Parallel2)
 
     class Again(VisionTransformerFamily):

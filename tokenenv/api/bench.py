@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +74,7 @@ def bench(
     dtype: str = "float32",
     preprocessing: Preprocessing | None = None,
     trust: bool = False,
-    show: Any = None,
+    show: Callable[[Speeds], object] | None = None,
 ) -> Speeds:
     """Time the dense model and methods in turns, in one process; as ``tokenenv bench``.
 

@@ -33,9 +33,8 @@ def remake(described: dict[str, Any], known: Iterable[type], trust: bool = False
         trust: whether the code that defines another class may be run.
 
     Raises:
-        KeyError: no class is named.
+        Unfit: no class is named, or a field is not what its annotation says.
         TypeError: the class does not have such fields.
-        Unfit: a field is not what its annotation says.
         UserError: the class is unknown; or it is a user's own and ``trust`` is False, or it is not
             found.
     """
@@ -53,8 +52,13 @@ def find_class(config: dict[str, Any], known: Iterable[type], trust: bool) -> An
 
     A user's class may have the name of one of the package's: its origin tells them apart.
 
+    Args:
+        config: it has a ``class``.
+        known: as for :func:`remake`.
+        trust: as for :func:`remake`.
+
     Raises:
-        KeyError: the config names no class.
+        Unfit: the class's name is no text.
         UserError: the class is unknown; or as for :func:`remake`.
     """
     name, origin = config.pop("class"), config.pop("origin", None)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from tokenenv.errors import UserError
-from tokenenv.own import same_place
+from tokenenv.own import check_free
 from tokenenv.reducers.ats import ATS
 from tokenenv.reducers.base import Reducer
 from tokenenv.reducers.diffrate import DiffRate
@@ -39,11 +38,8 @@ def register_reducer(name: str) -> Callable[[R], R]:
 
     def register(cls: R) -> R:
         classes = {known.__name__: known for known in REDUCERS.values()}
-        taken = (REDUCERS.get(name, cls), classes.get(cls.__name__, cls))
-        if not all(same_place(known, cls) for known in taken):
-            raise UserError(
-                f"reducer '{name}' or its class '{cls.__name__}' exists already: take other names"
-            )
+        check_free("reducer", name, REDUCERS.get(name), cls)
+        check_free("reducer of class", cls.__name__, classes.get(cls.__name__), cls)
         REDUCERS[name] = cls
         return cls
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from tokenenv.errors import UserError
 from tokenenv.game.rewards.base import (
     FunctionReward,
     Outcome,
@@ -19,7 +18,7 @@ from tokenenv.game.rewards.cooperative import Cooperative
 from tokenenv.game.rewards.dora import Damage, Dora
 from tokenenv.game.rewards.price import ClosedLoop, PenaltyLoop
 from tokenenv.game.rewards.rl4evit import AlphaBeta, KeepTarget, class_term
-from tokenenv.own import same_place
+from tokenenv.own import check_free
 
 REWARDS: dict[str, type[Reward]] = {
     "alpha_beta": AlphaBeta,
@@ -40,8 +39,7 @@ def register_reward(name: str) -> Callable[[R], R]:
     """
 
     def register(cls: R) -> R:
-        if not same_place(REWARDS.get(name, cls), cls):
-            raise UserError(f"reward '{name}' exists already: register it under another name")
+        check_free("reward", name, REWARDS.get(name), cls)
         REWARDS[name] = cls
         return cls
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from tokenenv.errors import UserError
 from tokenenv.game.reduction import Moment, Reduction
 from tokenenv.game.rules.base import Rules
 from tokenenv.game.rules.layer_merge import LayerMerge
 from tokenenv.game.rules.layer_prune import LayerPrune
 from tokenenv.game.rules.observation import Observation
 from tokenenv.game.rules.token_prune import TokenPrune
-from tokenenv.own import same_place
+from tokenenv.own import check_free
 
 RULES: dict[str, type[Rules]] = {
     "token_prune": TokenPrune,
@@ -32,8 +31,7 @@ def register_rules(name: str) -> Callable[[R], R]:
     """
 
     def register(cls: R) -> R:
-        if not same_place(RULES.get(name, cls), cls):
-            raise UserError(f"rules '{name}' exist already: register them under another name")
+        check_free("rules", name, RULES.get(name), cls)
         RULES[name] = cls
         return cls
 

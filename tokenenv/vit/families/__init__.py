@@ -12,7 +12,7 @@ from torch import nn
 
 from tokenenv.artefact import check_fields
 from tokenenv.errors import UserError
-from tokenenv.own import same_place
+from tokenenv.own import check_free
 from tokenenv.vit.families.base import Family
 from tokenenv.vit.families.vision_transformer import VisionTransformerFamily
 
@@ -28,12 +28,7 @@ def register_family(family: _F) -> _F:
     Raises:
         UserError: another family of this name is registered already.
     """
-    known = FAMILIES.get(family.name, family)
-    if not same_place(known, family):
-        raise UserError(
-            f"family '{family.name}' is registered already, by {known.__module__}."
-            f"{known.__qualname__}: give {family.__qualname__} another name"
-        )
+    check_free("family", family.name, FAMILIES.get(family.name), family)
     FAMILIES[family.name] = family
     return family
 
