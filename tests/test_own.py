@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import pickle
 import sys
 from pathlib import Path
@@ -103,3 +104,16 @@ def test_ones_own_traceback_is_kept() -> None:
         with pytest.raises(UserError) as caught:
             load_own("broken.py:f")
         assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_what_runs_is_what_was_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if a file changes within a second and keeps its size, and bytecode is written."""
+    monkeypatch.setattr("sys.dont_write_bytecode", False)
+    path = Path("fast.py")
+    for text in ("value = 1\n", "value = 2\n"):
+        path.write_text(text)
+        os.utime(path, (1e9, 1e9))
+        own = load_own("fast.py:value")
+        assert f"value = {own.object}\n" == text
+        assert own.origin["sha256"] == hashlib.sha256(text.encode()).hexdigest()
+    assert not Path("__pycache__").exists()

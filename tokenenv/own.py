@@ -63,8 +63,9 @@ def load_own(word: str) -> Own:
         path = Path(place).resolve()
         if not path.is_file():
             raise _mistake(word, f"there is no file '{place}'")
-        digest = _sha256(path)
-        module = _import_file(word, path, digest)
+        source = path.read_bytes()
+        digest = hashlib.sha256(source).hexdigest()
+        module = _import_file(word, path, source, digest)
         return Own(_attribute(word, module, name), {"file": str(path), "sha256": digest})
     if not _is_module(place):
         raise _mistake(word, f"'{place}' is no module's name")
@@ -73,8 +74,8 @@ def load_own(word: str) -> Own:
     except (Exception, SystemExit) as error:
         raise _failed(word, error) from error
     found = _attribute(word, module, name)
-    source = _source_file(found, module)
-    return Own(found, {"module": place} | ({"sha256": _sha256(source)} if source else {}))
+    file = _source_file(found, module)
+    return Own(found, {"module": place} | ({"sha256": _sha256(file)} if file else {}))
 
 
 def split_own(what: str) -> tuple[str, str] | None:
@@ -173,19 +174,23 @@ def _is_module(place: str) -> bool:
     return all(part.isidentifier() for part in place.split("."))
 
 
-def _import_file(word: str, path: Path, digest: str) -> ModuleType:
-    """The file as a module that is known to ``sys.modules``, as dataclasses and pickle need it."""
+def _import_file(word: str, path: Path, source: bytes, digest: str) -> ModuleType:
+    """The file as a module that is known to ``sys.modules``, as dataclasses and pickle need it.
+
+    What runs is the ``source`` that ``digest`` is of. Python's own import would read the file again
+    and might take older bytecode: it tells files apart by their size and the second of their time.
+    """
     key = hashlib.sha256(f"{path}\n{digest}".encode()).hexdigest()[:16]
     name = f"{_PREFIX}{key}_{path.stem}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     _DIGESTS[name] = digest
     try:
-        spec.loader.exec_module(module)
+        exec(compile(source, path, "exec"), vars(module))
     except BaseException as error:
         del sys.modules[name]
         if isinstance(error, Exception | SystemExit):
