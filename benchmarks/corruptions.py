@@ -46,13 +46,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from agents.policies.words import parse_policy
-from tokenenv.api.opening import named_model
 from tokenenv.cli.options import writable_file
 from tokenenv.data import ImageSource, open_source
 from tokenenv.data.pixels import one_line
 from tokenenv.errors import UserError
 from tokenenv.game.policy import Policy
 from tokenenv.measure import evaluation
+from tokenenv.measure.opening import named_model
 from tokenenv.measure.printing import MAC_NOTE, report_skipped
 from tokenenv.storage import write_json
 from tokenenv.vit.backbone import Backbone

@@ -49,12 +49,6 @@ class Words:
                 f"'{self.what}': unknown argument '{next(iter(self._left))}': {self.usage}"
             )
 
-    def _text(self, key: str, default: str | None = None) -> str:
-        text = self._left.pop(key, default)
-        if text is None:
-            raise self.missing(key)
-        return text
-
     def blocks(self, default: tuple[int, ...]) -> tuple[int, ...]:
         """Read ``blocks``: block indices separated by ``/``."""
         text = self._left.pop("blocks", None)
@@ -69,7 +63,7 @@ class Words:
 
     def seed(self) -> int:
         """Read ``seed``: a whole number from 0 to 2^63 - 1, by default 0."""
-        text = self._text("seed", "0")
+        text = self.text("seed", "0")
         if not (text.isascii() and text.isdigit() and int(text) < 2**63):
             raise UserError(f"'{self.what}': seed={text} must be a whole number from 0 to 2^63 - 1")
         return int(text)
@@ -78,9 +72,9 @@ class Words:
         """Whether an argument was given and has not been read yet."""
         return key in self._left
 
-    def number(self, key: str, default: str | None = None) -> float:
+    def number(self, key: str) -> float:
         """Read a number."""
-        return self._float(key, self._text(key, default))
+        return self._float(key, self.text(key))
 
     def _float(self, key: str, text: str) -> float:
         try:
@@ -90,42 +84,45 @@ class Words:
 
     def range(self, key: str) -> float | tuple[float, float]:
         """Read one number, or two separated by ``..``."""
-        text = self._text(key)
+        text = self.text(key)
         low, two, high = text.partition("..")
         return (self._float(key, low), self._float(key, high)) if two else self._float(key, text)
 
-    def wholes(self, key: str, default: str | None = None) -> tuple[int, ...]:
+    def wholes(self, key: str) -> tuple[int, ...]:
         """Read whole numbers separated by ``/``."""
-        numbers = [self._float(key, text) for text in self._text(key, default).split("/")]
+        numbers = [self._float(key, text) for text in self.text(key).split("/")]
         for value in numbers:
             if not value.is_integer() or abs(value) >= 2**31:
                 raise UserError(f"'{self.what}': {key}={value:g} is not a whole number")
         return tuple(map(int, numbers))
 
-    def whole(self, key: str, default: str | None = None) -> int:
+    def whole(self, key: str) -> int:
         """Read one whole number."""
-        numbers = self.wholes(key, default)
+        numbers = self.wholes(key)
         if len(numbers) > 1:
             raise UserError(f"'{self.what}': {key} takes one number: {self.usage}")
         return numbers[0]
 
     def flag(self, key: str) -> bool:
         """Read 0 or 1, by default 1, as a bool."""
-        text = self._text(key, "1")
+        text = self.text(key, "1")
         if text not in ("0", "1"):
             raise UserError(f"'{self.what}': {key}={text} must be 0 or 1")
         return text == "1"
 
     def choice(self, key: str, *known: str) -> str:
         """Read one of the words ``known``, by default the first."""
-        text = self._text(key, known[0])
+        text = self.text(key, known[0])
         if text not in known:
             raise UserError(f"'{self.what}': {key}={text}: choose from {', '.join(known)}")
         return text
 
     def text(self, key: str, default: str | None = None) -> str:
         """Read an argument as the text that was typed."""
-        return self._text(key, default)
+        text = self._left.pop(key, default)
+        if text is None:
+            raise self.missing(key)
+        return text
 
     def value(self, key: str, hint: Any, count: int) -> Any:
         """An argument that was given, read as the type of a field or parameter.

@@ -205,7 +205,8 @@ class RL4EViTFineTuneConfig(ReducingConfig):
     """RL4EViT's second phase: the policy is fixed, and the backbone is fine-tuned under it.
 
     Attributes:
-        policy: a run folder, a shipped policy, or any WHAT that ``evaluate`` takes.
+        policy: a run folder, a shipped policy, a method such as evit:keep=0.7, or module:Name of
+            your own.
     """
 
     policy: str = "rl4evit-deit_tiny"

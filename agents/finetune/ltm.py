@@ -68,7 +68,7 @@ class LTMStudent(Trainee):
         return LTMOutput(logits, features, logits.new_tensor(self._keep))
 
     def before(self, done: int, clean: ImageSource, config: LTMConfig) -> None:
-        """Compute the bound's statistics if they are due: when its term starts, then per epoch."""
+        """Compute the bound's statistics if they are due: when its term starts, then regularly."""
         weighs = self.merges and label_weight(done / config.updates, config.eta) > 0
         if weighs and (not self.bound.levels or done % config.evaluate_every == 0):
             self.bound.refresh(self._batches(clean))

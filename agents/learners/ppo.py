@@ -50,7 +50,8 @@ class PPOConfig:
     Defaults are those of on-policy's MAPPO unless noted.
 
     Attributes:
-        steps: rollout length T per update (``n_steps``); longer than an episode of the token game.
+        steps: rollout length T per update (``n_steps``); of a :class:`~tokenenv.Game` one episode,
+            ``game.steps``.
         epochs: passes over a rollout (``n_epochs``); on-policy: 15.
         minibatches: minibatches per pass; on-policy: 1. ``batch_size`` is the rollout's size
             divided by it.
@@ -243,14 +244,17 @@ class PPO:
         numbers = dict(zip(mine, sums, strict=True)) | {"actor_grad_norm": norm}
         error, spread = numbers.pop("error"), numbers.pop("spread")
         numbers["explained_variance"] = 1 - error / spread.clamp(min=1e-12)
-        means = {name: number.mean().item() for name, number in numbers.items()}
+        total = reward / (episodes.clamp(min=1) * rollout.reward.shape[2])
+        numbers |= {"reward": total, "keep": keep / decisions.clamp(min=1)}
+        # One transfer from the device instead of one for each number.
+        found = torch.stack([number.mean().double() for number in numbers.values()]).tolist()
+        means = dict(zip(numbers, found, strict=True))
         if not all(math.isfinite(value) for value in means.values()):
             raise self.workers.mistake(
                 f"training diverged (losses {means['policy_loss']:g} and {means['value_loss']:g}): "
                 "use a smaller learning rate"
             )
-        total = reward / (episodes.clamp(min=1) * rollout.reward.shape[2])
-        return {**means, "reward": total.item(), "keep": (keep / decisions.clamp(min=1)).item()}
+        return means
 
     def _sizes(self, flat: Rollout, extra: Columns, parts: list[Tensor]) -> list[Size]:
         """The sums of :func:`measure` for each minibatch, over all processes."""

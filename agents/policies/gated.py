@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from tokenenv.game.stored import describe, remake
 from tokenenv.vit.backbone import Backbone
 
 _NEVER = -1e9
+
+
+Selector = Literal["learned", "random", "redundancy"]
 
 
 class GatedPolicy(Trainable):
@@ -49,7 +52,7 @@ class GatedPolicy(Trainable):
         trained_on: timm's name of the backbone it is trained on.
 
     Raises:
-        UserError: a threshold that is no probability between 0 and 1.
+        UserError: an unknown selector, or a threshold that is no probability between 0 and 1.
     """
 
     budgets: Tensor
@@ -62,11 +65,13 @@ class GatedPolicy(Trainable):
         width: int = 32,
         initial_gate: float = 0.2,
         initial_budget: tuple[float, ...] = (12.0,),
-        selector: str = "learned",
+        selector: Selector = "learned",
         threshold: float = 0.5,
         trained_on: str = "",
     ) -> None:
         super().__init__()
+        if selector not in (known := get_args(Selector)):
+            raise UserError(f"selector='{selector}': choose from {', '.join(known)}")
         self.rules, self.widths, self.width = rules, widths, width
         self.chooser, self.threshold = selector, check_threshold(threshold)
         self.trained_on = trained_on

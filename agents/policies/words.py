@@ -51,7 +51,7 @@ def usages() -> dict[str, str]:
 def _usage(name: str, reducer: type[Reducer]) -> str:
     """A reducer's usage line; one that has none lists its fields."""
     names = [field.name for field in fields(reducer) if field.name != "depth"]
-    return reducer.usage or f"{name} takes {', '.join(names)}"
+    return reducer.usage or f"{name} takes {', '.join(names) or 'no arguments'}"
 
 
 def parse_policy(what: str, depth: int, trust: bool = False) -> Method:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import math
@@ -80,7 +81,7 @@ _CHECKS: dict[str, Check] = {
     **dict.fromkeys(("alpha", "beta", "entropy", "calibrate", "critic_depth", "width"), _FROM_ZERO),
     **dict.fromkeys(("lr", "critic_lr", "clip"), _POSITIVE),
     "penalty": (lambda v: 0 < v <= 1e6, "above 0 and at most 1e6"),
-    **dict.fromkeys(("accumulate",), _FROM_ONE),
+    "accumulate": _FROM_ONE,
     **dict.fromkeys(("min_lr", "weight_decay", "mixup", "cutmix", "class_loss"), _FROM_ZERO),
     **dict.fromkeys(("logit_loss", "token_loss"), _FROM_ZERO),
     **dict.fromkeys(("gamma", "lam", "target_drop", "hflip", "ratio"), _SHARE),
@@ -156,14 +157,16 @@ def check_settings(config: Any) -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for key, value in vars(config).items():
         fits, words = _CHECKS.get(key, (lambda v: True, ""))
-        numbers = value if isinstance(value, tuple) else (value,)
+        parts = value if isinstance(value, tuple) else (value,)
         problem = ""
         if isinstance(defaults[key], tuple) and not isinstance(value, tuple):
             problem = f"a tuple, such as {defaults[key]}"
-        elif any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
-            problem = "a finite number" if len(numbers) == 1 else "finite numbers"
-        elif not fits(value):
-            problem = words
+        elif any(isinstance(part, float) and not math.isfinite(part) for part in parts):
+            problem = "a finite number" if len(parts) == 1 else "finite numbers"
+        else:
+            # A user's own system may have a setting of the same name and another type.
+            with contextlib.suppress(TypeError):
+                problem = "" if fits(value) else words
         if problem:
             raise UserError(f"{key}={word(value)} doesn't do: it must be {problem}")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import operator
 import os
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,8 @@ from agents.training.run import Run
 from agents.training.run_folder import resumable, run_folder
 from agents.workers import join
 from tokenenv.data import Preprocessing
-from tokenenv.errors import UserError
-from tokenenv.measure.opening import Model
-from tokenenv.vit.load import EMBEDDED
+from tokenenv.game.checks import check_whole
+from tokenenv.measure.opening import named_model, text
 
 SEEDS = 2**32
 """Seeds are below this number."""
@@ -81,18 +79,11 @@ def train(
     request = Request(
         system=found,
         config=with_settings(preset(found.config, model), settings),
-        model=Model(
-            model or EMBEDDED,
-            _text(weights),
-            device,
-            dtype,
-            named=model is not None,
-            preprocessing=preprocessing or Preprocessing(),
-        ),
-        data=_text(data),
+        model=named_model(model, weights, device, dtype, preprocessing),
+        data=text(data),
         out=None if out is None else Path(out),
-        images=None if images is None else _whole("images", images, 1),
-        seed=_whole("seed", seed, 0, SEEDS),
+        images=None if images is None else check_whole("images", images, 1),
+        seed=check_whole("seed", seed, 0, SEEDS),
         resume=resume,
     )
     with (
@@ -110,17 +101,3 @@ def train(
             training = request.config.training(request, workers, folder)
         with resumable(folder):
             return training.run()
-
-
-def _text(value: str | os.PathLike[str] | None) -> str | None:
-    return None if value is None else os.fspath(value)
-
-
-def _whole(name: str, value: Any, least: int, below: int = 2**31) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = least - 1
-    if not least <= number < below:
-        raise UserError(f"{name}={value!r} is no whole number from {least} to {below - 1}")
-    return number

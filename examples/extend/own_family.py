@@ -18,7 +18,8 @@ from torch import Tensor
 
 from agents import parse_policy
 from tokenenv import Backbone, compress, open_source
-from tokenenv.measure.evaluation import evaluate, play
+from tokenenv.game.policy import play
+from tokenenv.measure.evaluation import evaluate
 from tokenenv.vit.families import register_family
 from tokenenv.vit.families.vision_transformer import (
     VisionTransformerFamily,

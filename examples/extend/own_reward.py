@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 import tokenenv
-from agents import MAPPO, ActorPolicy, MAPPOConfig
-from agents.policies.actor import Widths
+from agents import MAPPO, ActorPolicy, MAPPOConfig, Widths
 from tokenenv.game.rewards import Probe, Reward, Turn, register_reward
 
 

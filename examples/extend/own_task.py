@@ -14,8 +14,7 @@ from pathlib import Path
 
 import torch
 
-from agents import MAPPO, ActorPolicy, MAPPOConfig
-from agents.policies.actor import Widths
+from agents import MAPPO, ActorPolicy, MAPPOConfig, Widths
 from tokenenv.suite import Task, register_task
 from tokenenv.suite.opened import OpenTask
 from tokenenv.suite.report import make_report

@@ -28,11 +28,11 @@ from agents.policies import load_policy
 from agents.systems import find_system
 from agents.training.request import Request
 from agents.workers import Workers
-from tokenenv.api.opening import named_model, open_candidates
+from tokenenv.api.opening import open_candidates
 from tokenenv.cli.main import main
 from tokenenv.data import Batch, Stream
 from tokenenv.errors import UserError
-from tokenenv.measure.opening import Model
+from tokenenv.measure.opening import Model, named_model
 from tokenenv.storage import flatten_state, read_tensors, unflatten_state, write_tensors
 from tokenenv.vit.digits import WEIGHTS
 

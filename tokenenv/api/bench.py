@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tokenenv.api.opening import Opened, each_once, named_model, open_candidates, text
+from tokenenv.api.opening import Opened, each_once, open_candidates
 from tokenenv.data import Preprocessing, open_source
 from tokenenv.data.pixels import Preprocess
 from tokenenv.errors import UserError, check_keywords
+from tokenenv.game.checks import check_whole
 from tokenenv.game.episode import Execution
+from tokenenv.measure.opening import named_model, text
 from tokenenv.measure.speed import Speed, timings
 from tokenenv.measure.speed import bench as time_all
 from tokenenv.vit.load import DIGITS_MODELS
@@ -99,9 +101,13 @@ def bench(
     Raises:
         UserError: an argument is wrong; the message names it and the remedy.
     """
-    if threads:
-        torch.set_num_threads(threads)
-    whats, batches = each_once(what), list(dict.fromkeys(batch))
+    batches = [check_whole("batch", size, 1) for size in dict.fromkeys(batch)]
+    if not batches:
+        raise UserError("batch is empty: give at least one batch size")
+    check_whole("rounds", rounds, 1)
+    if threads is not None:
+        torch.set_num_threads(check_whole("threads", threads, 1))
+    whats = each_once(what)
     opened = open_candidates(
         whats, named_model(model, weights, device, dtype, preprocessing), images=False, trust=trust
     )

@@ -14,9 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from agents.policies.words import plain
-from tokenenv.api.opening import Opened, each_once, named_model, open_candidates, text
+from tokenenv.api.opening import Opened, each_once, open_candidates
 from tokenenv.data import ImageSource, Preprocessing, open_source
 from tokenenv.errors import UserError, check_keywords
+from tokenenv.game.checks import check_whole
 from tokenenv.measure.candidate import Candidate
 from tokenenv.measure.comparison import (
     Comparison,
@@ -29,6 +30,7 @@ from tokenenv.measure.comparison import (
     top1_change,
 )
 from tokenenv.measure.evaluation import Evaluation, dense_predictions
+from tokenenv.measure.opening import named_model, text
 from tokenenv.measure.pareto import picture
 from tokenenv.measure.printing import report_skipped
 from tokenenv.measure.speed import DENSE, Speed, bench, timings
@@ -79,6 +81,10 @@ def compare(
         UserError: an argument is wrong; the message names it and the remedy.
         KeyboardInterrupt: after Ctrl-C; the message says how many rows are kept.
     """
+    batches = [check_whole("batch", size, 1) for size in dict.fromkeys(batch)]
+    check_whole("rounds", rounds, 1)
+    if limit is not None:
+        check_whole("limit", limit, 1)
     whats = each_once(itertools.chain.from_iterable(map(_each, what)))
     folder = None if out is None else Path(out)
     place = contextlib.nullcontext() if folder is None else own_folder(folder)
@@ -98,7 +104,7 @@ def compare(
         )
         print(f"preprocessing: {source.preprocessing}")
         print(_HEADER)
-        work = _Work(opened, source, state, rounds, list(dict.fromkeys(batch)))
+        work = _Work(opened, source, state, rounds, batches)
         try:
             work.evaluate()
             report_skipped(source)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from tokenenv.api.opening import named_model, open_candidates
+from tokenenv.api.opening import open_candidates
 from tokenenv.api.what import NamedMethod, NamedWord, method_of, name_what, no_method
 from tokenenv.data import Preprocessing
 from tokenenv.deploy.compressed import CompressedViT
@@ -15,6 +15,7 @@ from tokenenv.deploy.compressed import compress as compress_model
 from tokenenv.errors import UserError, check_keywords
 from tokenenv.game.episode import Execution
 from tokenenv.measure.candidate import MethodCandidate
+from tokenenv.measure.opening import named_model
 from tokenenv.vit.families import family_of
 
 

@@ -7,10 +7,12 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from tokenenv.api.opening import named_model, open_candidates, text
+from tokenenv.api.opening import open_candidates
 from tokenenv.data import ImageSource, Preprocessing, open_source
 from tokenenv.errors import check_keywords
+from tokenenv.game.checks import check_whole
 from tokenenv.measure.evaluation import Evaluation
+from tokenenv.measure.opening import named_model, text
 from tokenenv.measure.printing import evaluation_bar, evaluation_json
 
 
@@ -118,6 +120,9 @@ def evaluate(
     Raises:
         UserError: an argument is wrong; the message names it and the remedy.
     """
+    check_whole("batch", batch, 1)
+    if limit is not None:
+        check_whole("limit", limit, 1)
     opened = open_candidates(
         [what],
         named_model(model, weights, device, dtype, preprocessing),

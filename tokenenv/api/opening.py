@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from agents.training import Run
 from tokenenv.api.what import MadeOf, Named, check_same_model, name_what
-from tokenenv.data import Preprocessing
 from tokenenv.errors import UserError
 from tokenenv.measure.candidate import Candidate
 from tokenenv.measure.opening import Model
@@ -77,8 +77,15 @@ def _read(named: Sequence[Named], model: Model, depth: int) -> None:
 
 
 def each_once(whats: Iterable[Any]) -> list[Any]:
-    """Words and objects in the order given, without those that were given before."""
-    once = {what if isinstance(what, str) else id(what): what for what in whats}
+    """Words and objects in the order given, without those that were given before.
+
+    A run and its folder, as a path or as a word, are the same.
+    """
+    once: dict[str | int, Any] = {}
+    for what in whats:
+        place = what.folder if isinstance(what, Run) else what
+        word = os.fspath(place) if isinstance(place, str | os.PathLike) else id(what)
+        once.setdefault(word, what)
     return list(once.values())
 
 
@@ -96,7 +103,7 @@ def _named_model(model: Model, named: Sequence[Named], known: Sequence[MadeOf]) 
     """The dense model, completed by the name and weights that the candidates know."""
     tuned = [(each.what, made) for each, made in zip(named, known, strict=True) if made.tuned]
     for what, made in tuned:
-        check_same_model([what], made, model.name if model.named else tuned[0][1].model)
+        check_same_model(what, made, model.name if model.named else tuned[0][1].model)
     if model.named:
         return model
     first = next((made for made in known if made.model), MadeOf())
@@ -143,26 +150,3 @@ def _open_dense(
         print(f"the model before fine-tuning can't be opened ({error})")
         print("so 'dense' is the fine-tuned model with all its tokens")
         return found
-
-
-def named_model(
-    name: str | None,
-    weights: str | os.PathLike[str] | None,
-    device: str,
-    dtype: str,
-    preprocessing: Preprocessing | None,
-) -> Model:
-    """The model that the arguments of a function name."""
-    return Model(
-        name or EMBEDDED,
-        text(weights),
-        device,
-        dtype,
-        named=name is not None,
-        preprocessing=preprocessing or Preprocessing(),
-    )
-
-
-def text(path: str | os.PathLike[str] | None) -> str | None:
-    """A path as text; None stays None."""
-    return None if path is None else os.fspath(path)

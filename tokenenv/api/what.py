@@ -7,6 +7,7 @@ once. Then, when the dense model is open, each becomes a candidate.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -205,7 +206,7 @@ class NamedWord:
         else:
             digest = hashlib.sha256((self.folder / POLICY).read_bytes())
         if known.tuned is not None:
-            check_same_model([self.what], known, model.name)
+            check_same_model(self.what, known, model.name)
             digest.update(Path(known.tuned).read_bytes())
             backbone = load_backbone(
                 model.name, known.tuned, dense.device, dense.dtype, model.prepare
@@ -253,7 +254,10 @@ class NamedLTM:
     def candidate(self, dense: Dense, model: Model) -> Candidate:
         """The model with LTM blocks, in eval mode."""
         if self.model is not None:
-            return ModelCandidate(self.what, self.model.eval(), key=self.what, group=self.what)
+            own = copy.deepcopy(self.model).to(dense.device, dense.dtype).eval()
+            blocks = json.dumps(own.config, sort_keys=True)
+            key = f"{self.what} {blocks} {fingerprint(own.state_dict())}"
+            return ModelCandidate(self.what, own, key=key, group=self.what)
         digest = hashlib.sha256(Path(self.what, MODEL).read_bytes()).hexdigest()
         loaded = load_ltm(self.what, dense.device).to(dense.dtype)
         return ModelCandidate(self.what, loaded, key=f"{self.what} {digest}", group=self.what)
@@ -280,8 +284,10 @@ class NamedCompressed:
 
     def candidate(self, dense: Dense, model: Model) -> Candidate:
         """The compressed model's method on its own backbone."""
-        fast, key = self.model, self.what
-        if fast is None:
+        if self.model is not None:
+            fast = copy.deepcopy(self.model).to(dense.device, dense.dtype).eval()
+            key = f"{_key(self.what, fast.policy)} {fingerprint(fast.model.state_dict())}"
+        else:
             fast = load_compressed(self.what, dense.device, trust=self.trust).to(dense.dtype)
             digest = hashlib.sha256(Path(self.what, POLICY).read_bytes())
             digest.update(Path(self.what, MODEL).read_bytes())
@@ -308,14 +314,12 @@ def method_of(what: Any, depth: int, trust: bool = False) -> Method:
 def no_method(named: Named) -> str:
     """The error message for a whole model where a method is needed."""
     if isinstance(named, NamedLTM):
-        return (
-            f"'{named.what}' is a model already, whose tokens merge by themselves: "
-            f"tokenenv.ltm.load_ltm('{named.what}') gives it"
-        )
+        loaded = f": tokenenv.ltm.load_ltm('{named.what}') gives it" if named.model is None else ""
+        return f"'{named.what}' is a model already, whose tokens merge by themselves{loaded}"
     return f"'{named.what}' is compressed already: give the policy it was made with"
 
 
-def check_same_model(whats: list[str], known: MadeOf, model: str | None) -> None:
+def check_same_model(what: str, known: MadeOf, model: str | None) -> None:
     """Check that ``model``, if given, is the one that was fine-tuned.
 
     Raises:
@@ -323,8 +327,7 @@ def check_same_model(whats: list[str], known: MadeOf, model: str | None) -> None
     """
     if model is not None and known.model and model.split(".")[0] != known.model.split(".")[0]:
         raise UserError(
-            f"{' and '.join(whats)}: a {known.model} was fine-tuned there, not a {model}: take "
-            "that model"
+            f"{what}: a {known.model} was fine-tuned there, not a {model}: take that model"
         )
 
 

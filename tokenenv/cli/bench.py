@@ -34,8 +34,9 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Time the dense model and methods in turns, in one process. 'sliced' is the "
         "speed-up of the\ndense model cut to the method's token counts without deciding anything: "
-        "the limit. 'share'\nis the method's part of it. Images are those of --data, else random. "
-        "The embedded model is\nso small that decisions cost more time than they save.",
+        "the limit. 'share'\nis the method's part of it. Images are those of --data, else the "
+        "digits\nfor an embedded model and random ones for others. The embedded model is so small "
+        "that decisions\ncost more time than they save.",
         epilog="examples:\n  tokenenv bench tome:r=3 random:keep=0.5..0.9\n"
         "  tokenenv bench tome:r=13 random:keep=0.5..0.9,blocks=3/6/9 --model "
         "deit_small_patch16_224 --weights random --batch 1,64 --json speed.json --out speed.png",

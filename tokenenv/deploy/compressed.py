@@ -281,7 +281,8 @@ def load_compressed(
     """
     import agents  # imported late: it reads policies back
 
-    model, execution = _load_model(folder := Path(folder), check_device(device))
+    folder = Path(folder)
+    model, execution = _load_model(folder, check_device(device))
     return compress(model, agents.load(folder, trust), execution)
 
 

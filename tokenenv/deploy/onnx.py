@@ -16,6 +16,7 @@ import torch
 
 from tokenenv.deploy.compressed import CompressedViT
 from tokenenv.errors import UserError
+from tokenenv.storage import write_bytes
 
 
 def check_export() -> None:
@@ -67,14 +68,10 @@ def export_onnx(fast: CompressedViT, path: str | Path) -> None:
             "compress with execution='masked', or take another policy"
         ) from None
     assert program is not None
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as place:
-            complete = Path(place, path.name)
-            program.save(complete, external_data=False)
-            complete.replace(path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"cannot write '{path}' ({reason}): choose another place") from None
+    with tempfile.TemporaryDirectory() as place:
+        complete = Path(place, "model.onnx")
+        program.save(complete, external_data=False)
+        write_bytes(path, complete.read_bytes())
 
 
 @contextlib.contextmanager

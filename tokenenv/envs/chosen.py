@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tokenenv.data import Batch, Stream
+from tokenenv.data import Batch, ImageSource, Stream
 from tokenenv.errors import UserError
 
 OPTIONS = ("index", "label", "file")
@@ -41,14 +41,7 @@ def chosen_batch(stream: Stream, options: dict[str, Any] | None) -> Batch | None
         return stream.next_of([_whole(name, value) for value in values])
     source = stream.source
     if name == "file":
-        known = {file: i for i, file in enumerate(source.files)}
-        for value in values:
-            if value not in known:
-                example = source.files[0]
-                raise UserError(
-                    f"file={value!r} is not in '{source.name}': give a name such as '{example}'"
-                )
-        index = [known[value] for value in values]
+        index = [_place_of(value, source) for value in values]
     else:
         index = [_whole(name, value) for value in values]
         for value in index:
@@ -73,6 +66,15 @@ def _one_each(name: str, given: Any, count: int) -> list[Any]:
             f"option '{name}' has {len(values)} values for {count} images: give {count}, or one"
         )
     return values
+
+
+def _place_of(file: Any, source: ImageSource) -> int:
+    try:
+        return source.files.index(file)
+    except ValueError:
+        raise UserError(
+            f"file={file!r} is not in '{source.name}': give a name such as '{source.files[0]}'"
+        ) from None
 
 
 def _whole(name: str, value: Any) -> int:

@@ -33,7 +33,7 @@ class Play:
     """A game whose observations are one tensor and whose illegal actions are counted.
 
     All values are tensors on the game's device that autograd can use, copies for the caller.
-    Nothing here synchronises with an accelerator.
+    Only :meth:`draw`, and so ``human`` mode, synchronises with an accelerator.
 
     Args:
         game: ``B`` images, ``A`` agents each.

@@ -33,7 +33,7 @@ class GameVectorEnv(gym.vector.VectorEnv[Any, Any, Any], EzPickle):
             synchronising with an accelerator before the end of an episode. Actions may be
             either.
         render_mode: ``human``, ``rgb_array``, ``ansi`` or None, for each image.
-        max_episode_steps: accepted because Gymnasium passes it; it cannot shorten an episode.
+        max_episode_steps: Gymnasium passes it; one below the number of decisions is refused.
         **game: arguments of :func:`~tokenenv.game.build.build_game`.
 
     Raises:

@@ -114,6 +114,10 @@ def build_rules(
     """
     if isinstance(rules, str) and rules not in RULES:
         raise UserError(f"unknown rules '{rules}': choose from {', '.join(RULES)}")
+    if not isinstance(rules, str | Rules):
+        raise UserError(
+            f"rules={rules!r:.60}: give a name or an instance, such as tokenenv.TokenPrune()"
+        )
     cls: Any = RULES[rules] if isinstance(rules, str) else type(rules)
     known = [field.name for field in fields(cls) if field.name != "blocks"]
     for key in settings:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 from tokenenv.errors import UserError
 
@@ -58,7 +60,23 @@ def check_threshold(threshold: float) -> float:
 def spread_blocks(depth: int, count: int = 3) -> tuple[int, ...]:
     """``count`` decision blocks spread evenly over ``depth`` blocks: 3, 6, 9 of 12.
 
-    Block 0 is never one; a model with fewer than ``count`` other blocks gets fewer.
+    Block 0 is one only if it is the only block; a model with fewer than ``count`` other blocks
+    gets fewer.
     """
     count = max(1, min(count, depth - 1))
     return tuple(round(depth * (i + 1) / (count + 1)) for i in range(count))
+
+
+def check_whole(name: str, value: Any, least: int, below: int = 2**31) -> int:
+    """``value`` as an int.
+
+    Raises:
+        UserError: it is no whole number from ``least`` to ``below - 1``.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if not least <= number < below:
+        raise UserError(f"{name}={value!r} is no whole number from {least} to {below - 1}")
+    return number

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,9 +14,9 @@ from tokenenv.game.rules.base import Rules
 from tokenenv.game.rules.observation import Observation
 from tokenenv.vit import packing
 from tokenenv.vit.backbone import Backbone, Context
-from tokenenv.vit.reduction import Match
 from tokenenv.vit.tokens import Tokens
 
+R = TypeVar("R")
 Execution = Literal["masked", "padded", "packed"]
 EXECUTIONS = ("masked", "padded", "packed")
 
@@ -106,7 +107,7 @@ class Episode:
         Args:
             action: as :meth:`Reduction.apply` takes it; None for a reduction without agents.
         """
-        self.tokens = self.reduction.apply(self.moment, action)
+        self.tokens = self._in_float32(lambda: self.reduction.apply(self.moment, action))
         del self.moment  # keys and old tokens: memory that the next blocks can use
         self._context = Context()
         self._count = self.tokens.counts()
@@ -135,7 +136,7 @@ class Episode:
         if self.execution == "packed":
             tokens = packing.pack(tokens)
         for half in range(self._half, 2 * self.backbone.depth):
-            tokens, _ = self._run(half, tokens)
+            tokens, _ = self._run(half, tokens, seen=False)
         return self.backbone.classify(packing.unpack(tokens))
 
     def _advance(self) -> None:
@@ -157,20 +158,24 @@ class Episode:
             self.tokens = packing.unpack(self.tokens)
         self._half = stop
         if decisions_left:
-            match = self._prepare()
+            match = self._in_float32(lambda: self.reduction.prepare(self.tokens, self._context))
             self.moment = Moment(self.tokens, self.step, self._context, self.counts, match)
         else:
             self.logits = backbone.classify(self.tokens)
 
-    def _prepare(self) -> Match | None:
+    def _in_float32(self, decide: Callable[[], R]) -> R:
         device = self.tokens.x.device.type
         if not torch.is_autocast_enabled(device):  # the context manager takes time
-            return self.reduction.prepare(self.tokens, self._context)
+            return decide()
         with torch.autocast(device, enabled=False):
-            return self.reduction.prepare(self.tokens, self._context)
+            return decide()
 
-    def _run(self, half: int, tokens: Tokens) -> tuple[Tokens, Context]:
+    def _run(self, half: int, tokens: Tokens, *, seen: bool = True) -> tuple[Tokens, Context]:
+        """A half of a block; ``seen``: whether anything reads the context of its attention."""
         block, mlp = divmod(half, 2)
         if mlp:
             return self.backbone.feed(block, tokens), Context()
-        return self.backbone.attend(block, tokens, **self.reduction.wants(block))
+        wants = self.reduction.wants(block)
+        if not seen:  # what changes the tokens, not only the context
+            wants = {name: wants[name] for name in ("proportional",) if name in wants}
+        return self.backbone.attend(block, tokens, **wants)

@@ -39,10 +39,10 @@ class Game:
     """Vision Transformer inference as a Markov game, batched on one device.
 
     The number of agents is fixed: one that may no longer act observes zeros, and its action is
-    ignored. All images of the batch end together after :attr:`steps` decisions. There is no Python
-    loop over images or agents, and with masked execution no host-device sync before the end of an
-    episode. What the dense model computes for an image is kept on the device: its logits, and its
-    summary token at each decision if the reward needs it.
+    ignored. All images of the batch end together after :attr:`steps` decisions. A step has no
+    Python loop over images or agents and, with masked execution, no host-device sync before the end
+    of an episode; :meth:`reset` looks up each image. What the dense model computes for an image is
+    kept on the device: its logits, and its summary token at each decision if the reward needs it.
 
     Args:
         backbone: the frozen model.

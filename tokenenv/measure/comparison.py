@@ -99,7 +99,7 @@ def dense_row(result: Evaluation, speeds: Sequence[Speed] = ()) -> Row:
     """The dense model's row, from the evaluation of any method against it."""
     top1 = 100.0 * (result.dense == result.labels).double().mean().item()
     count, gmacs = len(result.labels), result.dense_macs / 1e9
-    return Row("dense", "dense", True, count, top1, 0.0, 0.0, 0.0, 100.0, gmacs, 0.0, tuple(speeds))
+    return Row(DENSE, DENSE, True, count, top1, 0.0, 0.0, 0.0, 100.0, gmacs, 0.0, tuple(speeds))
 
 
 def hypervolume(
@@ -123,9 +123,8 @@ def hypervolume(
         tolerated: how far below the dense model's top-1 the area starts, percentage points.
     """
     area, height = 0.0, dense_top1 - tolerated
-    for saved, top1 in sorted(
-        points, reverse=True
-    ):  # from the right, each point adds the area above it
+    # From the right, each point adds the area above it.
+    for saved, top1 in sorted(points, reverse=True):
         if top1 > height:
             area += min(max(saved, 0.0), 100.0) * (top1 - height)
             height = top1
@@ -152,7 +151,7 @@ def methods(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Rows grouped by method, by rising saving; the dense model's is left out."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        if row.what != "dense":
+        if row.what != DENSE:
             groups.setdefault(row.method, []).append(row)
     return {name: sorted(group, key=lambda r: r.saved) for name, group in groups.items()}
 

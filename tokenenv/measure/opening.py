@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -112,3 +113,26 @@ class Model:
             raise UserError(
                 f"{error} (no --model was given, so they were read for '{self.name}')"
             ) from None
+
+
+def named_model(
+    name: str | None,
+    weights: str | os.PathLike[str] | None,
+    device: str,
+    dtype: str,
+    preprocessing: Preprocessing | None,
+) -> Model:
+    """The model that the arguments of a function name."""
+    return Model(
+        name or EMBEDDED,
+        text(weights),
+        device,
+        dtype,
+        named=name is not None,
+        preprocessing=preprocessing or Preprocessing(),
+    )
+
+
+def text(path: str | os.PathLike[str] | None) -> str | None:
+    """A path as text; None stays None."""
+    return None if path is None else os.fspath(path)

@@ -132,9 +132,8 @@ class Reducer(Method, Reduction):
         return total
 
     def apply(self, moment: Moment, action: Tensor | None) -> Tokens:
-        """:meth:`reduce`, in float32 also under autocast; there is no action."""
-        with torch.autocast(moment.tokens.x.device.type, enabled=False):
-            return self.reduce(moment.tokens, moment.context, moment.step)
+        """:meth:`reduce`; there is no action."""
+        return self.reduce(moment.tokens, moment.context, moment.step)
 
     def config(self) -> dict[str, Any]:
         """The class and its settings."""

@@ -253,8 +253,7 @@ def _sb3(opened: OpenTask, seed: int, _folder: Path, means: Means) -> Policies:
     from stable_baselines3 import PPO
 
     task, images = opened.spec, 64
-    options = {k: v for k, v in opened.options.items() if k != "rules"}
-    options["model"] = opened.model_in(means.dtype)
+    options = opened.options | {"model": opened.model_in(means.dtype)}
     damage = settings(task, "dora" if task.rules == "layer_merge" else "dora-prune").damage
     penalties = SB3_PENALTIES[damage]
     episodes = task.budget // len(penalties) // images * images

@@ -66,10 +66,11 @@ class OpenTask:
             UserError: unknown options, or options that the task fixes; in ``reset``: the budget is
                 spent.
         """
-        own = sorted(self.options.keys() & options.keys())
+        fixed = {"rules": self.spec.rules, **self.options, "model": self.model_in(dtype)}
+        own = sorted(fixed.keys() & options.keys())
         if own:
             raise UserError(f"task '{self.spec.name}' has its own {', '.join(own)}: leave it out")
-        game = build_game(**self.options | {"model": self.model_in(dtype)}, **options)
+        game = build_game(**fixed, **options)
         self.learnt_in.add(str(game.backbone.dtype).removeprefix("torch."))
         game.on_reset = self._count
         return game
@@ -86,12 +87,11 @@ class OpenTask:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Arguments of :meth:`game` for environments; without ``rules``, which an id implies.
+        """Arguments of the task's environments: ``gymnasium.make(spec.environment, **options)``.
 
         Episodes of such environments are not counted, so the learner has to keep to the budget.
         """
         return {
-            "rules": self.spec.rules,
             "model": self.backbone,
             "data": self.train,
             "blocks": self.spec.blocks or None,

@@ -26,8 +26,8 @@ DIGITS_MODELS = (EMBEDDED, "digits_vit_16")
 DTYPES = ("float32", "bfloat16", "float16")
 """Precisions of a backbone."""
 
-_PROVEN: set[str] = set()
-"""Names of models whose stages gave their own logits in this process."""
+_PROVEN: set[tuple[Any, ...]] = set()
+"""Names and shapes of models whose stages gave their own logits in this process."""
 
 UNTRAINED_CLASSES = 1000
 """Classes of an untrained model whose namesake in timm has no classifier: ImageNet's number."""
@@ -69,9 +69,10 @@ def load_backbone(
     model = load_model(name, weights)
     if prepare is not None:
         prepare(model)
-    # Of a named model only the weights differ from one time to the next.
-    backbone = Backbone(model, proven=name in _PROVEN).to(place, precision)
-    _PROVEN.add(name)
+    # Two models of one name and with tensors of the same shapes differ in their weights only.
+    kind = (name, *((key, tensor.shape) for key, tensor in model.state_dict().items()))
+    backbone = Backbone(model, proven=kind in _PROVEN).to(place, precision)
+    _PROVEN.add(kind)
     return backbone
 
 

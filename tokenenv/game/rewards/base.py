@@ -117,7 +117,7 @@ class Reward:
 
     @classmethod
     def fits(cls, token_agents: bool) -> bool:
-        """Whether the reward is for games with one agent per token, or else one per block."""
+        """Whether it fits games of one agent per token or, if that is False, per block."""
         return True
 
     @classmethod

@@ -21,7 +21,7 @@ from tokenenv.vit.backbone import Backbone, Context
 from tokenenv.vit.reduction import Match
 from tokenenv.vit.tokens import Tokens
 
-KEEP, MERGE = 0, 1
+MERGE = 1
 FEATURES = ("similarity", "cls_attention", "size", "token", "keys")
 
 

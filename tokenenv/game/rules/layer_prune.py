@@ -19,7 +19,7 @@ from tokenenv.vit import reduction
 from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.tokens import Tokens
 
-PRUNE, KEEP = 0, 1
+PRUNE = 0
 FEATURES = ("keys", "cls_attention", "redundancy")
 LEAST = 4
 """Visual tokens that always stay (section "Setting" of the paper)."""
@@ -89,7 +89,8 @@ class LayerPrune(Rules):
         for name in ("cls_attention", "redundancy"):
             if name in self._observed and not backbone.has_class_token:
                 raise UserError(
-                    f"'{name}' needs a class token and this model has none: leave it out"
+                    f"'{name}' needs a class token and this model has none: "
+                    + ("leave it out" if self.action == "tokens" else "choose action='tokens'")
                 )
 
     @property

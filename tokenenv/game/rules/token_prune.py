@@ -19,7 +19,7 @@ from tokenenv.vit import reduction
 from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.tokens import Tokens
 
-PRUNE, KEEP = 0, 1
+PRUNE = 0
 DECISIONS = 3
 """Decisions in an episode by default, as in the paper."""
 
