@@ -26,8 +26,8 @@ from tokenenv.measure.candidate import MethodCandidate
 from tokenenv.measure.speed import bench
 from tokenenv.vit import attention, blocks, packing
 from tokenenv.vit.backbone import Backbone
+from tokenenv.vit.layout import Packing
 from tokenenv.vit.load import load_model, untrained_model
-from tokenenv.vit.tokens import Packing
 
 
 def main() -> None:

@@ -180,4 +180,4 @@ class Student(Trainee):
 
 
 def _owner(tokens: Tokens) -> Tensor:
-    return torch.where(tokens.source >= 0, tokens.source - tokens.prefix, -1)
+    return torch.where(tokens.owners >= 0, tokens.owners - tokens.prefix, -1)

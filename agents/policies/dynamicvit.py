@@ -16,6 +16,7 @@ from tokenenv.game.policy import Policy
 from tokenenv.game.rules import Observation, TokenPrune
 from tokenenv.game.rules.features import mean_over
 from tokenenv.game.stored import describe, remake
+from tokenenv.reducers.base import share
 from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.tokens import Tokens
 
@@ -79,6 +80,10 @@ class DynamicViTPolicy(nn.Module, Policy):
         """``(B, A)`` int64, 1 for kept tokens."""
         score = self.predictors[observation.step](observation.agents, observation.active)[..., 1]
         return keep_highest(score, observation.active, self.keep)
+
+    def left(self, backbone: Backbone, step: int, visual: int) -> int:
+        """``ceil(keep visual)``."""
+        return share(visual, self.keep)
 
     soft = True
 

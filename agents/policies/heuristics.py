@@ -11,12 +11,14 @@ from torch import Tensor
 from tokenenv.artefact import check_annotated
 from tokenenv.errors import UserError
 from tokenenv.game.checks import check_keep
+from tokenenv.game.episode import Episode
 from tokenenv.game.policy import Policy
 from tokenenv.game.rules import RULES, LayerMerge, Observation, TokenPrune
 from tokenenv.game.rules.layer_merge import scaled
 from tokenenv.game.stored import describe, remake
-from tokenenv.reducers.base import share_of
-from tokenenv.vit.reduction import highest
+from tokenenv.reducers.base import share, share_of
+from tokenenv.vit.backbone import Backbone
+from tokenenv.vit.reduction import highest, strongest
 
 
 class Heuristic(Policy):
@@ -45,6 +47,14 @@ class KeepAll(Heuristic):
 
     def __post_init__(self) -> None:
         self.rules = replace(self.rules, features=("progress",), share=False)
+
+    def left(self, backbone: Backbone, step: int, visual: int) -> int:
+        """All of them."""
+        return visual
+
+    def next_action(self, episode: Episode) -> Tensor:
+        """:meth:`act` without an observation, of which it reads nothing."""
+        return torch.ones_like(episode.tokens.visual_alive, dtype=torch.long)
 
     def act(self, observation: Observation) -> Tensor:
         """``(B, A)`` int64 ones."""
@@ -89,6 +99,10 @@ class RandomPrune(Heuristic):
         score = torch.rand(observation.active.shape, generator=self._generator, device=device)
         return keep_highest(score, observation.active, self._ratio)
 
+    def left(self, backbone: Backbone, step: int, visual: int) -> int | None:
+        """Known unless each image draws its own ratio."""
+        return None if isinstance(self.keep, tuple) else share(visual, self.keep)
+
     def _draw(self, batch: int, device: torch.device) -> float | Tensor:
         """The ratio, or ``(B, 1)`` a ratio for each image."""
         if not isinstance(self.keep, tuple):
@@ -112,6 +126,10 @@ class TopK(Heuristic):
     def __post_init__(self) -> None:
         check_keep(self.keep)
         self.rules = replace(self.rules, features=(self.feature,), share=False)
+
+    def left(self, backbone: Backbone, step: int, visual: int) -> int:
+        """``ceil(keep visual)``."""
+        return share(visual, self.keep)
 
     def act(self, observation: Observation) -> Tensor:
         """``(B, A)`` int64, 1 for kept tokens."""
@@ -154,6 +172,16 @@ class MergeStrongest(Heuristic):
     def _schedule(self) -> tuple[int, ...]:
         return self.r if isinstance(self.r, tuple) else (self.r,) * len(self.rules.blocks)
 
+    def left(self, backbone: Backbone, step: int, visual: int) -> int:
+        """``visual`` less the pairs merged."""
+        return visual - merged_of(self.rules, backbone, visual, self._schedule[step])
+
+    def next_action(self, episode: Episode) -> Tensor:
+        """:meth:`act` by the similarities themselves, in fewer operations."""
+        match = episode.moment.match
+        assert match is not None
+        return strongest(match, self._schedule[episode.step])
+
     def act(self, observation: Observation) -> Tensor:
         """``(B, A)`` int64, 1 for the pairs to merge."""
         score = observation.feature("similarity")[..., 0].masked_fill(
@@ -184,6 +212,12 @@ class MergeAbove(Heuristic):
             raise UserError(f"similarity {self.similarity:g} is no cosine: give -1 to 1")
         self.rules = replace(self.rules, features=("similarity",), share=False)
 
+    def next_action(self, episode: Episode) -> Tensor:
+        """:meth:`act` by the similarities themselves, in fewer operations."""
+        match = episode.moment.match
+        assert match is not None
+        return match.score >= self.similarity
+
     def act(self, observation: Observation) -> Tensor:
         """``(B, A)`` int64, 1 for the pairs to merge."""
         least = scaled(torch.tensor(self.similarity)).item()
@@ -203,6 +237,10 @@ class MergeRandom(Heuristic):
         check_pairs(self.r)
         self.rules = replace(self.rules, features=("similarity",), share=False)
 
+    def left(self, backbone: Backbone, step: int, visual: int) -> int:
+        """``visual`` less the pairs merged."""
+        return visual - merged_of(self.rules, backbone, visual, self.r)
+
     def act(self, observation: Observation) -> Tensor:
         """``(B, A)`` int64, 1 for the pairs to merge."""
         device = observation.active.device
@@ -221,3 +259,8 @@ def check_pairs(r: int) -> int:
     if r < 0:
         raise UserError(f"r={r} pairs to merge: give 0 or more")
     return r
+
+
+def merged_of(rules: LayerMerge, backbone: Backbone, visual: int, r: int) -> int:
+    """How many pairs are merged if ``r`` of the candidates among ``visual`` tokens are wanted."""
+    return min(r, rules.candidates(visual, backbone.prefix)) if visual > 1 else 0

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from tokenenv.errors import UserError
 from tokenenv.game.episode import EXECUTIONS, Episode
 from tokenenv.game.rules import LayerMerge, TokenPrune
-from tokenenv.vit import blocks
+from tokenenv.vit import blocks, layout
 from tokenenv.vit.backbone import Backbone
 
 # One of each kind, narrowed and shortened so that the suite stays fast.
@@ -113,7 +113,7 @@ def test_a_block_that_takes_its_tokens_in_portions_is_the_same(
 ) -> None:
     images = image_for(backbone, 5)
     whole = run(backbone, images, by_content, execution)
-    monkeypatch.setattr(blocks, "_ROWS", 7)
+    monkeypatch.setattr(layout, "ROWS", 7)
     monkeypatch.setattr(blocks, "_NUMBERS", 0)
     last = backbone.blocks[-1]
     with (
@@ -131,6 +131,7 @@ def test_a_block_that_takes_its_tokens_in_portions_is_the_same(
 def test_portions_tell_decisions_the_same(
     execution: str, proportional: bool, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(layout, "ROWS", rows)  # without effect while there are few numbers
     backbone = family_model("deit")
     rules = LayerMerge((0, 1))
     with torch.no_grad():
@@ -142,7 +143,6 @@ def test_portions_tell_decisions_the_same(
     wanted = dict.fromkeys(("keys", "mean_keys", "cls_attention", "value_norms", "matrix"), True)
     with torch.no_grad():
         whole, told = backbone.attend(1, tokens, proportional=proportional, **wanted)
-        monkeypatch.setattr(blocks, "_ROWS", rows)
         monkeypatch.setattr(blocks, "_NUMBERS", 0)
         parts, heard = backbone.attend(1, tokens, proportional=proportional, **wanted)
     assert_close(parts.x, whole.x)

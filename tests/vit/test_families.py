@@ -20,7 +20,7 @@ from tokenenv import Backbone, UserError
 from tokenenv.game.cost import Cost, measured_macs
 from tokenenv.game.episode import EXECUTIONS
 from tokenenv.measure.evaluation import macs_of, play
-from tokenenv.vit import blocks, families
+from tokenenv.vit import blocks, families, layout
 from tokenenv.vit.families import family_of, register_family
 from tokenenv.vit.families.vision_transformer import VisionTransformerFamily
 from tokenenv.vit.load import check_name
@@ -244,6 +244,6 @@ def test_blocks_in_portions_are_the_same(both: None, monkeypatch: pytest.MonkeyP
     backbone = Backbone(model_of(ParallelScalingBlock))
     with torch.inference_mode():
         whole = play(backbone, policy("tome:r=5"), images(), "packed").logits
-        monkeypatch.setattr(blocks, "_ROWS", 7)
+        monkeypatch.setattr(layout, "ROWS", 7)
         monkeypatch.setattr(blocks, "_NUMBERS", 0)
         assert_close(play(backbone, policy("tome:r=5"), images(), "packed").logits, whole)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_backbone import family_model, image_for
 from torch import Tensor
 from torch.testing import assert_close
@@ -18,9 +21,10 @@ from tokenenv import UserError
 from tokenenv.game.episode import EXECUTIONS, Episode
 from tokenenv.game.policy import play
 from tokenenv.game.rules import LayerMerge, LayerPrune, Observation, Rules, TokenPrune
-from tokenenv.vit import attention, packing, reduction
+from tokenenv.vit import packing, reduction
 from tokenenv.vit.backbone import Backbone
-from tokenenv.vit.tokens import Packing, Tokens
+from tokenenv.vit.layout import arrange
+from tokenenv.vit.tokens import Tokens
 
 KINDS = (
     "deit", "layer scale, class token without position", "registers (DINOv2)", "qk-norm",
@@ -82,8 +86,8 @@ def run(
 
 def partition(tokens: Tokens) -> Tensor:
     """``(B, P, P)`` which patches share a token; a pruned one shares none."""
-    same = tokens.source[:, :, None] == tokens.source[:, None]
-    return same & (tokens.source >= 0)[:, :, None]
+    same = tokens.owners[:, :, None] == tokens.owners[:, None]
+    return same & (tokens.owners >= 0)[:, :, None]
 
 
 @pytest.mark.parametrize("index", range(5))
@@ -143,22 +147,70 @@ def test_finishing_early_is_the_same_in_every_execution() -> None:
         assert_close(logits, found[0], atol=1e-4, rtol=0)
 
 
-def test_packing_and_unpacking_is_compacting() -> None:
-    x = torch.randn(3, 9, 4, generator=torch.Generator().manual_seed(0))
-    keep = torch.tensor([[0, 0, 0, 0, 0, 0, 0, 0], [1] * 8, [0, 1, 1, 0, 0, 0, 1, 0]]) == 1
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packing_and_unpacking_is_compacting(dtype: torch.dtype) -> None:
+    x = torch.randn(40, 49, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    keep = torch.rand(40, 48, generator=torch.Generator().manual_seed(1)) < torch.rand(40, 1)
+    keep[0], keep[1] = False, True
     tokens = reduction.prune(Tokens.start(x, prefix=1), keep)
     packed, compact = packing.pack(tokens), packing.compact(tokens)
-    assert packed.packing is not None
-    assert packed.packing.lengths == (1, 9, 4)
-    assert torch.equal(packed.x, torch.cat([x[0, :1], x[1], x[2, [0, 2, 3, 7]]]))
+    layout = packed.packing
+    assert layout is not None and layout.lengths == tuple(tokens.counts().tolist())
+    assert len(packed.x) == layout.rows and 1 < len(layout.groups) < 40
     unpacked = packing.unpack(packed)
-    for name in ("size", "alive", "source"):
-        assert torch.equal(getattr(unpacked, name), getattr(compact, name)), name
-    assert torch.equal(unpacked.x, compact.x * compact.alive[..., None])
-    # Equally long images need no packing.
-    even = reduction.prune(Tokens.start(x, prefix=1), torch.arange(8).expand(3, 8) < 5)
-    assert packing.pack(even).packing is None
-    assert packing.pack(even).x.shape == (3, 6, 4)
+    count = compact.x.shape[1]
+    for name in ("size", "alive"):
+        assert torch.equal(getattr(unpacked, name)[:, :count], getattr(compact, name)), name
+    assert torch.equal(unpacked.owners, compact.owners)
+    assert not unpacked.alive[:, count:].any()
+    assert torch.equal(unpacked.x[unpacked.alive], compact.x[compact.alive])
+    assert packed.x.isfinite().all()
+    # Equally long images lie as they would without packing.
+    even = reduction.prune(Tokens.start(x, prefix=1), torch.arange(48).expand(40, 48) < 15)
+    assert packing.unpack(packing.pack(even, left=16)).x.shape == (40, 16, 4)
+    assert torch.equal(packing.unpack(packing.pack(even, left=16)).x, packing.compact(even).x)
+
+
+@given(st.lists(st.integers(1, 260), min_size=1, max_size=70), st.booleans())
+def test_every_layout_holds_each_token_once(lengths: list[int], recurs: bool) -> None:
+    made = arrange(lengths, torch.device("cpu"), recurs)
+    row = made.row
+    if row is None:
+        row = made.first[:, None] + torch.arange(made.longest)
+    rows = row[made.alive]
+    assert len(rows.unique()) == len(rows) == sum(lengths)
+    assert int(rows.max()) < made.rows and torch.equal(made.alive.sum(1), torch.tensor(lengths))
+    assert row.min() >= 0 and row.max() < made.rows
+    assert made.even == bool(made.alive.all())
+    place = torch.arange(made.rows) if made.place is None else made.place
+    assert torch.equal(place[rows], made.alive.flatten().nonzero()[:, 0])
+    # Groups, and the portions cut from them, hold every image once, in its rows.
+    for parts in (made.groups, [group for each in made.portions for group in each.groups]):
+        held = [torch.arange(g.images) if g.members is None else g.members for g in parts]
+        assert torch.cat(held).sort().values.tolist() == list(range(len(lengths)))
+    end = 0
+    for portion in made.portions:
+        assert portion.start == end and portion.rows >= portion.stop - portion.start
+        assert portion.start + portion.rows <= made.rows
+        end = portion.stop
+    assert end == made.rows
+    groups, images = len(made.groups), len(lengths)
+    if recurs:
+        assert made.rows <= 1.15 * (sum(lengths) + 7 * images + 16 * groups) + 64
+    else:
+        assert made.rows <= sum(lengths) + 16 * groups
+
+
+def test_few_sizes_recur() -> None:
+    """Whatever the lengths, half precision computes few sizes of rows and of attention."""
+    generator = torch.Generator().manual_seed(0)
+    rows, lengths = set(), set()
+    for _ in range(300):
+        drawn = torch.randint(20, 198, (64,), generator=generator).tolist()
+        made = arrange(drawn, torch.device("cpu"), True)
+        rows |= {portion.rows for portion in made.portions}
+        lengths |= {group.length for group in made.groups}
+    assert len(rows) < 70 and len(lengths) <= 25
 
 
 def test_a_ratio_per_image() -> None:
@@ -201,48 +253,46 @@ def test_packed_tokens_merge_as_padded_ones_do() -> None:
         merged = reduction.merge(packed, other, accept)
         assert torch.equal(packed.x, before), "the tokens of before are someone's still"
         packed = merged
-        assert packed.packing is not None and sum(packed.packing.lengths) == len(packed.x)
+        assert packed.packing is not None
+        assert packed.packing.lengths == tuple(tokens.counts().tolist())
         found = packing.unpack(packed)
-        for name in ("size", "alive", "source"):
-            assert torch.equal(getattr(found, name), getattr(tokens, name)), (step, name)
-        assert_close(found.x[found.alive], tokens.x[tokens.alive])
+        assert torch.equal(found.owners, tokens.owners), step
+        for name in ("size", "x"):
+            same = getattr(found, name)[found.alive], getattr(tokens, name)[tokens.alive]
+            assert_close(*same)
     assert tokens.ragged and tokens.counts().min() < 6
 
 
-def test_the_class_row_is_the_matrixs_first() -> None:
-    generator = torch.Generator().manual_seed(2)
-    lengths = torch.tensor([7, 1, 4])
-    alive = torch.arange(7) < lengths[:, None]
-    mask = alive[:, None, None]
-    packing = Packing((7, 1, 4), alive.flatten().nonzero()[:, 0])
-    q, k, v = (torch.randn(12, 2, 5, generator=generator) for _ in range(3))
-    apart, keys = packing.unpack(q), packing.unpack(k)
-    whole = attention.matrix(apart, keys, mask)[:, :, 0].mean(1)
-    one_by_one = attention.one_by_one(q, k, v, packing.lengths, None, scores=True)[1]
-    assert one_by_one is not None
-    for packed in (one_by_one, attention.first_scores(q, k, packing)):
-        row = attention.class_row(packing.unpack(packed), 5, mask)
-        assert_close(row, whole)
-        assert (row[~alive] == 0).all()
-    assert_close(attention.class_row(attention.first_scores(apart, keys), 5, mask), whole)
-
-
-@pytest.mark.parametrize("lengths", [(4, 4, 4), (7, 1, 4)])
+@pytest.mark.parametrize("recurs", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
-def test_what_a_gpu_runs_is_what_a_cpu_runs(lengths: tuple[int, ...], biased: bool) -> None:
+def test_attention_in_groups_is_attention_under_a_mask(biased: bool, recurs: bool) -> None:
+    backbone = family_model("deit")
     generator = torch.Generator().manual_seed(2)
-    alive = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    packing = Packing(lengths, alive.flatten().nonzero()[:, 0])
-    q, k, v = (torch.randn(12, 2, 5, generator=generator) for _ in range(3))
-    bias = torch.rand(3, 1, 1, max(lengths), generator=generator) if biased else None
-    ours, scores = attention.one_by_one(q, k, v, lengths, bias, scores=True)
-    assert_close(attention.packed(q, k, v, packing, bias), ours)
-    assert scores is not None
-    assert_close(attention.first_scores(q, k, packing), scores)
-    # A known answer: padded, with the dead keys masked.
-    mask = alive[:, None, None] if bias is None else bias.masked_fill(~alive[:, None, None], -1e9)
-    apart = attention.padded(*(packing.unpack(t) for t in (q, k, v)), mask)
-    assert_close(ours, apart[alive])
+    layout = arrange([7, 1, 4, 40, 39, 40], torch.device("cpu"), recurs)
+    x = torch.randn(6, layout.longest, backbone.dim, generator=generator)
+    assert layout.row is not None
+    rows = torch.zeros(layout.rows, backbone.dim).index_copy(
+        0, layout.row[layout.alive], x[layout.alive]
+    )
+    shape = layout.alive.shape
+    size = torch.randint(1, 5, shape, generator=generator) * layout.alive
+    padded = replace(
+        Tokens.start(x, 1), alive=layout.alive, size=size.float(), ragged=True, merged=biased
+    )
+    wants = {"cls_attention": True, "keys": True, "mean_keys": True, "matrix": True}
+    with torch.inference_mode():
+        for block in range(2):
+            there, seen = backbone.attend(block, padded, proportional=biased, **wants)
+            packed = replace(padded, x=rows, packing=layout)
+            here, known = backbone.attend(block, packed, proportional=biased, **wants)
+            assert_close(packing.unpack(here).x[layout.alive], there.x[layout.alive])
+            for name in ("cls_attention", "mean_keys"):
+                assert_close(getattr(known, name)[layout.alive], getattr(seen, name)[layout.alive])
+            padded, rows = there, here.x
+        ends = backbone.finish(padded, proportional=biased)
+        assert_close(backbone.finish(here, proportional=biased), ends)
+        last, _ = backbone.attend(backbone.depth - 1, padded, proportional=biased)
+        assert_close(backbone.classify(backbone.feed(backbone.depth - 1, last)), ends)
 
 
 def test_who_may_not_act_does_not_change_the_others() -> None:

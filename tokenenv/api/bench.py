@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,10 +18,14 @@ from tokenenv.data.pixels import Preprocess
 from tokenenv.errors import UserError, check_keywords
 from tokenenv.game.checks import check_whole
 from tokenenv.game.episode import Execution
+from tokenenv.measure.candidate import Candidate, MethodCandidate
+from tokenenv.measure.machine import compiler_found, describe_machine, fast_bfloat16
 from tokenenv.measure.opening import named_model, text
-from tokenenv.measure.speed import Speed, timings
+from tokenenv.measure.speed import COMPILED, Compiled, Speed, timings
 from tokenenv.measure.speed import bench as time_all
-from tokenenv.vit.load import DIGITS_MODELS
+from tokenenv.reducers import Resize
+from tokenenv.vit.backbone import Backbone
+from tokenenv.vit.load import DIGITS_MODELS, check_device, check_dtype
 
 
 @dataclass(frozen=True)
@@ -48,15 +52,16 @@ class Speeds:
 
     def _repr_html_(self) -> str:
         lines = "".join(
-            f"<tr><td>{row.batch}</td><th>{html.escape(row.what)}</th>"
+            f"<tr><td>{row.batch}</td><td>{row.dtype}</td><th>{html.escape(row.name)}</th>"
             f"<td>{row.images_per_s:.1f}</td><td>{row.speedup:.3f}</td>"
             f"<td>{row.speedup_q25:.3f} to {row.speedup_q75:.3f}</td><td>{row.gmacs:.4f}</td></tr>"
             for row in self.rows
         )
         title = f"{self.model}, {self.conditions}"
         return (
-            f"<table><caption>{html.escape(title)}</caption><tr><th>batch</th><th></th>"
-            f"<th>images/s</th><th>speed-up</th><th>quartiles</th><th>GMACs</th></tr>{lines}</table>"
+            f"<table><caption>{html.escape(title)}</caption><tr><th>batch</th><th>precision</th>"
+            f"<th></th><th>images/s</th><th>speed-up</th><th>quartiles</th><th>GMACs</th></tr>"
+            f"{lines}</table>"
         )
 
 
@@ -71,14 +76,17 @@ def bench(
     threads: int | None = None,
     rounds: int = 7,
     execution: Execution | None = None,
-    compile: bool | None = None,
+    compile: Compiled = "dense",
+    smaller: bool = True,
     device: str = "cpu",
-    dtype: str = "float32",
+    dtype: str | Sequence[str] | None = None,
     preprocessing: Preprocessing | None = None,
     trust: bool = False,
     show: Callable[[Speeds], object] | None = None,
 ) -> Speeds:
     """Time the dense model and methods in turns, in one process; as ``tokenenv bench``.
+
+    Every timed pass gets another batch. The speed-up is over the fastest form of the dense model.
 
     Args:
         what: methods, each as :func:`tokenenv.evaluate` takes it.
@@ -90,9 +98,13 @@ def bench(
         rounds: number of timings of each method.
         execution: how images of different lengths share a batch, see
             :class:`~tokenenv.game.episode.Episode`; None: the device's default.
-        compile: whether to use ``torch.compile`` for all of them; None: only on CUDA.
+        compile: what is also timed as compiled by ``torch.compile``: ``"none"``, the ``"dense"``
+            model, which takes up to a minute for each batch size and precision, or ``"all"``. A
+            machine without a compiler leaves this out and says so.
+        smaller: whether to time the model on smaller images, too, with about 62 % of the tokens.
         device: see :func:`tokenenv.evaluate`.
-        dtype: see :func:`tokenenv.evaluate`.
+        dtype: precision of the models, one or several; None: ``"float32"``, and ``"bfloat16"`` on
+            devices that are faster with it.
         preprocessing: see :func:`tokenenv.evaluate`.
         trust: see :func:`tokenenv.evaluate`.
         show: called with the times so far, first without rows and then after each batch size, so
@@ -105,50 +117,99 @@ def bench(
     if not batches:
         raise UserError("batch is empty: give at least one batch size")
     check_whole("rounds", rounds, 1)
+    if compile not in COMPILED:
+        raise UserError(f"compile={compile!r}: choose from {', '.join(COMPILED)}")
     if threads is not None:
         torch.set_num_threads(check_whole("threads", threads, 1))
-    whats = each_once(what)
-    opened = open_candidates(
-        whats, named_model(model, weights, device, dtype, preprocessing), images=False, trust=trust
-    )
-    images, origin = _images(opened, text(data), max(batches))
-    compiled = compile if compile is not None else opened.dense.device.type == "cuda"
-    conditions = (
-        f"{origin}, {device}, {dtype}{', compiled' if compiled else ''}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, median of {rounds} rounds "
-        "(1 MAC = 1 FLOP)"
-    )
-    found = Speeds(opened.model.name, conditions, ())
-    if show:
-        show(found)
-    for size in batches:
-        some = images[torch.arange(size, device=images.device) % len(images)]
-        total = timings(opened.candidates, rounds)
-        with tqdm(total=total, desc=f"batch {size}", leave=False, disable=None) as bar:
-            rows = time_all(
-                opened.dense,
-                opened.candidates,
-                some,
-                rounds=rounds,
-                compiled=compiled,
-                execution=execution,
-                progress=bar.update,
-            )
-        found = Speeds(found.model, conditions, (*found.rows, *rows))
-        if show:
-            show(found)
+    whats, found = each_once(what), None
+    for precision in _precisions(dtype, device):
+        opened = open_candidates(
+            whats,
+            named_model(model, weights, device, precision, preprocessing),
+            images=False,
+            trust=trust,
+        )
+        candidates = [*opened.candidates, *(_smaller(opened) if smaller else ())]
+        images, origin = _images(opened, text(data), max(batches))
+        if found is None:
+            missing = compile != "none" and not compiler_found()
+            found = Speeds(opened.model.name, _conditions(opened, origin, rounds, missing), ())
+            compile = "none" if missing else compile
+            if show:
+                show(found)
+        for size in batches:
+            total = timings(candidates, rounds, compile)
+            label = f"{precision}, batch {size}"
+            with tqdm(total=total, desc=label, leave=False, disable=None) as bar:
+                rows = time_all(
+                    opened.dense,
+                    candidates,
+                    images,
+                    batch=size,
+                    rounds=rounds,
+                    compiled=compile,
+                    execution=execution,
+                    progress=bar.update,
+                )
+            found = replace(found, rows=(*found.rows, *rows))
+            if show:
+                show(found)
+    assert found is not None
     return found
 
 
-def _images(opened: Opened, data: str | None, count: int) -> tuple[Tensor, str]:
-    """At most ``count`` images ``(n, C, H, W)``, normalised, and where they are from, in words."""
+def _precisions(dtype: str | Sequence[str] | None, device: str) -> list[str]:
+    if dtype is None:
+        fast = fast_bfloat16(check_device(device))
+        return ["float32", "bfloat16"] if fast else ["float32"]
+    found = [dtype] if isinstance(dtype, str) else list(dict.fromkeys(dtype))
+    if not found:
+        raise UserError("dtype is empty: give at least one precision, such as float32")
+    for name in found:
+        check_dtype(name)
+    return found
+
+
+def _conditions(opened: Opened, origin: str, rounds: int, missing: bool) -> str:
+    """Images, machine and rounds; ``missing``: whether there is no compiler."""
+    compiler = "; no C++ compiler: nothing is compiled" if missing else ""
+    return (
+        f"{origin}, {describe_machine(opened.dense.device)}, median of {rounds} rounds, a fresh "
+        f"batch in every pass (1 MAC = 1 FLOP){compiler}"
+    )
+
+
+def _smaller(opened: Opened) -> list[Candidate]:
+    """The model on images of about 79 % of the side, if it can take them and nobody named it."""
     dense = opened.dense
+    if not isinstance(dense, Backbone) or any("resize" in each.what for each in opened.candidates):
+        return []
+    patch, side = dense.family.patch_size[0], dense.image_shape[1]
+    method = Resize(size=max(1, round(_SIDE * side / patch)) * patch)
+    try:
+        method.check(dense)
+    except UserError:  # images or patches that are not square
+        return []
+    return [MethodCandidate(f"resize:size={method.size}", method, dense)]
+
+
+_SIDE = 176 / 224
+
+
+def _images(opened: Opened, data: str | None, count: int) -> tuple[Tensor, str]:
+    """Images ``(n, C, H, W)`` for fresh batches of ``count``, and where they are from, in words."""
+    dense, most = opened.dense, max(_LEAST, min(_BATCHES * count, _MOST), count)
     if data is None and opened.model.name not in DIGITS_MODELS:
         generator = torch.Generator().manual_seed(0)
         images = torch.randn((count, *Preprocess(dense.model).shape), generator=generator)
-        return images.to(dense.device, dense.dtype), "random images"
-    source = open_source(data, dense.model, split="test", limit=count)
+        note = "random images, on which methods may decide unlike on real ones"
+        return images.to(dense.device, dense.dtype), note
+    source = open_source(data, dense.model, split="test", limit=most)
     images = source.batch(torch.arange(len(source))).images
     if not len(images):
         raise UserError(f"no image of '{source.name}' could be read: check the files")
     return images.to(dense.device, dense.dtype), f"{len(images)} images of {source.name}"
+
+
+_LEAST, _BATCHES, _MOST = 64, 8, 512
+"""Images are loaded for eight batches of the largest size, within these bounds."""

@@ -30,6 +30,7 @@ from tokenenv.measure.comparison import (
     top1_change,
 )
 from tokenenv.measure.evaluation import Evaluation, dense_predictions
+from tokenenv.measure.machine import describe_machine
 from tokenenv.measure.opening import named_model, text
 from tokenenv.measure.pareto import picture
 from tokenenv.measure.printing import report_skipped
@@ -208,8 +209,8 @@ class _Work:
             return
         dense, candidates = self.opened.dense, self.opened.candidates
         readable = next(iter(self.done.values())).index
-        images = self.source.batch(readable[: max(self.batches)]).images
-        images = images.to(dense.device, dense.dtype)
+        count = max(64, min(8 * max(self.batches), 512), *self.batches)
+        images = self.source.batch(readable[:count]).images.to(dense.device, dense.dtype)
         asked = {
             "rows": sorted(each.key for each in candidates),
             "rounds": self.rounds,
@@ -222,8 +223,10 @@ class _Work:
             if rows is None:
                 total = timings(candidates, self.rounds)
                 with tqdm(total=total, desc=f"batch {batch}", leave=False, disable=None) as bar:
-                    some = images[torch.arange(batch, device=images.device) % len(images)]
-                    rows = bench(dense, candidates, some, rounds=self.rounds, progress=bar.update)
+                    rows = bench(
+                        dense, candidates, images, batch=batch, rounds=self.rounds,
+                        progress=bar.update,
+                    )  # fmt: skip
                 self.state.save_speeds(batch, asked, rows)
             self.times[batch] = rows
             for row in rows:
@@ -238,8 +241,8 @@ class _Work:
         first = next(iter(self.done.values()))
         model = self.opened.model
         timing = (
-            f"{model.device}, {model.dtype}, {torch.get_num_threads()} threads, "
-            f"torch {torch.__version__}, median of {self.rounds} rounds"
+            f"{describe_machine(self.opened.dense.device)}, {model.dtype}, nothing compiled, a "
+            f"fresh batch in every pass, median of {self.rounds} rounds"
         )
         return Comparison(
             [dense_row(first, speeds.get(DENSE, ())), *self._rows(speeds)],

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from tokenenv.cli.options import (
     WHAT,
     Parser,
-    add_dtype,
     add_execution,
     add_model_options,
     add_trust,
@@ -32,18 +31,22 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
         "bench",
         help="speed-up of methods over the dense model, and the limit that token counts set",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Time the dense model and methods in turns, in one process. 'sliced' is the "
-        "speed-up of the\ndense model cut to the method's token counts without deciding anything: "
-        "the limit. 'share'\nis the method's part of it. Images are those of --data, else the "
-        "digits\nfor an embedded model and random ones for others. The embedded model is so small "
-        "that decisions\ncost more time than they save.",
+        description="Time the dense model and methods in turns, in one process, each pass on a "
+        "fresh batch. Speed-ups\nare over the fastest form of the dense model. 'sliced' is the "
+        "speed-up of the dense model cut to\nthe method's token counts without deciding anything: "
+        "the limit. 'share' is the method's part of\nit. The same model on smaller images stands "
+        "beside. Images are those of --data, else the digits\nfor an embedded model and random "
+        "ones for others.",
         epilog="examples:\n  tokenenv bench tome:r=3 random:keep=0.5..0.9\n"
         "  tokenenv bench tome:r=13 random:keep=0.5..0.9,blocks=3/6/9 --model "
         "deit_small_patch16_224 --weights random --batch 1,64 --json speed.json --out speed.png",
     )
     bench.add_argument("what", metavar="WHAT", nargs="+", help=WHAT)
     add_model_options(bench)
-    add_dtype(bench)
+    bench.add_argument(
+        "--dtype", type=_names, metavar="D,D",
+        help="float32, bfloat16, float16 (default: float32, and bfloat16 where that is faster)",
+    )  # fmt: skip
     bench.add_argument(
         "--batch", type=batches, default="1,8,64", metavar="N,N", help="default: 1,8,64"
     )
@@ -52,8 +55,16 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
     add_execution(bench)
     bench.add_argument(
         "--compile",
+        choices=("none", "dense", "all"),
+        default="dense",
+        help="what to time as compiled by torch.compile, too (default: dense; up to a minute for "
+        "each model, batch size and precision)",
+    )
+    bench.add_argument(
+        "--smaller",
         action=argparse.BooleanOptionalAction,
-        help="use torch.compile for all of them (default: on CUDA only)",
+        default=True,
+        help="time the model on smaller images, too (default: yes)",
     )
     bench.add_argument("--json", metavar="FILE", help="write the numbers there")
     bench.add_argument("--out", metavar="FILE", help="draw them into this PNG")
@@ -81,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
                 rounds=args.rounds,
                 execution=args.execution,
                 compile=args.compile,
+                smaller=args.smaller,
                 device=args.device,
                 dtype=args.dtype,
                 preprocessing=preprocessing(args),
@@ -126,8 +138,12 @@ def _write(args: argparse.Namespace, found: Speeds) -> None:
         print(f"the picture is in {args.out}")
 
 
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
 _HEADER = (
-    f"{'batch':>5}  {'what':36}{'images/s':>9}{'speed-up (quartiles)':>24}{'GMACs':>9}"
+    f"{'batch':>5}  {'dtype':9}{'what':36}{'images/s':>9}{'speed-up (quartiles)':>24}{'GMACs':>9}"
     f"{'saved %':>9}{'peak MiB':>10}{'sliced':>8}{'share':>7}"
 )
 
@@ -139,6 +155,6 @@ def _line(row: Speed) -> str:
         for value in (row.slice_speedup, row.realised_share)
     ]
     return (
-        f"{row.batch:5}  {row.what:36}{row.images_per_s:9.1f}{quartiles:>24}{row.gmacs:9.4f}"
-        f"{row.saved:9.1f}{row.peak_mib:10.1f}{limit[0]:>8}{limit[1]:>7}"
+        f"{row.batch:5}  {row.dtype:9}{row.name:36}{row.images_per_s:9.1f}{quartiles:>24}"
+        f"{row.gmacs:9.4f}{row.saved:9.1f}{row.peak_mib:10.1f}{limit[0]:>8}{limit[1]:>7}"
     )

@@ -16,7 +16,7 @@ from tokenenv.artefact import FAULTS, read_object, reason_of
 from tokenenv.data import Preprocessing
 from tokenenv.errors import UserError
 from tokenenv.game.episode import EXECUTIONS, Episode, Execution, default_execution
-from tokenenv.game.policy import DuckPolicy, Method, as_method, play
+from tokenenv.game.policy import DuckPolicy, Method, as_method, lengths_known, play
 from tokenenv.own import same_place
 from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.families import check_options
@@ -64,9 +64,11 @@ class CompressedViT(nn.Module):
     In ``train`` mode removed tokens are masked, so that shapes stay fixed. Logits have a gradient
     in the model's parameters; the policy's decisions have none.
 
-    ``torch.compile`` compiles what a block does to each token, once for all lengths and blocks. The
-    attention kernel and the decisions are not compiled, and nothing is in ``train`` mode, where
-    the probability of stochastic depth differs from block to block.
+    ``torch.compile`` compiles the whole pass as one graph, for one batch size, if the method leaves
+    as many tokens of every image (ToMe, EViT, DiffRate, top-k ...). Of other methods it compiles
+    what a block does to each token, once for all lengths and blocks; the attention kernel and the
+    decisions are not compiled. Nothing is in ``train`` mode, where the probability of stochastic
+    depth differs from block to block.
 
     Args:
         model: as for :func:`compress`.
@@ -116,7 +118,7 @@ class CompressedViT(nn.Module):
         """Images ``(B, C, H, W)``, normalised -> logits ``(B, classes)``."""
         if x.shape[0] == 0:
             return self.model(x)
-        logits = self._play(x).logits
+        logits = self._play(x, only_logits=True).logits
         assert logits is not None
         return logits
 
@@ -238,15 +240,21 @@ class CompressedViT(nn.Module):
                 f"{found.__qualname__}: give your class another name"
             )
 
-    def _play(self, x: Tensor) -> Episode:
-        return self._play_outside(x, torch.compiler.is_dynamo_compiling())
+    def _play(self, x: Tensor, *, only_logits: bool = False) -> Episode:
+        compiled = torch.compiler.is_dynamo_compiling()
+        if compiled and not self.training and lengths_known(self.backbone, self.policy):
+            execution = self.execution or default_execution(self.backbone.device)
+            return play(self.backbone, self.policy, x, execution, only_logits=only_logits)
+        return self._play_outside(x, compiled, only_logits)
 
     # Token counts depend on the data: a trace of the whole pass would recompile at each decision.
     @torch.compiler.disable
-    def _play_outside(self, x: Tensor, compiled: bool) -> Episode:
+    def _play_outside(self, x: Tensor, compiled: bool, only_logits: bool) -> Episode:
         self.backbone.compiled = compiled and not self.training
         execution = self.execution or default_execution(self.backbone.device)
-        return play(self.backbone, self.policy, x, "masked" if self.training else execution)
+        if self.training:
+            execution = "masked"
+        return play(self.backbone, self.policy, x, execution, only_logits=only_logits)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedViT:
         """Move or convert the model, and move the policy to its device."""

@@ -154,7 +154,7 @@ class Play:
         now["illegal"] = now["illegal"] + ~allowed
         transition = self.game.step(torch.where(allowed, wanted, 0))
         if self.render_mode is not None:
-            self._sources.append(self.game.episode.tokens.source)
+            self._sources.append(self.game.episode.tokens.owners)
         reward = transition.reward.clone()
         over = transition.observation is None
         if transition.observation is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal, TypeVar
 
 import torch
@@ -47,11 +48,18 @@ class Episode:
     moment: Moment
 
     def __init__(
-        self, backbone: Backbone, reduction: Reduction, tokens: Tokens, execution: Execution
+        self,
+        backbone: Backbone,
+        reduction: Reduction,
+        tokens: Tokens,
+        execution: Execution,
+        *,
+        only_logits: bool = False,
+        known: bool = False,
     ) -> None:
         self.backbone, self.reduction, self.execution = backbone, reduction, execution
-        # A single image needs no packing: its removed tokens are cut out.
-        self._packed = execution == "packed" and reduction.packed and len(tokens.x) > 1
+        # torch.export can't follow the host's choice of groups; it traces a single image.
+        self._packed = execution == "packed" and (known or not torch.compiler.is_compiling())
         self.tokens = packing.end_to_end(tokens) if self._packed else tokens
         self.step = 0
         self.logits: Tensor | None = None
@@ -61,10 +69,21 @@ class Episode:
         self.counts: tuple[Tensor, ...] = (self._count - tokens.prefix,)
         self._context = Context()
         self._half = 0
+        self._short = only_logits and backbone.reads_prefix
+        self._blocks = reduction.blocks
+        last = backbone.depth - 1
+        if self._short and reduction.keeps_prefix and reduction.between and last in self._blocks:
+            self._blocks = self._blocks[:-1]  # it would change nothing that the head reads
 
     @staticmethod
     def start(
-        backbone: Backbone, reduction: Reduction, images: Tensor, *, execution: Execution
+        backbone: Backbone,
+        reduction: Reduction,
+        images: Tensor,
+        *,
+        execution: Execution,
+        only_logits: bool = False,
+        known: bool = False,
     ) -> Episode:
         """Embed images and run the model up to the first decision, or to the logits.
 
@@ -74,16 +93,24 @@ class Episode:
             images: ``(B, C, H, W)`` normalised images on the backbone's device.
             execution: ``masked``: removed tokens stay in memory and attention masks them (no
                 saving, no host-device sync). ``padded``: removed tokens are cut out, and all
-                images are padded to the longest of the batch. ``packed``: every image has its own
-                length, and the tokens of all images are concatenated without padding. All three
-                give the same logits and the same decisions of a deterministic policy.
+                images are padded to the longest of the batch. ``packed``: images of about the same
+                length lie in groups, each padded to its longest. All three give the same logits and
+                the same decisions of a deterministic policy.
+            only_logits: whether nothing but the logits will be read afterwards. The last block is
+                then computed only for the tokens that the head reads, a decision in it that they
+                don't depend on is left out, and nobody keeps track of patches.
+            known: whether :meth:`act` will be told the number of tokens left by every decision; the
+                whole pass can then be compiled as one graph.
 
         Raises:
             UserError: an unknown execution.
         """
         if execution not in EXECUTIONS:
             raise UserError(f"execution='{execution}': choose from {', '.join(EXECUTIONS)}")
-        episode = Episode(backbone, reduction, backbone.embed(images), execution)
+        tokens = backbone.embed(images, trace=reduction.traces or not only_logits)
+        episode = Episode(
+            backbone, reduction, tokens, execution, only_logits=only_logits, known=known
+        )
         episode._advance()
         return episode
 
@@ -101,21 +128,26 @@ class Episode:
         assert isinstance(self.reduction, Rules)
         return self.reduction.observe(self.backbone, self.moment, state=state)
 
-    def act(self, action: Tensor | None) -> None:
+    def act(self, action: Tensor | None, left: int | None = None) -> None:
         """Apply an action and run the model up to the next decision, or to the logits.
 
         Args:
             action: as :meth:`Reduction.apply` takes it; None for a reduction without agents.
+            left: number of visual tokens that every image has afterwards if that is known; packed
+                execution then doesn't wait for the device to tell.
         """
+        if left is not None and self._packed:
+            left += self.tokens.prefix
+            self.moment = replace(self.moment, left=left)
         self.tokens = self._in_float32(lambda: self.reduction.apply(self.moment, action))
         del self.moment  # keys and old tokens: memory that the next blocks can use
         self._context = Context()
         self._count = self.tokens.counts()
         self.counts = (*self.counts, self._count - self.tokens.prefix)
-        if self.execution == "padded":
+        if self._packed:
+            self.tokens = packing.pack(self.tokens, left)
+        elif self.execution != "masked":
             self.tokens = packing.compact(self.tokens)
-        elif self.execution == "packed":
-            self.tokens = packing.pack(self.tokens)
         self.step += 1
         self._advance()
 
@@ -133,7 +165,7 @@ class Episode:
         if self.logits is not None:
             return self.logits[rows]
         tokens = packing.unpack(self.tokens).select(rows)
-        if self.execution == "packed":
+        if self._packed:
             tokens = packing.pack(tokens)
         for half in range(self._half, 2 * self.backbone.depth):
             tokens, _ = self._run(half, tokens, seen=False)
@@ -142,21 +174,28 @@ class Episode:
     def _advance(self) -> None:
         """Run the model up to the next decision, or to the logits."""
         reduction, backbone = self.reduction, self.backbone
-        decisions_left = self.step < len(reduction.blocks)
+        decisions_left = self.step < len(self._blocks)
         # Half 2 b is the attention of block b, half 2 b + 1 its MLP.
-        stop = 2 * (reduction.blocks[self.step] if decisions_left else backbone.depth)
+        stop = 2 * (self._blocks[self.step] if decisions_left else backbone.depth)
         if decisions_left and reduction.between:
             stop += 1
-        for half in range(self._half, stop):
+        short = self._short and not decisions_left and self._half <= stop - 2
+        for half in range(self._half, stop - 2 if short else stop):
             self.tokens, context = self._run(half, self.tokens)
             if half % 2 == 0:
                 self._context = context
                 self.attended.append(self._count)
             else:
                 self.fed.append(self._count)
-        if not (decisions_left and self._packed):
-            self.tokens = packing.unpack(self.tokens)
         self._half = stop
+        if short:
+            proportional = reduction.wants(backbone.depth - 1).get("proportional", False)
+            self.logits = backbone.finish(self.tokens, proportional=proportional)
+            self.attended.append(self._count)
+            self.fed.append(self._count)
+            return
+        if not (decisions_left and reduction.packed):
+            self.tokens = packing.unpack(self.tokens)
         if decisions_left:
             match = self._in_float32(lambda: self.reduction.prepare(self.tokens, self._context))
             self.moment = Moment(self.tokens, self.step, self._context, self.counts, match)

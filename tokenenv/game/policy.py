@@ -50,6 +50,14 @@ class Method:
         """The action for the decision that is due; None for a method without agents."""
         raise NotImplementedError
 
+    def left(self, backbone: Backbone, step: int, visual: int) -> int | None:
+        """Number of visual tokens that are left of ``visual`` after decision ``step``.
+
+        None if that depends on the image. Known numbers spare waiting for the device, and give all
+        batches the same shapes.
+        """
+        return None
+
     def decision_macs(
         self, backbone: Backbone, block: int, before: Tensor, after: Tensor
     ) -> Tensor:
@@ -227,18 +235,45 @@ def as_method(what: Any) -> Method:
 
 
 def play(
-    backbone: Backbone, method: Method, images: Tensor, execution: Execution | None = None
+    backbone: Backbone,
+    method: Method,
+    images: Tensor,
+    execution: Execution | None = None,
+    *,
+    only_logits: bool = False,
 ) -> Episode:
     """Run ``images (B, C, H, W)`` to their logits with the tokens reduced by ``method``.
 
     Decisions are computed in float32, also under autocast, and without gradient. If the method
     makes the images smaller, the episode's ``backbone`` is the model for the smaller images.
+    ``only_logits``: see :meth:`~tokenenv.game.episode.Episode.start`.
     """
     backbone, images = method.reduction.resize(backbone, images)
     execution = execution or default_execution(backbone.device)
-    episode = Episode.start(backbone, method.reduction, images, execution=execution)
+    known = lengths_known(backbone, method)
+    episode = Episode.start(
+        backbone,
+        method.reduction,
+        images,
+        execution=execution,
+        only_logits=only_logits,
+        known=known,
+    )
+    left: int | None = episode.tokens.patches  # those of the images given, of whatever size
     while not episode.done:
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             action = method.next_action(episode)
-        episode.act(action)
+        left = None if left is None else method.left(backbone, episode.step, left)
+        episode.act(action, left)
     return episode
+
+
+def lengths_known(backbone: Backbone, method: Method) -> bool:
+    """Whether all token counts are known before the images are, see :meth:`Method.left`."""
+    visual = backbone.patches
+    for step in range(len(method.reduction.blocks)):
+        left = method.left(backbone, step, visual)
+        if left is None:
+            return False
+        visual = left
+    return True

@@ -23,6 +23,8 @@ class Moment:
         context: keys, attention and so on of the last attention that ran.
         counts: ``(B,)`` visual tokens before the first decision and after each one taken.
         match: candidate pairs, for reductions that prepare them.
+        left: number of tokens that every image will have after the decision, prefix included, if
+            that is known before.
     """
 
     tokens: Tokens
@@ -30,6 +32,7 @@ class Moment:
     context: Context
     counts: tuple[Tensor, ...]
     match: Match | None = None
+    left: int | None = None
 
 
 class Reduction:
@@ -43,11 +46,17 @@ class Reduction:
         between: True: between a block's attention and its MLP; False: before the block.
         packed: whether :meth:`prepare` and :meth:`apply` also take packed tokens; :meth:`apply`
             then returns packed tokens, too.
+        traces: whether it may read which token stands for which patch (``Tokens.source``); without
+            that, passes that only need logits don't keep track of it.
+        keeps_prefix: whether it leaves the embeddings of prefix tokens as they are. A decision in
+            the last block then changes no logits of a model that reads only these.
     """
 
     blocks: tuple[int, ...]
     between: ClassVar[bool] = True
     packed: bool = False
+    traces: bool = True
+    keeps_prefix: ClassVar[bool] = True
 
     def check(self, backbone: Backbone) -> None:
         """Raise :class:`~tokenenv.errors.UserError` if the reduction doesn't fit the backbone."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from tokenenv.data import ImageSource
 from tokenenv.game.cost import Cost
 from tokenenv.game.episode import Execution
-from tokenenv.game.policy import Method, play
+from tokenenv.game.policy import Method, lengths_known, play
 from tokenenv.ltm.model import LTM
 from tokenenv.measure.evaluation import (
     Evaluation,
@@ -24,24 +24,28 @@ from tokenenv.measure.evaluation import (
 )
 from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.dense import Dense
+from tokenenv.vit.tokens import Tokens
 
-Run = Callable[[], Any]
-"""A function that runs one forward pass."""
+Run = Callable[[Tensor], Any]
+"""A function that runs one forward pass of images ``(B, C, H, W)``."""
 
 
 class Timing(NamedTuple):
-    """The forward passes to time for a candidate on some images.
+    """The forward passes to time for a candidate.
 
     Attributes:
-        ready: prepares a forward pass, untimed, and returns a function that runs it.
+        run: one forward pass of which only the logits are read.
+        compiled: gives the same, compiled by ``torch.compile``: the whole pass if all its shapes
+            are known before, else what a block does to each token.
         gmacs: 10^9 multiply-adds per image, decisions included (1 MAC = 1 FLOP).
         limit: the same for the dense model cut to the candidate's token counts, a lower bound of
             the time that these take; None for a model that merges its own tokens.
     """
 
-    ready: Callable[[], Run]
+    run: Run
+    compiled: Callable[[], Run]
     gmacs: float
-    limit: Callable[[], Run] | None = None
+    limit: Run | None = None
 
 
 class Candidate(Protocol):
@@ -75,13 +79,11 @@ class Candidate(Protocol):
             **options: what :func:`~tokenenv.measure.evaluation.evaluate_model` takes.
         """
 
-    def timing(self, images: Tensor, compiled: bool, execution: Execution | None) -> Timing:
-        """Prepare timing it on ``images (B, C, H, W)``, which are on the model's device.
+    def timing(self, images: Tensor, execution: Execution | None) -> Timing:
+        """Prepare timing it on ``images (n, C, H, W)``, which are on the model's device.
 
         Args:
-            images: normalised.
-            compiled: whether to use ``torch.compile``: for a method on the per-token parts of
-                each block, else on the whole model.
+            images: normalised; multiply-adds and token counts are means over them.
             execution: see :class:`~tokenenv.game.episode.Episode`; None: the device's default.
         """
 
@@ -112,20 +114,34 @@ class MethodCandidate:
         method = copy.deepcopy(self.method)  # random policies restart from their seed next time
         return evaluate(self.backbone, method, source, reference=reference, **options)
 
-    def timing(self, images: Tensor, compiled: bool, execution: Execution | None) -> Timing:
-        """See :meth:`Candidate.timing`; a random method draws the same numbers in each pass."""
-        player = copy.copy(self.backbone)
-        player.compiled = compiled
-        episode = play(self.backbone, copy.deepcopy(self.method), images)
-        gmacs = macs_of(episode, self.method, Cost(self.backbone)).mean().item() / 1e9
+    def timing(self, images: Tensor, execution: Execution | None) -> Timing:
+        """See :meth:`Candidate.timing`; a random method goes on drawing from pass to pass."""
+        backbone, cost = self.backbone, Cost(self.backbone)
+        counted, macs, counts = copy.deepcopy(self.method), [], []
+        for part in images.split(_COUNTED):
+            episode = play(backbone, counted, part)
+            macs.append(macs_of(episode, counted, cost))
+            counts.append(torch.stack([*episode.attended, *episode.fed]))
+        means = torch.cat(counts, 1).double().mean(1).round().int().tolist()
+        attended, fed = means[: len(means) // 2], means[len(means) // 2 :]
 
-        def ready() -> Run:
-            fresh = copy.deepcopy(self.method)
-            return lambda: play(player, fresh, images, execution)
+        def run() -> Run:
+            method = copy.deepcopy(self.method)
+            return lambda images: play(backbone, method, images, execution, only_logits=True).logits
 
-        counts = [_means(part) for part in (episode.attended, episode.fed)]
-        cut = compiled_if(compiled, lambda: sliced(self.backbone, images, *counts))
-        return Timing(ready, gmacs, lambda: cut)
+        def compiled() -> Run:
+            if lengths_known(backbone, self.method):
+                return torch.compile(run(), dynamic=False)
+            player, method = copy.copy(backbone), copy.deepcopy(self.method)
+            player.compiled = True
+            return lambda images: play(player, method, images, execution, only_logits=True).logits
+
+        return Timing(
+            run(),
+            compiled,
+            torch.cat(macs).mean().item() / 1e9,
+            lambda images: sliced(backbone, images, attended, fed),
+        )
 
 
 @dataclass(frozen=True)
@@ -152,16 +168,15 @@ class ModelCandidate:
         lengths = self.model.lengths
         return evaluate_model(self.model, reference, source, lengths=lengths, **options)
 
-    def timing(self, images: Tensor, compiled: bool, execution: Execution | None) -> Timing:
+    def timing(self, images: Tensor, execution: Execution | None) -> Timing:
         """See :meth:`Candidate.timing`; ``execution`` is unused: images keep equal lengths."""
-        run = compiled_if(compiled, lambda: self.model(images))
-        return Timing(lambda: run, model_macs(self.model, images.shape[1:]) / 1e9)
+        model = self.model
+        macs = model_macs(model, images.shape[1:]) / 1e9
+        return Timing(model, lambda: torch.compile(model, dynamic=False), macs)
 
 
-def compiled_if(compiled: bool, run: Run) -> Run:
-    """``run`` itself, or compiled by ``torch.compile`` if ``compiled``."""
-    made: Run = torch.compile(run) if compiled else run
-    return made
+_COUNTED = 64
+"""Images per pass when token counts are taken."""
 
 
 def sliced(
@@ -169,7 +184,8 @@ def sliced(
 ) -> Tensor:
     """Run the dense model on fewer tokens, as the lower bound of what given token counts cost.
 
-    Nothing is decided or gathered: the last tokens are cut off, so the logits are meaningless.
+    Nothing is decided or gathered: the last tokens are cut off, so the logits are meaningless. Of
+    the last block only what the head reads is computed, as for methods.
 
     Args:
         backbone: the model.
@@ -180,12 +196,21 @@ def sliced(
     Returns:
         Logits ``(B, classes)``.
     """
-    tokens = backbone.embed(images)
+    tokens = backbone.embed(images, trace=False)
+    last = backbone.depth - 1
     for block in range(backbone.depth):
-        tokens, _ = backbone.attend(block, tokens.with_x(tokens.x[:, : attended[block]]))
-        tokens = backbone.feed(block, tokens.with_x(tokens.x[:, : fed[block]]))
+        tokens = _cut(tokens, attended[block])
+        if block == last and backbone.reads_prefix:
+            return backbone.finish(tokens)
+        tokens, _ = backbone.attend(block, tokens)
+        tokens = backbone.feed(block, _cut(tokens, fed[block]))
     return backbone.classify(tokens)
 
 
-def _means(counts: list[Tensor]) -> list[int]:
-    return [round(n.double().mean().item()) for n in counts]
+def _cut(tokens: Tokens, count: int) -> Tokens:
+    return replace(
+        tokens,
+        x=tokens.x[:, :count],
+        alive=tokens.alive[:, :count],
+        size=tokens.size[:, :count],
+    )

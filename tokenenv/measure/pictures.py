@@ -14,37 +14,42 @@ def speed_picture(rows: Sequence[Speed], model: str) -> bytes:
 
     Args:
         rows: all batch sizes; the dense model's rows are not drawn.
-        model: name of the dense model, for the title.
+        model: name of the dense model, for the titles; each precision gets a panel.
     """
     # Not pyplot: it keeps figures, and looks for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.5, 5), layout="constrained")
+    kinds = sorted({(row.dtype, row.batch) for row in rows}, reverse=True)
+    precisions = list(dict.fromkeys(dtype for dtype, _ in kinds))
+    figure = Figure(figsize=(3 + 5.5 * len(precisions), 5), layout="constrained")
     FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    names = list(dict.fromkeys(row.what for row in rows if row.what != DENSE))
+    axes = figure.subplots(1, len(precisions), sharey=True, squeeze=False)[0]
+    names = list(dict.fromkeys(row.name for row in rows if row.what != DENSE))
     marks = dict(zip(names, itertools.cycle("os^Dv*XP")))
     batches = sorted({row.batch for row in rows})
-    for row in rows:
-        if row.what == DENSE:
-            continue
-        colour, saved = f"C{batches.index(row.batch)}", row.saved
-        if row.slice_speedup is not None:
-            axis.plot([saved, saved], [row.speedup, row.slice_speedup], ":", color=colour, lw=1)
-            axis.plot(saved, row.slice_speedup, "_", color=colour, ms=14, mew=2)
-        spread = [[row.speedup - row.speedup_q25], [row.speedup_q75 - row.speedup]]
-        axis.errorbar(saved, row.speedup, spread, fmt=marks[row.what], color=colour, ms=6)
+    for axis, dtype in zip(axes, precisions, strict=True):
+        for row in rows:
+            if row.what == DENSE or row.dtype != dtype:
+                continue
+            colour, saved = f"C{batches.index(row.batch)}", row.saved
+            if row.slice_speedup is not None:
+                axis.plot([saved, saved], [row.speedup, row.slice_speedup], ":", color=colour, lw=1)
+                axis.plot(saved, row.slice_speedup, "_", color=colour, ms=14, mew=2)
+            spread = [[row.speedup - row.speedup_q25], [row.speedup_q75 - row.speedup]]
+            axis.errorbar(saved, row.speedup, spread, fmt=marks[row.name], color=colour, ms=6)
+        axis.axhline(1, color="0.4", lw=1)
+        axis.set_xlabel("multiply-adds saved, policy included, %")
+        axis.set_title(f"{model}, {dtype}", fontsize=10)
+        axis.grid(alpha=0.3)
+    last = axes[-1]
     for number, batch in enumerate(batches):
-        axis.plot([], [], color=f"C{number}", lw=4, label=f"batch {batch}")
-    axis.plot([], [], "_", color="0.3", ms=14, mew=2, label="limit: the model sliced")
+        last.plot([], [], color=f"C{number}", lw=4, label=f"batch {batch}")
+    last.plot([], [], "_", color="0.3", ms=14, mew=2, label="limit: the model sliced")
     for name in names:
-        axis.plot([], [], marks[name], color="0.3", ms=6, label=name)
-    axis.axhline(1, color="0.4", lw=1)
-    axis.set_xlabel("multiply-adds saved, policy included, %")
-    axis.set_ylabel("speed-up over the dense model")
-    axis.set_title(f"{model}: median and quartiles of ratios within a round", fontsize=10)
-    axis.grid(alpha=0.3)
+        last.plot([], [], marks[name], color="0.3", ms=6, label=name)
+    axes[0].set_ylabel("speed-up over the dense model, fresh batches")
+    figure.suptitle("median and quartiles of ratios within a round", fontsize=10)
     figure.legend(loc="outside right upper", fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120, format="png")

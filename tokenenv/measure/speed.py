@@ -5,20 +5,24 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tokenenv.game.episode import Execution
-from tokenenv.measure.candidate import Candidate, Run, compiled_if
+from tokenenv.measure.candidate import Candidate, Run
 from tokenenv.measure.evaluation import dense_macs
 from tokenenv.vit.dense import Dense
 
 DENSE = "dense"
+Compiled = Literal["none", "dense", "all"]
+"""What is also timed as compiled by ``torch.compile``."""
+
+COMPILED = get_args(Compiled)
 _SHORTEST = 0.25
 """Least duration of one timing, seconds."""
 
@@ -30,19 +34,27 @@ class Speed:
     Attributes:
         what: the candidate, or ``dense``.
         batch: images per forward pass.
+        dtype: precision of the model.
+        compiled: whether it ran through ``torch.compile``.
         images_per_s: median over the rounds.
-        speedup: time of the dense model over this one's in the same round, median.
+        speedup: time of the dense model in its fastest form over this one's in the same round,
+            median.
         speedup_q25, speedup_q75: its quartiles.
         gmacs: 10^9 multiply-adds per image, policy included (1 MAC = 1 FLOP).
         gmacs_dense: those of the dense model.
         peak_mib: peak memory of one forward pass without weights and images, MiB.
-        slice_speedup: ``speedup`` of :func:`~tokenenv.measure.candidate.sliced`, the limit that
-            these token counts set; None for a model that merges its own tokens.
+        slice_speedup: ``speedup`` of :func:`~tokenenv.measure.candidate.sliced` in its fastest
+            form, the limit that these token counts set; None for a model that merges its own
+            tokens.
         realised_share: ``speedup / slice_speedup``, or None.
+        compile_s: seconds of the first pass of the compiled form, compilation included; 0 of the
+            others.
     """
 
     what: str
     batch: int
+    dtype: str
+    compiled: bool
     images_per_s: float
     speedup: float
     speedup_q25: float
@@ -52,15 +64,29 @@ class Speed:
     peak_mib: float
     slice_speedup: float | None
     realised_share: float | None
+    compile_s: float
 
     @property
     def saved(self) -> float:
         """Multiply-adds saved, percent."""
         return 100 * (1 - self.gmacs / self.gmacs_dense)
 
+    @property
+    def name(self) -> str:
+        """What it is and, if it was compiled, that it was."""
+        return f"{self.what}, compiled" if self.compiled else self.what
+
     def to_dict(self) -> dict[str, Any]:
         """All attributes by name, as JSON."""
         return asdict(self)
+
+
+class _Form(NamedTuple):
+    """One thing to time: the model ``what``, or the model cut to its counts (``limit``)."""
+
+    what: str
+    compiled: bool
+    limit: bool = False
 
 
 @torch.inference_mode()
@@ -69,97 +95,154 @@ def bench(
     candidates: Sequence[Candidate],
     images: Tensor,
     *,
+    batch: int | None = None,
     rounds: int = 7,
-    compiled: bool = False,
+    compiled: Compiled = "none",
     execution: Execution | None = None,
     progress: Callable[[int], object] = lambda n: None,
 ) -> list[Speed]:
-    """Time the dense model, each candidate and each one's limit in turns.
+    """Time the dense model, each candidate and each one's limit in turns, on fresh batches.
 
     All run once in every round, in an order that changes from round to round, so that other work
-    on the machine affects them alike. Small batches run several times in a row, so that no timing
-    is shorter than a quarter of a second. A random candidate draws the same numbers in each pass.
+    on the machine affects them alike. In a round all get the same batches, and every pass gets
+    another one: images are drawn without repetition until all had their turn, then in a new order.
+    A method that gives each image a length of its own meets new lengths in every batch, as in use.
+    Small batches run several times in a row, so that no timing is shorter than a quarter of a
+    second.
 
     Args:
         dense: the dense model.
         candidates: on its device and in its dtype; their names differ.
-        images: ``(B, C, H, W)``, normalised, on that device.
+        images: ``(n, C, H, W)`` the images to draw from, normalised, on that device.
+        batch: images per forward pass; None: all.
         rounds: number of timings of each, after two untimed passes.
-        compiled: whether to use ``torch.compile`` for all of them, see
-            :meth:`~tokenenv.measure.candidate.Candidate.timing`.
+        compiled: what is also timed as compiled by ``torch.compile``: ``none``, the ``dense`` model
+            or ``all``. The speed-up is over the fastest form of the dense model.
         execution: how methods run, see :class:`~tokenenv.game.episode.Episode`; None: the
             device's default.
         progress: called with the number of timings done since the last call.
 
     Returns:
-        The row of the dense model, then those of the candidates.
+        The rows of the dense model, then those of the candidates.
     """
-    device = dense.device
-    whole = compiled_if(compiled, lambda: dense(images))
-    runs: dict[str, Callable[[], Run]] = {DENSE: lambda: whole}
-    gmacs = {DENSE: dense_macs(dense, images.shape[1:]) / 1e9}
-    for candidate in candidates:
-        timing = candidate.timing(images, compiled, execution)
-        gmacs[candidate.what], runs[candidate.what] = timing.gmacs, timing.ready
-        if timing.limit is not None:
-            runs[_limit_of(candidate.what)] = timing.limit
-    peak = {}
-    for name, ready in runs.items():
-        ready()()
-        peak[name] = _peak_mib(ready(), device)
+    device, size = dense.device, batch or len(images)
+    runs, gmacs = _forms(dense, candidates, images, compiled, execution)
+    fresh = _fresh(images, size)
+    peak, took_first = {}, {}
+    for form, run in runs.items():
+        start = time.perf_counter()
+        run(next(fresh))
+        _wait(device)
+        took_first[form] = time.perf_counter() - start if form.compiled else 0.0
+        peak[form] = _peak_mib(lambda run=run: run(next(fresh)), device)  # type: ignore[misc]
         progress(1)
-    passes = max(1, math.ceil(_SHORTEST / _seconds(runs[DENSE], device, 1)))
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    passes = max(
+        1, math.ceil(_SHORTEST / _seconds(runs[_Form(DENSE, False)], [next(fresh)], device))
+    )
+    seconds: dict[_Form, list[float]] = {form: [] for form in runs}
     for turn in range(rounds):
-        names = list(runs)
-        start = turn % len(names)
-        for name in names[start:] + names[:start]:
-            seconds[name].append(_seconds(runs[name], device, passes))
+        forms, batches = list(runs), [next(fresh) for _ in range(passes)]
+        start_at = turn % len(forms)
+        for form in forms[start_at:] + forms[:start_at]:
+            seconds[form].append(_seconds(runs[form], batches, device))
             progress(1)
-    took = {name: np.array(values) for name, values in seconds.items()}
-    return [_speed(what, len(images), took, gmacs, peak[what]) for what in gmacs]
+    took = {form: np.array(values) for form, values in seconds.items()}
+    best = min((took[form] for form in took if form.what == DENSE), key=np.median)
+    return [
+        _speed(form, size, took, best, gmacs, peak[form], took_first[form], dense)
+        for form in runs
+        if not form.limit
+    ]
+
+
+def _forms(
+    dense: Dense,
+    candidates: Sequence[Candidate],
+    images: Tensor,
+    compiled: Compiled,
+    execution: Execution | None,
+) -> tuple[dict[_Form, Run], dict[str, float]]:
+    """The forward passes to time, and the multiply-adds of each model, 10^9 per image."""
+    if compiled != "none":
+        torch.compiler.reset()  # the number of graphs per function is limited
+    runs: dict[_Form, Run] = {_Form(DENSE, False): dense}
+    gmacs = {DENSE: dense_macs(dense, images.shape[1:]) / 1e9}
+    if compiled != "none":
+        runs[_Form(DENSE, True)] = torch.compile(dense.model, dynamic=False)
+    for candidate in candidates:
+        timing, what = candidate.timing(images, execution), candidate.what
+        gmacs[what], runs[_Form(what, False)] = timing.gmacs, timing.run
+        if timing.limit is not None:
+            runs[_Form(what, False, True)] = timing.limit
+        if compiled == "all":
+            runs[_Form(what, True)] = timing.compiled()
+            if timing.limit is not None:
+                runs[_Form(what, True, True)] = torch.compile(timing.limit, dynamic=False)
+    return runs, gmacs
+
+
+def _fresh(images: Tensor, size: int) -> Iterator[Tensor]:
+    """Batches ``(size, C, H, W)`` without end; an image comes again when all had their turn."""
+    generator = torch.Generator().manual_seed(0)
+    waiting = torch.empty(0, dtype=torch.int64)
+    while True:
+        while len(waiting) < size:
+            order = torch.randperm(len(images), generator=generator)
+            waiting = torch.cat([waiting, order])
+        index, waiting = waiting[:size], waiting[size:]
+        yield images[index.to(images.device)]
 
 
 def _speed(
-    what: str, batch: int, took: dict[str, Any], gmacs: dict[str, float], peak_mib: float
+    form: _Form,
+    batch: int,
+    took: dict[_Form, Any],
+    best: Any,
+    gmacs: dict[str, float],
+    peak_mib: float,
+    first: float,
+    dense: Dense,
 ) -> Speed:
-    """A row from the seconds of every round, by name of the forward pass."""
-    low, middle, high = np.quantile(took[DENSE] / took[what], [0.25, 0.5, 0.75]).tolist()
-    cut = took[DENSE] if what == DENSE else took.get(_limit_of(what))
-    limit = None if cut is None else np.median(took[DENSE] / cut).item()
+    """A row from the seconds of every round; ``best``: those of the dense model's fastest form."""
+    low, middle, high = np.quantile(best / took[form], [0.25, 0.5, 0.75]).tolist()
+    cuts = [took[other] for other in took if other.what == form.what and other.limit]
+    limit = None
+    if form.what == DENSE:
+        limit = 1.0
+    elif cuts:
+        limit = np.median(best / min(cuts, key=np.median)).item()
     return Speed(
-        what=what,
+        what=form.what,
         batch=batch,
-        images_per_s=batch / np.median(took[what]).item(),
+        dtype=str(dense.dtype).removeprefix("torch."),
+        compiled=form.compiled,
+        images_per_s=batch / np.median(took[form]).item(),
         speedup=middle,
         speedup_q25=low,
         speedup_q75=high,
-        gmacs=gmacs[what],
+        gmacs=gmacs[form.what],
         gmacs_dense=gmacs[DENSE],
         peak_mib=peak_mib,
         slice_speedup=limit,
         realised_share=None if limit is None else middle / limit,
+        compile_s=first,
     )
 
 
-def timings(candidates: Sequence[Candidate], rounds: int) -> int:
+def timings(candidates: Sequence[Candidate], rounds: int, compiled: Compiled = "none") -> int:
     """Upper bound of the number of timings that :func:`bench` reports to ``progress``."""
-    return (1 + 2 * len(candidates)) * (rounds + 1)
+    forms = {"none": 1, "dense": 2, "all": 2}[compiled]
+    return (forms + 2 * len(candidates) * (1 + (compiled == "all"))) * (rounds + 1)
 
 
-def _limit_of(what: str) -> str:
-    return f"{what}, sliced"
-
-
-def _seconds(ready: Callable[[], Any], device: torch.device, passes: int) -> float:
-    """Mean seconds of one forward pass over ``passes`` in a row."""
-    runs = [ready() for _ in range(passes)]
+def _seconds(run: Run, batches: Sequence[Tensor], device: torch.device) -> float:
+    """Mean seconds of one forward pass over the passes of some batches in a row."""
     _wait(device)
     start = time.perf_counter()
-    for run in runs:
-        run()
+    for images in batches:
+        run(images)
     _wait(device)
-    return (time.perf_counter() - start) / passes
+    return (time.perf_counter() - start) / len(batches)
 
 
 def _wait(device: torch.device) -> None:

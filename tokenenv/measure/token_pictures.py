@@ -37,7 +37,7 @@ def write_token_pictures(
     sources = []
     while not episode.done:
         episode.act(policy.next_action(episode))
-        sources.append(episode.tokens.source)
+        sources.append(episode.tokens.owners)
     assert episode.logits is not None
     owners = torch.stack(sources, 1).cpu().numpy()
     names = class_names(backbone.model)

@@ -40,6 +40,7 @@ class ATS(Reducer):
     tokens: tuple[int, ...] = (108, 80, 60)
     reads: ClassVar[tuple[str, ...]] = ("cls_attention", "value_norms")
     required: ClassVar[tuple[str, ...]] = ("tokens",)
+    traces = False
     usage: ClassVar[str] = (
         "ats:tokens=100[,blocks=3/6/9]: at most 100 stay, sampled by significance (ATS); "
         "tokens=100/80/60 block by block"

@@ -43,6 +43,7 @@ class DiffRate(Reducer):
     reads: ClassVar[tuple[str, ...]] = ("cls_attention",)
     proportional: ClassVar[bool] = True
     required: ClassVar[tuple[str, ...]] = ("prune", "merge")
+    traces = False
     usage: ClassVar[str] = (
         "diffrate:prune=4,merge=4[,blocks=0/1/2]: prunes the tokens of least class attention, "
         "merges the next (DiffRate); prune=6/4/2 block by block"
@@ -64,6 +65,10 @@ class DiffRate(Reducer):
         rest = (tokens - backbone.prefix - self.prune[step]).clamp(min=1)
         merging = (rest - 1).clamp(max=self.merge[step])
         return merging * (rest - merging) * backbone.dim
+
+    def left(self, backbone: Backbone, step: int, visual: int) -> int:
+        """``visual`` less those pruned and merged, at least 1."""
+        return max(max(visual - self.prune[step], 1) - self.merge[step], 1)
 
     def reduce(self, tokens: Tokens, context: Context, step: int) -> Tokens:
         """Prune, then merge."""

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 
 from tokenenv.game.checks import check_keep
-from tokenenv.reducers.base import Reducer, share_of
+from tokenenv.reducers.base import Reducer, share, share_of
 from tokenenv.vit import reduction
-from tokenenv.vit.backbone import Context
+from tokenenv.vit.backbone import Backbone, Context
 from tokenenv.vit.tokens import Tokens
 
 
@@ -38,6 +38,7 @@ class EViT(Reducer):
     fuse: bool = True
     reads: ClassVar[tuple[str, ...]] = ("cls_attention",)
     required: ClassVar[tuple[str, ...]] = ("keep",)
+    traces = False
     usage: ClassVar[str] = (
         "evit:keep=0.7[,blocks=3/6/9][,fuse=0]: keeps the top-k by class attention and fuses the "
         "others into one (EViT); fuse=0 prunes them"
@@ -46,6 +47,10 @@ class EViT(Reducer):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_keep(self.keep)
+
+    def left(self, backbone: Backbone, step: int, visual: int) -> int:
+        """The tokens kept, and the fused one."""
+        return min(visual, share(visual, self.keep) + self.fuse)
 
     def reduce(self, tokens: Tokens, context: Context, step: int) -> Tokens:
         """Keep the tokens of most class attention; fuse or prune the others."""

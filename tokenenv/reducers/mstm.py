@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokenenv.errors import UserError
 from tokenenv.game.checks import check_keep
-from tokenenv.reducers.base import Reducer, share_of
+from tokenenv.reducers.base import Reducer, share, share_of
 from tokenenv.vit import reduction
 from tokenenv.vit.backbone import Backbone, Context
 from tokenenv.vit.tokens import Tokens
@@ -52,6 +52,7 @@ class MSTM(Reducer):
     least: float = -1.0
     reads: ClassVar[tuple[str, ...]] = ("cls_attention", "mean_keys")
     required: ClassVar[tuple[str, ...]] = ("keep",)
+    traces = False
     usage: ClassVar[str] = (
         "mstm:keep=0.7[,blocks=3/6/9][,weight=importance|mean|size|soft]"
         "[,similarity=keys|tokens][,least=-1]: merges the others into the most similar (MSTM)"
@@ -81,6 +82,10 @@ class MSTM(Reducer):
         width = backbone.head_dim(block) if self.similarity == "keys" else backbone.dim
         moves = pairs if self.weight == "soft" else visual - share_of(visual, self.keep)
         return pairs * width + moves * backbone.dim
+
+    def left(self, backbone: Backbone, step: int, visual: int) -> int:
+        """The crucial tokens."""
+        return share(visual, self.keep)
 
     def reduce(self, tokens: Tokens, context: Context, step: int) -> Tokens:
         """Choose the crucial tokens and merge the others into them."""

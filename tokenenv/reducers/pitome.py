@@ -57,6 +57,7 @@ class PiToMe(Reducer):
     reads: ClassVar[tuple[str, ...]] = ("mean_keys",)
     proportional: ClassVar[bool] = True
     required: ClassVar[tuple[str, ...]] = ("keep",)
+    traces = False
     usage: ClassVar[str] = (
         "pitome:keep=0.9[,blocks=0/1/2][,alpha=1]: merges tokens similar to many others (PiToMe)"
     )
@@ -91,6 +92,10 @@ class PiToMe(Reducer):
     def margin(self, step: int) -> float:
         """The margin m in block ``blocks[step]``."""
         return 0.9 - 0.9 * self.blocks[step] / self.depth
+
+    def left(self, backbone: Backbone, step: int, visual: int) -> int:
+        """``ceil(keep visual)``."""
+        return share(visual, self.keep)
 
     def reduce(self, tokens: Tokens, context: Context, step: int) -> Tokens:
         """Merge tokens of the highest energy."""

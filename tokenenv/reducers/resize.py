@@ -34,6 +34,7 @@ class Resize(Reducer):
     blocks: tuple[int, ...] = ()
     size: int = 192
     required: ClassVar[tuple[str, ...]] = ("size",)
+    traces = False
     usage: ClassVar[str] = "resize:size=192: the same model on smaller images"
 
     @classmethod

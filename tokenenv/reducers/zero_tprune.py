@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokenenv.errors import UserError
 from tokenenv.game.checks import check_keep
-from tokenenv.reducers.base import Reducer, share_of
+from tokenenv.reducers.base import Reducer, share, share_of
 from tokenenv.vit import reduction
 from tokenenv.vit.backbone import Backbone, Context
 from tokenenv.vit.tokens import Tokens
@@ -48,6 +48,7 @@ class ZeroTPrune(Reducer):
     rounds: int = 5
     reads: ClassVar[tuple[str, ...]] = ("matrix", "mean_keys")
     required: ClassVar[tuple[str, ...]] = ("keep",)
+    traces = False
     usage: ClassVar[str] = (
         "zerotprune:keep=0.7[,blocks=3/6/9][,alike=0.5][,rounds=5]: prunes by similarity and by "
         "PageRank on the attention graph (Zero-TPrune)"
@@ -66,6 +67,10 @@ class ZeroTPrune(Reducer):
         heads = backbone.attention_dim(block) // backbone.head_dim(block)
         cosines = (tokens - backbone.prefix) ** 2 * backbone.head_dim(block)
         return self.rounds * heads * tokens**2 + cosines
+
+    def left(self, backbone: Backbone, step: int, visual: int) -> int:
+        """``ceil(keep visual)``."""
+        return share(visual, self.keep)
 
     def reduce(self, tokens: Tokens, context: Context, step: int) -> Tokens:
         """Prune the most similar tokens, then the least important ones."""

@@ -1,16 +1,10 @@
-"""Attention of a batch of images, padded or packed, and the class token's row of it."""
+"""Attention of images of equal or padded length, and the class token's row of it."""
 
 from __future__ import annotations
-
-import itertools
-from collections.abc import Sequence
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from tokenenv.vit.tokens import Packing
 
 
 def padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
@@ -62,103 +56,18 @@ def gated(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     return (weight.to(v.dtype) @ v).transpose(1, 2)
 
 
-def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, bias: Tensor | None) -> Tensor:
-    """Attention of packed images on a GPU, each image among its own tokens.
-
-    Images of equal length run in one padded call. Others run in one variable-length kernel if the
-    tensors have half precision, there is no bias, and torch has that kernel (from 2.10);
-    otherwise image by image.
-
-    Args:
-        q: ``(T, heads, dim)`` queries; ``k``, ``v`` likewise.
-        k: keys.
-        v: values.
-        packing: where each image begins and ends.
-        bias: ``(B, 1, 1, N)`` added to the scores of each image's keys, or None.
-
-    Returns:
-        ``(T, heads, dim)``.
-    """
-    longest = max(packing.lengths)
-    if min(packing.lengths) == longest:
-        q, k, v = (t.unflatten(0, (-1, longest)) for t in (q, k, v))
-        return padded(q, k, v, bias).flatten(0, 1)
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and bias is None and _has_varlen():
-        from torch.nn.attention.varlen import varlen_attn
-
-        ends = packing.ends.int()
-        out = varlen_attn(q, k, v, ends, ends, longest, longest)
-        assert isinstance(out, Tensor)
-        return out
-    return one_by_one(q, k, v, packing.lengths, bias)[0]
-
-
-def one_by_one(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Sequence[int],
-    bias: Tensor | None,
-    *,
-    scores: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention of packed images, image by image, which is fastest on a CPU.
-
-    Images of equal length run :data:`_TOGETHER` at a time.
-
-    Args:
-        q: as for :func:`packed`.
-        k: keys.
-        v: values.
-        lengths: number of tokens of each image.
-        bias: as for :func:`packed`, N at least the longest.
-        scores: whether to compute :func:`first_scores`, too, while the keys are in the cache.
-
-    Returns:
-        ``(T, heads, dim)``, and the scores ``(T, heads)`` or None.
-    """
-    longest = max(lengths)
-    even = min(lengths) == longest
-    queries, keys, values = (
-        t.unflatten(0, (-1, longest)).split(_TOGETHER)
-        if even
-        else [image[None] for image in t.split(lengths)]
-        for t in (q, k, v)
-    )
-    rows = itertools.repeat(None) if bias is None else bias.split(_TOGETHER if even else 1)
-    out, products = [], []
-    for query, key, value, row in zip(queries, keys, values, rows, strict=False):
-        row = None if row is None else row[..., : query.shape[1]]
-        out.append(padded(query, key, value, row).flatten(0, 1))
-        if scores:
-            products.append(first_scores(query, key).flatten(0, 1))
-    return torch.cat(out), torch.cat(products) if scores else None
-
-
-_TOGETHER = 16
-"""Images of equal length per call on a CPU: more exceed its caches, fewer cost more calls."""
-
-
-def first_scores(q: Tensor, k: Tensor, packing: Packing | None = None) -> Tensor:
+def first_scores(q: Tensor, k: Tensor) -> Tensor:
     """Dot products of each image's first query with its keys.
 
     Args:
-        q: ``(B, N, heads, dim)`` queries, packed ``(T, heads, dim)``.
+        q: ``(B, N, heads, dim)`` queries.
         k: keys, likewise.
-        packing: how the tokens are packed.
 
     Returns:
-        ``(B, N, heads)`` float32, packed ``(T, heads)``.
+        ``(B, N, heads)`` float32.
     """
-    if packing is not None:
-        own = q.index_select(0, packing.ends[:-1]).index_select(0, packing.image)
-        return (k.float() * own.float()).sum(-1)
     # vecdot reads the keys in place; a matrix product would copy them first.
     return torch.linalg.vecdot(k.float(), q[:, 0, None].float())
-
-
-def _has_varlen() -> bool:
-    return find_spec("torch.nn.attention.varlen") is not None
 
 
 def class_row(score: Tensor, width: int, mask: Tensor | None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from tokenenv.vit import attention, blocks
 from tokenenv.vit.blocks import Wanted
 from tokenenv.vit.dense import Dense
 from tokenenv.vit.families import family_of
-from tokenenv.vit.packing import unpack
+from tokenenv.vit.packing import end_to_end, unpack
 from tokenenv.vit.proof import prove
 from tokenenv.vit.tokens import Tokens
 
@@ -113,10 +113,18 @@ class Backbone(Dense):
         """The parameters' floating-point type."""
         return self.family.parameter.dtype
 
-    def embed(self, images: Tensor) -> Tokens:
-        """Images ``(B, C, H, W)``, normalised -> the tokens before block 0."""
+    def embed(self, images: Tensor, *, trace: bool = True) -> Tokens:
+        """Images ``(B, C, H, W)``, normalised -> the tokens before block 0.
+
+        ``trace``: whether to keep track of which token stands for which patch.
+        """
         x = self.family.embed(images)
-        return Tokens.start(x, self.prefix, keep_one=self.family.pooling != "token")
+        return Tokens.start(x, self.prefix, keep_one=not self.reads_prefix, trace=trace)
+
+    @property
+    def reads_prefix(self) -> bool:
+        """Whether the head reads prefix tokens only, such as the class token."""
+        return self.family.pooling == "token"
 
     def attend(
         self,
@@ -158,7 +166,9 @@ class Backbone(Dense):
             )
         b, packing = self.blocks[block], tokens.packing
         bias = tokens.size_bias if proportional else None
-        mask = tokens.key_mask if bias is None else bias
+        mask = bias
+        if bias is None:
+            mask = tokens.key_mask if packing is None else packing.hidden
         want = Wanted(matrix, keys or matrix, mean_keys, value_norms, cls_attention)
         drop = self.family.attention_drop(block)
         ran = blocks.attend(self._parts, b, tokens, mask if packing is None else bias, want, drop)
@@ -176,6 +186,25 @@ class Backbone(Dense):
             value_norms=lay(ran.value_norms),
             attention=attention.matrix(q, k, mask) if q is not None and k is not None else None,
         )
+
+    def finish(self, tokens: Tokens, *, proportional: bool = False) -> Tensor:
+        """The last block and the head, computed only for the prefix tokens that the head reads.
+
+        Args:
+            tokens: the tokens before the last block.
+            proportional: as for :meth:`attend`.
+
+        Returns:
+            Logits ``(B, classes)``, those of :meth:`attend`, :meth:`feed` and :meth:`classify`.
+        """
+        block = self.blocks[-1]
+        if not (tokens.ragged or tokens.packing or torch.compiler.is_compiling()):
+            tokens = end_to_end(tokens)
+        bias = tokens.size_bias if proportional else None
+        if bias is None and tokens.packing is None:
+            bias = tokens.key_mask
+        x = blocks.attend_prefix(self._parts, block, tokens, bias)
+        return self.classify(replace(tokens, x=self._parts.feed(block, x), packing=None))
 
     def attend_gated(self, block: int, tokens: Tokens, keep: Tensor) -> Tokens:
         """:meth:`attend` that removes tokens by a differentiable factor, for training.
@@ -217,7 +246,7 @@ class Backbone(Dense):
         """``(B, D)`` float32 class token; without one the mean of visual tokens, by size."""
         if self.has_class_token:
             if tokens.packing is not None:
-                return tokens.x.index_select(0, tokens.packing.ends[:-1]).float()
+                return tokens.x.index_select(0, tokens.packing.first).float()
             return tokens.x[:, 0].float()
         tokens = unpack(tokens)
         weight = tokens.size[:, tokens.prefix :] * tokens.visual_alive

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokenenv.vit import attention
-from tokenenv.vit.tokens import Packing, Tokens
+from tokenenv.vit import attention, layout
+from tokenenv.vit.layout import Group, Portion
+from tokenenv.vit.tokens import Tokens
 
 
 class Parts(NamedTuple):
-    """The token-wise parts of a block, for ``(B, N, D)`` and ``(T, D)`` tokens.
+    """The token-wise parts of a block, for ``(B, N, D)`` and ``(R, D)`` tokens.
 
     ``enter``, ``leave`` and ``feed`` are those of a :class:`~tokenenv.vit.families.Family`;
     ``compiled`` says whether they were compiled by ``torch.compile``.
@@ -60,7 +61,7 @@ class Wanted(NamedTuple):
 class Attended(NamedTuple):
     """What a block's attention returns, in the layout of the tokens.
 
-    ``...`` stands for ``(B, N)``, or for ``(T,)`` if the tokens are packed. All fields but ``x``
+    ``...`` stands for ``(B, N)``, or for ``(R,)`` if the tokens are packed. All fields but ``x``
     are None unless wanted.
 
     Attributes:
@@ -80,17 +81,27 @@ class Attended(NamedTuple):
     scores: Tensor | None = None
 
 
-class _Images(NamedTuple):
-    """Some images of a batch: ``(b, N, D)``, or packed ``(t, D)`` with the length of each."""
+class _Bias(NamedTuple):
+    """What is added to the attention scores of packed tokens.
 
-    x: Tensor
-    mask: Tensor | None
-    lengths: tuple[int, ...] | None = None
-    packing: Packing | None = None
+    Attributes:
+        values: ``(B, 1, 1, N)`` for the keys of each image, -inf for padding; or None.
+        everywhere: whether images without padding need it, too.
+    """
+
+    values: Tensor | None
+    everywhere: bool
+
+    def of(self, group: Group) -> Tensor | None:
+        """``(images, 1, 1, length)`` for the images of a group, or None."""
+        if self.values is None or (group.full and not self.everywhere):
+            return None
+        own = self.values if group.members is None else self.values.index_select(0, group.members)
+        return own[..., : group.length]
 
 
 def attend(
-    parts: Parts, block: Any, tokens: Tokens, mask: Tensor | None, want: Wanted, drop: float
+    parts: Parts, block: Any, tokens: Tokens, bias: Tensor | None, want: Wanted, drop: float
 ) -> Attended:
     """Attention and its residual, in portions where that is faster.
 
@@ -98,37 +109,106 @@ def attend(
         parts: the family's functions.
         block: the block's module.
         tokens: the tokens before the block.
-        mask: as for :func:`tokenenv.vit.attention.padded`; for packed tokens only float.
+        bias: as for :func:`tokenenv.vit.attention.padded`; of packed tokens float, or None.
         want: what to return beside the tokens.
         drop: probability of dropping an attention weight; ignored for packed tokens.
     """
-    packing = tokens.packing
-    if not _in_portions(parts, block, tokens):
-        lengths = None if packing is None else packing.lengths
-        return _attend(parts, block, _Images(tokens.x, mask, lengths, packing), want, drop)
-    portions = _padded_portions if packing is None else _packed_portions
-    ran = [_attend(parts, block, images, want, drop) for images in portions(tokens, mask)]
+    small = not _in_portions(parts, block, tokens)
+    if (packing := tokens.packing) is not None:
+        portions = (packing.whole,) if small else packing.portions
+        added = _Bias(packing.hidden if bias is None else bias, bias is not None)
+        ran = [_attend_packed(parts, block, tokens.x, each, added, want) for each in portions]
+    elif small:
+        return _attend_padded(parts, block, tokens.x, bias, want, drop)
+    else:
+        ran = [
+            _attend_padded(parts, block, x, mask, want, drop)
+            for x, mask in _padded_portions(tokens, bias)
+        ]
+    if len(ran) == 1:
+        return ran[0]
     columns: Any = zip(*ran, strict=True)
     joined: Any = (None if column[0] is None else torch.cat(column) for column in columns)
     return Attended(*joined)
 
 
-def _attend(parts: Parts, block: Any, images: _Images, want: Wanted, drop: float) -> Attended:
-    x, mask, lengths, packing = images
+def _attend_padded(
+    parts: Parts, block: Any, x: Tensor, mask: Tensor | None, want: Wanted, drop: float
+) -> Attended:
     h, q, k, v = parts.enter(block, x)
-    scores = None
-    if lengths is None:
-        out = attention.padded(q, k, v, mask, drop)
+    out = attention.padded(q, k, v, mask, drop)
+    scores = attention.first_scores(q, k) if want.scores else None
+    return _attended(parts.leave(block, x, h, out), q, k, v, scores, want)
+
+
+def _attend_packed(
+    parts: Parts, block: Any, x: Tensor, portion: Portion, bias: _Bias, want: Wanted
+) -> Attended:
+    """A portion of packed tokens."""
+    x = x[portion.start : portion.start + portion.rows]
+    kept, used = portion.stop - portion.start, portion.groups[-1].stop
+    h, q, k, v = parts.enter(block, x)
+    out, scores = [], []
+    for group in portion.groups:
+        shape = (group.images, group.length)
+        query, key, value = (t[group.start : group.stop].unflatten(0, shape) for t in (q, k, v))
+        out.append(attention.padded(query, key, value, bias.of(group)).flatten(0, 1))
         if want.scores:
-            scores = attention.first_scores(q, k)
-    elif packing is None or x.device.type == "cpu":
-        out, scores = attention.one_by_one(q, k, v, lengths, mask, scores=want.scores)
-    else:
-        out = attention.packed(q, k, v, packing, mask)
-        if want.scores:
-            scores = attention.first_scores(q, k, packing)
+            scores.append(attention.first_scores(query, key).flatten(0, 1))
+    if used < len(x):  # no image's rows: any finite values
+        out.append(v[used:])
+        scores.append(v[used:, :, 0].float())
+    after = parts.leave(block, x, h, _joined(out))
+    found = _attended(after, q, k, v, _joined(scores) if want.scores else None, want)
+    if kept == len(x):
+        return found
+    cut: Any = (None if values is None else values[:kept] for values in found)
+    return Attended(*cut)
+
+
+def attend_prefix(parts: Parts, block: Any, tokens: Tokens, bias: Tensor | None) -> Tensor:
+    """Attention and its residual, of the prefix tokens alone; arguments as for :func:`attend`.
+
+    They read all tokens, but nothing else is computed for the others.
+
+    Returns:
+        ``(B, prefix, D)``.
+    """
+    packing, prefix = tokens.packing, tokens.prefix
+    if packing is None:
+        h, q, k, v = parts.enter(block, tokens.x)
+        out = attention.padded(q[:, :prefix], k, v, bias)
+        return parts.leave(block, tokens.x[:, :prefix], h[:, :prefix], out)
+    added = _Bias(packing.hidden if bias is None else bias, bias is not None)
+    found: list[tuple[Tensor, ...]] = []
+    small = not _in_portions(parts, block, tokens)
+    for portion in (packing.whole,) if small else packing.portions:
+        x = tokens.x[portion.start : portion.start + portion.rows]
+        h, q, k, v = parts.enter(block, x)
+        for group in portion.groups:
+            x_, h_, query, key, value = (
+                t[group.start : group.stop].unflatten(0, (group.images, group.length))
+                for t in (x, h, q, k, v)
+            )
+            out = attention.padded(query[:, :prefix], key, value, added.of(group))
+            found.append((x_[:, :prefix], h_[:, :prefix], out))
+    x, h, out = (_joined(list(column)) for column in zip(*found, strict=True))
+    after = parts.leave(block, x, h, out)
+    if packing.row is None:
+        return after
+    order = torch.cat([group.members for group in packing.groups if group.members is not None])
+    return after.index_select(0, order.argsort())
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _attended(
+    x: Tensor, q: Tensor, k: Tensor, v: Tensor, scores: Tensor | None, want: Wanted
+) -> Attended:
     return Attended(
-        parts.leave(block, x, h, out),
+        x,
         q if want.queries else None,
         k if want.keys else None,
         mean_head(k) if want.mean_keys else None,
@@ -142,12 +222,19 @@ def feed(parts: Parts, block: Any, tokens: Tokens) -> Tensor:
     if not _in_portions(parts, block, tokens):
         return parts.feed(block, tokens.x)
     rows = tokens.rows
-    portions = rows.tensor_split(math.ceil(len(rows) / _ROWS))
-    return torch.cat([parts.feed(block, rows) for rows in portions]).view(tokens.x.shape)
+    if tokens.packing is None:
+        portions = rows.tensor_split(math.ceil(len(rows) / layout.ROWS))
+        return torch.cat([parts.feed(block, rows) for rows in portions]).view(tokens.x.shape)
+    return torch.cat(
+        [
+            parts.feed(block, rows[each.start : each.start + each.rows])[: each.stop - each.start]
+            for each in tokens.packing.portions
+        ]
+    )
 
 
-_ROWS, _NUMBERS = 2048, 2**17
-"""Tokens per portion on a CPU in inference; a batch of fewer numbers is not split."""
+_NUMBERS = 2**17
+"""A batch of fewer numbers is not split on a CPU."""
 
 
 def _in_portions(parts: Parts, block: Any, tokens: Tokens) -> bool:
@@ -163,29 +250,14 @@ def _in_portions(parts: Parts, block: Any, tokens: Tokens) -> bool:
         return False
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    return len(rows) > _ROWS and rows.numel() > _NUMBERS
+    return len(rows) > layout.ROWS and rows.numel() > _NUMBERS
 
 
-def _padded_portions(tokens: Tokens, mask: Tensor | None) -> Iterator[_Images]:
-    """Portions of about the same number of images."""
-    count = min(math.ceil(len(tokens.rows) / _ROWS), len(tokens.x))
+def _padded_portions(tokens: Tokens, mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Portions of about the same number of images, each with its mask."""
+    count = min(math.ceil(len(tokens.rows) / layout.ROWS), len(tokens.x))
     masks = itertools.repeat(None) if mask is None else mask.tensor_split(count)
-    for x, own in zip(tokens.x.tensor_split(count), masks, strict=False):
-        yield _Images(x, own)
-
-
-def _packed_portions(tokens: Tokens, mask: Tensor | None) -> Iterator[_Images]:
-    """Portions of whole images with about the same number of tokens."""
-    assert tokens.packing is not None
-    lengths, total = tokens.packing.lengths, len(tokens.x)
-    share = total / math.ceil(total / _ROWS)
-    first = start = end = 0
-    for last, length in enumerate(lengths, 1):
-        end += length
-        if end - start >= share or last == len(lengths):
-            own = None if mask is None else mask[first:last]
-            yield _Images(tokens.x[start:end], own, lengths[first:last])
-            first, start = last, end
+    yield from zip(tokens.x.tensor_split(count), masks, strict=False)
 
 
 def mean_head(values: Tensor) -> Tensor:

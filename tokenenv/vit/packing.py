@@ -1,13 +1,15 @@
-"""Layouts of kept tokens: padded to the longest image of the batch, or packed without padding."""
+"""Layouts of kept tokens: padded to the longest image of the batch, or in groups of like length."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from tokenenv.vit.tokens import Packing, Tokens
+from tokenenv.vit.layout import arrange, evenly
+from tokenenv.vit.tokens import Tokens
 
 
 def compact(tokens: Tokens) -> Tokens:
@@ -19,12 +21,8 @@ def compact(tokens: Tokens) -> Tokens:
     if not (tokens.ragged and len(tokens.x)):
         return tokens
     if len(tokens.x) == 1:
-        return _compact_one(tokens)
-    return _compact_to(tokens, tokens.counts().tolist())
-
-
-def _compact_to(tokens: Tokens, lengths: list[int]) -> Tokens:
-    """:func:`compact`, given the number of kept tokens of each image."""
+        return compact_one(tokens)
+    lengths = tokens.counts().tolist()
     shortest, longest = min(lengths), max(lengths)
     if shortest == tokens.x.shape[1]:
         return replace(tokens, ragged=False)
@@ -33,75 +31,111 @@ def _compact_to(tokens: Tokens, lengths: list[int]) -> Tokens:
     return replace(made, x=take(tokens.x, order[:, :longest]), ragged=shortest != longest)
 
 
-def pack(tokens: Tokens) -> Tokens:
-    """Cut out removed tokens, and pack the embeddings if images differ in length.
+def pack(tokens: Tokens, left: int | None = None) -> Tokens:
+    """Cut out removed tokens; the rows of all images lie in few groups of equal length.
 
-    Reads the lengths back from the device. :func:`unpack` of the result equals :func:`compact`,
-    with zeros as padding.
+    :func:`unpack` of the result equals :func:`compact` for all kept tokens.
+
+    Args:
+        tokens: in the padded layout, or packed before tokens were removed.
+        left: number of tokens left of every image if that is known, prefix included; else the
+            lengths are read back from the device.
     """
-    if tokens.packing is not None or not (tokens.ragged and len(tokens.x)):
+    if not (tokens.ragged and len(tokens.alive)):
         return tokens
-    if len(tokens.x) == 1:
-        return _compact_one(tokens)
-    lengths = tokens.counts().tolist()
-    if min(lengths) == max(lengths):
-        return _compact_to(tokens, lengths)
-    return close_up(end_to_end(tokens), tuple(lengths))[0]
+    packed = tokens if tokens.packing is not None else end_to_end(tokens)
+    return close_up(packed, left)[0]
 
 
 def end_to_end(tokens: Tokens) -> Tokens:
     """Padded tokens as packed ones, removed tokens included; a view, nothing is copied."""
     batch, count = tokens.alive.shape
-    place = torch.arange(batch * count, device=tokens.x.device)
-    return replace(tokens, x=tokens.rows, packing=Packing((count,) * batch, place))
+    return replace(tokens, x=tokens.rows, packing=evenly(batch, count, tokens.x.device))
 
 
-def close_up(tokens: Tokens, lengths: tuple[int, ...]) -> tuple[Tokens, Tensor]:
+def close_up(
+    tokens: Tokens, left: int | None = None, order: Tensor | None = None
+) -> tuple[Tokens, Tensor | None]:
     """Packed tokens without those that were removed since they were packed.
 
     Args:
         tokens: packed tokens, some of them no longer ``alive``.
-        lengths: number of kept tokens of each image.
+        left: see :func:`pack`.
+        order: ``(B, N)`` the old place of each new one, removed tokens last; None: as they lie.
 
     Returns:
-        The kept tokens in new memory, and ``(T,)`` the new row of each old row; for the row of a
-        removed token it is meaningless.
+        The kept tokens in new memory, and ``(B, N)`` the new row of each old place, which is
+        meaningless where a token was removed. If no token was removed and none moves: the tokens
+        given, and None.
     """
-    assert tokens.packing is not None
-    longest, device = max(lengths), tokens.x.device
-    stays = tokens.alive.flatten().index_select(0, tokens.packing.place)
-    kept = stays.nonzero()[:, 0]
-    count = torch.tensor(lengths, device=device)
-    alive = torch.arange(longest, device=device) < count[:, None]
-    packing = Packing(lengths, alive.flatten().nonzero()[:, 0])
-    size = tokens.size.flatten().index_select(0, tokens.packing.place.index_select(0, kept))
-    rank = tokens.alive.cumsum(1) - 1
-    source = rank.gather(1, tokens.source.clamp(min=0))
+    old = tokens.packing
+    assert old is not None
+    batch, count = tokens.alive.shape
+    device = tokens.x.device
+    if left is not None:
+        if order is None and old.even and left == count:
+            return replace(tokens, ragged=False), None
+        packing = evenly(batch, left, device)
+    else:
+        lengths = tokens.counts().tolist()
+        if order is None and sum(lengths) == sum(old.lengths):
+            return replace(tokens, ragged=not old.even), None
+        half = device.type == "cpu" and tokens.x.dtype in (torch.bfloat16, torch.float16)
+        packing = arrange(lengths, device, recurs=half)
+    waits = device.type == "cpu" and not torch.compiler.is_compiling()
+    if order is None and (left is None or waits):
+        kept = tokens.alive.flatten().nonzero()[:, 0]
+        if packing.nth is not None:
+            before = torch.tensor([0, *accumulate(packing.lengths[:-1])], device=device)
+            kept = kept.index_select(0, (packing.nth + before[:, None]).flatten())
+        rank = tokens.alive.cumsum(1) - 1
+    else:
+        order = _kept_first(tokens) if order is None else order
+        front = order[:, : packing.longest] if packing.nth is None else order.gather(1, packing.nth)
+        kept = (front + torch.arange(batch, device=device)[:, None] * count).flatten()
+        rank = inverse(order)
+    rows = kept if packing.place is None else kept.index_select(0, packing.place)
+    if old.row is not None:
+        rows = old.row.flatten().index_select(0, rows)
+    shape = (batch, packing.longest)
+    alive, size = packing.alive, tokens.size
+    if tokens.merged:
+        size = size.flatten().index_select(0, kept).view(shape)
+        size = size if packing.even else size * alive
+    else:
+        size = alive.to(size.dtype)
     closed = replace(
         tokens,
-        x=tokens.x.index_select(0, kept),
-        size=packing.unpack(size),
+        x=tokens.x.index_select(0, rows),
+        size=size,
         alive=alive,
-        source=torch.where(tokens.source >= 0, source, -1),
-        ragged=min(lengths) != longest,
+        source=_followed(tokens.source, rank),
+        ragged=not packing.even,
         moved=True,
         packing=packing,
     )
-    return closed, stays.cumsum(0) - 1
+    return closed, rank + packing.first[:, None]
 
 
-def _compact_one(tokens: Tokens) -> Tokens:
+def _followed(source: Tensor | None, place: Tensor) -> Tensor | None:
+    """``source`` after each token went from its index to ``place (B, N)``; pruned stays -1."""
+    if source is None:
+        return None
+    return torch.where(source >= 0, place.gather(1, source.clamp(min=0)), -1)
+
+
+def compact_one(tokens: Tokens) -> Tokens:
     """:func:`compact` of a single image without reading its length, for ``torch.export``."""
     kept = tokens.alive[0].nonzero()[:, 0]
     if torch.compiler.is_compiling():  # torch 2.14 can't export attention of possibly 0 tokens
         torch._check(kept.shape[0] > 0)
-    rank = (tokens.alive[0].cumsum(0) - 1)[tokens.source.clamp(min=0)]
+    rank = tokens.alive.cumsum(1) - 1
     return replace(
         tokens,
         x=tokens.x.index_select(1, kept),
         size=tokens.size.index_select(1, kept),
         alive=tokens.alive.index_select(1, kept),
-        source=torch.where(tokens.source >= 0, rank, -1),
+        source=_followed(tokens.source, rank),
         ragged=False,
         moved=True,
     )
@@ -123,12 +157,11 @@ def reorder(tokens: Tokens, order: Tensor, longest: int) -> Tokens:
         longest: tokens to keep of each row.
     """
     front, rank = order[:, :longest], inverse(order)
-    source = rank.gather(1, tokens.source.clamp(min=0))
     return replace(
         tokens,
         size=tokens.size.gather(1, front),
         alive=tokens.alive.gather(1, front),
-        source=torch.where(tokens.source >= 0, source, -1),
+        source=_followed(tokens.source, rank),
         moved=True,
     )
 

@@ -12,12 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenenv.vit.packing import (
-    close_up,
-    inverse,
-    reorder,
-    take,
-)
+from tokenenv.vit.layout import Packing
+from tokenenv.vit.packing import close_up, inverse, reorder, take
 from tokenenv.vit.tokens import Tokens
 
 
@@ -40,16 +36,13 @@ def prune(tokens: Tokens, keep: Tensor, least: int = 0) -> Tokens:
         enough = kept.sum(1, keepdim=True) >= least
         kept = torch.where(enough, kept, tokens.visual_alive)
     alive = torch.cat([tokens.alive[:, : tokens.prefix], kept], dim=1)
-    owner = kept
-    if tokens.moved:
-        owner = alive.gather(1, tokens.source.clamp(min=0)) & (tokens.source >= 0)
-    return replace(
-        tokens,
-        alive=alive,
-        size=torch.where(alive, tokens.size, tokens.size.new_zeros(())),
-        source=torch.where(owner, tokens.source, -1),
-        ragged=True,
-    )
+    source = tokens.source
+    if source is not None:
+        owner = kept
+        if tokens.moved:
+            owner = alive.gather(1, source.clamp(min=0)) & (source >= 0)
+        source = torch.where(owner, source, -1)
+    return replace(tokens, alive=alive, size=tokens.size * alive, source=source, ragged=True)
 
 
 class Match(NamedTuple):
@@ -80,26 +73,34 @@ def bipartite_match(tokens: Tokens, metric: Tensor, first: int = 0) -> Match:
     Returns:
         One candidate per token of A, ``A = ceil((N - prefix - first) / 2)``.
     """
-    unit = F.normalize(metric[:, tokens.prefix :].float(), dim=-1)
+    unit = normalised(metric[:, tokens.prefix :])
     alive = tokens.visual_alive
-    place = torch.arange(alive.shape[1], device=alive.device).expand_as(alive)
     if tokens.ragged and tokens.packing is None:
         # A and B alternate over the kept tokens, wherever the removed ones are, so that an image
         # is matched alike in every execution and every batch.
         place = torch.sort((~alive).to(torch.uint8), dim=1, stable=True).indices
-        unit = take(unit, place)
-        alive = alive.gather(1, place)
-    if not tokens.ragged:
-        best, choice = _propose(unit, None, first)
-    elif tokens.packing is None:
-        best, choice = _propose(unit, alive, first)
+        best, choice = _propose(take(unit, place), alive.gather(1, place), first)
+        place = place + tokens.prefix
+        # One more partner: an image with a single visual token has none.
+        partner = F.pad(place[:, 1 - first :: 2], (0, 1)).gather(1, choice)
+        return Match(place[:, first::2], partner, best)
+    packing = tokens.packing
+    if packing is not None and packing.row is not None:
+        best, choice = _propose_in_groups(unit, alive, first, packing, tokens.prefix)
     else:
-        visual = [length - tokens.prefix for length in tokens.packing.lengths]
-        best, choice = _propose_in_groups(unit, alive, first, visual)
-    place = place + tokens.prefix
-    # One more partner: an image with a single visual token has none.
-    partner = F.pad(place[:, 1 - first :: 2], (0, 1)).gather(1, choice)
-    return Match(place[:, first::2], partner, best)
+        best, choice = _propose(unit, alive if tokens.ragged else None, first)
+    count = tokens.alive.shape[1]
+    token = torch.arange(tokens.prefix + first, count, 2, device=unit.device)
+    # Where there is no partner, any index will do.
+    partner = (choice * 2 + (tokens.prefix + 1 - first)).clamp(max=count - 1)
+    return Match(token.expand(best.shape), partner, best)
+
+
+def normalised(vectors: Tensor) -> Tensor:
+    """Unit vectors, float32, of ``vectors (..., M)``; zeros stay zeros."""
+    vectors = vectors.float()
+    length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return vectors / length.clamp_(min=1e-12)
 
 
 def _propose(unit: Tensor, alive: Tensor | None, first: int) -> tuple[Tensor, Tensor]:
@@ -115,123 +116,182 @@ def _propose(unit: Tensor, alive: Tensor | None, first: int) -> tuple[Tensor, Te
     """
     one, other = unit[:, first::2], unit[:, 1 - first :: 2].transpose(1, 2)
     if alive is None:
-        score = one @ other
+        score = torch.bmm(one, other)
     else:
         # Adding -inf in the product hides removed tokens with one pass less than a mask.
         score = torch.baddbmm(
             torch.where(alive[:, None, 1 - first :: 2], 0.0, -torch.inf), one, other
         )
-    best, choice = F.pad(score, (0, 1), value=-torch.inf).max(dim=2)
+    if not score.shape[2]:  # a single token has no partner
+        score = F.pad(score, (0, 1), value=-torch.inf)
+    best, choice = score.max(dim=2)
     if alive is not None:
         best = best.masked_fill(~alive[:, first::2], -torch.inf)
     return best, choice
 
 
-_GROUPS = 4
-"""Groups of images of similar length: fewer waste work on padding, more cost calls."""
-
-
 def _propose_in_groups(
-    unit: Tensor, alive: Tensor, first: int, lengths: list[int]
+    unit: Tensor, alive: Tensor, first: int, packing: Packing, prefix: int
 ) -> tuple[Tensor, Tensor]:
-    """:func:`_propose` in groups of images of similar length, whose kept tokens come first.
-
-    The work per image is quadratic in the length of the longest in its group.
-    """
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    images = torch.tensor(order, device=unit.device)
+    """:func:`_propose` group by group: the work is quadratic in a group's length."""
     pairs = alive[:, first::2].shape[1]
-    found, size = [], -(-len(order) // _GROUPS)
-    for start in range(0, len(order), size):
-        group = images[start : start + size]
-        longest = max(lengths[i] for i in order[start : start + size])
-        near, there = (t.index_select(0, group)[:, :longest] for t in (unit, alive))
-        best, choice = _propose(near, there, first)
+    found, order = [], []
+    for group in packing.groups:
+        assert group.members is not None
+        order.append(group.members)
+        near, there = (
+            t.index_select(0, group.members)[:, : group.length - prefix] for t in (unit, alive)
+        )
+        best, choice = _propose(near, None if group.full else there, first)
         missing = (0, pairs - best.shape[1])
         found.append((F.pad(best, missing, value=-torch.inf), F.pad(choice, missing)))
     best, choice = (torch.cat(parts) for parts in zip(*found, strict=True))
-    back = images.argsort()
+    back = torch.cat(order).argsort()
     return best.index_select(0, back), choice.index_select(0, back)
 
 
-def candidates_first(tokens: Tokens, match: Match) -> Tokens:
-    """Order tokens as ToMe's published code does after a merge: kept candidates first.
+def candidates_first(tokens: Tokens, match: Match) -> Tensor:
+    """The order that ToMe's published code gives tokens after a merge: kept candidates first.
 
     After the prefix tokens come the candidates of the match that were kept, then the other kept
     visual tokens, then removed ones. The order matters for the next block's split into A and B.
     Each group stays in its order, except that without prefix tokens the candidates are sorted by
     similarity, the most similar first, as in that code.
+
+    Returns:
+        ``(B, N)`` the old place of each new one.
     """
     candidate = torch.zeros_like(tokens.alive).scatter(1, match.token, True)
-    group = torch.where(tokens.alive, 2 - candidate.long(), 3)
+    group = torch.where(tokens.alive, 2 - candidate.to(torch.uint8), 3)
     group[:, : tokens.prefix] = 0
     if tokens.prefix:
-        order = torch.sort(group, dim=1, stable=True).indices
-    else:
-        score = torch.zeros_like(tokens.size).scatter(1, match.token, match.score)
-        falling = torch.sort(score, dim=1, descending=True, stable=True).indices
-        ranks = torch.sort(group.gather(1, falling), dim=1, stable=True).indices
-        order = falling.gather(1, ranks)
-    return replace(reorder(tokens, order, order.shape[1]), x=take(tokens.x, order))
+        return torch.sort(group, dim=1, stable=True).indices
+    score = torch.zeros_like(tokens.size).scatter(1, match.token, match.score)
+    falling = torch.sort(score, dim=1, descending=True, stable=True).indices
+    ranks = torch.sort(group.gather(1, falling), dim=1, stable=True).indices
+    return falling.gather(1, ranks)
 
 
-def merge(tokens: Tokens, match: Match, accept: Tensor, weight: Tensor | None = None) -> Tokens:
+def merge(
+    tokens: Tokens,
+    match: Match,
+    accept: Tensor,
+    weight: Tensor | None = None,
+    left: int | None = None,
+    shuffle: bool = False,
+) -> Tokens:
     """Merge the accepted candidates into their partners.
 
     A partner becomes the weighted mean of itself and all tokens merged into it; sizes add up, and
     the patches of a merged token become its partner's (ToMe, section 3; weights: size by default).
 
-    Padded tokens do not move. Packed ones are packed again, which reads their lengths back from
-    the device.
+    Padded tokens do not move unless ``shuffle``. Packed ones are packed again, which reads their
+    lengths back from the device unless ``left`` is given.
 
     Args:
         tokens: ``(B, N)`` tokens.
         match: candidate pairs, ``(B, A)`` each.
         accept: ``(B, A)`` bool, which pairs to merge; those with score -inf are never merged.
         weight: ``(B, N)`` non-negative weights of the mean; None for the tokens' sizes.
+        left: number of tokens left of every image if that is known, prefix included; only packed
+            tokens use it, which then need not read their lengths back.
+        shuffle: whether to order the tokens as :func:`candidates_first`.
 
     Returns:
         The tokens, with the merged candidates removed.
     """
-    accept = accept & torch.isfinite(match.score)
+    accept = accept & (match.score > -torch.inf)
+    # Counting the accepted pairs would wait for a GPU, and can't be compiled with the rest.
+    waits = tokens.x.device.type != "cpu" or torch.compiler.is_compiling()
+    if not waits or (tokens.packing is not None and left is None):
+        return _merge_some(tokens, match, accept, weight, left, shuffle)
     weight = (tokens.size if weight is None else weight).float()
     moving = torch.where(accept, weight.gather(1, match.token), 0.0)
     moved_size = torch.where(accept, tokens.size.gather(1, match.token), 0.0)
-
     total = weight.scatter_add(1, match.partner, moving)
     # x_p + sum_a w_a (x_a - x_p) / W_p: exact for a token into which nothing is merged.
     share = (moving / total.gather(1, match.partner).clamp(min=1e-12)).flatten()
     giver, taker = tokens.row(match.token).flatten(), tokens.row(match.partner).flatten()
-    if tokens.packing is not None or tokens.x.device.type == "cpu":
-        # Skip the candidates that are not merged. On other devices that would synchronise.
-        some = accept.flatten().nonzero()[:, 0]
-        share, giver, taker = share[some], giver[some], taker[some]
     x = tokens.rows
     step = share[:, None].to(x.dtype) * (x.index_select(0, giver) - x.index_select(0, taker))
-
     gone = torch.zeros_like(tokens.alive).scatter(1, match.token, accept)
-    alive = tokens.alive & ~gone
-    # The token that now stands for every token's patches: itself, or its partner.
-    itself = torch.arange(alive.shape[1], device=x.device).expand_as(alive)
-    partner = torch.where(accept, match.partner, match.token)
-    target = itself.scatter(1, match.token, partner)
     size = tokens.size.scatter_add(1, match.partner, moved_size)
-    merged = replace(
-        tokens,
-        size=torch.where(alive, size, size.new_zeros(())),
-        alive=alive,
-        source=torch.where(
-            tokens.source >= 0, target.gather(1, tokens.source.clamp(min=0)), tokens.source
-        ),
-        ragged=True,
-        moved=True,
-        merged=True,
-    )
-    if tokens.packing is None:
-        return replace(merged, x=x.index_add(0, taker, step).view_as(tokens.x))
-    closed, now = close_up(merged, tuple(merged.counts().tolist()))
-    closed.x.index_add_(0, now.index_select(0, taker), step)  # in place: it is new memory
+    alive = tokens.alive & ~gone
+    merged = _without(tokens, match, accept, alive, size * alive)
+    merged = replace(merged, x=x.index_add(0, taker, step).view_as(tokens.x))
+    if tokens.packing is not None:
+        return close_up(merged, left, candidates_first(merged, match) if shuffle else None)[0]
+    return _shuffled(merged, match) if shuffle else merged
+
+
+def _merge_some(
+    tokens: Tokens,
+    match: Match,
+    accept: Tensor,
+    weight: Tensor | None,
+    left: int | None,
+    shuffle: bool,
+) -> Tokens:
+    """:func:`merge` that computes the accepted pairs only; their number is read back."""
+    batch, count = tokens.alive.shape
+    some = accept.flatten().nonzero()[:, 0]
+    giver, taker = (index.flatten().index_select(0, some) for index in match[:2])
+    first = some.div(accept.shape[1], rounding_mode="floor") if batch > 1 else None
+    if first is not None:
+        giver, taker = giver + first * count, taker + first * count
+    size = tokens.size.flatten()
+    gone = size.index_select(0, giver)
+    size = size.index_add(0, taker, gone)
+    if weight is None:
+        share = gone / size.index_select(0, taker)
+    else:
+        flat = weight.float().flatten()
+        moving = flat.index_select(0, giver)
+        total = flat.index_add(0, taker, moving).index_select(0, taker)
+        share = moving / total.clamp(min=1e-12)
+    alive = tokens.alive.flatten().index_fill(0, giver, False).view(batch, count)
+    size = size.index_fill_(0, giver, 0.0).view(batch, count)
+    merged = _without(tokens, match, accept, alive, size)
+    x, packing = tokens.rows, tokens.packing
+    if packing is not None and packing.row is not None:
+        row = packing.row.flatten()
+        step = _step(x, row.index_select(0, giver), row.index_select(0, taker), share)
+    else:
+        step = _step(x, giver, taker, share)
+    if packing is None:
+        merged = replace(merged, x=x.index_add(0, taker, step).view_as(tokens.x))
+        return _shuffled(merged, match) if shuffle else merged
+    order = candidates_first(merged, match) if shuffle else None
+    closed, place = close_up(merged, left, order)
+    if place is not None:
+        # In place: it is new memory.
+        closed.x.index_add_(0, place.flatten().index_select(0, taker), step)
     return closed
+
+
+def _step(x: Tensor, giver: Tensor, taker: Tensor, share: Tensor) -> Tensor:
+    """``(m, D)`` what each pair adds to its partner: exact where nothing is merged."""
+    apart = x.index_select(0, giver) - x.index_select(0, taker)
+    return apart.mul_(share[:, None].to(x.dtype))
+
+
+def _without(tokens: Tokens, match: Match, accept: Tensor, alive: Tensor, size: Tensor) -> Tokens:
+    """The tokens after their accepted candidates went to their partners; ``x`` is unchanged."""
+    source = tokens.source
+    if source is not None:
+        # The token that now stands for every token's patches: itself, or its partner.
+        itself = torch.arange(alive.shape[1], device=alive.device).expand_as(alive)
+        partner = torch.where(accept, match.partner, match.token)
+        target = itself.scatter(1, match.token, partner)
+        source = torch.where(source >= 0, target.gather(1, source.clamp(min=0)), source)
+    return replace(
+        tokens, size=size, alive=alive, source=source, ragged=True, moved=True, merged=True
+    )
+
+
+def _shuffled(tokens: Tokens, match: Match) -> Tokens:
+    order = candidates_first(tokens, match)
+    return replace(reorder(tokens, order, order.shape[1]), x=take(tokens.x, order))
 
 
 def fuse(tokens: Tokens, keep: Tensor, weight: Tensor) -> Tokens:
@@ -264,4 +324,6 @@ def strongest(match: Match, count: int | Tensor) -> Tensor:
 def highest(score: Tensor, count: int | Tensor) -> Tensor:
     """``(B, A)`` bool, the ``count`` highest of ``score (B, A)`` in each row; ties: the first."""
     order = torch.sort(score, dim=1, descending=True, stable=True).indices
+    if isinstance(count, int):
+        return torch.zeros_like(score, dtype=torch.bool).scatter_(1, order[:, :count], True)
     return inverse(order) < count

@@ -3,41 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Packing:
-    """How the kept tokens of ``B`` images are concatenated, image after image, without padding.
-
-    Attributes:
-        lengths: number of kept tokens of each of the ``B`` images, on the host; ``T`` is the sum.
-        place: ``(T,)`` position of each packed token in the padded layout, an index into ``B N``.
-    """
-
-    lengths: tuple[int, ...]
-    place: Tensor
-
-    @cached_property
-    def ends(self) -> Tensor:
-        """``(B + 1,)`` cumulative lengths: 0, then the packed index after each image's tokens."""
-        ends = list(accumulate(self.lengths, initial=0))
-        return torch.tensor(ends, device=self.place.device)
-
-    @property
-    def image(self) -> Tensor:
-        """``(T,)`` index of the image that each packed token belongs to."""
-        return self.place // max(self.lengths)
-
-    def unpack(self, values: Tensor) -> Tensor:
-        """``(T, ...)`` -> ``(B, N, ...)``, padded by zeros to the longest image's length N."""
-        batch, longest = len(self.lengths), max(self.lengths)
-        padded = values.new_zeros(batch * longest, *values.shape[1:])
-        return padded.index_copy_(0, self.place, values).unflatten(0, (batch, longest))
+from tokenenv.vit.layout import Packing
 
 
 @dataclass(frozen=True)
@@ -49,12 +19,14 @@ class Tokens:
     pruned, or merged into another token.
 
     Attributes:
-        x: ``(B, N, D)`` token embeddings; ``(T, D)`` if they are packed.
+        x: ``(B, N, D)`` token embeddings; ``(R, D)`` if they are packed.
         size: ``(B, N)`` number of patches that a token stands for; 1 for a prefix token, 0 for a
             removed one.
         alive: ``(B, N)`` bool, True for kept tokens. Removed tokens may be at any position;
             attention never reads them.
-        source: ``(B, P)`` index into ``N`` of the token that stands for each patch, -1 if pruned.
+        source: ``(B, P)`` index into ``N`` of the token that stands for each patch, -1 if pruned;
+            None if nobody asked for it, which saves time.
+        patches: number of patches ``P``.
         prefix: number of prefix tokens.
         keep_one: whether an image needs at least one visual token: attention does if there are no
             prefix tokens, and so does a head that pools visual tokens.
@@ -69,7 +41,8 @@ class Tokens:
     x: Tensor
     size: Tensor
     alive: Tensor
-    source: Tensor
+    source: Tensor | None
+    patches: int
     prefix: int
     keep_one: bool = False
     ragged: bool = False
@@ -78,15 +51,23 @@ class Tokens:
     packing: Packing | None = None
 
     @staticmethod
-    def start(x: Tensor, prefix: int, *, keep_one: bool = False) -> Tokens:
-        """Tokens before block 0: one for each patch, none removed. ``x (B, prefix + P, D)``."""
+    def start(x: Tensor, prefix: int, *, keep_one: bool = False, trace: bool = True) -> Tokens:
+        """Tokens before block 0: one for each patch, none removed.
+
+        Args:
+            x: ``(B, prefix + P, D)`` embeddings.
+            prefix: number of prefix tokens.
+            keep_one: see :class:`Tokens`.
+            trace: whether to keep :attr:`source`.
+        """
         batch, count, _ = x.shape
-        source = torch.arange(prefix, count, device=x.device).expand(batch, -1)
+        source = torch.arange(prefix, count, device=x.device).expand(batch, -1) if trace else None
         return Tokens(
             x=x,
             size=x.new_ones((), dtype=torch.float32).expand(batch, count),
             alive=torch.ones((), dtype=torch.bool, device=x.device).expand(batch, count),
             source=source,
+            patches=count - prefix,
             prefix=prefix,
             keep_one=keep_one or prefix == 0,
         )
@@ -108,7 +89,7 @@ class Tokens:
 
     @property
     def rows(self) -> Tensor:
-        """``(R, D)`` all embeddings as rows, a view of ``x``: R is ``B N``, or ``T`` if packed."""
+        """``(R, D)`` all embeddings as rows, a view of ``x``; R is ``B N`` if not packed."""
         return self.x.flatten(0, -2)
 
     def row(self, index: Tensor) -> Tensor:
@@ -122,8 +103,7 @@ class Tokens:
             ``(B, A)`` int64.
         """
         if self.packing is not None:
-            first, last = self.packing.ends[:-1], len(self.x) - 1
-            return (index + first[:, None]).clamp(max=last)
+            return (index + self.packing.first[:, None]).clamp(max=len(self.x) - 1)
         batch, count = self.alive.shape
         return index + (torch.arange(batch, device=index.device) * count)[:, None]
 
@@ -143,7 +123,7 @@ class Tokens:
             x=self.x[rows],
             size=self.size[rows],
             alive=self.alive[rows],
-            source=self.source[rows],
+            source=None if self.source is None else self.source[rows],
         )
 
     def with_x(self, x: Tensor) -> Tokens:
@@ -154,9 +134,15 @@ class Tokens:
         """``(B,)`` int64 number of kept tokens of each image, prefix included."""
         return self.alive.sum(1)
 
+    @property
+    def owners(self) -> Tensor:
+        """:attr:`source`, which must have been kept."""
+        assert self.source is not None, "the tokens were started without trace"
+        return self.source
+
     def patch_alive(self) -> Tensor:
         """``(B, P)`` bool, whether a kept token stands for each patch."""
-        return self.source >= 0 if self.moved else self.visual_alive
+        return self.owners >= 0 if self.moved else self.visual_alive
 
     def to_patches(self, values: Tensor) -> Tensor:
         """Per-token values ``(B, N - prefix, ...)`` as per-patch values ``(B, P, ...)``.
@@ -165,11 +151,11 @@ class Tokens:
         """
         if not self.moved and not self.ragged:
             return values
-        known = self.patch_alive().reshape(*self.source.shape, *([1] * (values.dim() - 2)))
+        known = self.patch_alive().reshape(*self.owners.shape, *([1] * (values.dim() - 2)))
         if values.shape[1] == 0:
-            return values.new_zeros(*self.source.shape, *values.shape[2:])
+            return values.new_zeros(*self.owners.shape, *values.shape[2:])
         if self.moved:
-            index = (self.source - self.prefix).clamp(min=0).reshape(known.shape)
+            index = (self.owners - self.prefix).clamp(min=0).reshape(known.shape)
             values = values.gather(1, index.expand(-1, -1, *values.shape[2:]))
         return torch.where(known, values, values.new_zeros(()))
 
@@ -180,9 +166,9 @@ class Tokens:
         """
         if not self.moved:
             return values
-        count = self.x.shape[1] - self.prefix
+        count = self.alive.shape[1] - self.prefix
         # Pruned patches write into one extra row that is cut off again.
-        index = torch.where(self.source >= 0, self.source - self.prefix, count)
+        index = torch.where(self.owners >= 0, self.owners - self.prefix, count)
         index = index.reshape(*index.shape, *([1] * (values.dim() - 2))).expand_as(values)
         out = values.new_zeros(values.shape[0], count + 1, *values.shape[2:])
         return out.scatter(1, index, values)[:, :-1]

@@ -24,9 +24,10 @@ def log_relative(values: Tensor, active: Tensor) -> Tensor:
     Returns:
         ``(B, A, 1)``, at least -4; 0 for inactive entries.
     """
-    mean = mean_over(values[..., None], active)
-    relative = (values / mean.clamp(min=1e-12)).clamp(min=1e-12).log().clamp(min=-4.0)
-    return (relative * active)[..., None]
+    weight = active.to(values.dtype)
+    mean = (values * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp_(min=1)
+    relative = values / mean.clamp_(min=1e-12)
+    return relative.clamp_(min=1e-12).log_().clamp_(min=-4.0).mul_(weight)[..., None]
 
 
 def redundancy(tokens: Tokens, context: Context) -> Tensor:

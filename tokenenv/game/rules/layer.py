@@ -22,13 +22,13 @@ def history(moment: Moment) -> Tensor:
     [0, 1].
     """
     counts = torch.stack(moment.counts, 1).float()
-    before, after = counts[:, :-1], counts[:, 1:]
-    left = counts[:, -1] / counts[:, 0]
+    left = counts[:, -1:] / counts[:, :1]
     if moment.step == 0:
-        return torch.stack([left, torch.zeros_like(left), torch.zeros_like(left)], 1)
-    last = 1 - after[:, -1] / before[:, -1].clamp(min=1)
-    interventions = (after < before).sum(1) / (moment.step + 1)
-    return torch.stack([left, last, interventions], 1)
+        return torch.nn.functional.pad(left, (0, HISTORY_DIM - 1))
+    before, after = counts[:, :-1], counts[:, 1:]
+    last = 1 - after[:, -1:] / before[:, -1:].clamp(min=1)
+    interventions = (after < before).sum(1, keepdim=True) / (moment.step + 1)
+    return torch.cat([left, last, interventions], 1)
 
 
 def one_hot_step(moment: Moment, steps: int) -> Tensor:

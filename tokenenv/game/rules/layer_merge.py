@@ -66,6 +66,8 @@ class LayerMerge(Rules):
     proportional: bool = True
     share: bool = True
     shuffle: bool = False
+    packed = True
+    traces = False
     merges: ClassVar[bool] = True
     choices: ClassVar[tuple[str, str]] = ("keep", "merge")
     face_defaults: ClassVar[dict[str, Any]] = {"action": "count"}
@@ -77,11 +79,6 @@ class LayerMerge(Rules):
             raise UserError(f"action='{self.action}': choose 'pairs' or 'count'")
         if len(self.grid) < 2 or self.grid[0] != 0 or list(self.grid) != sorted(set(self.grid)):
             raise UserError(f"grid={self.grid} must increase from 0, such as (0, 4, 8, 16)")
-
-    @property
-    def packed(self) -> bool:  # type: ignore[override]
-        """Whether packed tokens are taken: unless ``shuffle`` changes their order."""
-        return not self.shuffle
 
     @property
     def by_count(self) -> bool:
@@ -119,8 +116,12 @@ class LayerMerge(Rules):
 
     def agents(self, backbone: Backbone) -> int:
         """Number of candidate pairs before anything is merged; 1 with ``count``."""
-        pairs = (backbone.patches + 1 - self._first(backbone.prefix)) // 2
+        pairs = self.candidates(backbone.patches, backbone.prefix)
         return pairs if self.action == "pairs" else 1
+
+    def candidates(self, visual: int, prefix: int) -> int:
+        """Number of candidates among ``visual`` tokens after ``prefix`` others."""
+        return (visual + 1 - self._first(prefix)) // 2
 
     def deciders(self, visual: Tensor) -> Tensor:
         """One per candidate pair; 1 with ``count``."""
@@ -185,14 +186,13 @@ class LayerMerge(Rules):
         """``(B, A, ...)`` -> ``(B, a, ...)`` without the agents that have no candidate now."""
         if self.action == "count":
             return values
-        visual = tokens.alive.shape[1] - tokens.prefix
-        return values[:, : (visual + 1 - self._first(tokens.prefix)) // 2]
+        return values[:, : self.candidates(tokens.alive.shape[1] - tokens.prefix, tokens.prefix)]
 
     def observe(self, backbone: Backbone, moment: Moment, *, state: bool = False) -> Observation:
         """What the agent sees: a row per candidate as they lie, or a single one (``count``)."""
         match = moment.match
         assert match is not None
-        possible = torch.isfinite(match.score)
+        possible = match.score > -torch.inf
         score = torch.where(possible, match.score, 0.0)
         legal = None
         if self.action == "pairs":
@@ -207,7 +207,7 @@ class LayerMerge(Rules):
         if self.share:
             shared = torch.cat([layer.one_hot_step(moment, steps), layer.history(moment)], 1)
         return Observation(
-            agents=own * active[..., None],
+            agents=own * active[..., None] if moment.tokens.ragged or legal is not None else own,
             shared=shared,
             active=active,
             step=moment.step,
@@ -218,42 +218,59 @@ class LayerMerge(Rules):
 
     def _candidates(self, moment: Moment, match: Match, score: Tensor, possible: Tensor) -> Tensor:
         """``(B, A, F)`` the features of every candidate."""
-        tokens, context = moment.tokens, moment.context
-        pair = torch.stack([match.token, match.partner], 2)
-
-        def of_both(values: Tensor) -> Tensor:
-            return values.gather(1, pair.flatten(1)).view_as(pair)
-
+        known = self._of_tokens(moment, match)
         own: list[Tensor] = []
         for name in self.features:
             if name == "similarity":
                 mean = score.sum(1, keepdim=True) / possible.sum(1, keepdim=True).clamp(min=1)
-                own.append(torch.stack([scaled(score), scaled(score - mean + _USUAL)], 2))
-            elif name == "cls_attention":
-                assert context.cls_attention is not None
-                alive = tokens.visual_alive
-                weight = log_relative(context.cls_attention[:, tokens.prefix :], alive)[..., 0]
-                own.append(of_both(torch.cat([weight[:, :1].expand(-1, tokens.prefix), weight], 1)))
-            elif name == "size":
-                own.append(of_both(tokens.size.clamp(min=1).log()))
+                own += [scaled(score), scaled(score - mean + _USUAL)]
             elif name == "token":
-                own.append(_likeness(tokens, match))
+                one, other = known["length"].unbind(1)
+                cosine = _product(moment.tokens, match) / (one * other)
+                own += [scaled(cosine), (one / other).log_()]
+            elif name == "keys":
+                assert moment.context.mean_keys is not None
+                key = moment.context.mean_keys.float()
+                own += [packing.take(key, index) for index in match[:2]]
             else:
-                assert context.mean_keys is not None
-                key = context.mean_keys.float()
-                own.append(packing.take(key, pair.flatten(1)).reshape(*pair.shape[:2], -1))
-        return torch.cat(own, 2)
+                own += known[name].unbind(1)
+        return torch.cat([each if each.dim() == 3 else each[..., None] for each in own], 2)
+
+    def _of_tokens(self, moment: Moment, match: Match) -> dict[str, Tensor]:
+        """``(B, 2, A)`` features that a token has alone, of every candidate and its partner."""
+        tokens, context = moment.tokens, moment.context
+        found: dict[str, Tensor] = {}
+        if "cls_attention" in self.features:
+            assert context.cls_attention is not None
+            attention = context.cls_attention[:, tokens.prefix :]
+            found["cls_attention"] = log_relative(attention, tokens.visual_alive)[..., 0]
+        if "size" in self.features:
+            found["size"] = tokens.size[:, tokens.prefix :].clamp(min=1).log_()
+        if "token" in self.features:
+            length = torch.linalg.vector_norm(tokens.rows, dim=1, dtype=torch.float32)
+            length = length.clamp_(min=1e-6)
+            shape = tokens.alive.shape
+            length = length.view(shape) if tokens.packing is None else tokens.packing.unpack(length)
+            found["length"] = length[:, tokens.prefix :]
+        if not found:
+            return {}
+        pair = torch.stack([match.token, match.partner], 1).flatten(1) - tokens.prefix
+        each = torch.stack(list(found.values()), 1)
+        each = each.gather(2, pair[:, None].expand(-1, len(found), -1))
+        pairs = each.unflatten(2, (2, -1)).unbind(1)
+        return dict(zip(found, pairs, strict=True))
 
     def apply(self, moment: Moment, action: Tensor | None) -> Tokens:
         """Merge. ``action``: ``(B, A)`` 1 for each pair to merge, or ``(B, 1)`` index in grid."""
         assert moment.match is not None and action is not None
         if self.action == "pairs":
-            accept = action == MERGE
+            accept = action if action.dtype == torch.bool else action == MERGE
         else:
             grid = whole_numbers(self.grid, action.device)
             accept = reduction.strongest(moment.match, grid[action])
-        merged = reduction.merge(moment.tokens, moment.match, accept)
-        return reduction.candidates_first(merged, moment.match) if self.shuffle else merged
+        return reduction.merge(
+            moment.tokens, moment.match, accept, left=moment.left, shuffle=self.shuffle
+        )
 
 
 _USUAL, _SPREAD = 0.9, 0.05
@@ -281,17 +298,8 @@ def _curve(score: Tensor, grid: tuple[int, ...]) -> Tensor:
     return torch.where((last < ordered.shape[1]) & (taken > -1.0), scaled(taken), 0.0)
 
 
-def _likeness(tokens: Tokens, match: Match) -> Tensor:
-    """``(B, A, 2)`` cosine of the embeddings of each pair, log ratio of their norms."""
-    one, other = (tokens.row(index).flatten() for index in match[:2])
-    if tokens.packing is not None:  # removed candidates have no rows
-        some = torch.isfinite(match.score).flatten().nonzero()[:, 0]
-        one, other = one[some], other[some]
+def _product(tokens: Tokens, match: Match) -> Tensor:
+    """``(B, A)`` dot product of the embeddings of each pair; any value for a pair that is none."""
     rows = tokens.rows
-    product = rows.index_select(0, one).float().mul_(rows.index_select(0, other)).sum(1)
-    length = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).clamp(min=1e-6)
-    length, others = length.index_select(0, one), length.index_select(0, other)
-    seen = torch.stack([scaled(product / (length * others)), (length / others).log()], 1)
-    if tokens.packing is not None:
-        seen = seen.new_zeros(match.score.numel(), 2).index_copy_(0, some, seen)
-    return seen.view(*match.score.shape, 2)
+    one, other = (rows.index_select(0, tokens.row(index).flatten()) for index in match[:2])
+    return one.float().mul(other).sum(1).view(match.score.shape)

@@ -51,6 +51,7 @@ class LayerPrune(Rules):
     budget_step: int = 2
     selector: Literal["redundancy", "cls_attention"] = "redundancy"
     features: tuple[str, ...] = ("keys",)
+    traces = False
     face_defaults: ClassVar[dict[str, Any]] = {"action": "count"}
 
     def __post_init__(self) -> None:
@@ -174,7 +175,7 @@ class LayerPrune(Rules):
         else:
             active = room >= self.budget_step
             own = tokens.x.new_zeros(len(alive), 1, 0, dtype=torch.float32)
-            budgets = self.budgets(tokens.source.shape[1])
+            budgets = self.budgets(tokens.patches)
             legal = (whole_numbers(budgets, room.device) <= room.clamp(min=0))[:, None]
         key = layer.mean_key(backbone, context.keys, alive, tokens.prefix)
         shared = [key, layer.one_hot_step(moment, steps), layer.history(moment)]
@@ -207,7 +208,7 @@ class LayerPrune(Rules):
             return reduction.prune(tokens, action != PRUNE, least=LEAST)
         alive = tokens.visual_alive
         room = (alive.sum(1, keepdim=True) - LEAST).clamp(min=0)
-        budgets = whole_numbers(self.budgets(tokens.source.shape[1]), action.device)
+        budgets = whole_numbers(self.budgets(tokens.patches), action.device)
         score = self._see(self.selector, moment)[..., 0]
         if self.selector == "cls_attention":
             score = -score

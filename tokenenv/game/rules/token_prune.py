@@ -70,6 +70,11 @@ class TokenPrune(Rules):
         check_blocks(self.blocks)
         check_features(self.features, FEATURES)
 
+    @property
+    def traces(self) -> bool:  # type: ignore[override]
+        """Whether a feature depends on a token's patch."""
+        return bool({"position", "agent_id"} & set(self.features))
+
     @classmethod
     def decision_blocks(cls, depth: int, max_cycles: int | None) -> tuple[int, ...]:
         """``max_cycles`` blocks, 3 by default, spread evenly; never block 0."""
@@ -170,14 +175,12 @@ class TokenPrune(Rules):
         whole = normalised[:, 0] if backbone.has_class_token else mean
         progress = whole.new_zeros(batch, len(self.blocks) + 1)
         progress[:, step] = 1.0
-        progress[:, -1] = moment.counts[-1] / tokens.source.shape[1]
+        progress[:, -1] = moment.counts[-1] / tokens.patches
 
-        if tokens.source.shape[1] != backbone.patches and {"position", "agent_id"} & set(
-            self.features
-        ):
+        if tokens.patches != backbone.patches and self.traces:
             raise UserError(
                 f"features 'position' and 'agent_id' are made for images of {backbone.patches} "
-                f"patches and these have {tokens.source.shape[1]}: leave them out"
+                f"patches and these have {tokens.patches}: leave them out"
             )
         own: list[Tensor] = []
         for name in self.features:
