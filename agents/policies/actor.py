@@ -33,6 +33,7 @@ Decide = Literal["threshold", "systematic"]
 """How probabilities are turned into deterministic actions, see :class:`ActorPolicy`."""
 
 _ILLEGAL = -1e9
+_FEW = 1024  # agents from which it pays to skip the inactive ones
 _UNIT = 2**20  # probabilities as multiples of 1 / _UNIT, because integer sums are exact
 
 
@@ -179,7 +180,8 @@ class ActorPolicy(Trainable):
     def _odds(self, observation: Observation) -> Tensor:
         """Log-odds ``(B, A)`` of the second of two actions."""
         active = observation.active
-        if observation.legal is not None or active.device.type != "cpu" or len(active) == 1:
+        few = active.numel() <= _FEW or active.device.type != "cpu"
+        if observation.legal is not None or few:
             return _difference(self._legal_logits(observation))
         # Skip inactive agents. On other devices that would synchronise.
         some = active.flatten().nonzero()[:, 0]

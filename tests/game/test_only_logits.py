@@ -16,7 +16,8 @@ from tokenenv.vit.backbone import Backbone
 
 KNOWN = (
     "keep-all", "random:keep=0.6", "cls-attention:keep=0.7", "norm:keep=0.5", "tome:r=5",
-    "tome:r=3/9/9/1,shuffle=0", "random-merge:r=4", "evit:keep=0.6", "evit:keep=0.6,fuse=0",
+    "tome:r=3/9/9/1,shuffle=0", "tome:r=3/0/9/1", "tome:r=3/0/9/1,shuffle=0",
+    "random-merge:r=4", "evit:keep=0.6", "evit:keep=0.6,fuse=0",
     "evit:keep=1", "mstm:keep=0.7", "mstm:keep=0.7,least=0.9", "pitome:keep=0.8",
     "zerotprune:keep=0.7", "diffrate:prune=3,merge=2", "diffrate:prune=90,merge=2",
     "tome:r=200", "tome:r=200,shuffle=0", "random-merge:r=200",

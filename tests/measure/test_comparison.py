@@ -257,7 +257,10 @@ def test_a_row_by_hand() -> None:
 
 
 def speed(what: str, batch: int, rate: float) -> Speed:
-    return Speed(what, batch, rate, rate / 10, rate / 11, rate / 9, 1.0, 1.0, 5.0, rate / 8, 0.8)
+    ratios = rate / 10, rate / 11, rate / 9
+    return Speed(
+        what, batch, "float32", False, rate, *ratios, 1.0, 1.0, 5.0, rate / 8, 0.8, compile_s=0.0
+    )
 
 
 def compared(timed: bool = True) -> Comparison:

@@ -151,6 +151,14 @@ class Episode:
         self.step += 1
         self._advance()
 
+    def skip(self) -> None:
+        """Run the model up to the next decision, or to the logits; this one removes nothing."""
+        del self.moment
+        self._context = Context()
+        self.counts = (*self.counts, self._count - self.tokens.prefix)
+        self.step += 1
+        self._advance()
+
     def finish(self, rows: Tensor) -> Tensor:
         """The logits of some images if no further token were removed.
 

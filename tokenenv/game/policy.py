@@ -250,10 +250,10 @@ def play(
     """
     backbone, images = method.reduction.resize(backbone, images)
     execution = execution or default_execution(backbone.device)
-    known = lengths_known(backbone, method)
+    known, reduction = lengths_known(backbone, method), method.reduction
     episode = Episode.start(
         backbone,
-        method.reduction,
+        reduction,
         images,
         execution=execution,
         only_logits=only_logits,
@@ -261,9 +261,13 @@ def play(
     )
     left: int | None = episode.tokens.patches  # those of the images given, of whatever size
     while not episode.done:
+        before = left
+        left = None if left is None else method.left(backbone, episode.step, left)
+        if only_logits and left is not None and left == before and not reduction.reorders:
+            episode.skip()
+            continue
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             action = method.next_action(episode)
-        left = None if left is None else method.left(backbone, episode.step, left)
         episode.act(action, left)
     return episode
 

@@ -48,6 +48,7 @@ class Reduction:
             then returns packed tokens, too.
         traces: whether it may read which token stands for which patch (``Tokens.source``); without
             that, passes that only need logits don't keep track of it.
+        reorders: whether it may move tokens also where it removes none.
         keeps_prefix: whether it leaves the embeddings of prefix tokens as they are. A decision in
             the last block then changes no logits of a model that reads only these.
     """
@@ -56,6 +57,7 @@ class Reduction:
     between: ClassVar[bool] = True
     packed: bool = False
     traces: bool = True
+    reorders: bool = False
     keeps_prefix: ClassVar[bool] = True
 
     def check(self, backbone: Backbone) -> None:

@@ -172,6 +172,8 @@ class Backbone(Dense):
         want = Wanted(matrix, keys or matrix, mean_keys, value_norms, cls_attention)
         drop = self.family.attention_drop(block)
         ran = blocks.attend(self._parts, b, tokens, mask if packing is None else bias, want, drop)
+        if not any(want):
+            return tokens.with_x(ran.x), Context()
 
         def lay(values: Tensor | None) -> Tensor | None:
             return values if packing is None or values is None else packing.unpack(values)

@@ -113,8 +113,13 @@ def attend(
         want: what to return beside the tokens.
         drop: probability of dropping an attention weight; ignored for packed tokens.
     """
-    small = not _in_portions(parts, block, tokens)
-    if (packing := tokens.packing) is not None:
+    small, packing = not _in_portions(parts, block, tokens), tokens.packing
+    if small and packing is not None and packing.even:  # the padded layout, as rows
+        x = tokens.x.view(len(packing.lengths), packing.longest, -1)
+        apart = _attend_padded(parts, block, x, bias, want, drop)
+        rows: Any = (None if each is None else each.flatten(0, 1) for each in apart)
+        return Attended(*rows)
+    if packing is not None:
         portions = (packing.whole,) if small else packing.portions
         added = _Bias(packing.hidden if bias is None else bias, bias is not None)
         ran = [_attend_packed(parts, block, tokens.x, each, added, want) for each in portions]

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 ROWS = 2048
 """Rows that a part of a block takes at a time on a CPU, so that they stay in its caches."""
 
-_PADDING = 16
+_PADDING = 24
 """Rows of padding that cost about as much as the attention of one more group."""
 
 
@@ -138,33 +137,27 @@ def arrange(lengths: Sequence[int], device: torch.device, recurs: bool = False) 
     """
     if len(lengths) == 1:
         return _alone(lengths[0], recurring(lengths[0]) if recurs else lengths[0], device)
-    count = np.asarray(lengths, dtype=np.int64)
-    need = -(-count // 8) * 8 if recurs else count
-    sizes, members = np.unique(need, return_counts=True)
-    tops: list[int] = []  # the lengths of the groups, falling
-    waste = 0
-    for size, number in zip(sizes[::-1].tolist(), members[::-1].tolist(), strict=True):
-        waste += (tops[-1] - size) * number if tops else 0
-        if not tops or waste > _PADDING:
-            tops.append(size)
-            waste = 0
-    if len(tops) == 1 and count.min() == tops[0]:
-        return evenly(len(count), tops[0], device)
-    if len(tops) == 1:
-        first = np.arange(len(count)) * tops[0]
-        groups: tuple[Group, ...] = (Group(0, len(count), tops[0], False, None),)
+    need = [-(-length // 8) * 8 if recurs else length for length in lengths]
+    order = sorted(range(len(need)), key=need.__getitem__, reverse=True)
+    cuts = _cuts([need[image] for image in order])
+    longest = need[order[0]]
+    if len(cuts) == 2 and min(lengths) == longest:
+        return evenly(len(lengths), longest, device)
+    if len(cuts) == 2:
+        groups: tuple[Group, ...] = (Group(0, len(lengths), longest, False, None),)
+        first = [image * longest for image in range(len(lengths))]
     else:
-        groups, first = _sorted_groups(count, tops, device)
+        groups, first = _sorted_groups(lengths, need, order, cuts, device)
     portions = tuple(_portions(groups, recurs, device))
     rows = max(portion.start + portion.rows for portion in portions)
     last = portions[-1]
     portions = (*portions[:-1], last._replace(stop=rows, rows=rows - last.start))
-    place = torch.arange(tops[0], device=device)
-    begin, number = torch.from_numpy(np.stack([first, count])).to(device)[..., None]
+    place = torch.arange(longest, device=device)
+    begin, number = torch.tensor([first, lengths], device=device)[..., None]
     alive = place < number
     nth = torch.minimum(place, number - 1)
     return Packing(
-        tuple(count.tolist()),
+        tuple(lengths),
         groups,
         portions,
         begin[:, 0],
@@ -172,10 +165,21 @@ def arrange(lengths: Sequence[int], device: torch.device, recurs: bool = False) 
         alive,
         even=False,
         nth=nth,
-        place=_places(groups, tops[0], rows, device),
+        place=_places(groups, longest, rows, device),
         row=begin + nth if groups[0].members is not None else None,
         hidden=torch.where(alive, 0.0, -torch.inf)[:, None, None],
     )
+
+
+def _cuts(need: Sequence[int]) -> list[int]:
+    """Where groups begin among falling lengths, and the number of lengths."""
+    cuts, waste = [0], 0
+    for place, length in enumerate(need):
+        waste += need[cuts[-1]] - length
+        if waste > _PADDING:
+            cuts.append(place)
+            waste = 0
+    return [*cuts, len(need)]
 
 
 def _alone(count: int, rows: int, device: torch.device) -> Packing:
@@ -216,25 +220,30 @@ def _places(
         if rows == stop:
             return None
         return torch.nn.functional.pad(torch.arange(stop, device=device), (0, rows - stop))
-    place = torch.zeros(rows, dtype=torch.int64, device=device)
+    inside, found = torch.arange(longest, device=device), []
     for group in groups:
         assert group.members is not None
-        own = group.members[:, None] * longest + torch.arange(group.length, device=device)
-        place[group.start : group.stop] = own.flatten()
-    return place
+        found.append((group.members[:, None] * longest + inside[: group.length]).flatten())
+    found.append(inside[:1].expand(rows - stop))
+    return torch.cat(found)
 
 
 def _sorted_groups(
-    count: NDArray[np.int64], tops: list[int], device: torch.device
-) -> tuple[tuple[Group, ...], NDArray[np.int64]]:
-    """The groups of the lengths ``tops``, falling, and the first row of each image."""
-    groups: list[Group] = []
-    first, start = np.zeros_like(count), 0
-    for top, below in zip(tops, [*tops[1:], 0], strict=True):
-        index = np.flatnonzero((count <= top) & (count > below))
-        first[index] = start + np.arange(len(index)) * top
-        full = bool((count[index] == top).all())
-        groups.append(Group(start, len(index), top, full, torch.from_numpy(index).to(device)))
+    lengths: Sequence[int],
+    need: Sequence[int],
+    order: Sequence[int],
+    cuts: Sequence[int],
+    device: torch.device,
+) -> tuple[tuple[Group, ...], list[int]]:
+    """The groups of the images in ``order``, cut at ``cuts``, and the first row of each image."""
+    groups, first, start = [], [0] * len(order), 0
+    sorted_images = torch.tensor(order, device=device)
+    for begin, end in pairwise(cuts):
+        images, longest = order[begin:end], need[order[begin]]
+        for place, image in enumerate(images):
+            first[image] = start + place * longest
+        full = all(lengths[image] == longest for image in images)
+        groups.append(Group(start, end - begin, longest, full, sorted_images[begin:end]))
         start = groups[-1].stop
     return tuple(groups), first
 

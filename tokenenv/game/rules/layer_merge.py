@@ -81,6 +81,11 @@ class LayerMerge(Rules):
             raise UserError(f"grid={self.grid} must increase from 0, such as (0, 4, 8, 16)")
 
     @property
+    def reorders(self) -> bool:  # type: ignore[override]
+        """Whether tokens are ordered anew after every decision."""
+        return self.shuffle
+
+    @property
     def by_count(self) -> bool:
         """Whether the action is a count."""
         return self.action == "count"
