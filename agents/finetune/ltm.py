@@ -19,7 +19,7 @@ from tokenenv.game.checks import spread_blocks
 from tokenenv.ltm.block import MaskKind
 from tokenenv.ltm.bound import Level, SeparableBound, label_weight
 from tokenenv.ltm.model import LTM, ltm
-from tokenenv.ltm.storage import write_ltm
+from tokenenv.ltm.storage import CONFIG, WEIGHTS, write_ltm
 from tokenenv.measure.evaluation import Evaluation, evaluate_model
 
 _BATCH = 64  # images per batch when statistics are computed
@@ -46,7 +46,7 @@ class LTMStudent(Trainee):
         model: a model with LTM blocks; it is used, not copied.
     """
 
-    files = ("model.safetensors", "ltm.json")
+    files = (WEIGHTS, CONFIG)
     model: LTM
 
     def __init__(self, model: LTM) -> None:

@@ -11,7 +11,7 @@ import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from tokenenv.errors import UserError
+from tokenenv.errors import UserError, check_choice
 from tokenenv.game.cost import measured_macs
 from tokenenv.ltm import families
 from tokenenv.ltm.block import MaskKind, Stack
@@ -175,6 +175,7 @@ class LTM(nn.Module):
         Raises:
             UserError: an unknown feature.
         """
+        check_choice("feature", feature, Feature)
         found: list[Tensor] = []
         if feature == "pooled":
             hook = self.get_classifier().register_forward_pre_hook(
@@ -184,7 +185,7 @@ class LTM(nn.Module):
                 yield found
             finally:
                 hook.remove()
-        elif feature == "blocks":
+        else:
             for stack in self.stacks:
                 stack.record = found
             try:
@@ -192,8 +193,6 @@ class LTM(nn.Module):
             finally:
                 for stack in self.stacks:
                     stack.record = None
-        else:
-            raise UserError(f"feature='{feature}': choose from blocks, pooled")
 
 
 def measure(model: nn.Module, images: Tensor) -> float:

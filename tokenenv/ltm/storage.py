@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +14,7 @@ from tokenenv.data import Preprocessing
 from tokenenv.errors import UserError
 from tokenenv.ltm.block import MaskKind
 from tokenenv.ltm.model import LTM, check_family, ltm
-from tokenenv.storage import check_values
+from tokenenv.storage import check_values, new_folder
 from tokenenv.vit.checkpoint import read_weights
 from tokenenv.vit.dense import evaluating
 from tokenenv.vit.families.vision_transformer import POOLINGS, VisionTransformerFamily
@@ -54,20 +53,9 @@ def save_ltm(model: LTM, folder: str | Path) -> None:
         UserError: the folder is not empty or can't be written, or timm can't rebuild the model
             from its name, classes, image size and pooling.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"'{folder}' exists already: choose another folder")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as place:
-            complete = Path(place, "complete")
-            complete.mkdir()
-            write_ltm(model, complete)
-            _check_twin(model, complete)
-            complete.replace(folder)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cannot write to '{folder}' ({reason}): choose another") from None
+    with new_folder(Path(folder)) as complete:
+        write_ltm(model, complete)
+        _check_twin(model, complete)
 
 
 def write_ltm(model: LTM, folder: Path) -> None:
