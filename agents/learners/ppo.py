@@ -28,6 +28,7 @@ from agents.learners.losses import (
 from agents.learners.rollout import Rollout, advantages, minibatches, pick, stack
 from agents.learners.value_norm import ValueNorm
 from agents.policies.trainable import Columns, Trainable, columns
+from agents.restoring import restore
 from agents.workers import ALONE, Rows, Workers
 from tokenenv.errors import UserError, check_choice
 from tokenenv.game.rules import Observation
@@ -397,11 +398,15 @@ class PPO:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume from :meth:`state_dict`."""
+        """Resume from :meth:`state_dict`.
+
+        Raises:
+            AttributeError, KeyError, RuntimeError, TypeError, ValueError: it is another learner's.
+        """
         self.policy.load_state_dict(state["policy"])
         self.critic.load_state_dict(state["critic"])
         self.value_norm.load_state_dict(state["value_norm"])
-        self.actor_optimiser.load_state_dict(state["actor_optimiser"])
-        self.critic_optimiser.load_state_dict(state["critic_optimiser"])
+        restore(self.actor_optimiser, state["actor_optimiser"])
+        restore(self.critic_optimiser, state["critic_optimiser"])
         self.generator.set_state(state["generator"].cpu())
         self.order.set_state(state["order"].cpu())

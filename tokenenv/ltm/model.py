@@ -96,7 +96,7 @@ class LTM(nn.Module):
         size = _image_size(self.model, image_size)
         options = {"kind": mask, "recursive": recursive, "hard": hard, "blocks": blocks}
         stacks = cut(self.model, ratio, options)
-        self.config = {
+        self.config: dict[str, Any] = {
             "ratio": ratio,
             "mask": mask,
             "blocks": None if blocks is None else list(blocks),
@@ -112,14 +112,18 @@ class LTM(nn.Module):
     @torch.no_grad()
     def _plan(self, stacks: families.Stacks, size: tuple[int, int]) -> None:
         """Make the masks for this image size; a forward pass shows the grids."""
-        first = next(m for m in self.model.modules() if isinstance(m, nn.Conv2d))
-        weight = first.weight
-        image = torch.zeros(1, first.in_channels, *size, device=weight.device, dtype=weight.dtype)
+        weight = next(self.model.parameters())
+        image = torch.zeros(1, self.channels, *size, device=weight.device, dtype=weight.dtype)
         with evaluating(self):
             self(image)
         for stack, dim in stacks:
             stack.plan(dim)
         self.to(weight.device, weight.dtype)
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images."""
+        return next(m for m in self.model.modules() if isinstance(m, nn.Conv2d)).in_channels
 
     @property
     def stacks(self) -> list[Stack | WindowStack]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from tokenenv.artefact import FAULTS, Unfit, Within, check_fields, read_object, reason_of
 from tokenenv.data import Preprocessing
@@ -103,8 +102,7 @@ def load_ltm(folder: str | Path, device: str | torch.device = "cpu") -> LTM:
 
 def _describe(model: LTM) -> dict[str, Any]:
     timm_model = model.model
-    first = next(m for m in timm_model.modules() if isinstance(m, nn.Conv2d))
-    options = {"num_classes": timm_model.num_classes, "in_chans": first.in_channels}
+    options = {"num_classes": timm_model.num_classes, "in_chans": model.channels}
     patches = getattr(timm_model, "patch_embed", None)
     if patches is not None:
         options["img_size"] = list(patches.img_size)
@@ -114,7 +112,7 @@ def _describe(model: LTM) -> dict[str, Any]:
         "model": model.pretrained_cfg.get("architecture") or "",
         "options": options,
         "ltm": model.config,
-        "dtype": str(first.weight.dtype).removeprefix("torch."),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "preprocessing": Preprocessing.of(timm_model).to_json(),
     }
 
