@@ -40,6 +40,20 @@ def state(tmp_path: Path) -> State:
     return State(tmp_path, {"images": IMAGES})
 
 
+def test_a_folder_of_a_process_that_was_killed_at_once(tmp_path: Path) -> None:
+    (tmp_path / ".lock").touch()
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / ".77-ab.part").touch()
+    State(tmp_path, {"images": IMAGES})
+    assert (tmp_path / "state" / "conditions.json").is_file()
+    for other in ("notes.txt", "state/notes.txt"):
+        place = tmp_path / other.replace("/", "-")
+        (place / "state").mkdir(parents=True)
+        (place / other).touch()
+        with pytest.raises(UserError, match="holds other files than a comparison's"):
+            State(place, {"images": IMAGES})
+
+
 def test_a_row_is_read_as_it_was_saved(state: State) -> None:
     state.save("key", saved := row())
     found = state.load("key")

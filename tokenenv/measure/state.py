@@ -68,7 +68,10 @@ class State:
         self.folder, self._images = out / "state", conditions["images"]
         path = self.folder / "conditions.json"
         if not path.is_file():
-            if any(other.name != LOCK for other in out.iterdir()):
+            own = (LOCK, self.folder.name)
+            # A process that was killed may have left a folder without what it was about to write.
+            written = [*out.iterdir(), *self.folder.glob("[!.]*")]
+            if any(other.name not in own for other in written):
                 raise UserError(f"'{out}' holds other files than a comparison's: give a new --out")
             write_json(path, conditions)
         before = read_object(path, {}, _REMEDY)
