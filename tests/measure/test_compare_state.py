@@ -31,7 +31,8 @@ def row(**changes: Any) -> Evaluation:
 
 
 def speed(what: str, batch: int = 4) -> Speed:
-    values = {name: {float: 1.0, int: 1}.get(kind) for name, kind in get_type_hints(Speed).items()}
+    plain: dict[Any, Any] = {float: 1.0, int: 1, bool: False, str: "float32"}
+    values = {name: plain.get(kind) for name, kind in get_type_hints(Speed).items()}
     return Speed(**values | {"what": what, "batch": batch})  # type: ignore[arg-type]
 
 
