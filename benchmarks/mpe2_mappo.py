@@ -50,6 +50,7 @@ from agents import MAPPO, ActorPolicy, MAPPOConfig, PettingZooArena
 from agents.policies.actor import Widths
 from tokenenv.data.pixels import one_line
 from tokenenv.errors import UserError
+from tokenenv.game.figures import new_figure
 from tokenenv.game.rules import Observation, TokenPrune
 from tokenenv.storage import writable_folder, write_json
 
@@ -312,13 +313,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def draw(path: Path, runs: list[dict[str, Any]]) -> None:
     """One panel per task: mean and range over the seeds, a running mean of 5 updates."""
-    # Not pyplot: it keeps figures in memory and looks for a display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     tasks = list(dict.fromkeys(run["task"] for run in runs))
-    figure = Figure(figsize=(5.2 * len(tasks), 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(5.2 * len(tasks), 3.8)
     for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         for number, learner in enumerate(LEARNERS):
             own = [r for r in runs if (r["task"], r["learner"]) == (task, learner)]

@@ -19,14 +19,13 @@ import argparse
 import statistics
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from agents import MAPPO, ActorPolicy, MAPPOConfig
 from agents.policies.actor import Widths
 from tokenenv import AlphaBeta, Backbone, build_game, load_backbone
 from tokenenv.cli.options import positive
+from tokenenv.game.figures import new_figure
 
 BETA = 0.1
 
@@ -87,8 +86,7 @@ def main() -> None:
 
 
 def draw(path: str, shares: tuple[float, ...], rows: list, patches: int) -> None:
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6, 4)
     axis = figure.subplots()
     ratios = [share * patches for share in shares]
     balance = [

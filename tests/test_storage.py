@@ -15,7 +15,7 @@ from command_line import QUICK, mistake
 
 from tokenenv.cli.main import main
 from tokenenv.errors import UserError
-from tokenenv.storage import LOCK, own_folder, write_bytes, write_json
+from tokenenv.storage import LOCK, new_folder, own_folder, write_bytes, write_json
 
 fifos = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs on this system")
 
@@ -145,3 +145,37 @@ def test_the_lock_goes_with_its_command(tmp_path: Path, monkeypatch: pytest.Monk
     for _ in range(2):
         assert main([*words, "--batch", "1", "--rounds", "1"]) == 0
         assert not Path("r", LOCK).exists()
+
+
+# --- new folders -----------------------------------------------------------------------------
+def test_a_new_folder_is_whole_or_not_there(tmp_path: Path) -> None:
+    target = tmp_path / "a" / "b"
+    with pytest.raises(ZeroDivisionError), new_folder(target) as place:
+        (place / "half").touch()
+        raise ZeroDivisionError
+    assert not list((tmp_path / "a").iterdir())
+    with new_folder(target) as place:
+        (place / "file").touch()
+        assert not target.exists()
+    assert [path.name for path in target.iterdir()] == ["file"]
+    assert [path.name for path in target.parent.iterdir()] == ["b"]
+
+
+def test_where_no_new_folder_can_be(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for target, words in (
+        (tmp_path, "exists already: choose another folder"),
+        (tmp_path / "file", "exists already: choose another folder"),
+        (tmp_path / "file" / "below", "choose another"),
+    ):
+        with pytest.raises(UserError, match=words), new_folder(target):
+            pytest.fail("it was given")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_link_to_an_empty_folder_stays(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with new_folder(tmp_path / "link") as place:
+        (place / "file").touch()
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "file").exists()

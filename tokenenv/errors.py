@@ -7,7 +7,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, get_args
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -29,6 +29,16 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``"; did you mean 'model'?"``, the end of a message, or nothing where no word is close."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """Raise :class:`UserError` unless ``value`` is one of ``choices``, a ``Literal`` or a sequence.
+
+    ``name``: what the message calls the value.
+    """
+    known = get_args(choices) or tuple(choices)
+    if value not in known:
+        raise UserError(f"{name}='{value}': choose from {', '.join(map(str, known))}")
 
 
 def check_keywords(function: Callable[P, R]) -> Callable[P, R]:

@@ -177,6 +177,31 @@ def writable_folder(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write to that becomes ``folder`` when this ends; after an error nothing is left.
+
+    Yields:
+        The folder to write to, beside ``folder``.
+
+    Raises:
+        UserError: ``folder`` is a file, holds files, or can't be written.
+    """
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"'{folder}' exists already: choose another folder")
+        target = folder.resolve()  # a link stays one
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as place:
+            complete = Path(place, "complete")
+            complete.mkdir()
+            yield complete
+            complete.replace(target)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write to '{folder}' ({reason}): choose another") from None
+
+
+@contextlib.contextmanager
 def own_folder(folder: Path) -> Iterator[None]:
     """:func:`writable_folder`, which no other process may have at the same time.
 

@@ -19,8 +19,9 @@ from tokenenv.game.checks import spread_blocks
 from tokenenv.ltm.block import MaskKind
 from tokenenv.ltm.bound import Level, SeparableBound, label_weight
 from tokenenv.ltm.model import LTM, ltm
-from tokenenv.ltm.storage import write_ltm
+from tokenenv.ltm.storage import CONFIG, WEIGHTS, write_ltm
 from tokenenv.measure.evaluation import Evaluation, evaluate_model
+from tokenenv.vit.dense import evaluating
 
 _BATCH = 64  # images per batch when statistics are computed
 
@@ -46,7 +47,7 @@ class LTMStudent(Trainee):
         model: a model with LTM blocks; it is used, not copied.
     """
 
-    files = ("model.safetensors", "ltm.json")
+    files = (WEIGHTS, CONFIG)
     model: LTM
 
     def __init__(self, model: LTM) -> None:
@@ -86,9 +87,19 @@ class LTMStudent(Trainee):
         return {"levels": [[level.centroids, level.log_q] for level in self.bound.levels]}
 
     def remember(self, state: dict[str, Any]) -> None:
-        """Restore the bound's statistics."""
+        """Restore the bound's statistics.
+
+        Raises:
+            RuntimeError, ValueError: they are of another model.
+        """
         levels = [[tensor.to(self.device) for tensor in level] for level in state["levels"]]
         self.bound.levels = [Level(*level) for level in levels]
+        if levels:
+            size = (1, self.model.channels, *self.model.config["image_size"])
+            image = torch.zeros(size, device=self.device, dtype=self.dtype)
+            with torch.no_grad(), evaluating(self), self.model.recording() as features:
+                self.model(image)
+                self.bound.loss(features, torch.zeros(1, dtype=torch.long, device=self.device))
 
     def judged(self, clean: ImageSource, held_back: ImageSource) -> dict[str, float]:
         """The bound on held-back images, which are not in its statistics."""

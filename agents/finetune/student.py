@@ -11,11 +11,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from agents.finetune.losses import Played, token_loss
+from agents.policies import POLICY
+from agents.training.run import MODEL
 from tokenenv.data import ImageSource
 from tokenenv.game.episode import Execution
 from tokenenv.game.policy import Method, Policy, play
 from tokenenv.measure.evaluation import Evaluation, evaluate
-from tokenenv.measure.token_pictures import write_token_pictures
+from tokenenv.measure.token_pictures import PICTURE, write_token_pictures
 from tokenenv.storage import write_bytes
 from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.multiscale import MultiScaleEmbed
@@ -34,7 +36,7 @@ class Trainee(nn.Module):
     """
 
     model: Any
-    files: ClassVar[tuple[str, ...]] = ("model.safetensors",)
+    files: ClassVar[tuple[str, ...]] = (MODEL,)
 
     @property
     def device(self) -> torch.device:
@@ -91,7 +93,7 @@ class Trainee(nn.Module):
     def write(self, folder: Path, source: ImageSource) -> None:
         """Write the files of a run folder; pictures show images of ``source``."""
         state = {name: t.detach().cpu().contiguous() for name, t in self.model.state_dict().items()}
-        write_bytes(folder / "model.safetensors", save(state))
+        write_bytes(folder / MODEL, save(state))
 
     def groups(self, weight_decay: float, added_rate: float) -> list[dict[str, Any]]:
         """Parameter groups for timm's optimisers and schedules.
@@ -123,7 +125,7 @@ class Student(Trainee):
         policy: the policy or reducer.
     """
 
-    files = ("model.safetensors", "policy.safetensors", "tokens.png")
+    files = (MODEL, POLICY, PICTURE)
     backbone: Backbone
     policy: Any
 
@@ -175,8 +177,8 @@ class Student(Trainee):
     def write(self, folder: Path, source: ImageSource) -> None:
         """Write model, policy, and a picture of the tokens that are removed."""
         super().write(folder, source)
-        self.policy.save(folder / "policy.safetensors")
-        write_token_pictures(folder / "tokens.png", self.backbone, self.policy, source)
+        self.policy.save(folder / POLICY)
+        write_token_pictures(folder / PICTURE, self.backbone, self.policy, source)
 
 
 def _owner(tokens: Tokens) -> Tensor:

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from agents.finetune.config import FineTuneConfig
 from agents.finetune.losses import logit_loss
 from agents.finetune.student import Trainee
+from agents.restoring import restore
 from agents.workers import ALONE, Workers
+from tokenenv.artefact import Unfit, Within, fits
 from tokenenv.data import Batch, ImageSource
 from tokenenv.errors import UserError
 from tokenenv.vit.dense import Dense
@@ -182,12 +184,18 @@ class FineTuner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume from :meth:`state_dict`."""
+        """Resume from :meth:`state_dict`.
+
+        Raises:
+            AttributeError, KeyError, RuntimeError, TypeError, ValueError: it is another tuner's.
+        """
         self.student.load_state_dict(state["student"])
         self.policy.load_state_dict(state["average"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        restore(self._optimizer, state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
         self.student.remember(state["remembered"])
+        if not fits(state["done"], Within(0, self.config.updates)):
+            raise Unfit(f"{state['done']!r:.40} updates are done")
         self.done = state["done"]
 
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from agents.policies.trainable import Columns
 from tokenenv.game import Game
+from tokenenv.game.dense import CONFIDENCE_DIM
+from tokenenv.game.game import COURSE_DIM
 
 
 class PrivilegedCritic(nn.Module):
@@ -17,9 +19,9 @@ class PrivilegedCritic(nn.Module):
     DORA-pruning's critic (arXiv 2609.34325, "Privileged critic"): a learned value token and the
     tokens, projected to ``width``, go through ``depth`` pre-LN Transformer blocks. The value token
     is concatenated with projections of the numbers about the episode and of the dense logits.
-    There is one value per head of the actor; that of the selector also reads the budget. Among the
-    numbers about the episode are the dense model's probability of the true class and its margin,
-    which need the label; the paper's critic reads the dense model's predictions and no label.
+    There is one value per head of the actor; that of the selector also reads the budget. As in the
+    paper it never reads the label: of the dense model's confidence in the true class, which is in
+    the game's state, it takes no number, and computes those of :func:`certainty` from the logits.
 
     Args:
         game: a game made with ``privileged=True``.
@@ -31,7 +33,9 @@ class PrivilegedCritic(nn.Module):
     def __init__(self, game: Game, heads: Sequence[str], width: int, depth: int) -> None:
         super().__init__()
         dim, classes = game.backbone.dim, game.backbone.classes
-        self._logits = slice(game.state_dim - 3 - classes, game.state_dim - 3)
+        course = game.state_dim - COURSE_DIM
+        self._logits = slice(course - classes, course)
+        self._labelled = slice(self._logits.start - CONFIDENCE_DIM, self._logits.start)
         self.about = nn.Sequential(nn.Linear(game.state_dim - classes, 64), nn.SiLU())
         self.dense = nn.Sequential(nn.Linear(classes, 64), nn.SiLU())
         self.value_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
@@ -56,19 +60,12 @@ class PrivilegedCritic(nn.Module):
         """A value ``(B, 1)`` for each head; without a choice only for the first."""
         state = seen["state"]
         logits = state[:, self._logits]
-        rest = torch.cat([state[:, : self._logits.start], state[:, self._logits.stop :]], 1)
-        about = self.about(rest)
+        own, course = state[:, : self._labelled.start], state[:, self._logits.stop :]
+        about = self.about(torch.cat([own, certainty(logits), course], 1))
         parts = [about, self.dense(logits.log_softmax(1) / 4)]
         if len(self.layers):
             parts.append(self._read(seen["tokens"], about))
-        u = torch.cat(parts, 1)
-        values = {}
-        for name, head in self.values.items():
-            if name != "selector":
-                values[name] = head(u)
-            elif choice is not None:
-                values[name] = head(torch.cat([u, choice["share"]], 1))
-        return values
+        return _values(self.values, torch.cat(parts, 1), choice)
 
     def _read(self, tokens: Tensor, about: Tensor) -> Tensor:
         """``(B, N, D)`` -> ``(B, width)`` the value token after the Transformer."""
@@ -103,14 +100,34 @@ class SymmetricCritic(nn.Module):
         """As :meth:`PrivilegedCritic.forward`."""
         weight = seen["active"] / seen["active"].sum(1, keepdim=True).clamp(min=1)
         mean = (seen["agents"] * weight[..., None]).sum(1)
-        u = torch.cat([mean, seen["shared"]], 1)
-        values = {}
-        for name, head in self.values.items():
-            if name != "selector":
-                values[name] = head(u)
-            elif choice is not None:
-                values[name] = head(torch.cat([u, choice["share"]], 1))
-        return values
+        return _values(self.values, torch.cat([mean, seen["shared"]], 1), choice)
+
+
+def certainty(logits: Tensor) -> Tensor:
+    """How certain a model is of its own prediction, without the label.
+
+    Args:
+        logits: ``(B, K)``.
+
+    Returns:
+        ``(B, 3)`` probability of the most probable class, its margin to the second (0 with a single
+        class), and the entropy of the prediction in nats.
+    """
+    p = logits.softmax(1)
+    top = p.topk(min(2, p.shape[1]), 1).values
+    entropy = -(p * p.clamp(min=1e-12).log()).sum(1, keepdim=True)
+    return torch.cat([top[:, :1], top[:, :1] - top[:, -1:], entropy], 1)
+
+
+def _values(heads: nn.ModuleDict, read: Tensor, choice: Columns | None) -> dict[str, Tensor]:
+    """A value ``(B, 1)`` per head; the selector's needs the choice, whose share it reads, too."""
+    values = {}
+    for name, head in heads.items():
+        if name != "selector":
+            values[name] = head(read)
+        elif choice is not None:
+            values[name] = head(torch.cat([read, choice["share"]], 1))
+    return values
 
 
 def _value(inputs: int) -> nn.Sequential:

@@ -11,6 +11,9 @@ from torch import Tensor
 from agents.policies.trainable import Columns
 from agents.workers import ALONE, Workers
 
+AdvantageNorm = Literal["global", "per_agent"]
+"""Over which agents advantages are normalised, see :func:`normalise_advantage`."""
+
 Size = dict[str, Tensor]
 """The sums that :func:`measure` returns for a minibatch."""
 
@@ -42,9 +45,9 @@ def surgery(
 ) -> list[Tensor | None]:
     """PCGrad (Yu et al. 2020) for two losses: the sum of their projected gradients.
 
-    If the two have a negative dot product, each loses its component along the other. A parameter
-    for which only one loss has a gradient (the other's is None) keeps that gradient as it is; as
-    part of the paper's flat vectors the missing one would be zeros and get its projection there.
+    If the two have a negative dot product, each loses its component along the other. Where only one
+    loss has a gradient (the other's is None), the missing one counts as zeros, as it does in the
+    flat vectors of all parameters that the paper projects.
     """
     pairs = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
     dot = sum(((a * b).sum() for a, b in pairs), torch.zeros(()))
@@ -52,9 +55,12 @@ def surgery(
     lengths = [sum((g**2).sum() for g in part if g is not None) for part in (one, other)]
     result: list[Tensor | None] = []
     for a, b in zip(one, other, strict=True):
-        if a is None or b is None:
-            result.append(a if b is None else b)
+        known = b if a is None else a
+        if known is None:
+            result.append(None)
             continue
+        a = torch.zeros_like(known) if a is None else a
+        b = torch.zeros_like(known) if b is None else b
         first = a - conflict / (lengths[1] + 1e-12) * b
         second = b - conflict / (lengths[0] + 1e-12) * a
         result.append(first + second)
@@ -74,7 +80,7 @@ def masked_mean(values: Tensor, mask: Tensor, count: Tensor | None = None) -> Te
 def normalise_advantage(
     advantage: Tensor,
     active: Tensor,
-    over: Literal["global", "per_agent"],
+    over: AdvantageNorm,
     workers: Workers = ALONE,
 ) -> Tensor:
     """Advantages ``(T, B, A)`` scaled to mean 0 and standard deviation 1 over active agents.
@@ -91,16 +97,25 @@ def normalise_advantage(
     return centred / (squares / count + 1e-10).sqrt()
 
 
-def centre_groups(advantage: Tensor, active: Tensor, repeats: int) -> Tensor:
-    """Subtract from ``(T, B, A)`` the mean over active agents of all repeats of an image.
+def centre_groups(advantage: Tensor, active: Tensor, repeats: int, own: bool = False) -> Tensor:
+    """Subtract from ``(T, B, A)`` a baseline of the image, from all its repeats.
 
-    The mean is over all agents, so that an agent's baseline holds the others' advantages; for
-    independent learners (IPPO) as well.
+    Args:
+        advantage: ``(T, B, A)``; the ``repeats`` copies of an image follow each other in B.
+        active: ``(T, B, A)`` bool, which entries count.
+        repeats: copies of each image.
+        own: whether each agent has a baseline of its own, the mean of its advantages in the
+            repeats in which it is active, as independent learners have to; otherwise it is the
+            mean over all active agents of all repeats.
+
+    Returns:
+        ``(T, B, A)``, 0 where not active.
     """
     groups = (len(advantage), -1, repeats, advantage.shape[2])
     values, mask = advantage.reshape(groups), active.reshape(groups)
-    count = mask.sum((2, 3), keepdim=True).clamp(min=1)
-    mean = torch.where(mask, values, 0.0).sum((2, 3), keepdim=True) / count
+    over = (2,) if own else (2, 3)
+    count = mask.sum(over, keepdim=True).clamp(min=1)
+    mean = torch.where(mask, values, 0.0).sum(over, keepdim=True) / count
     return torch.where(mask, values - mean, 0.0).reshape(advantage.shape)
 
 

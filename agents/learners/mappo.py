@@ -20,11 +20,17 @@ class MAPPOConfig(PPOConfig):
 
     Attributes:
         hidden: widths of the critic's hidden layers.
-        centralised: whether the critic reads the global state; without it this is IPPO.
+        centralised: whether the critic reads the global state; without it this is IPPO, in which
+            each agent has, with ``repeats``, a baseline of its own.
     """
 
     hidden: tuple[int, ...] = (64, 64)
     centralised: bool = True
+
+    @property
+    def own_baseline(self) -> bool:
+        """Whether each agent's baseline holds its own advantages alone: in IPPO."""
+        return not self.centralised
 
 
 class MAPPO(PPO):

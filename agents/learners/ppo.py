@@ -7,13 +7,14 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from agents.learners.arena import Arena, Step
 from agents.learners.losses import (
+    AdvantageNorm,
     Size,
     centre_groups,
     counting,
@@ -27,8 +28,9 @@ from agents.learners.losses import (
 from agents.learners.rollout import Rollout, advantages, minibatches, pick, stack
 from agents.learners.value_norm import ValueNorm
 from agents.policies.trainable import Columns, Trainable, columns
+from agents.restoring import restore
 from agents.workers import ALONE, Rows, Workers
-from tokenenv.errors import UserError
+from tokenenv.errors import UserError, check_choice
 from tokenenv.game.rules import Observation
 
 
@@ -67,8 +69,8 @@ class PPOConfig:
         advantage_norm: normalise advantages over all active agents (``global``), or for each agent
             separately (``per_agent``).
         repeats: number of consecutive images in the batch that are the same; the mean advantage of
-            such a group, over all its agents (for IPPO, too), is subtracted, which removes the
-            image's own effect on the reward.
+            such a group is subtracted, which removes the image's own effect on the reward: the
+            mean over all its agents, or each agent's own with :attr:`own_baseline`.
         max_grad_norm: largest gradient norm of the actor and of the critic.
 
     Raises:
@@ -87,7 +89,7 @@ class PPOConfig:
     huber_delta: float = 10.0
     value_clip: bool = True
     value_norm: bool = True
-    advantage_norm: Literal["global", "per_agent"] = "global"
+    advantage_norm: AdvantageNorm = "global"
     repeats: int = 1
     max_grad_norm: float = 10.0
 
@@ -95,10 +97,12 @@ class PPOConfig:
         for name in ("steps", "epochs", "minibatches", "repeats"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.advantage_norm not in ("global", "per_agent"):
-            raise UserError(
-                f"advantage_norm='{self.advantage_norm}': choose 'global' or 'per_agent'"
-            )
+        check_choice("advantage_norm", self.advantage_norm, AdvantageNorm)
+
+    @property
+    def own_baseline(self) -> bool:
+        """Whether each agent's baseline holds its own advantages alone, see ``repeats``."""
+        return False
 
 
 class PPO:
@@ -292,7 +296,7 @@ class PPO:
             if name != first:
                 advantage = torch.where(mask, returns - value[name], 0.0)
             if c.repeats > 1:
-                advantage = centre_groups(advantage, mask, c.repeats)
+                advantage = centre_groups(advantage, mask, c.repeats, c.own_baseline)
             extra[name] = normalise_advantage(advantage, mask, c.advantage_norm, self.workers)
         return extra
 
@@ -394,11 +398,15 @@ class PPO:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume from :meth:`state_dict`."""
+        """Resume from :meth:`state_dict`.
+
+        Raises:
+            AttributeError, KeyError, RuntimeError, TypeError, ValueError: it is another learner's.
+        """
         self.policy.load_state_dict(state["policy"])
         self.critic.load_state_dict(state["critic"])
         self.value_norm.load_state_dict(state["value_norm"])
-        self.actor_optimiser.load_state_dict(state["actor_optimiser"])
-        self.critic_optimiser.load_state_dict(state["critic_optimiser"])
+        restore(self.actor_optimiser, state["actor_optimiser"], fixed=True)
+        restore(self.critic_optimiser, state["critic_optimiser"], fixed=True)
         self.generator.set_state(state["generator"].cpu())
         self.order.set_state(state["order"].cpu())

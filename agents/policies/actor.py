@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from agents.policies.networks import SharedMLP
 from agents.policies.trainable import Columns, Head, Trainable
 from agents.workers import WHOLE, Rows
 from tokenenv.artefact import check_annotated
-from tokenenv.errors import UserError
+from tokenenv.errors import UserError, check_choice
 from tokenenv.game.checks import check_threshold
 from tokenenv.game.rules import RULES, Observation, Rules
 from tokenenv.game.stored import describe, remake
@@ -103,8 +103,7 @@ class ActorPolicy(Trainable):
         self.rules, self.widths, self.hidden = rules, widths, tuple(hidden)
         self.actions, self.threshold = actions, check_threshold(threshold)
         self.trained_on = trained_on
-        if decide not in get_args(Decide):
-            raise UserError(f"decide='{decide}': choose from {', '.join(get_args(Decide))}")
+        check_choice("decide", decide, Decide)
         self.decide = decide
         self.actor = SharedMLP(widths.own, widths.shared, hidden, actions, gain=0.01)
         self.skip = nn.Linear(widths.own, 1, bias=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from agents.policies.trainable import Columns, Head, Trainable, columns
 from agents.workers import WHOLE, Rows
 from tokenenv.artefact import check_annotated
-from tokenenv.errors import UserError
+from tokenenv.errors import UserError, check_choice
 from tokenenv.game.checks import check_threshold
 from tokenenv.game.rules import LayerPrune, Observation
 from tokenenv.game.rules.layer_prune import LEAST
@@ -70,8 +70,7 @@ class GatedPolicy(Trainable):
         trained_on: str = "",
     ) -> None:
         super().__init__()
-        if selector not in (known := get_args(Selector)):
-            raise UserError(f"selector='{selector}': choose from {', '.join(known)}")
+        check_choice("selector", selector, Selector)
         self.rules, self.widths, self.width = rules, widths, width
         self.chooser, self.threshold = selector, check_threshold(threshold)
         self.trained_on = trained_on

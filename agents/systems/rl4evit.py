@@ -33,7 +33,8 @@ class RL4EViTConfig(PolicyConfig):
         class_reward: RL4EViT's class reward, paid for ``each`` decision or the ``final`` one.
         targets: shares of the tokens to keep after each decision (``keep_target``); empty: 0.7,
             0.49, 0.343.
-        centralised: whether the critic observes the global state (MAPPO) or not (IPPO).
+        centralised: whether the critic observes the global state (MAPPO), in which two numbers
+            need the label, see :func:`~tokenenv.game.dense.confidence`; or not (IPPO).
         hidden: widths of the actor's and critic's hidden layers.
         initial_keep: probability of keeping a token of mean class attention before training.
         lean: slope of the log-odds of keeping a token over ``cls_attention`` before training, if

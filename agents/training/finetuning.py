@@ -12,7 +12,7 @@ from agents.finetune.augment import augmentation
 from agents.finetune.config import FineTuneConfig
 from agents.finetune.tuner import FineTuner
 from agents.training.held_back import HeldBack
-from agents.training.plots import plot_history
+from agents.training.plots import CURVE, plot_history
 from agents.training.request import Request
 from agents.training.run import REPORT, Run
 from agents.training.run_folder import events, progress_json, write_config
@@ -115,8 +115,7 @@ class FineTuning:
             f"{len(self.source) - len(held_back)} images of {self.source.name}, {len(held_back)} "
             f"held back to compare weights{together}; Ctrl-C stops early and keeps the best"
         )
-        for _ in self.judge.prepare():
-            pass
+        self.judge.prepare()
         held_back.check_readable()
         config = write_config(self.out, self.request, self.trainer)
         with events(self.out, self.trainer) as log:
@@ -146,7 +145,7 @@ class FineTuning:
             "frozen": False,
         }
         write_json(out / REPORT, report)
-        plot_history(out / "curve.png", trainer.history, None, shown="loss")
+        plot_history(out / CURVE, trainer.history, None, shown="loss")
         print_result(final, result, frozen=False)
         print_parameters(counts["parameters"], counts["parameters_dense"])
         bounds = [row["bound"] for row in trainer.history if "bound" in row]
@@ -158,7 +157,7 @@ class FineTuning:
             print("  the weights were chosen on these images: evaluate on others for a fair number")
         print(
             f"fine-tuned {trainer.done} updates in {tqdm.format_interval(trainer.seconds)}; "
-            f"{', '.join(student.files)}, report.json and curve.png are in {out}"
+            f"{', '.join(student.files)}, {REPORT} and {CURVE} are in {out}"
         )
         return report
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -12,7 +12,7 @@ from agents.training.judgement import Judgement
 from agents.workers import ALONE, Workers
 from tokenenv.data import ImageSource
 from tokenenv.game.policy import Method
-from tokenenv.measure.evaluation import Evaluation, evaluate
+from tokenenv.measure.evaluation import Evaluation, dense_predictions, evaluate
 from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.dense import Dense
 
@@ -40,15 +40,9 @@ class HeldBack:
     def __len__(self) -> int:
         return len(self._share)
 
-    def prepare(self) -> Iterator[int]:
-        """Predict with the dense model; yields the number of images done since."""
-        for index in torch.arange(len(self._share)).split(64):
-            batch = self._share.batch(index)
-            if len(batch.index):
-                images = batch.images.to(self.backbone.device, self.backbone.dtype)
-                with torch.inference_mode():
-                    self._dense[batch.index] = self.backbone(images).argmax(1).cpu()
-            yield len(index)
+    def prepare(self, progress: Callable[[int], object] = lambda n: None) -> None:
+        """Predict with the dense model; ``progress``: called with the number of images done."""
+        self._dense = dense_predictions(self.backbone, self._share, progress=progress)
 
     def __call__(self, policy: Method) -> Judgement:
         """Saving, loss and drop of the deterministic policy on all held-back images."""

@@ -5,6 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tokenenv.game.figures import new_figure, png
+from tokenenv.storage import write_bytes
+
+CURVE = "curve.png"
+"""Its name in a run folder."""
+
 _TITLES = {"reward": "reward per agent and episode", "loss": "loss"}
 _KEPT = {"reward": "decisions that keep, %", "loss": "tokens left at the end, %"}
 
@@ -20,15 +26,11 @@ def plot_history(
         target_saving: percent, drawn as a line; None: no target.
         shown: ``reward`` or ``loss``, the quantity that the updates optimise.
     """
-    # Not pyplot: it keeps figures, and looks for a display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     rollouts = [row for row in history if "keep" in row]
     judged = [row for row in history if "saving" in row]
-    figure = Figure(figsize=(9.5, 5.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9.5, 5.6)
     axes = figure.subplots(2, 2, sharex=True)
     for axis, rows, key, factor, style, title in (
         (axes[0, 0], rollouts, shown, 1, "C0-", f"training: {_TITLES[shown]}"),
@@ -45,4 +47,4 @@ def plot_history(
         axes[1, 0].legend(fontsize=8)
     for axis in axes[1]:
         axis.set_xlabel("update")
-    figure.savefig(path, dpi=120)
+    write_bytes(path, png(figure))

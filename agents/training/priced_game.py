@@ -7,7 +7,11 @@ from typing import Any
 from agents.policies.trainable import Trainable
 from agents.systems.base import PolicyConfig
 from agents.training.judgement import Judge, Judgement
+from tokenenv.artefact import Unfit, Within, fits
 from tokenenv.game import Game
+
+_MOST = 1e9
+"""The largest price that a checkpoint may hold."""
 
 
 class PricedGame:
@@ -37,7 +41,15 @@ class PricedGame:
         return {"stream": self.game.stream.state_dict(), "price": self.game.reward.price}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
+        """Restore what :meth:`state_dict` returned.
+
+        Raises:
+            ArithmeticError, KeyError, TypeError, ValueError: it is no such state.
+        """
         self.game.stream.load_state_dict(state["stream"])
         if self.game.reward.price is not None:
-            self.game.reward = self.game.reward.with_price(state["price"])
+            price = state["price"]
+            if not fits(price, Within(0.0, _MOST)):
+                raise Unfit(f"the reward's price is {price!r:.40}")
+            self._config.next_price(price, Judgement(0.0, 0.0, 0.0))  # raises if none follows
+            self.game.reward = self.game.reward.with_price(price)

@@ -12,7 +12,7 @@ from agents.policies import POLICY
 from agents.systems.base import PolicyConfig
 from agents.training.held_back import HeldBack
 from agents.training.judgement import Judgement, calibrate
-from agents.training.plots import plot_history
+from agents.training.plots import CURVE, plot_history
 from agents.training.priced_game import PricedGame
 from agents.training.request import Request
 from agents.training.run import REPORT, Run
@@ -29,7 +29,7 @@ from tokenenv.measure.printing import (
     print_result,
     report_skipped,
 )
-from tokenenv.measure.token_pictures import write_token_pictures
+from tokenenv.measure.token_pictures import PICTURE, write_token_pictures
 from tokenenv.storage import write_json
 
 
@@ -136,8 +136,8 @@ class PolicyTraining:
             "frozen_backbone": True,
         }
         write_json(out / REPORT, report)
-        plot_history(out / "curve.png", trainer.history, self.config.target_saving)
-        write_token_pictures(out / "tokens.png", self.backbone, policy, final)
+        plot_history(out / CURVE, trainer.history, self.config.target_saving)
+        write_token_pictures(out / PICTURE, self.backbone, policy, final)
         print_result(final, result)
         if on_held_back:
             print(
@@ -145,7 +145,7 @@ class PolicyTraining:
             )
         print(
             f"trained {trainer.done} updates in {tqdm.format_interval(trainer.seconds)}; "
-            f"policy, report.json, curve.png and tokens.png are in {out}"
+            f"policy, {REPORT}, {CURVE} and {PICTURE} are in {out}"
         )
         return report
 
@@ -180,9 +180,9 @@ def run_dense_model(game: Game, judge: HeldBack, workers: Workers) -> None:
     """Compute the dense model's outputs for every image once, and share them among processes."""
     total = len(game.source) // workers.count + len(judge)
     with tqdm(total=total, unit="image", desc="dense model", leave=False, disable=None) as bar:
-        for part in (game.prepare(), judge.prepare()):
-            for done in part:
-                bar.update(done)
+        for done in game.prepare():
+            bar.update(done)
+        judge.prepare(bar.update)
     if workers.count > 1:
         for unreadable, found in workers.gather((game.source.unreadable, game.answers.export())):
             game.source.unreadable.update(unreadable)

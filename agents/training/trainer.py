@@ -18,7 +18,7 @@ from tqdm import tqdm
 from agents.systems.settings import word
 from agents.training.judgement import Judge, Judgement
 from agents.workers import ALONE, Workers
-from tokenenv.artefact import FAULTS, Within, check_fields, reason_of
+from tokenenv.artefact import FAULTS, Unfit, Within, check_fields, fits, reason_of
 from tokenenv.errors import UserError
 from tokenenv.storage import (
     check_values,
@@ -38,6 +38,8 @@ _SAVED = {
     "state": dict,
 }
 """What a checkpoint says beside its tensors."""
+
+_JUDGED = get_type_hints(Judgement)
 
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 
@@ -146,7 +148,17 @@ class Trainer:
                 self._save(clock)
 
     def _evaluate(self, log: Log, clock: _Clock) -> None:
-        """Judge the policy, keep it if it is the best so far, print a line, save a checkpoint."""
+        """Judge the policy, keep it if it is the best so far, print a line, save a checkpoint.
+
+        Raises:
+            UserError: a weight is not finite.
+        """
+        for name, tensor in self.learner.policy.state_dict().items():
+            if not tensor.isfinite().all():  # the same in every process
+                raise self.workers.mistake(
+                    f"training diverged ('{name}' is not finite after {self.done} updates): "
+                    "use a smaller learning rate"
+                )
         found = self.judge(self.learner.policy)
         better = found.beats(self.best, self.target_saving, self.target_drop)
         if better:
@@ -206,7 +218,7 @@ class Trainer:
         tensors, saved = read_tensors(path)
         try:
             check_fields(saved, _SAVED)
-            check_fields(saved["best"], get_type_hints(Judgement), closed=True)
+            check_fields(saved["best"], _JUDGED, closed=True)
             state = unflatten_state(saved["state"], tensors)
             check_same(saved["config"], self.config, self.out)
             self._check_values(tensors, path)
@@ -215,6 +227,8 @@ class Trainer:
             # process skipped unreadable images. With another number all take the first one's.
             orders, rank = state["orders"], self.workers.rank
             self.order.load_state_dict(orders[rank if len(orders) == self.workers.count else 0])
+            _check_best(state["best_state"], self.learner.policy.state_dict())
+            _check_history(saved["history"], saved["done"], self.shown)
             self.best_state = state["best_state"]
             self.done, self.seconds = saved["done"], saved["seconds"]
             self.history = saved["history"]
@@ -234,6 +248,31 @@ class Trainer:
         now = {"learner": self.learner.state_dict(), "best_state": policy}
         flatten_state("state", now, own)
         check_values(tensors, own, f"'{path}'", "start with another --out")
+
+
+def _check_best(best: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """Raise Unfit unless the tensors are those of the policy's state."""
+    if {name: tensor.shape for name, tensor in best.items()} != {
+        name: tensor.shape for name, tensor in own.items()
+    }:
+        raise Unfit("the best policy's tensors are not of this policy's shapes")
+
+
+def _check_history(history: list[dict[str, Any]], done: int, shown: str) -> None:
+    """Raise Unfit unless the rows are those of a training after ``done`` updates."""
+    updated = dict.fromkeys((shown, "keep"), float)
+    for row in history:
+        if not fits(row, dict[str, float]):
+            raise Unfit(f"a row of 'history' is {row!r:.40}")
+        check_fields(row, {"update": Within(0, done)})
+        if "saving" in row:
+            check_fields(row, _JUDGED)
+        else:
+            check_fields(row, updated)
+    if not history or history[-1]["update"] != done:
+        raise Unfit(f"'history' does not end with update {done}")
+    if done and not any(row["update"] == done and "keep" in row for row in history):
+        raise Unfit(f"'history' lacks update {done}")
 
 
 def check_same(saved: dict[str, Any], now: dict[str, Any], out: Path) -> None:

@@ -17,10 +17,12 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import agents
+from agents.learners.critic import certainty
 from agents.learners.ppo import PPO, centre_groups, normalise_advantage, surgery
 from agents.learners.rollout import Columns
 from agents.policies import load_policy
 from agents.policies.gated import GatedPolicy
+from agents.policies.trainable import columns
 from agents.systems.dora import DoraConfig, DoraPruneConfig
 from agents.systems.rl4evit import RL4EViTConfig
 from agents.systems.settings import preset, with_settings
@@ -56,6 +58,14 @@ def test_surgery_by_hand() -> None:
     assert cut([2.0, 0.0, 0.0], [-1.0, 0.0, 0.0]) == pytest.approx([0.0, 0.0, 0.0], abs=1e-6)
     lone = torch.tensor([1.0])
     assert surgery((lone, None, None), (None, lone, None)) == [lone, lone, None]
+    # A gradient that is missing is one of zeros.
+    for one, other in (([1.0, 1.0], [-1.0, 0.0]), ([-1.0, 0.0], [1.0, 1.0])):
+        parts = [
+            tuple(None if number == 0 else torch.tensor([number]) for number in vector)
+            for vector in (one, other)
+        ]
+        found = torch.cat(surgery(*parts)).tolist()
+        assert found == pytest.approx([-0.5, 1.5]) == cut([*one, 0.0], [*other, 0.0])[:2]
 
 
 def test_what_is_left_of_two_gradients_does_not_conflict() -> None:
@@ -377,6 +387,24 @@ def test_the_critic_of_the_selector_is_told_how_many_leave(backbone: Backbone) -
         assert {name: v.shape for name, v in values.items()} == dict.fromkeys(policy.heads, (12, 1))
         for name in policy.heads:
             assert torch.equal(values[name], other[name]) == (name != "selector")
+
+
+@torch.no_grad()
+def test_the_critic_does_not_know_the_label(backbone: Backbone) -> None:
+    game, policy, config = pruner(backbone)
+    critic = config.learner(policy, game, 0).critic
+    batch = game.stream.next()
+    seen = columns(game.reset(batch))
+    wrong = batch._replace(labels=(batch.labels + 1) % 10)
+    other = columns(game.reset(wrong))
+    assert not torch.equal(seen["state"], other["state"])
+    assert torch.equal(critic(seen, None)["gate"], critic(other, None)["gate"])
+    for logits, known in (
+        (torch.tensor([[2.0, 0.0, 0.0]]), [0.7870, 0.6805, 0.6657]),
+        (torch.zeros(1, 4), [0.25, 0.0, 1.3863]),
+        (torch.zeros(1, 1), [1.0, 0.0, 0.0]),
+    ):
+        assert_close(certainty(logits), torch.tensor([known]), atol=1e-3, rtol=0)
 
 
 @torch.no_grad()

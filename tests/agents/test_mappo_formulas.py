@@ -7,13 +7,15 @@ from helpers import small
 from torch.testing import assert_close
 
 from agents.learners.arena import PettingZooArena
-from agents.learners.mappo import MAPPOConfig
+from agents.learners.mappo import MAPPO, MAPPOConfig
 from agents.learners.ppo import centre_groups, normalise_advantage, policy_loss, value_loss
 from agents.learners.rollout import advantages
 from agents.learners.value_norm import ValueNorm
+from agents.policies.actor import ActorPolicy, Widths
 from agents.policies.networks import SharedMLP
 from tokenenv import token_prune_v0
 from tokenenv.errors import UserError
+from tokenenv.game.build import build_game
 
 
 def test_gae_by_hand() -> None:
@@ -94,18 +96,36 @@ def test_advantages_are_normalised_over_the_active() -> None:
         assert abs(per_agent[:, :, j][active[:, :, j]].mean()) < 1e-5
 
 
-def test_groups_are_centred() -> None:
+@pytest.mark.parametrize("own", [False, True])
+def test_groups_are_centred(own: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     advantage = torch.randn(2, 6, 3, generator=generator)
     advantage += torch.tensor([5.0, 5, -7, -7, 0, 0])[:, None]  # what the image made of it
     active = torch.rand(2, 6, 3, generator=generator) < 0.8
-    got = centre_groups(advantage, active, 2)
+    got = centre_groups(advantage, active, 2, own)
     for t in range(2):
         for g in range(3):
-            part, mask = got[t, 2 * g : 2 * g + 2], active[t, 2 * g : 2 * g + 2]
-            assert abs(part[mask].mean()) < 1e-5
-            raw = advantage[t, 2 * g : 2 * g + 2][mask]
-            assert_close(part[mask], raw - raw.mean())
+            for agents in [slice(j, j + 1) for j in range(3)] if own else [slice(0, 3)]:
+                part, mask, raw = (
+                    x[t, 2 * g : 2 * g + 2, agents] for x in (got, active, advantage)
+                )
+                assert_close(part[mask], raw[mask] - raw[mask].mean())
+                assert (part[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("centralised", [True, False])
+def test_an_independent_learners_baseline_is_its_own(centralised: bool) -> None:
+    game = build_game(**small(batch_size=8, repeats=4, blocks=(1, 3), features=("position",)))
+    policy = ActorPolicy(game.rules, Widths(game.agent_dim, game.shared_dim, game.state_dim))
+    config = MAPPOConfig(steps=2, repeats=4, centralised=centralised)
+    learner = MAPPO(policy, game, config)
+    rollout, last, alive = learner.collect()
+    active = rollout.seen["active"]
+    credit = learner._credit(rollout, last, alive)["action"]
+    # Two images, four times each: what an agent's credits in these four add up to.
+    sums = (credit * active).view(2, 2, 4, game.agents).sum(2)
+    assert abs(sums.sum(2)).max() < 1e-3 < credit.abs().max()
+    assert (sums.abs().max() < 1e-3) != centralised
 
 
 def test_value_norm_forgets_and_skips_the_inactive() -> None:

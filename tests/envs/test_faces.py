@@ -327,8 +327,8 @@ def test_a_reward_of_ones_own() -> None:
         ({"reward": AlphaBeta(), "reward_kwargs": {"beta": 1}}, "give them to AlphaBeta"),
         ({"weights": "w.pth"}, "weights 'w.pth' go with a model's name"),
         ({"execution": "nested"}, "execution='nested'"),
-        ({"render_mode": "video"}, "render_mode='video': choose from None, 'human'"),
-        ({"on_prune": "kill"}, "on_prune='kill': choose from 'mask', 'remove'"),
+        ({"render_mode": "video"}, "render_mode='video': choose from None, human"),
+        ({"on_prune": "kill"}, "on_prune='kill': choose from mask, remove"),
         ({"mask_in": "state"}, "mask_in='state'"),
     ],
 )

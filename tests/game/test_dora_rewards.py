@@ -277,7 +277,7 @@ def test_the_penalty_loop_by_hand(
         (lambda: PenaltyLoop(30.0, 1.5), r"target drop 1.5 is outside \[0, 1\]"),
         (lambda: PenaltyLoop(30.0, -0.1), "target drop -0.1"),
         (lambda: PenaltyLoop(30.0, math.nan), "target drop nan"),
-        (lambda: Dora(damage="none"), "damage='none': choose 'drift' or 'divergence'"),
+        (lambda: Dora(damage="none"), "damage='none': choose from drift, divergence"),
         (lambda: Dora(tau=0), "tau=0 must be greater than 0"),
         (lambda: Dora(kappa=-1), "kappa=-1 must be greater than 0"),
         (lambda: Dora(penalty=-5), "penalty=-5 must be a finite number from 0"),

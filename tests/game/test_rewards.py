@@ -39,6 +39,17 @@ def test_class_reward_for_each_decision_adds_up_the_history() -> None:
     assert_close(got, torch.tensor([[2.0 + 4.0 + 8.0, 2.0 + 4.0, 2.0, 2.0]]))
 
 
+def test_the_last_decision_has_more_at_stake_than_its_own_share() -> None:
+    """papers.md section 2: all shares are paid at the end, 2.2 times the last decision's own."""
+    tokens = torch.arange(1000)
+    history = tuple((tokens < n)[None] for n in (700, 490, 343))
+    end = Turn(2, 3, history[1], history[2], history, outcome([True]))
+    own, each = (AlphaBeta(24.0, 0.0, when)(end)[0, 0] for when in ("final", "each"))
+    assert each / own == pytest.approx(2.19, abs=0.005)
+    before = Turn(1, 3, history[0], history[1], history[:2], None)
+    assert AlphaBeta(24.0, 0.0, "each")(before).abs().sum() == 0
+
+
 def test_nobody_alive_is_finite() -> None:
     for reward in (AlphaBeta(), KeepTarget(), Cooperative()):
         got = reward(turn([[0, 0, 0]], end=outcome([True])))

@@ -117,6 +117,14 @@ def test_ctrl_c_keeps_what_is_done(
     assert len(kept()) == 2 and kept()["tiny-prune-v0-random-0"] == first["tiny-prune-v0-random-0"]
 
 
+def test_the_weights_are_hashed_once_for_all_learners(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    whole = suite_run.conditions
+    monkeypatch.setattr(suite_run, "conditions", lambda *a: calls.append(a) or whole(*a))
+    assert run("run tiny-prune-v0 --learner random --learner heuristic --seeds 0") == 0
+    assert len(kept()) == 2 and len(calls) == 1
+
+
 def test_results_under_other_conditions_are_refused(capfd: pytest.CaptureFixture[str]) -> None:
     assert run("run tiny-prune-v0 --learner heuristic") == 0
     path = Path("suite/results/tiny-prune-v0/tiny-prune-v0-heuristic-0.json")
@@ -136,7 +144,10 @@ def test_results_under_other_conditions_are_refused(capfd: pytest.CaptureFixture
         assert "heuristic-0.json'" in mistake(again, capfd)
     changes: dict[str, list[Any]] = {
         "task": [[]], "learner": [5], "seed": [None, "x"], "classes": [0], "images": [0, 10**6],
-        "points": [[], [{**good["points"][0], "top1": 5}], [{**good["points"][0], "right": ""}]],
+        "points": [[], [{**good["points"][0], "top1": 5}], good["points"] * 6] + [
+            [{**good["points"][0], "right": right}] for right in ("", "x" * 10, "ff " * 3 + "f")
+        ],
+        "dense": ["x" * 10, " " * 10, "FF" * 5],
     }  # fmt: skip
     for key, values in changes.items():
         for value in values:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command_line import mistake
-from suite_tasks import TINY, elsewhere, kept, run  # noqa: F401
+from suite_tasks import TINY, TINY_MERGE, elsewhere, kept, run  # noqa: F401
 
 from agents.training import Run
+from tokenenv.suite.learners import settings
 from tokenenv.suite.results import read_result
+from tokenenv.suite.tasks import register_task
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -171,6 +174,18 @@ def test_mistakes(
     command: str, words: str, capfd: pytest.CaptureFixture[str], own_learners: None
 ) -> None:
     assert words in mistake(f"suite {command}", capfd)
+
+
+def test_the_untrained_policy_plays_the_tasks_own_game() -> None:
+    prune = dataclasses.replace(
+        TINY_MERGE, name="tiny-layer-prune-v0", environment="tokenenv/LayerPrune-v0",
+        rules="layer_prune", blocks=(1, 3, 5),
+    )  # fmt: skip
+    register_task(prune)
+    assert settings(prune, "dora-prune").initial_budget == (15.0,)  # of 15, 23, 9 and 13
+    for task in (TINY, TINY_MERGE, prune):
+        assert run(f"run {task.name} --learner untrained --seeds 0") == 0
+        assert len(kept(task)) == 1
 
 
 def test_a_learner_may_train_in_half_precision(capfd: pytest.CaptureFixture[str]) -> None:

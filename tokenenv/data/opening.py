@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -13,7 +13,7 @@ from torch import nn
 from tokenenv.data.labels import head_outputs, map_classes
 from tokenenv.data.pixels import DECODE_THREADS, PixelStore, Preprocess
 from tokenenv.data.source import ImageSource
-from tokenenv.errors import UserError
+from tokenenv.errors import UserError, check_choice
 
 Split = Literal["train", "test"]
 
@@ -46,8 +46,7 @@ def open_source(
         UserError: there is no such data or part, it is empty, or its classes do not fit the model's
             head.
     """
-    if split not in get_args(Split):
-        raise UserError(f"split='{split}': choose from {', '.join(get_args(Split))}")
+    check_choice("split", split, Split)
     if data in (None, "digits"):
         source = _open_digits(model, split)
     elif os.path.isdir(str(data)):

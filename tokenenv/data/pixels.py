@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tokenenv.errors import UserError
+from tokenenv.errors import UserError, check_choice
 
 CACHE_BYTES = int(1.5 * 2**30)
 """Bytes of decoded images that one data set keeps in memory."""
@@ -63,10 +63,8 @@ class Preprocessing:
                 )
         if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
             raise UserError(f"crop_pct={self.crop_pct:g}: give more than 0, at most 1")
-        if self.interpolation is not None and self.interpolation not in INTERPOLATIONS:
-            raise UserError(
-                f"interpolation='{self.interpolation}': choose from {', '.join(INTERPOLATIONS)}"
-            )
+        if self.interpolation is not None:
+            check_choice("interpolation", self.interpolation, INTERPOLATIONS)
         sides = self.sides
         if sides is not None and (len(sides) != 2 or min(sides) < 1):
             raise UserError(f"image_size={self.image_size}: give a side of at least 1 pixel")

@@ -8,8 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenenv.artefact import Unfit, Within, check_fields
 from tokenenv.data.source import Batch, ImageSource
 from tokenenv.errors import UserError
+
+_STATE = dict.fromkeys(("seed", "epoch", "position", "images"), Within(0, 2**53))
 
 
 class Stream:
@@ -139,16 +142,19 @@ class Stream:
         """Continue from the position of the stream that returned ``state``.
 
         Raises:
+            Unfit: it is no stream's state.
             UserError: that stream's source had another number of images.
         """
-        if int(state["images"]) != len(self.source):
+        check_fields(state, _STATE)
+        if state["images"] != len(self.source):
             raise UserError(
-                f"the saved stream read {int(state['images'])} images and '{self.source.name}' "
+                f"the saved stream read {state['images']} images and '{self.source.name}' "
                 f"has {len(self.source)}; resume with the data the run was started with"
             )
-        self._seed = int(state["seed"])
-        self._position = int(state["position"])
-        self._shuffle(int(state["epoch"]))
+        if state["position"] > len(self.source):
+            raise Unfit(f"'position' is {state['position']} of {len(self.source)} images")
+        self._seed, self._position = state["seed"], state["position"]
+        self._shuffle(state["epoch"])
 
     def _shuffle(self, epoch: int) -> None:
         self._epoch = epoch

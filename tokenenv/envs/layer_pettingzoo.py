@@ -104,9 +104,9 @@ from numpy.typing import NDArray
 from pettingzoo import AECEnv, ParallelEnv
 
 from tokenenv.envs.pettingzoo_base import SeededPlay
-from tokenenv.envs.play import RENDER_MODES, check_choice, one_choice, open_play
+from tokenenv.envs.play import RENDER_MODES, one_choice, open_play
 from tokenenv.envs.token_prune_pettingzoo import MaskIn, Seen
-from tokenenv.errors import UserError
+from tokenenv.errors import UserError, check_choice
 
 
 class _BlockAgents(SeededPlay, EzPickle):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenenv.envs.chosen import chosen_batch
-from tokenenv.errors import UserError
+from tokenenv.errors import UserError, check_choice
 from tokenenv.game import Game, render
 from tokenenv.game.build import build_game
 from tokenenv.game.rules import RULES, Observation
@@ -315,9 +315,3 @@ def check_time_limit(limit: int | None, decisions: int) -> None:
             f"max_episode_steps={limit} is less than the episode's {decisions} decisions: give "
             f"max_cycles={limit} instead"
         )
-
-
-def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """Raise :class:`UserError` unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise UserError(f"{name}={value!r}: choose from {', '.join(map(repr, choices))}")

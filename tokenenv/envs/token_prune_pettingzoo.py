@@ -97,8 +97,8 @@ from pettingzoo import AECEnv, ParallelEnv
 from pettingzoo.utils.conversions import parallel_to_aec_wrapper
 
 from tokenenv.envs.pettingzoo_base import OrderedEnv, SeededPlay
-from tokenenv.envs.play import RENDER_MODES, check_choice, open_play
-from tokenenv.errors import UserError
+from tokenenv.envs.play import RENDER_MODES, open_play
+from tokenenv.errors import UserError, check_choice
 
 Seen: TypeAlias = NDArray[np.float32] | dict[str, NDArray[Any]]
 """One agent's observation: ``(F + G,)`` float32, or a dict of it and the action mask."""

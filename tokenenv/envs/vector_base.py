@@ -13,7 +13,8 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenenv.envs.play import RENDER_MODES, check_choice, check_time_limit, open_play
+from tokenenv.envs.play import RENDER_MODES, check_time_limit, open_play
+from tokenenv.errors import check_choice
 
 
 class GameVectorEnv(gym.vector.VectorEnv[Any, Any, Any], EzPickle):

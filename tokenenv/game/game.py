@@ -96,7 +96,7 @@ class Game:
         self.agent_dim = rules.agent_dim(backbone)
         self.shared_dim = rules.shared_dim(backbone)
         self.privileged = privileged
-        extra = backbone.classes + _COURSE_DIM if privileged else 0
+        extra = backbone.classes + COURSE_DIM if privileged else 0
         self.state_dim = rules.state_dim(backbone) + CONFIDENCE_DIM + extra
         if repeats < 1 or batch_size % repeats:
             raise UserError(
@@ -306,4 +306,5 @@ class Game:
             yield len(index)
 
 
-_COURSE_DIM = 3  # compression, damage, and the price of damage
+COURSE_DIM = 3
+"""Numbers at the end of a privileged state: compression, damage, and the price of damage."""

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
+from tokenenv.game.figures import new_figure
+
 Pixels = NDArray[np.uint8]
 """``(H, W, 3)`` red, green and blue."""
 
@@ -167,13 +169,8 @@ def save_token_pictures(
         blocks: the decision blocks, as many as decisions in every row.
         merging: whether to outline tokens and to give merged ones their mean colour.
     """
-    # Not pyplot: it keeps figures in memory and looks for a display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     columns = len(blocks) + 1
-    figure = Figure(figsize=(1.7 * columns + 1.6, 1.95 * len(rows) + 0.3), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(1.7 * columns + 1.6, 1.95 * len(rows) + 0.3)
     axes = figure.subplots(len(rows), columns, squeeze=False)
     heads = ["image", *(f"block {block}" for block in blocks)]
     for line, row in zip(axes, rows, strict=True):

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from tokenenv.errors import UserError
+from tokenenv.errors import check_choice
 from tokenenv.ltm.mask import (
     AttentionMask,
     LinearMask,
@@ -26,7 +26,6 @@ from tokenenv.ltm.mask import (
 from tokenenv.ltm.schedule import Grid, even, shares
 
 MaskKind = Literal["attention", "similar", "linear"]
-MASKS = get_args(MaskKind)
 
 
 class TransformerHalves:
@@ -49,7 +48,7 @@ class Masks(nn.ModuleDict):
     Args:
         ratio: share of the tokens left after the last block.
         depth: number of blocks.
-        kind: one of :data:`MASKS`.
+        kind: one of :data:`MaskKind`.
         blocks: the blocks that merge, see :func:`~tokenenv.ltm.schedule.shares`.
         recursive, hard: as for :class:`~tokenenv.ltm.mask.Mask`.
 
@@ -67,8 +66,7 @@ class Masks(nn.ModuleDict):
         blocks: Sequence[int] | None,
     ) -> None:
         super().__init__()
-        if kind not in MASKS:
-            raise UserError(f"mask='{kind}': choose from {', '.join(MASKS)}")
+        check_choice("mask", kind, MaskKind)
         self.shares = shares(ratio, depth, blocks)
         self.kind, self.recursive, self.hard = kind, recursive, hard
 

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenenv.errors import UserError
+from tokenenv.errors import UserError, check_choice
 from tokenenv.ltm.model import LTM, Feature
 from tokenenv.vit.dense import evaluating
 
@@ -152,8 +152,7 @@ class SeparableBound:
         beta: float = 10.0,
         feature: Feature = "blocks",
     ) -> None:
-        if kind not in ("class", "kmeans"):
-            raise UserError(f"kind='{kind}': choose from class, kmeans")
+        check_choice("kind", kind, Kind)
         self.model, self.classes, self.kind = model, classes, kind
         self.clusters, self.beta, self.feature = clusters or classes, beta, feature
         self.levels: list[Level] = []

@@ -11,7 +11,7 @@ import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from tokenenv.errors import UserError
+from tokenenv.errors import UserError, check_choice
 from tokenenv.game.cost import measured_macs
 from tokenenv.ltm import families
 from tokenenv.ltm.block import MaskKind, Stack
@@ -96,7 +96,7 @@ class LTM(nn.Module):
         size = _image_size(self.model, image_size)
         options = {"kind": mask, "recursive": recursive, "hard": hard, "blocks": blocks}
         stacks = cut(self.model, ratio, options)
-        self.config = {
+        self.config: dict[str, Any] = {
             "ratio": ratio,
             "mask": mask,
             "blocks": None if blocks is None else list(blocks),
@@ -112,14 +112,18 @@ class LTM(nn.Module):
     @torch.no_grad()
     def _plan(self, stacks: families.Stacks, size: tuple[int, int]) -> None:
         """Make the masks for this image size; a forward pass shows the grids."""
-        first = next(m for m in self.model.modules() if isinstance(m, nn.Conv2d))
-        weight = first.weight
-        image = torch.zeros(1, first.in_channels, *size, device=weight.device, dtype=weight.dtype)
+        weight = next(self.model.parameters())
+        image = torch.zeros(1, self.channels, *size, device=weight.device, dtype=weight.dtype)
         with evaluating(self):
             self(image)
         for stack, dim in stacks:
             stack.plan(dim)
         self.to(weight.device, weight.dtype)
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images."""
+        return next(m for m in self.model.modules() if isinstance(m, nn.Conv2d)).in_channels
 
     @property
     def stacks(self) -> list[Stack | WindowStack]:
@@ -175,6 +179,7 @@ class LTM(nn.Module):
         Raises:
             UserError: an unknown feature.
         """
+        check_choice("feature", feature, Feature)
         found: list[Tensor] = []
         if feature == "pooled":
             hook = self.get_classifier().register_forward_pre_hook(
@@ -184,7 +189,7 @@ class LTM(nn.Module):
                 yield found
             finally:
                 hook.remove()
-        elif feature == "blocks":
+        else:
             for stack in self.stacks:
                 stack.record = found
             try:
@@ -192,8 +197,6 @@ class LTM(nn.Module):
             finally:
                 for stack in self.stacks:
                     stack.record = None
-        else:
-            raise UserError(f"feature='{feature}': choose from blocks, pooled")
 
 
 def measure(model: nn.Module, images: Tensor) -> float:

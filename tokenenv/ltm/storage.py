@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from tokenenv.artefact import FAULTS, Unfit, Within, check_fields, read_object, reason_of
 from tokenenv.data import Preprocessing
 from tokenenv.errors import UserError
 from tokenenv.ltm.block import MaskKind
 from tokenenv.ltm.model import LTM, check_family, ltm
-from tokenenv.storage import check_values
+from tokenenv.storage import check_values, new_folder
 from tokenenv.vit.checkpoint import read_weights
 from tokenenv.vit.dense import evaluating
 from tokenenv.vit.families.vision_transformer import POOLINGS, VisionTransformerFamily
@@ -54,20 +52,9 @@ def save_ltm(model: LTM, folder: str | Path) -> None:
         UserError: the folder is not empty or can't be written, or timm can't rebuild the model
             from its name, classes, image size and pooling.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"'{folder}' exists already: choose another folder")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as place:
-            complete = Path(place, "complete")
-            complete.mkdir()
-            write_ltm(model, complete)
-            _check_twin(model, complete)
-            complete.replace(folder)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cannot write to '{folder}' ({reason}): choose another") from None
+    with new_folder(Path(folder)) as complete:
+        write_ltm(model, complete)
+        _check_twin(model, complete)
 
 
 def write_ltm(model: LTM, folder: Path) -> None:
@@ -115,8 +102,7 @@ def load_ltm(folder: str | Path, device: str | torch.device = "cpu") -> LTM:
 
 def _describe(model: LTM) -> dict[str, Any]:
     timm_model = model.model
-    first = next(m for m in timm_model.modules() if isinstance(m, nn.Conv2d))
-    options = {"num_classes": timm_model.num_classes, "in_chans": first.in_channels}
+    options = {"num_classes": timm_model.num_classes, "in_chans": model.channels}
     patches = getattr(timm_model, "patch_embed", None)
     if patches is not None:
         options["img_size"] = list(patches.img_size)
@@ -126,7 +112,7 @@ def _describe(model: LTM) -> dict[str, Any]:
         "model": model.pretrained_cfg.get("architecture") or "",
         "options": options,
         "ltm": model.config,
-        "dtype": str(first.weight.dtype).removeprefix("torch."),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "preprocessing": Preprocessing.of(timm_model).to_json(),
     }
 

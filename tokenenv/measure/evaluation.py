@@ -138,7 +138,8 @@ def evaluate(
         progress: called with the number of images done after each batch.
 
     Raises:
-        UserError: no image is readable, or the method doesn't fit the model.
+        UserError: no image is readable, the method doesn't fit the model, or a logit is not
+            finite.
     """
     policy = as_method(policy)
     policy.reduction.check(backbone)
@@ -186,7 +187,7 @@ def evaluate_model(
         progress: called with the number of images done.
 
     Raises:
-        UserError: no image is readable.
+        UserError: no image is readable, or a logit is not finite.
     """
     macs = torch.tensor([model_macs(model, source.shape)], dtype=torch.float64)
     tokens = torch.tensor([list(lengths)])
@@ -216,13 +217,16 @@ def dense_predictions(
     """``(len(source),)`` class that the dense model predicts for each image; -1: unreadable.
 
     ``progress``: called with the number of images done after each batch.
+
+    Raises:
+        UserError: a logit is not finite.
     """
     found = torch.full((len(source),), -1)
     for index in torch.arange(len(source)).split(batch_size):
         batch = source.batch(index)
         if len(batch.index):
             images = batch.images.to(model.device, model.dtype)
-            found[batch.index] = model(images).argmax(1).cpu()
+            found[batch.index] = _predicted(model(images), source)
             progress(len(batch.index))
     return found
 
@@ -290,12 +294,12 @@ def _side_by_side(
             elif dense is None:
                 logits = model(images)
                 dense_seconds += _now(device) - start
-                rows["dense"].append(logits.masked_fill(~allowed, -torch.inf).argmax(1).cpu())
+                rows["dense"].append(_predicted(logits, source, allowed))
             else:
                 rows["dense"].append(dense[batch.index])
         outcome = read(found)
         rows["labels"].append(batch.labels)
-        rows["reduced"].append(outcome.logits.masked_fill(~allowed, -torch.inf).argmax(1).cpu())
+        rows["reduced"].append(_predicted(outcome.logits, source, allowed))
         loss = F.cross_entropy(outcome.logits.float(), batch.labels.to(device), reduction="none")
         rows["losses"].append(loss.cpu())
         rows["macs"].append(outcome.macs)
@@ -308,6 +312,22 @@ def _side_by_side(
     return Evaluation(
         **table, dense_macs=dense_macs, seconds=seconds, dense_seconds=dense_seconds or None
     )
+
+
+def _predicted(logits: Tensor, source: ImageSource, allowed: Tensor | None = None) -> Tensor:
+    """``(B,)`` the class of the largest logit, on the CPU; ``allowed``: ``(classes,)`` bool.
+
+    Raises:
+        UserError: a logit is not finite, so that the largest means nothing.
+    """
+    if not logits.isfinite().all():
+        raise UserError(
+            f"the model gives values that are not finite for images of '{source.name}': check its "
+            "weights, or take --dtype float32"
+        )
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, -torch.inf)
+    return logits.argmax(1).cpu()
 
 
 def _now(device: torch.device) -> float:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from tokenenv.game.figures import new_figure, png
 from tokenenv.measure.comparison import Comparison, Row, in_words, methods, pareto_front
 
 _LABELLED = 24
@@ -20,13 +20,8 @@ def picture(comparison: Comparison) -> bytes:
     marks and solid lines, fine-tuned ones open marks and dashed lines. Bars are the 95 % intervals
     of the difference to the dense model; the grey steps are the Pareto front of all rows.
     """
-    # Not pyplot: it keeps figures, and looks for a display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     dense, groups = comparison.dense, methods(comparison.rows)
-    figure = Figure(figsize=(12, 5.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(12, 5.6)
     by_cost, by_time = figure.subplots(1, 2, sharey=True)
     batch = max(comparison.batches, default=0)
 
@@ -71,9 +66,7 @@ def picture(comparison: Comparison) -> bytes:
     )
     handles, labels = by_cost.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120, format="png")
-    return buffer.getvalue()
+    return png(figure)
 
 
 def swept(whats: Sequence[str]) -> list[str]:

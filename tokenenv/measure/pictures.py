@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Sequence
 
+from tokenenv.game.figures import new_figure, png
 from tokenenv.measure.speed import DENSE, Speed
 
 
@@ -16,14 +16,9 @@ def speed_picture(rows: Sequence[Speed], model: str) -> bytes:
         rows: all batch sizes; the dense model's rows are not drawn.
         model: name of the dense model, for the titles; each precision gets a panel.
     """
-    # Not pyplot: it keeps figures, and looks for a display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     kinds = sorted({(row.dtype, row.batch) for row in rows}, reverse=True)
     precisions = list(dict.fromkeys(dtype for dtype, _ in kinds))
-    figure = Figure(figsize=(3 + 5.5 * len(precisions), 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(3 + 5.5 * len(precisions), 5)
     axes = figure.subplots(1, len(precisions), sharey=True, squeeze=False)[0]
     names = list(dict.fromkeys(row.name for row in rows if row.what != DENSE))
     marks = dict(zip(names, itertools.cycle("os^Dv*XP")))
@@ -51,6 +46,4 @@ def speed_picture(rows: Sequence[Speed], model: str) -> bytes:
     axes[0].set_ylabel("speed-up over the dense model, fresh batches")
     figure.suptitle("median and quartiles of ratios within a round", fontsize=10)
     figure.legend(loc="outside right upper", fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120, format="png")
-    return buffer.getvalue()
+    return png(figure)

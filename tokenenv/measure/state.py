@@ -11,15 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from tokenenv._version import __version__
-from tokenenv.artefact import Unfit, check_fields, read_object
+from tokenenv.artefact import Unfit, Within, check_fields, read_object
 from tokenenv.data import ImageSource
 from tokenenv.errors import UserError
 from tokenenv.measure.evaluation import Evaluation
-from tokenenv.measure.speed import Speed
+from tokenenv.measure.speed import DENSE, Speed
 from tokenenv.storage import LOCK, read_tensors, write_json, write_tensors
 
-_TENSORS = ("labels", "dense", "reduced", "losses", "macs", "lengths", "index")
-_NUMBERS = {"dense_macs": float, "seconds": float, "dense_seconds": float | None}
+_WHOLE, _REAL = ("labels", "dense", "reduced", "lengths", "index"), ("losses", "macs")
+_TENSORS = (*_WHOLE, *_REAL)
+_POSITIVE = Within(1e-12, 1e24)
+_NUMBERS = {"dense_macs": _POSITIVE, "seconds": _POSITIVE, "dense_seconds": float | None}
+_SPEED = {
+    name: Within(0.0, 1e24) if kind is float else kind
+    for name, kind in get_type_hints(Speed).items()
+}
 _REMEDY = "restore it, or give a new --out"
 
 
@@ -59,10 +65,13 @@ class State:
     """
 
     def __init__(self, out: Path, conditions: dict[str, Any]) -> None:
-        self.folder = out / "state"
+        self.folder, self._images = out / "state", conditions["images"]
         path = self.folder / "conditions.json"
         if not path.is_file():
-            if any(other.name != LOCK for other in out.iterdir()):
+            own = (LOCK, self.folder.name)
+            # A process that was killed may have left a folder without what it was about to write.
+            written = [*out.iterdir(), *self.folder.glob("[!.]*")]
+            if any(other.name not in own for other in written):
                 raise UserError(f"'{out}' holds other files than a comparison's: give a new --out")
             write_json(path, conditions)
         before = read_object(path, {}, _REMEDY)
@@ -85,7 +94,7 @@ class State:
         tensors, numbers = read_tensors(path)
         try:
             check_fields(numbers, _NUMBERS)
-            _check_rows(tensors)
+            _check_rows(tensors, self._images)
         except Unfit as error:
             raise UserError(f"cannot read '{path}' ({error}): {_REMEDY}") from None
         values: dict[str, Any] = {**tensors, **{name: numbers.get(name) for name in _NUMBERS}}
@@ -106,8 +115,7 @@ class State:
         if found["asked"] != asked:
             return None
         try:
-            for row in found["rows"]:
-                check_fields(row, get_type_hints(Speed), closed=True)
+            _check_speeds(found["rows"], batch, len(asked["rows"]))
             return [Speed(**row) for row in found["rows"]]
         except (Unfit, TypeError) as error:
             raise UserError(f"cannot read '{path}' ({error}): {_REMEDY}") from None
@@ -139,8 +147,25 @@ class Memory:
         """Do nothing."""
 
 
-def _check_rows(tensors: dict[str, Tensor]) -> None:
-    """Check that the tensors are an evaluation's: one finite row for each image.
+def _check_speeds(rows: list[Any], batch: int, asked: int) -> None:
+    """Check that the rows are the times of the dense model and of ``asked`` others.
+
+    Raises:
+        Unfit: they are not.
+    """
+    for row in rows:
+        check_fields(row, _SPEED, closed=True)
+        if row["batch"] != batch:
+            raise Unfit(f"a row is of batch {row['batch']}")
+    whats = [row["what"] for row in rows]
+    if DENSE not in whats or len(set(whats)) != len(whats) or len(whats) != asked + 1:
+        raise Unfit(f"{len(whats)} rows, and {asked + 1} methods were timed")
+
+
+def _check_rows(tensors: dict[str, Tensor], most: int) -> None:
+    """Check that the tensors are an evaluation's: finite rows, one for each readable image.
+
+    ``most``: number of images.
 
     Raises:
         Unfit: they are not.
@@ -148,8 +173,18 @@ def _check_rows(tensors: dict[str, Tensor]) -> None:
     if set(tensors) != set(_TENSORS):
         raise Unfit(f"tensors {', '.join(sorted(tensors)):.60}")
     images = tensors["labels"].shape[:1]
+    if not 1 <= images.numel() <= most:
+        raise Unfit(f"{images.numel()} rows, and there are {most} images")
     for name, tensor in tensors.items():
+        fits = tensor.is_floating_point() if name in _REAL else tensor.dtype == torch.int64
+        if not fits:
+            raise Unfit(f"'{name}' holds {tensor.dtype}")
         if tensor.shape[:1] != images or tensor.ndim != (2 if name == "lengths" else 1):
             raise Unfit(f"'{name}' is of shape {list(tensor.shape)}")
         if not tensor.isfinite().all():
             raise Unfit(f"'{name}' is not finite")
+    index, macs = tensors["index"], tensors["macs"]
+    if int(index[0]) < 0 or int(index[-1]) >= most or not bool((index.diff() > 0).all()):
+        raise Unfit("'index' does not rise within the images")
+    if not bool(((macs >= 0) & (macs <= _POSITIVE.high)).all()):
+        raise Unfit("'macs' is out of range")

@@ -13,6 +13,9 @@ from tokenenv.game.policy import Method
 from tokenenv.game.render import TokenRow, save_token_pictures, to_pixels
 from tokenenv.vit.backbone import Backbone
 
+PICTURE = "tokens.png"
+"""Its name in a run folder."""
+
 
 @torch.inference_mode()
 def write_token_pictures(

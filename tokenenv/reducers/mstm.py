@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tokenenv.errors import UserError
+from tokenenv.errors import UserError, check_choice
 from tokenenv.game.checks import check_keep
+from tokenenv.game.rules.features import cosines
 from tokenenv.reducers.base import Reducer, share, share_of
 from tokenenv.vit import reduction
 from tokenenv.vit.backbone import Backbone, Context
 from tokenenv.vit.tokens import Tokens
 
-WEIGHTS = ("importance", "mean", "size", "soft")
-SIMILARITIES = ("keys", "tokens")
+Weight = Literal["importance", "mean", "size", "soft"]
+Similarity = Literal["keys", "tokens"]
 _TEMPERATURE = 0.1
 
 
@@ -47,8 +47,8 @@ class MSTM(Reducer):
     """
 
     keep: float = 0.7
-    weight: Literal["importance", "mean", "size", "soft"] = "importance"
-    similarity: Literal["keys", "tokens"] = "keys"
+    weight: Weight = "importance"
+    similarity: Similarity = "keys"
     least: float = -1.0
     reads: ClassVar[tuple[str, ...]] = ("cls_attention", "mean_keys")
     required: ClassVar[tuple[str, ...]] = ("keep",)
@@ -61,12 +61,8 @@ class MSTM(Reducer):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_keep(self.keep)
-        if self.weight not in WEIGHTS:
-            raise UserError(f"weight='{self.weight}': choose from {', '.join(WEIGHTS)}")
-        if self.similarity not in SIMILARITIES:
-            raise UserError(
-                f"similarity='{self.similarity}': choose from {', '.join(SIMILARITIES)}"
-            )
+        check_choice("weight", self.weight, Weight)
+        check_choice("similarity", self.similarity, Similarity)
         if not -1.0 <= self.least <= 1.0:
             raise UserError(f"least={self.least:g} is no cosine: give -1 to 1")
 
@@ -114,11 +110,9 @@ class MSTM(Reducer):
     def _cosine(self, tokens: Tokens, context: Context) -> Tensor:
         """``(B, V, V)`` cosines between all visual tokens."""
         if self.similarity == "tokens":
-            unit = F.normalize(tokens.visual.float(), dim=-1)
-        else:
-            assert context.mean_keys is not None
-            unit = F.normalize(context.mean_keys[:, tokens.prefix :].float(), dim=-1)
-        return unit @ unit.transpose(1, 2)
+            return cosines(tokens.visual)
+        assert context.mean_keys is not None
+        return cosines(context.mean_keys[:, tokens.prefix :])
 
     def _enough(self, cosine: Tensor) -> Tensor:
         """Whether a cosine is high enough to merge; rounding may put -1 slightly below -1."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenenv.errors import UserError
+from tokenenv.game.rules.features import cosines
 from tokenenv.reducers.base import Reducer, share, share_of
 from tokenenv.vit import reduction
 from tokenenv.vit.backbone import Backbone, Context
@@ -101,8 +102,7 @@ class PiToMe(Reducer):
         """Merge tokens of the highest energy."""
         assert context.mean_keys is not None
         alive = tokens.visual_alive
-        unit = F.normalize(context.mean_keys[:, tokens.prefix :].float(), dim=-1)
-        cosine = unit @ unit.transpose(1, 2)
+        cosine = cosines(context.mean_keys[:, tokens.prefix :])
         energy = self._energy(cosine, alive, self.margin(step)).masked_fill(~alive, -torch.inf)
         order = torch.sort(energy, dim=1, descending=True, stable=True).indices
         count = alive.sum(1, keepdim=True)

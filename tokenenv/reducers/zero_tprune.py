@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tokenenv.errors import UserError
 from tokenenv.game.checks import check_keep
+from tokenenv.game.rules.features import cosines
 from tokenenv.reducers.base import Reducer, share, share_of
 from tokenenv.vit import reduction
 from tokenenv.vit.backbone import Backbone, Context
@@ -81,8 +81,7 @@ class ZeroTPrune(Reducer):
         importance = self._importance(context.attention, tokens.alive)[:, tokens.prefix :]
         importance = importance.masked_fill(~alive, -torch.inf)
         important = reduction.highest(importance, (count + 1) // 2)
-        unit = F.normalize(context.mean_keys[:, tokens.prefix :].float(), dim=-1)
-        cosine = unit @ unit.transpose(1, 2)
+        cosine = cosines(context.mean_keys[:, tokens.prefix :])
         likeness = cosine.masked_fill(~important[:, None], -torch.inf).amax(2)
         likeness = likeness.masked_fill(important | ~alive, -torch.inf)
         alike = reduction.highest(likeness, torch.minimum((gone * self.alike).floor(), count // 2))

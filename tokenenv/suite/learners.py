@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +11,11 @@ from typing import Any
 
 import torch
 
-from agents.policies import load
+from agents.policies import POLICY, load
 from agents.policies.words import folder_of, parse_policy
 from agents.systems.registry import SYSTEMS
-from agents.systems.settings import preset
+from agents.systems.settings import preset, with_settings
+from agents.training.run import CONFIG
 from agents.training.start import train
 from agents.training.trainer import CHECKPOINT
 from tokenenv.artefact import read_object
@@ -114,7 +114,7 @@ def find_learner(name: str) -> Learner:
             return learner
     folder = folder_of(name)
     if folder is not None:
-        digest = hashlib.sha256((folder / "policy.safetensors").read_bytes()).hexdigest()[:16]
+        digest = hashlib.sha256((folder / POLICY).read_bytes()).hexdigest()[:16]
         return Learner(
             name,
             lambda opened, seed, folder, means: {"policy": load(name, means.trust)},
@@ -134,7 +134,7 @@ def find_learner(name: str) -> Learner:
 def _learnt_in(folder: Path) -> str:
     """Precision that a run's config names; old configs name none and are float32."""
     try:
-        found = read_object(folder / "config.json", {"dtype": str | None}, "restore it")
+        found = read_object(folder / CONFIG, {"dtype": str | None}, "restore it")
         return found.get("dtype") or "float32"
     except UserError:
         return "unknown"
@@ -196,15 +196,21 @@ def settings(task: Task, system: str, **changed: Any) -> Any:
     updates = task.budget // start.batch
     if system == "dora":
         changed = {"skip": 0.0, **changed}  # without blocks given, a task is played in all blocks
-    return dataclasses.replace(
+    return with_settings(
         start,
-        updates=updates,
-        evaluate_every=min(start.evaluate_every, updates),
-        blocks=task.blocks,
-        target_saving=task.target_saving,
-        calibrate=0,  # the suite measures at many thresholds
-        **changed,
+        {
+            "updates": updates,
+            "evaluate_every": min(start.evaluate_every, updates),
+            "blocks": task.blocks,
+            "target_saving": task.target_saving,
+            "calibrate": 0,  # the suite measures at many thresholds
+            **changed,
+        },
     )
+
+
+_TRAINED = {"token_prune": "rl4evit", "layer_merge": "dora", "layer_prune": "dora-prune"}
+"""The system that trains under the rules of that name."""
 
 
 def _trained(system: str, **changed: Any) -> Learn:
@@ -236,7 +242,7 @@ def _trained(system: str, **changed: Any) -> Learn:
 def _untrained(opened: OpenTask, seed: int, *_: Any) -> Policies:
     """The policy that training starts from, without any update."""
     task = opened.spec
-    config = settings(task, "dora" if task.rules == "layer_merge" else "rl4evit")
+    config = settings(task, _TRAINED[task.rules])
     torch.manual_seed(seed)
     game = config.game(opened.backbone, opened.train)
     return {"policy": config.policy(game, task.model).eval()}
@@ -254,7 +260,7 @@ def _sb3(opened: OpenTask, seed: int, _folder: Path, means: Means) -> Policies:
 
     task, images = opened.spec, 64
     options = opened.options | {"model": opened.model_in(means.dtype)}
-    damage = settings(task, "dora" if task.rules == "layer_merge" else "dora-prune").damage
+    damage = settings(task, _TRAINED[task.rules]).damage
     penalties = SB3_PENALTIES[damage]
     episodes = task.budget // len(penalties) // images * images
     policies: Policies = {}
@@ -279,7 +285,12 @@ BUILT_IN = (
         "class attention where tokens are pruned, ToMe where they merge",
         deterministic=True,
     ),
-    Learner("untrained", _untrained, "the policies that mappo and dora start from, untrained"),
+    Learner(
+        "untrained",
+        _untrained,
+        "the policies that training starts from, untrained",
+        tuple(_TRAINED),
+    ),
     Learner(
         "ippo",
         _trained("rl4evit", centralised=False),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from tokenenv.game.figures import new_figure, png
 from tokenenv.suite.report import Report, Row
 from tokenenv.suite.results import RANDOM
 from tokenenv.suite.score import Front, Interval
@@ -23,14 +23,9 @@ def picture(report: Report) -> bytes:
     highest shaded. Right: interquartile means of the scores with 95 % intervals; 0 is random, 1
     the oracle, and a hollow mark stands for a single seed. References are dashed or squares.
     """
-    # Not pyplot: it keeps figures in memory and looks for a display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     tasks = report.tasks
     height = len(tasks) + (len(tasks) > 1)
-    figure = Figure(figsize=(12, 4.4 * height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(12, 4.4 * height)
     panels = figure.subplots(height, 2, squeeze=False, width_ratios=(3, 2))
     learners = list(dict.fromkeys(row.learner for row in report.rows))
     colours = {learner: f"C{i % 10}" for i, learner in enumerate(learners)}
@@ -45,9 +40,7 @@ def picture(report: Report) -> bytes:
         right.set_title(f"{task.name}: score", fontsize=10)
     if len(tasks) > 1:
         _draw_overall(panels[-1], report, colours)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, format="png")
-    return buffer.getvalue()
+    return png(figure, dpi=110)
 
 
 def _draw_fronts(axis: Any, report: Report, task: Task, colours: dict[str, str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, get_type_hints
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenenv.artefact import FAULTS, Within, check_fields, read_json, reason_of
+from tokenenv.artefact import FAULTS, Unfit, Within, check_fields, read_json, reason_of
 from tokenenv.errors import UserError
 from tokenenv.suite.score import Front, front
 from tokenenv.suite.tasks import POINTS, find_task
@@ -51,6 +52,7 @@ class Point:
 
 
 _POINT = {"knob": str, "macs": Within(0.0, 1e3), "top1": Within(0.0, 1.0), "right": str | None}
+_MOST = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,14 @@ class Result:
         return described
 
 
-_RESULT = {**get_type_hints(Result), "points": list}
+_RESULT = {
+    **get_type_hints(Result),
+    "points": list,
+    "seed": Within(0, _MOST),
+    "seconds": Within(0.0, 1e12),
+    "classes": Within(1, _MOST),
+    "images": Within(1, _MOST),
+}
 del _RESULT["reference"]
 
 
@@ -150,25 +159,13 @@ def from_json(found: Any, where: Path) -> Result:
 
 
 def _check(made: Result) -> None:
-    """Raise TypeError or ValueError for values that no run of the suite can have."""
-    if not (made.points and isinstance(made.conditions, dict)):
-        raise TypeError("no points")
-    if not (isinstance(made.learner, str) and _whole(made.seed)):
-        raise TypeError(f"learner {made.learner!r:.40}, seed {made.seed!r:.40}")
-    if len(made.points) > POINTS:
-        raise ValueError(f"{len(made.points)} points, and {POINTS} are allowed")
-    if not (_whole(made.classes, 1) and _whole(made.images, 1)):
-        raise ValueError(f"{made.images} images of {made.classes} classes")
+    """Raise Unfit for values, each of its kind, that no run of the suite has together."""
+    if not 1 <= len(made.points) <= POINTS:
+        raise Unfit(f"{len(made.points)} points, and 1 to {POINTS} are allowed")
     plan = made.learner in (RANDOM, HEURISTIC) and not made.seed
     for packed in (made.dense, *(point.right for point in made.points if point.right or plan)):
-        if len(packed) != 2 * math.ceil(made.images / 8):
-            raise ValueError(f"which images are right is not said of {made.images}")
-    if max(point.top1 for point in made.points) > 1:
-        raise ValueError("a top-1 above 1")
-
-
-def _whole(value: Any, least: int = 0) -> bool:
-    return type(value) is int and least <= value < 2**32
+        if not re.fullmatch(f"[0-9a-f]{{{2 * math.ceil(made.images / 8)}}}", packed):
+            raise Unfit(f"which images are right is not said of {made.images}")
 
 
 def read_result(path: Path) -> Result:

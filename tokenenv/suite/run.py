@@ -99,10 +99,11 @@ def _run_task(
 ) -> list[Path]:
     """Make the missing results of a task; returns the files of all."""
     task, test = opened.spec, opened.test
+    common = conditions(task.model, opened.backbone.model, test)
     todo = [
         _Todo(learner, seed, _place(out, task, learner, seed), now)
         for learner in learners
-        for now in [_conditions(opened, learner, means)]
+        for now in [_conditions(opened, common, learner, means)]
         for seed in _seeds(seeds, task, learner)
     ]
     missing = []
@@ -124,10 +125,15 @@ def _run_task(
     return [each.path for each in todo]
 
 
-def _conditions(opened: OpenTask, learner: Learner, means: Means) -> dict[str, Any]:
-    """The conditions of a learner's results, see :class:`~tokenenv.suite.results.Result`."""
+def _conditions(
+    opened: OpenTask, common: dict[str, Any], learner: Learner, means: Means
+) -> dict[str, Any]:
+    """The conditions of a learner's results, see :class:`~tokenenv.suite.results.Result`.
+
+    ``common``: those of model and test images.
+    """
     now = {
-        **conditions(opened.spec.model, opened.backbone.model, opened.test),
+        **common,
         "learnt_from": f"{opened.train.name}, {len(opened.train)} images",
         "task": opened.spec.settings(),
         "code": learner.code,

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tokenenv.errors import UserError
+from tokenenv.errors import UserError, check_choice
 from tokenenv.game.rewards.base import Probe, Reward, Turn, divergence
 from tokenenv.game.rewards.price import HIGHEST_PENALTY
 
@@ -55,8 +55,7 @@ class Dora(Reward):
     bend: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.damage not in ("drift", "divergence"):
-            raise UserError(f"damage='{self.damage}': choose 'drift' or 'divergence'")
+        check_choice("damage", self.damage, Damage)
         for name in ("tau", "kappa"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name}={getattr(self, name):g} must be greater than 0")

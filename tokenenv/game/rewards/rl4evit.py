@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tokenenv.errors import UserError
+from tokenenv.errors import UserError, check_choice
 from tokenenv.game.checks import check_keep
 from tokenenv.game.rewards.base import Reward, Turn
 
@@ -24,9 +24,11 @@ _KEEP_PER_DECISION = 0.7
 def class_term(turn: Turn, alpha: float, when: ClassReward) -> Tensor:
     """RL4EViT's classification reward: kept tokens share ``alpha`` if the prediction is correct.
 
-    It is paid when the episode ends. The published code pays the share of a decision in the step of
-    that decision, so its last decision has one share at stake in the prediction. With ``each`` it
-    has those of all decisions here, 2.2 times as much at shares of tokens of 0.7, 0.49 and 0.343.
+    It is paid when the episode ends, since no step of an environment knows the prediction before.
+    The published code, which computes rewards after the episode, pays the share of a decision in
+    the step of that decision. The sum is the same, but there the last decision has one share at
+    stake in the prediction, and here, with ``each``, those of all decisions: 2.2 times as much at
+    shares of tokens of 0.7, 0.49 and 0.343.
 
     Args:
         turn: the decision.
@@ -63,7 +65,7 @@ class AlphaBeta(Reward):
     class_reward: ClassReward = "each"
 
     def __post_init__(self) -> None:
-        _check_class_reward(self.class_reward)
+        check_choice("class_reward", self.class_reward, ClassReward)
 
     def __call__(self, turn: Turn) -> Tensor:
         """Rewards ``(B, A)``."""
@@ -110,7 +112,7 @@ class KeepTarget(Reward):
     class_reward: ClassReward = "each"
 
     def __post_init__(self) -> None:
-        _check_class_reward(self.class_reward)
+        check_choice("class_reward", self.class_reward, ClassReward)
         for target in self.targets:
             check_keep(target)
 
@@ -140,8 +142,3 @@ class KeepTarget(Reward):
                 f"keep-target reward has {len(self.targets)} targets for {decisions} decisions: "
                 "give one per decision block"
             )
-
-
-def _check_class_reward(value: str) -> None:
-    if value not in ("final", "each"):
-        raise UserError(f"class_reward='{value}': choose 'final' or 'each'")

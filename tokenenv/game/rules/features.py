@@ -30,6 +30,12 @@ def log_relative(values: Tensor, active: Tensor) -> Tensor:
     return relative.clamp_(min=1e-12).log_().clamp_(min=-4.0).mul_(weight)[..., None]
 
 
+def cosines(vectors: Tensor) -> Tensor:
+    """Cosines ``(B, A, A)`` of all pairs of vectors ``(B, A, D)``, in float32."""
+    unit = F.normalize(vectors.float(), dim=-1)
+    return unit @ unit.transpose(1, 2)
+
+
 def redundancy(tokens: Tokens, context: Context) -> Tensor:
     """How similar each visual token is to a token with more of the class token's attention.
 
@@ -38,10 +44,9 @@ def redundancy(tokens: Tokens, context: Context) -> Tensor:
         the token with the most attention.
     """
     assert context.mean_keys is not None and context.cls_attention is not None
-    key = F.normalize(context.mean_keys[:, tokens.prefix :].float(), dim=-1)
     rank = context.cls_attention[:, tokens.prefix :] * tokens.visual_alive
     better = rank[:, None, :] > rank[:, :, None]
-    cosine = (key @ key.transpose(1, 2)).masked_fill(~better, -1.0)
+    cosine = cosines(context.mean_keys[:, tokens.prefix :]).masked_fill(~better, -1.0)
     # One more column, so that the maximum exists if no visual token is left.
     return F.pad(cosine, (0, 1), value=-1.0).amax(2)[..., None]
 

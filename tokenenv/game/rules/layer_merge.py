@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenenv.errors import UserError
+from tokenenv.errors import UserError, check_choice
 from tokenenv.game.checks import check_blocks, check_features, check_range
 from tokenenv.game.reduction import Moment
 from tokenenv.game.rules import layer
@@ -23,6 +23,7 @@ from tokenenv.vit.tokens import Tokens
 
 MERGE = 1
 FEATURES = ("similarity", "cls_attention", "size", "token", "keys")
+Action = Literal["pairs", "count"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class LayerMerge(Rules):
     """
 
     blocks: tuple[int, ...] = tuple(range(12))
-    action: Literal["pairs", "count"] = "pairs"
+    action: Action = "pairs"
     grid: tuple[int, ...] = (0, 2, 4, 8, 12, 16, 24, 32)
     features: tuple[str, ...] = ("similarity", "cls_attention", "size", "token")
     proportional: bool = True
@@ -75,8 +76,7 @@ class LayerMerge(Rules):
     def __post_init__(self) -> None:
         check_blocks(self.blocks)
         check_features(self.features, FEATURES)
-        if self.action not in ("pairs", "count"):
-            raise UserError(f"action='{self.action}': choose 'pairs' or 'count'")
+        check_choice("action", self.action, Action)
         if len(self.grid) < 2 or self.grid[0] != 0 or list(self.grid) != sorted(set(self.grid)):
             raise UserError(f"grid={self.grid} must increase from 0, such as (0, 4, 8, 16)")
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokenenv.errors import UserError
+from tokenenv.errors import UserError, check_choice
 from tokenenv.game.checks import check_blocks, check_features, check_range
 from tokenenv.game.reduction import Moment
 from tokenenv.game.rules import layer
@@ -21,6 +21,8 @@ from tokenenv.vit.tokens import Tokens
 
 PRUNE = 0
 FEATURES = ("keys", "cls_attention", "redundancy")
+Action = Literal["tokens", "count"]
+Selector = Literal["redundancy", "cls_attention"]
 LEAST = 4
 """Visual tokens that always stay (section "Setting" of the paper)."""
 
@@ -47,9 +49,9 @@ class LayerPrune(Rules):
     """
 
     blocks: tuple[int, ...] = tuple(range(12))
-    action: Literal["tokens", "count"] = "tokens"
+    action: Action = "tokens"
     budget_step: int = 2
-    selector: Literal["redundancy", "cls_attention"] = "redundancy"
+    selector: Selector = "redundancy"
     features: tuple[str, ...] = ("keys",)
     traces = False
     face_defaults: ClassVar[dict[str, Any]] = {"action": "count"}
@@ -57,10 +59,8 @@ class LayerPrune(Rules):
     def __post_init__(self) -> None:
         check_blocks(self.blocks)
         check_features(self.features, FEATURES)
-        if self.action not in ("tokens", "count"):
-            raise UserError(f"action='{self.action}': choose 'tokens' or 'count'")
-        if self.selector not in ("redundancy", "cls_attention"):
-            raise UserError(f"selector='{self.selector}': choose 'redundancy' or 'cls_attention'")
+        check_choice("action", self.action, Action)
+        check_choice("selector", self.selector, Selector)
         if self.budget_step < 1:
             raise UserError(f"budget_step={self.budget_step} must be at least 1")
 
