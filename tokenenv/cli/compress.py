@@ -43,7 +43,7 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``tokenenv compress``; returns the exit status."""
-    from tokenenv.api.compress import compress
+    from tokenenv.api.compress import compress, glance
     from tokenenv.deploy.onnx import check_export, export_onnx
 
     if args.export and Path(args.export).resolve() == Path(args.out).resolve():
@@ -66,6 +66,11 @@ def run(args: argparse.Namespace) -> int:
         fast.save(args.out)
         name = fast.backbone.architecture
         print(f"{name} with {args.what} is in {args.out}: tokenenv.load_compressed('{args.out}')")
+        speeds = glance(fast)
+        ratios = ", ".join(f"{row.speedup:.2f} x at batch {row.batch}" for row in speeds)
+        print(f"speed over the dense model at a glance: {ratios}; 'tokenenv bench' measures it")
+        if slow := [str(row.batch) for row in speeds if row.speedup < 1]:
+            print(f"slower than the dense model here at batch {' and '.join(slow)}")
         if args.export:
             print("exporting, which takes up to some minutes ...")
             export_onnx(fast, args.export)

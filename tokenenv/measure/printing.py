@@ -62,6 +62,8 @@ def print_result(source: ImageSource, result: Evaluation, frozen: bool = True) -
         f"  top-1 change {result.change()} points (95 % interval); +-{_CERTIFIED} points would "
         f"take about {result.images_needed(_CERTIFIED):,} images"
     )
+    if result.dense_seconds and result.seconds > result.dense_seconds:
+        print("  slower than the dense model here: 'tokenenv bench' tells at which batch sizes")
     print(f"  visual tokens, block by block: {' '.join(f'{n:.0f}' for n in r['tokens'])}")
 
 
