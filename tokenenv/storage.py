@@ -154,6 +154,12 @@ def _replace(path: Path, content: bytes) -> None:
         raise
 
 
+def check_new(folder: Path) -> None:
+    """Raise :class:`UserError` unless a folder does not exist yet, or is empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"'{folder}' exists already: choose another folder")
+
+
 @contextlib.contextmanager
 def writable_folder(folder: Path) -> Iterator[None]:
     """Create ``folder`` if needed and check that it is writable; remove it if it stays empty.
