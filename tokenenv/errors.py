@@ -25,6 +25,15 @@ class UnknownArgument(UserError, TypeError):
     """A keyword argument that a function does not take; Python raises a ``TypeError`` for one."""
 
 
+def check_interrupt(error: BaseException) -> None:
+    """Raise ``KeyboardInterrupt`` if ``error`` arose from one, as code outside Python may do it."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        seen = seen.__cause__ or seen.__context__
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``"; did you mean 'model'?"``, the end of a message, or nothing where no word is close."""
     near = difflib.get_close_matches(word, list(known), n=1)

@@ -61,7 +61,7 @@ def load_own(word: str) -> Own:
         sys.path.insert(0, os.getcwd())
     if place.endswith(".py"):
         path = Path(place).resolve()
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise _mistake(word, f"there is no file '{place}'")
         source = path.read_bytes()
         digest = hashlib.sha256(source).hexdigest()

@@ -154,6 +154,12 @@ def _replace(path: Path, content: bytes) -> None:
         raise
 
 
+def check_new(folder: Path) -> None:
+    """Raise :class:`UserError` unless a folder does not exist yet, or is empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"'{folder}' exists already: choose another folder")
+
+
 @contextlib.contextmanager
 def writable_folder(folder: Path) -> Iterator[None]:
     """Create ``folder`` if needed and check that it is writable; remove it if it stays empty.
@@ -187,8 +193,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         UserError: ``folder`` is a file, holds files, or can't be written.
     """
     try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"'{folder}' exists already: choose another folder")
+        check_new(folder)
         target = folder.resolve()  # a link stays one
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as place:

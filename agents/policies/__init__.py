@@ -26,6 +26,7 @@ from tokenenv.errors import UserError
 from tokenenv.game.policy import Method, Policy
 from tokenenv.game.stored import find_class, remake
 from tokenenv.own import check_free
+from tokenenv.paths import path_text
 from tokenenv.reducers import REDUCERS, Reducer
 from tokenenv.storage import check_values, read_tensors
 
@@ -140,6 +141,11 @@ def _remade(config: dict[str, Any], trust: bool) -> Method:
     cls = find_class(config, known, trust)
     if isinstance(cls, type) and issubclass(cls, Reducer):
         return remake({"class": cls.__name__, **config}, [cls])
+    if isinstance(cls, type) and issubclass(cls, Method) and not hasattr(cls, "remade"):
+        raise UserError(
+            f"its class {cls.__name__} can't be made of a file: give it a "
+            "remade(cls, config, trust=False) that returns what config() describes"
+        )
     made: Method = cls.remade(config, trust)
     return made
 
@@ -159,7 +165,8 @@ def load(what: str | Path, trust: bool = False) -> Method:
     Raises:
         UserError: it is neither of the two, or :func:`load_policy` refuses the file.
     """
-    for folder in (Path(what), SHIPPED / str(what)):
+    name = path_text(what, "what")
+    for folder in (Path(name), SHIPPED / name):
         if (folder / POLICY).is_file():
             return load_policy(folder / POLICY, trust)
     raise UserError(

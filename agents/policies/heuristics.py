@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
@@ -95,20 +96,20 @@ class RandomPrune(Heuristic):
         if self._generator is None:
             self._generator = torch.Generator(device).manual_seed(self.seed)
         if observation.step == 0:
-            self._ratio = self._draw(len(observation.active), device)
-        score = torch.rand(observation.active.shape, generator=self._generator, device=device)
+            self._ratio = self._draw(len(observation.active), self._generator)
+        score = _drawn(observation.active.shape, self._generator)
         return keep_highest(score, observation.active, self._ratio)
 
     def left(self, backbone: Backbone, step: int, visual: int) -> int | None:
         """Known unless each image draws its own ratio."""
         return None if isinstance(self.keep, tuple) else share(visual, self.keep)
 
-    def _draw(self, batch: int, device: torch.device) -> float | Tensor:
+    def _draw(self, batch: int, generator: torch.Generator) -> float | Tensor:
         """The ratio, or ``(B, 1)`` a ratio for each image."""
         if not isinstance(self.keep, tuple):
             return self.keep
         low, high = self.keep
-        return low + (high - low) * torch.rand(batch, 1, generator=self._generator, device=device)
+        return low + (high - low) * _drawn((batch, 1), generator)
 
 
 @dataclass
@@ -246,8 +247,15 @@ class MergeRandom(Heuristic):
         device = observation.active.device
         if self._generator is None:
             self._generator = torch.Generator(device).manual_seed(self.seed)
-        score = torch.rand(observation.active.shape, generator=self._generator, device=device)
+        score = _drawn(observation.active.shape, self._generator)
         return highest(score.masked_fill(~observation.active, -torch.inf), self.r).long()
+
+
+def _drawn(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Uniform numbers of a generator; of the runtime's own where torch exports the policy."""
+    if torch.compiler.is_compiling():
+        return torch.rand(tuple(shape), device=generator.device)
+    return torch.rand(tuple(shape), generator=generator, device=generator.device)
 
 
 def check_pairs(r: int) -> int:

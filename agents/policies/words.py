@@ -70,8 +70,8 @@ def parse_policy(what: str, depth: int, trust: bool = False) -> Method:
     """
     name, rest = split_name(what)
     known = usages()
-    own = None if name in known or Path(name).is_dir() else split_own(what)
-    if not (own or name in known or Path(name).is_dir() or name in shipped()):
+    own = None if name in known or os.path.isdir(name) else split_own(what)
+    if not (own or name in known or os.path.isdir(name) or name in shipped()):
         if name.endswith(".py"):
             raise UserError(f"'{what}' names a file and nothing in it: write {name}:Name")
         names = [*known, *shipped()]
@@ -97,7 +97,7 @@ def parse_policy(what: str, depth: int, trust: bool = False) -> Method:
 
 def split_name(what: str) -> tuple[str, str]:
     """``"tome:r=8"`` -> ``("tome", "r=8")``; the name of a folder may hold a colon."""
-    if Path(what).is_dir():
+    if os.path.isdir(what):
         return what, ""
     name, _, rest = what.partition(":")
     return (name, rest) if name in usages() else split_own(what) or (name, rest)
@@ -106,7 +106,7 @@ def split_name(what: str) -> tuple[str, str]:
 def plain(what: str) -> str:
     """A folder by one name: ``./runs/a/`` is ``runs/a``; ``./evit`` stays, ``evit`` is a method."""
     known = usages()
-    if what in known or not Path(what).is_dir():
+    if what in known or not os.path.isdir(what):
         return what
     folder = os.path.normpath(what)
     return os.path.join(".", folder) if folder in known else folder
@@ -122,7 +122,7 @@ def folder_of(what: str) -> Path | None:
     """Where a run or a shipped policy is kept; None for anything else."""
     name = split_name(what)[0]
     folder = SHIPPED / name if name in shipped() else Path(name)
-    kept = name not in usages() and (folder / POLICY).is_file()
+    kept = name not in usages() and os.path.isfile(folder / POLICY)
     return folder if kept else None
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from agents.systems.settings import SystemConfig, check_config
-from tokenenv.errors import UserError
+from tokenenv.errors import UserError, did_you_mean
 from tokenenv.own import check_free, is_own, load_own
 
 
@@ -116,11 +115,9 @@ def find_system(word: str) -> System:
     if word in SYSTEMS:
         return SYSTEMS[word]
     if not is_own(word):
-        near = difflib.get_close_matches(word, SYSTEMS, n=1)
-        hint = f"did you mean '{near[0]}'? Choose" if near else "choose"
         raise UserError(
-            f"unknown system '{word}': {hint} from {', '.join(SYSTEMS)}, or give a class of your "
-            "own as module:Config or path/to/file.py:Config"
+            f"unknown system '{word}': choose from {', '.join(SYSTEMS)}, or give a class of your "
+            f"own as module:Config or path/to/file.py:Config{did_you_mean(word, SYSTEMS)}"
         )
     own = load_own(word)
     check_config(own.object)

@@ -25,9 +25,9 @@ from tokenenv.game import Game
 from tokenenv.measure.printing import (
     evaluate_with_bar,
     evaluation_json,
-    in_words,
     print_result,
     report_skipped,
+    saving_in_words,
 )
 from tokenenv.measure.token_pictures import PICTURE, write_token_pictures
 from tokenenv.storage import write_json
@@ -113,7 +113,7 @@ class PolicyTraining:
         found = calibrate(policy, self.judge, config.target_saving, config.calibrate)
         print(
             f"threshold {policy.threshold:.2f} for {config.target_saving:g} % fewer MACs: "
-            f"{in_words(found.saving, found.drop)} on the held-back images"
+            f"{saving_in_words(found.saving, found.drop)} on the held-back images"
         )
         if abs(found.saving - config.target_saving) > 2:
             print(

@@ -12,6 +12,7 @@ from typing import Any
 from agents.policies import POLICY, load_policy
 from tokenenv.artefact import Unfit, Within, check_fields, read_json
 from tokenenv.errors import UserError
+from tokenenv.paths import as_path
 
 MODEL = "model.safetensors"
 """Weights of a fine-tuned backbone; a run with a frozen backbone has no such file."""
@@ -42,7 +43,7 @@ class Run:
         Raises:
             UserError: there is none, it has not been reported on yet, or a file of it is damaged.
         """
-        path = Path(folder)
+        path = as_path(folder, "folder")
         config, report = (_read(path, name) for name in (CONFIG, REPORT))
         for name, found, kinds in ((CONFIG, config, _SAID), (REPORT, report, _REPORTED)):
             missing = [key for key in kinds if key not in found]

@@ -17,6 +17,7 @@ from agents.workers import join
 from tokenenv.data import Preprocessing
 from tokenenv.game.checks import check_whole
 from tokenenv.measure.opening import named_model, text
+from tokenenv.paths import as_path
 
 SEEDS = 2**32
 """Seeds are below this number."""
@@ -80,8 +81,8 @@ def train(
         system=found,
         config=with_settings(preset(found.config, model), settings),
         model=named_model(model, weights, device, dtype, preprocessing),
-        data=text(data),
-        out=None if out is None else Path(out),
+        data=text(data, "data"),
+        out=None if out is None else as_path(out, "out"),
         images=None if images is None else check_whole("images", images, 1),
         seed=check_whole("seed", seed, 0, SEEDS),
         resume=resume,

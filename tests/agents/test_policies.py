@@ -19,7 +19,7 @@ from agents.systems.settings import preset
 from tokenenv import UserError, load_backbone, open_source
 from tokenenv.game.checks import spread_blocks
 from tokenenv.game.cost import Cost
-from tokenenv.game.policy import play
+from tokenenv.game.policy import Policy, play
 from tokenenv.game.rewards import divergence
 from tokenenv.game.rules import Observation, TokenPrune
 from tokenenv.measure import evaluation
@@ -30,6 +30,27 @@ def observation(score: torch.Tensor, active: torch.Tensor) -> Observation:
     agents_view = score[..., None] * active[..., None]
     layout = {"cls_attention": slice(0, 1)}
     return Observation(agents_view, score[:, :0], active, 0, layout)
+
+
+class Unmakeable(Policy):
+    """Can be saved, and not be made of a file."""
+
+    rules = TokenPrune()
+
+    def act(self, observation: Observation) -> torch.Tensor:
+        return observation.active.long()
+
+    def config(self) -> dict[str, Any]:
+        return {"class": "Unmakeable"}
+
+
+def test_a_class_that_no_file_can_be_made_into_says_so(tmp_path: Path) -> None:
+    write_tensors(tmp_path / POLICY, {}, {"class": "Unmakeable"})
+    with pytest.raises(UserError, match="no class of that name is registered: import and register"):
+        load_policy(tmp_path / POLICY)
+    Unmakeable().save(tmp_path / POLICY)
+    with pytest.raises(UserError, match="Unmakeable can't be made of a file: give it a remade"):
+        load_policy(tmp_path / POLICY, trust=True)
 
 
 def test_top_k_against_brute_force() -> None:

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from command_line import QUICK, evaluation, write_digits
+from command_line import QUICK, evaluation, mistake, write_digits
 
 from agents.learners.mappo import MAPPO
 from agents.training.trainer import CHECKPOINT
@@ -32,6 +32,27 @@ def test_a_folder_is_evaluated_by_name(folder: Path, capsys: pytest.CaptureFixtu
     for row in report["predictions"]:
         assert (folder / row["file"]).is_file()
         assert row["file"].startswith(f"{row['label']}/")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "bench", "compare", "compress --out fast"])
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("nonsense", "neither a run folder nor a policy"),
+        ("tome", "needs r="),
+        ("rl4evit-deit_tiny", "not on 'vit_medium_patch16_gap_256'"),
+    ],
+)
+def test_the_method_is_checked_before_weights_are_read(
+    command: str, what: str, words: str, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    images = "" if "compress" in command or command == "bench" else f"--data {folder}"
+    model = "--model vit_medium_patch16_gap_256"
+    for weights in ("--weights gone.safetensors", ""):
+        assert words in mistake(f"{command} {what} {model} {images} {weights}", capfd)
+    if what == "tome":  # it has no class token
+        needs = mistake(f"{command} cls-attention:keep=0.7 {model} {images}", capfd)
+        assert "class token" in needs
 
 
 def test_limit_takes_at_most_so_many(folder: Path) -> None:

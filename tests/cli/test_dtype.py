@@ -114,6 +114,8 @@ def test_models_with_ltm_blocks(used: dict[str, set[torch.dtype]]) -> None:
 
 def test_compress(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["compress", "tome:r=8", "--out", "fast", "--dtype", "bfloat16"]) == 0
+    said = capfd.readouterr().out
+    assert "x at batch 1, " in said and "x at batch 8; 'tokenenv bench' measures it" in said
     fast = tokenenv.load_compressed("fast")
     assert fast.backbone.dtype is torch.bfloat16
     images = torch.rand(3, 1, 8, 8, dtype=torch.bfloat16)

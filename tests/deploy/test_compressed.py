@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import timm
 import torch
+from compressed_models import TINY, compressed, deit, digits, model_and_images
 from helpers import needs_compiler
 from safetensors.torch import load_file
-from test_backbone import family_model, image_for
+from test_backbone import image_for
 from torch import nn
 from torch.testing import assert_close
 
@@ -32,21 +33,6 @@ from tokenenv.vit import blocks, layout
 from tokenenv.vit.load import load_model
 
 SPECS = ("norm:keep=0.6,blocks=1/2", "tome:r=5", "merge-above:similarity=0.8")
-
-
-def model_and_images(kind: str = "deit", batch: int = 4) -> tuple[nn.Module, torch.Tensor]:
-    backbone = family_model(kind)
-    return backbone.model.requires_grad_(True), image_for(backbone, batch)
-
-
-def digits() -> nn.Module:
-    import tokenenv.vit.digits  # noqa: F401
-
-    return timm.create_model("digits_vit", pretrained=True)
-
-
-def compressed(spec: str, model: nn.Module, execution: Any = None) -> tokenenv.CompressedViT:
-    return tokenenv.compress(model, agents.parse_policy(spec, len(model.blocks)), execution)
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
@@ -151,9 +137,6 @@ def test_a_trained_policy_stays_float32() -> None:
             assert fast.float()(images).isfinite().all()
 
 
-TINY = "deit_tiny_patch16_224"
-
-
 @needs_compiler
 def test_every_kind_of_block_has_compiled_parts_of_its_own() -> None:
     from torch._dynamo.utils import counters
@@ -207,10 +190,6 @@ def test_compiled_once_for_all_blocks_and_lengths() -> None:
     assert 3 <= graphs[0] <= graphs[2] <= 14
     assert graphs[2:] == [graphs[2]] * 3
     copy.deepcopy(fast), pickle.dumps(fast)
-
-
-def deit(**options: Any) -> nn.Module:
-    return timm.create_model(TINY, **options)
 
 
 @pytest.mark.parametrize("spec", [*SPECS, "random:keep=0.5..0.9,blocks=1/2,seed=3"])

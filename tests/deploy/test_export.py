@@ -16,6 +16,7 @@ import agents
 import tokenenv
 from tokenenv import UserError
 from tokenenv.cli.main import main
+from tokenenv.deploy import onnx
 from tokenenv.vit.digits import digits
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -69,6 +70,56 @@ def test_torch_export_follows_both_ways(spec: str) -> None:
         for i in range(3):
             found = one.module()(pixels[i : i + 1])
             assert_close(found, expected[i : i + 1], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "pitome:keep=0.5", "pitome:keep=0.9,blocks=2/3", "diffrate:prune=4,merge=4,blocks=1/2/3/9",
+        "ats:tokens=40,blocks=2/3", "tome:r=4,blocks=2/3",
+    ],
+)  # fmt: skip
+def test_published_methods_are_exported(spec: str) -> None:
+    pixels, single = images(3), compressed(spec)
+    with torch.no_grad():
+        one = torch.export.export(single, (pixels[:1] * 0,), strict=False).module()
+        for pixel in pixels:
+            assert_close(one(pixel[None]), single(pixel[None]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("spec", ["random-merge:r=4,blocks=2/3", "random:keep=0.5,blocks=2"])
+def test_random_methods_draw_anew_once_they_are_exported(spec: str) -> None:
+    pixels = images(1)
+    with torch.no_grad():
+        one = torch.export.export(compressed(spec), (pixels,), strict=False).module()
+        torch.manual_seed(0)
+        assert len({tuple(one(pixels)[0].tolist()) for _ in range(4)}) > 1
+
+
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        (RuntimeError("Could not guard on\n  u0"), "RuntimeError: Could not guard on u0"),
+        (NotImplementedError(), "NotImplementedError"),
+    ],
+)
+def test_what_torch_cannot_export_is_one_line_and_no_half_folder(
+    reason: Exception, words: str, capfd: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise reason
+
+    monkeypatch.setattr(onnx, "check_export", lambda: None)
+    monkeypatch.setattr(torch.export, "export", refuse)
+    error = mistake("compress pitome:keep=0.9 --out fast --export fast.onnx", capfd)
+    assert f"torch can't export a policy of class PiToMe ({words}" in error
+    assert not list(Path.cwd().iterdir())
+
+
+def test_the_export_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx, "check_export", lambda: None)
+    with pytest.raises(UserError, match=r"float32 only, not bfloat16: give it model\.float\(\)"):
+        tokenenv.export_onnx(compressed("norm:keep=0.5").to(torch.bfloat16), "fast.onnx")
 
 
 def test_the_command_writes_what_load_compressed_reads(capsys: pytest.CaptureFixture[str]) -> None:

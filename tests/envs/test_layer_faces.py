@@ -258,7 +258,7 @@ def test_aec_and_parallel_and_gymnasium_agree(module: ModuleType, seed: int) -> 
         ({"action": "many"}, "action='many'"),
         ({"reward": "alpha_beta"}, "unknown reward 'alpha_beta': choose from dora"),
         ({"grid": (0, 99)}, "asks for 99 pairs"),
-        ({"colour": 1}, "unknown argument 'colour': the rules take"),
+        ({"colour": 1}, "unknown argument 'colour': choose from mask_in, render_mode"),
         ({"rules": "layer_prune"}, "rules='layer_prune': this environment has its own"),
         ({"batch_size": 3}, "batch_size=3: this environment has its own"),
         ({"render_mode": "video"}, "render_mode='video'"),

@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
+import torch
 from helpers import PATCHES, backbone, choices, small, source
 
 from agents.policies.words import parse_policy
+from tokenenv.data.pixels import Preprocess
 from tokenenv.envs.token_prune_gym import TokenPruneEnv
 from tokenenv.game import render
 from tokenenv.measure import token_pictures as run_report
@@ -30,6 +33,16 @@ def test_frames_of_an_episode_have_one_size() -> None:
             break
     assert len({frame.shape for frame in frames}) == 1
     assert all(not np.array_equal(a, b) for a, b in pairwise(frames))
+
+
+def test_a_grey_image_of_a_model_with_three_means_stays_grey() -> None:
+    model = timm.create_model("deit_tiny_patch16_224", depth=1, img_size=32, in_chans=1)
+    assert len(model.pretrained_cfg["mean"]) == 3
+    preprocess = Preprocess(model)
+    pixels = torch.randint(0, 256, (1, 32, 32), dtype=torch.uint8)
+    shown = render.to_pixels(preprocess.normalise([pixels])[0], model)
+    assert shown.shape == (32, 32, 3)
+    assert all(np.array_equal(shown[..., i], pixels[0].numpy()) for i in range(3))
 
 
 def test_text_marks_pruned_tokens() -> None:

@@ -115,6 +115,26 @@ def test_options_of_stable_baselines3() -> None:
     assert envs.get_attr("max_cycles") == [3, 3]
 
 
+def test_options_of_images_that_are_repeated() -> None:
+    pytest.importorskip("stable_baselines3")
+    from tokenenv.envs.sb3 import SB3VecEnv
+
+    envs = SB3VecEnv(IDS[0].id, 4, **small(repeats=2))
+    for options, expected in (
+        ({"index": 3}, [3, 3, 3, 3]),
+        ([{"index": 3}, {"index": 3}, {"index": 6}, {"index": 6}], [3, 3, 6, 6]),
+    ):
+        envs.set_options(options)
+        envs.reset()
+        assert index(envs.envs) == expected
+    for given, words in (
+        ([3, 6, 3, 6], "different values for the repeats of an image: give each value repeats=2"),
+        ([3, 6], "'index' has 2 values for 4 images: give 4, or one"),
+    ):
+        with pytest.raises(UserError, match=words):
+            envs.envs.reset(options={"index": given})
+
+
 @pytest.mark.parametrize("entry", IDS, ids=lambda entry: entry.id)
 def test_a_time_limit_that_would_cut_an_episode(entry: EnvId) -> None:
     words = "max_episode_steps=2 is less than the episode's 3 decisions: give max_cycles=2 instead"

@@ -86,6 +86,15 @@ def test_dense_logits_are_computed_once(backbone, monkeypatch) -> None:
     assert calls == []
 
 
+def test_what_is_computed_in_advance_leaves_the_episode_alone(backbone) -> None:
+    game = build_game(model=backbone, batch_size=4)
+    game.reset()
+    images = game.images.clone()
+    for _ in game.prepare():
+        pass
+    assert torch.equal(game.images, images)
+
+
 def test_keeping_everything_is_worth_the_full_fidelity(backbone) -> None:
     game = build_game(model=backbone, batch_size=4, reward=Cooperative(alpha=2.0, beta=0.01))
     game.reset()

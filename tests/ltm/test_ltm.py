@@ -15,6 +15,7 @@ import tokenenv.vit.digits  # noqa: F401  (registers digits_vit)
 from tokenenv import UserError, ltm, open_source
 from tokenenv.ltm.mask import merge
 from tokenenv.vit.dense import evaluating
+from tokenenv.vit.twin import differing_setting
 
 SMALL: dict[str, tuple[str, dict[str, Any], float, int]] = {
     "vit": ("vit_tiny_patch16_224", {"img_size": 96, "embed_dim": 48, "depth": 4}, 0.5, 96),
@@ -348,6 +349,25 @@ def test_saved_and_read_back(family: str, tmp_path: Path) -> None:
         ltm.load_ltm(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_tiny_patch16_224", {"img_size": 64, "dynamic_img_size": True, "drop_rate": 0.2}),
+        ("vit_tiny_patch16_224", {"img_size": 64, "drop_path_rate": 0.3, "attn_drop_rate": 0.1}),
+        ("swin_tiny_patch4_window7_224", {"img_size": 56, "drop_path_rate": 0.0}),
+    ],
+)
+def test_what_no_image_of_full_size_shows_is_saved(
+    name: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    model = ltm.ltm(timm.create_model(name, num_classes=5, **options), 1.0)
+    ltm.save_ltm(model, tmp_path / "run")
+    assert not differing_setting(model, ltm.load_ltm(tmp_path / "run"))
+    model.model.patch_embed.strict_img_size = not model.model.patch_embed.strict_img_size
+    with pytest.raises(UserError, match=r"patch_embed\.strict_img_size is"):
+        ltm.save_ltm(model, tmp_path / "other")
+
+
 def test_what_cannot_be_read_back_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not what timm makes of"):
         ltm.save_ltm(merged("vit"), tmp_path / "run")  # embed_dim=48 is not vit_tiny's
@@ -389,6 +409,7 @@ def test_a_pretrained_model_survives_the_surgery(mask: ltm.MaskKind, least: floa
         ("vit", {"blocks": (1, 4)}, "blocks: 4 is out of range.*0 to 3"),
         ("efficientvit", {"mask": "similar"}, "leaves no grid"),
         ("mobilevit", {"image_size": 16}, "32 pixels or more"),
+        ("mobilevit", {"image_size": 0}, "image_size=0: give 32 pixels or more"),
     ],
 )
 def test_bad_arguments(family: str, options: dict[str, Any], words: str) -> None:

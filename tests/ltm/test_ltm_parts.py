@@ -350,5 +350,7 @@ def test_bad_input(model: ltm.LTM) -> None:
     with pytest.raises(UserError, match="no LTM block merges anything"):
         whole = ltm.ltm(timm.create_model("digits_vit", depth=2), 1.0)
         ltm.SeparableBound(whole, 10).refresh([(images, labels)])
+    with pytest.raises(UserError, match="clusters=0 is no whole number from 1"):
+        ltm.SeparableBound(model, 10, "kmeans", clusters=0)
     with pytest.raises(UserError, match="choose from class, kmeans"):
         ltm.SeparableBound(model, 10, "means")  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from tokenenv.api.opening import Opened, each_once, open_candidates
 from tokenenv.data import Preprocessing, open_source
 from tokenenv.data.pixels import Preprocess
 from tokenenv.errors import UserError, check_keywords
-from tokenenv.game.checks import check_whole
+from tokenenv.game.checks import MOST_IMAGES, MOST_ROUNDS, check_threads, check_whole
 from tokenenv.game.episode import Execution
 from tokenenv.measure.candidate import Candidate, MethodCandidate
 from tokenenv.measure.machine import compiler_found, describe_machine, fast_bfloat16
@@ -113,14 +113,14 @@ def bench(
     Raises:
         UserError: an argument is wrong; the message names it and the remedy.
     """
-    batches = [check_whole("batch", size, 1) for size in dict.fromkeys(batch)]
+    batches = [check_whole("batch", size, 1, MOST_IMAGES + 1) for size in dict.fromkeys(batch)]
     if not batches:
         raise UserError("batch is empty: give at least one batch size")
-    check_whole("rounds", rounds, 1)
+    check_whole("rounds", rounds, 1, MOST_ROUNDS + 1)
     if compile not in COMPILED:
         raise UserError(f"compile={compile!r}: choose from {', '.join(COMPILED)}")
     if threads is not None:
-        torch.set_num_threads(check_whole("threads", threads, 1))
+        torch.set_num_threads(check_threads(threads))
     whats, found = each_once(what), None
     for precision in _precisions(dtype, device):
         opened = open_candidates(
@@ -130,7 +130,7 @@ def bench(
             trust=trust,
         )
         candidates = [*opened.candidates, *(_smaller(opened) if smaller else ())]
-        images, origin = _images(opened, text(data), max(batches))
+        images, origin = _images(opened, text(data, "data"), max(batches))
         if found is None:
             missing = compile != "none" and not compiler_found()
             found = Speeds(opened.model.name, _conditions(opened, origin, rounds, missing), ())

@@ -17,7 +17,7 @@ from agents.policies.words import plain
 from tokenenv.api.opening import Opened, each_once, open_candidates
 from tokenenv.data import ImageSource, Preprocessing, open_source
 from tokenenv.errors import UserError, check_keywords
-from tokenenv.game.checks import check_whole
+from tokenenv.game.checks import MOST_IMAGES, MOST_ROUNDS, check_whole
 from tokenenv.measure.candidate import Candidate
 from tokenenv.measure.comparison import (
     Comparison,
@@ -25,9 +25,9 @@ from tokenenv.measure.comparison import (
     best_row,
     dense_row,
     expand,
-    in_words,
     make_row,
     top1_change,
+    tuning,
 )
 from tokenenv.measure.evaluation import Evaluation, dense_predictions
 from tokenenv.measure.machine import describe_machine
@@ -36,6 +36,7 @@ from tokenenv.measure.pareto import picture
 from tokenenv.measure.printing import report_skipped
 from tokenenv.measure.speed import DENSE, Speed, bench, timings
 from tokenenv.measure.state import Memory, State, conditions
+from tokenenv.paths import as_path
 from tokenenv.storage import own_folder, write_bytes, write_json
 
 _BATCH = 64  # as in evaluate; it affects only the draws of random policies
@@ -82,21 +83,21 @@ def compare(
         UserError: an argument is wrong; the message names it and the remedy.
         KeyboardInterrupt: after Ctrl-C; the message says how many rows are kept.
     """
-    batches = [check_whole("batch", size, 1) for size in dict.fromkeys(batch)]
-    check_whole("rounds", rounds, 1)
+    batches = [check_whole("batch", size, 1, MOST_IMAGES + 1) for size in dict.fromkeys(batch)]
+    check_whole("rounds", rounds, 1, MOST_ROUNDS + 1)
     if limit is not None:
         check_whole("limit", limit, 1)
     whats = each_once(itertools.chain.from_iterable(map(_each, what)))
-    folder = None if out is None else Path(out)
+    folder = None if out is None else as_path(out, "out")
     place = contextlib.nullcontext() if folder is None else own_folder(folder)
     with place:  # before minutes of work
         opened = open_candidates(
             whats,
             named_model(model, weights, device, dtype, preprocessing),
-            data=text(data),
+            data=text(data, "data"),
             trust=trust,
         )
-        source = open_source(text(data), opened.dense.model, split="test", limit=limit)
+        source = open_source(text(data, "data"), opened.dense.model, split="test", limit=limit)
         common = {"dtype": dtype, **conditions(opened.model.name, opened.dense.model, source)}
         state = Memory() if folder is None else State(folder, common)
         print(
@@ -266,7 +267,7 @@ _HEADER = (
 
 
 def _line(row: Row) -> str:
-    mark = "" if row.frozen else f"  {in_words(row.frozen)}"
+    mark = "" if row.frozen else f"  {tuning(row.frozen)}"
     return (
         f"  {row.what:46}{row.top1:9.2f}{top1_change(row):>26}{row.agreement:8.1f}{row.gmacs:9.4f}"
         f"{row.saved:9.1f}{mark}"

@@ -10,7 +10,7 @@ from typing import Any
 from tokenenv.api.opening import open_candidates
 from tokenenv.data import ImageSource, Preprocessing, open_source
 from tokenenv.errors import check_keywords
-from tokenenv.game.checks import check_whole
+from tokenenv.game.checks import MOST_IMAGES, check_whole
 from tokenenv.measure.evaluation import Evaluation
 from tokenenv.measure.opening import named_model, text
 from tokenenv.measure.printing import evaluation_bar, evaluation_json
@@ -120,17 +120,17 @@ def evaluate(
     Raises:
         UserError: an argument is wrong; the message names it and the remedy.
     """
-    check_whole("batch", batch, 1)
+    check_whole("batch", batch, 1, MOST_IMAGES + 1)
     if limit is not None:
         check_whole("limit", limit, 1)
     opened = open_candidates(
         [what],
         named_model(model, weights, device, dtype, preprocessing),
-        data=text(data),
+        data=text(data, "data"),
         trust=trust,
     )
     (candidate,) = opened.candidates
-    source = open_source(text(data), opened.dense.model, split="test", limit=limit)
+    source = open_source(text(data, "data"), opened.dense.model, split="test", limit=limit)
     with evaluation_bar(source) as progress:
         found = candidate.evaluate(
             opened.dense, source, batch_size=batch, restrict=restrict, progress=progress

@@ -46,7 +46,8 @@ def open_candidates(
 
     If the user named no ``model``, it is the model that the first of ``whats`` was trained on, as
     it was before any fine-tuning; methods without training are skipped in that search. All of
-    ``whats`` are parsed before weights are read.
+    ``whats`` are parsed, and checked against the model as far as it is known, before weights are
+    read.
 
     Args:
         whats: see :func:`~tokenenv.api.what.name_what`.
@@ -62,11 +63,14 @@ def open_candidates(
     known = [each.made_of() for each in named]
     model = _prepared(_named_model(model, named, known), named, known)
     whole = all(each.whole for each in named)
-    depth = 0 if whole else model.depth()
-    if depth is not None:
-        _read(named, model, depth)
+    outline = None if whole else model.outline()
+    if whole or outline is not None:
+        _read(named, model, 0 if outline is None else outline.depth)
+    if outline is not None:
+        for each in named:
+            each.check(model, outline)
     dense = _open_dense(model, known, data, images, whole)
-    if depth is None and isinstance(dense, Backbone):
+    if not whole and outline is None and isinstance(dense, Backbone):
         _read(named, model, dense.depth)
     return Opened(model, dense, tuple(each.candidate(dense, model) for each in named))
 

@@ -35,6 +35,7 @@ from tokenenv.ltm.storage import load_ltm
 from tokenenv.measure.candidate import Candidate, MethodCandidate, ModelCandidate
 from tokenenv.measure.opening import Model
 from tokenenv.measure.state import fingerprint
+from tokenenv.paths import path_text
 from tokenenv.storage import read_tensors
 from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.dense import Dense
@@ -81,6 +82,17 @@ class Named(Protocol):
             UserError: it can't be parsed, or is made for another model.
         """
 
+    def check(self, model: Model, outline: Backbone) -> None:
+        """Check it against a model before weights are loaded.
+
+        Args:
+            model: what the user said of it.
+            outline: the model without weights, of the size that its name says.
+
+        Raises:
+            UserError: it doesn't fit the model.
+        """
+
     def candidate(self, dense: Dense, model: Model) -> Candidate:
         """Load it, to be measured beside ``dense``, which ``model`` names.
 
@@ -110,12 +122,14 @@ def name_what(what: Any, trust: bool = False) -> Named:
     if not isinstance(what, str):
         method = as_method(what)
         return NamedMethod(_title(method), method)
+    if os.path.isdir(what):
+        what = path_text(what, "WHAT")
     folder, more = split_name(what)
     for config, kind, words in (
         (LTM_CONFIG, NamedLTM, "has LTM blocks"),
         (COMPRESSED, NamedCompressed, "is a compressed model"),
     ):
-        if Path(folder, config).is_file():
+        if os.path.isfile(os.path.join(folder, config)):
             if more:
                 raise UserError(
                     f"'{folder}' {words}, nothing of which can be set here: leave ':{more}' out"
@@ -159,6 +173,10 @@ class NamedMethod:
     def read(self, model: str, depth: int) -> None:
         """Do nothing: there are no words to parse."""
 
+    def check(self, model: Model, outline: Backbone) -> None:
+        """Check the method."""
+        _check_early(self.method, model, outline)
+
     def candidate(self, dense: Dense, model: Model) -> Candidate:
         """The method on the dense model."""
         assert isinstance(dense, Backbone)
@@ -196,6 +214,12 @@ class NamedWord:
         self.method = parse_policy(self.what, depth, trust=self.trust)
         if self.folder is None:
             check_range(self.method.reduction.blocks, depth)
+
+    def check(self, model: Model, outline: Backbone) -> None:
+        """Check the method, unless it has fine-tuned weights, whose model may be another."""
+        assert self.method is not None
+        if self.made_of().tuned is None:
+            _check_early(self.method, model, outline)
 
     def candidate(self, dense: Dense, model: Model) -> Candidate:
         """The method on the dense model, or on the model fine-tuned with it."""
@@ -251,6 +275,9 @@ class NamedLTM:
                 "compare it with its own model"
             )
 
+    def check(self, model: Model, outline: Backbone) -> None:
+        """Do nothing: it has a model of its own."""
+
     def candidate(self, dense: Dense, model: Model) -> Candidate:
         """The model with LTM blocks, in eval mode."""
         if self.model is not None:
@@ -282,9 +309,17 @@ class NamedCompressed:
     def read(self, model: str, depth: int) -> None:
         """Do nothing: there are no words to parse."""
 
+    def check(self, model: Model, outline: Backbone) -> None:
+        """Do nothing: it has a model of its own."""
+
     def candidate(self, dense: Dense, model: Model) -> Candidate:
         """The compressed model's method on its own backbone."""
         if self.model is not None:
+            if type(self.model.backbone.family).refusal(self.model.model) is not None:
+                raise UserError(
+                    f"'{self.what}' can't be measured, as its layers were quantised or replaced "
+                    "and multiply-adds are counted from timm's: measure it before"
+                )
             fast = copy.deepcopy(self.model).to(dense.device, dense.dtype).eval()
             key = f"{_key(self.what, fast.policy)} {fingerprint(fast.model.state_dict())}"
         else:
@@ -293,6 +328,13 @@ class NamedCompressed:
             digest.update(Path(self.what, MODEL).read_bytes())
             key = f"{self.what} {digest.hexdigest()}"
         return MethodCandidate(self.what, fast.policy, fast.backbone, key=key, group=self.what)
+
+
+def _check_early(method: Method, model: Model, outline: Backbone) -> None:
+    if model.from_file:  # the file may be of another image size
+        method.check_model(model.name)
+    else:
+        method.check_fit(outline, model.name)
 
 
 def method_of(what: Any, depth: int, trust: bool = False) -> Method:

@@ -16,6 +16,7 @@ from tokenenv.cli.options import (
     writable_file,
 )
 from tokenenv.errors import UserError
+from tokenenv.paths import as_path
 
 
 def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -44,7 +45,8 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run ``tokenenv compress``; returns the exit status."""
     from tokenenv.api.compress import compress, glance
-    from tokenenv.deploy.onnx import check_export, export_onnx
+    from tokenenv.deploy.onnx import check_export, onnx_bytes
+    from tokenenv.storage import check_new, write_bytes
 
     if args.export and Path(args.export).resolve() == Path(args.out).resolve():
         raise UserError("--out is a folder and --export a file: give them different names")
@@ -53,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--export writes float32 only, not {args.dtype}: leave --dtype out")
         if args.export:
             check_export()
+        check_new(as_path(args.out, "--out"))
         fast = compress(
             args.model,
             args.what,
@@ -63,6 +66,10 @@ def run(args: argparse.Namespace) -> int:
             preprocessing=preprocessing(args),
             trust=args.trust,
         )
+        exported = b""
+        if args.export:  # first, as it may be refused
+            print("exporting, which takes up to some minutes ...")
+            exported = onnx_bytes(fast)
         fast.save(args.out)
         name = fast.backbone.architecture
         print(f"{name} with {args.what} is in {args.out}: tokenenv.load_compressed('{args.out}')")
@@ -72,7 +79,6 @@ def run(args: argparse.Namespace) -> int:
         if slow := [str(row.batch) for row in speeds if row.speedup < 1]:
             print(f"slower than the dense model here at batch {' and '.join(slow)}")
         if args.export:
-            print("exporting, which takes up to some minutes ...")
-            export_onnx(fast, args.export)
+            write_bytes(Path(args.export), exported)
             print(f"{args.export} takes one image at a time, each at its own length")
     return 0

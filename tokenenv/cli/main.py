@@ -11,6 +11,7 @@ from types import ModuleType
 from tokenenv._version import __version__
 from tokenenv.cli import bench, compare, compress, envs, evaluate, methods, suite, train
 from tokenenv.cli.options import Parser
+from tokenenv.cli.streams import leave_stream, sturdy_streams
 from tokenenv.errors import UserError
 
 COMMANDS: dict[str, ModuleType] = {
@@ -51,9 +52,22 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0 on success, 2 for a user's mistake, 130 after Ctrl-C, 141 if the output pipe was closed.
+        0 on success, 2 for a user's mistake or a file that can't be read or written, 130 after
+        Ctrl-C, 141 if the output pipe was closed.
     """
-    args = build_parser().parse_args(argv)
+    with sturdy_streams() as out:
+        status = _run(build_parser().parse_args(argv))
+        if out.lost is not None and status != 141:
+            print(
+                f"tokenenv: standard output can't be written to ({out.lost.strerror}): files that "
+                "were asked for are complete, give the output another place",
+                file=sys.stderr,
+            )
+            return status or 2
+        return status
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         _check_torchrun(args.command)
         status: int = COMMANDS[args.command].run(args)
@@ -68,9 +82,34 @@ def main(argv: list[str] | None = None) -> int:
         print("; ".join(["tokenenv: interrupted", *interrupt.args]), file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader, such as head, closed the pipe. Python would write the rest when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave_stream(sys.stdout)  # the reader, such as head, closed the pipe
         return 141
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        print(
+            f"tokenenv: the memory is too small ({reason or type(error).__name__}): give a smaller "
+            "batch or fewer images",
+            file=sys.stderr,
+        )
+        return 2
+    except OSError as error:
+        if args.traceback:
+            traceback.print_exception(error)
+        where = f"'{error.filename}'" if error.filename else "a file"
+        print(
+            f"tokenenv: {where} can't be used ({error.strerror or error}): mend it, or give "
+            "another; tokenenv --traceback shows where it was needed",
+            file=sys.stderr,
+        )
+        return 2
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an error is Python's or torch's for too little memory; torch's has no class of it."""
+    words = ("can't allocate memory", "out of memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def _check_torchrun(command: str) -> None:

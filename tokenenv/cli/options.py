@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from tokenenv.errors import UserError
+from tokenenv.paths import as_path
 
 if TYPE_CHECKING:
     from tokenenv.data import Preprocessing
@@ -50,7 +51,7 @@ def writable_file(path: str | None, option: str = "--json") -> Iterator[None]:
     """
     from tokenenv.storage import is_stream, writable_folder
 
-    if path is None or is_stream(Path(path)):
+    if path is None or is_stream(as_path(path, option)):
         yield
         return
     if Path(path).is_dir():

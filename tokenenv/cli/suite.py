@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tokenenv.cli.options import Parser, add_dtype, add_trust, seeds, writable_file
 from tokenenv.errors import UserError
+from tokenenv.paths import as_path
 
 if TYPE_CHECKING:
     from tokenenv.suite.report import Report
@@ -142,7 +143,7 @@ def _results(args: argparse.Namespace) -> list[Path]:
 
     if args.out is None:
         return []
-    found = list(find_results(Path(args.out)))
+    found = list(find_results(as_path(args.out, "DIR")))
     if not found:
         raise UserError(
             f"'{args.out}' holds no results: run tokenenv suite run TASK --learner NAME --out "

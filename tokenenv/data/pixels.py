@@ -206,6 +206,11 @@ class Preprocess:
             return torch.empty(0, *self.shape)
         return torch.stack(list(pixels)).float().div_(255).sub_(self._mean).div_(self._std)
 
+    def pixels_of(self, image: Tensor) -> Tensor:
+        """Undo :meth:`normalise` for one image ``(C, H, W)``: uint8 pixels, on the CPU."""
+        levels = (image.detach().float().cpu() * self._std + self._mean) * 255
+        return levels.round().clamp(0, 255).to(torch.uint8)
+
 
 class PixelStore:
     """The decoded images of one data set, kept while they fit into ``CACHE_BYTES``.

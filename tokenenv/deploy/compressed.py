@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -14,19 +13,31 @@ from torch import Tensor, nn
 
 from tokenenv.artefact import FAULTS, read_object, reason_of
 from tokenenv.data import Preprocessing
+from tokenenv.deploy.protocol import TimmProtocol
 from tokenenv.errors import UserError
-from tokenenv.game.episode import EXECUTIONS, Episode, Execution, default_execution
+from tokenenv.game.episode import Episode, Execution, check_execution
 from tokenenv.game.policy import DuckPolicy, Method, as_method, lengths_known, play
 from tokenenv.own import same_place
+from tokenenv.paths import as_path
+from tokenenv.storage import check_new, new_folder
+from tokenenv.vit import hooks
 from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.families import check_options
 from tokenenv.vit.load import DTYPES, check_device, check_dtype, load_model
+from tokenenv.vit.tokens import Tokens
+from tokenenv.vit.twin import differing_setting
 
 CONFIG, WEIGHTS, POLICY = "compressed.json", "model.safetensors", "policy.safetensors"
 """Files in the folder of a saved compressed model."""
 
 
-_KINDS = {"model": str, "options": dict, "dtype": Literal[DTYPES], "execution": Execution | None}
+_KINDS = {
+    "model": str,
+    "options": dict,
+    "dtype": Literal[DTYPES],
+    "execution": Execution | None,
+    "checkpointed": bool | None,
+}
 
 
 def compress(model: nn.Module, policy: Method, execution: Execution | None = None) -> CompressedViT:
@@ -49,17 +60,24 @@ def compress(model: nn.Module, policy: Method, execution: Execution | None = Non
     policy = as_method(policy)
     if isinstance(model, CompressedViT):
         raise UserError("the model is compressed already: compress the timm model it was made of")
-    if execution is not None and execution not in EXECUTIONS:
-        raise UserError(f"execution='{execution}': choose from {', '.join(EXECUTIONS)}")
+    if execution is not None:
+        check_execution(execution)
     return CompressedViT(model, policy, execution)
 
 
-class CompressedViT(nn.Module):
+class CompressedViT(TimmProtocol):
     """A timm Vision Transformer that removes tokens between blocks; made by :func:`compress`.
 
     Inputs and outputs are those of the timm model, without ``attn_mask``. The parameters are the
     timm model's own, below ``model``. Those of the policy are not among them: they stay in float32
-    and are not trained with the model.
+    and are not trained with the model. timm's methods and attributes that training, feature
+    extraction and optimisers use are those of :class:`~tokenenv.deploy.protocol.TimmProtocol`.
+
+    Forward hooks on ``model``, on its blocks and on their attention fire once in each pass, as do
+    those on the layers inside: with ``(B, N, D)`` tokens, N being those that are left of the
+    longest image (all, with masked execution and in ``train`` mode). They may look, not change. A
+    warning tells of hooks that can't fire, see :mod:`tokenenv.vit.hooks`. A pass that is compiled
+    as one graph has none.
 
     In ``train`` mode removed tokens are masked, so that shapes stay fixed. Logits have a gradient
     in the model's parameters; the policy's decisions have none.
@@ -79,10 +97,8 @@ class CompressedViT(nn.Module):
         model: the copy of the timm model.
         policy: the copy of the policy.
         execution: as given.
-        pretrained_cfg: that of the timm model, which timm's preprocessing reads.
     """
 
-    model: Any
     policy: Any
 
     def __init__(self, model: nn.Module, policy: Method, execution: Execution | None) -> None:
@@ -92,7 +108,6 @@ class CompressedViT(nn.Module):
         # Not registered with nn.Module: it does not belong into state_dict() or parameters().
         self.__dict__["policy"] = copy.deepcopy(policy)
         self.policy.check_fit(self.backbone, self.backbone.architecture)
-        self.pretrained_cfg = getattr(self.model, "pretrained_cfg", {})
         self._place_policy()
         self.eval()
 
@@ -100,59 +115,26 @@ class CompressedViT(nn.Module):
     def backbone(self) -> Backbone:
         """The model cut into stages."""
         known = self.__dict__.get("_stages")
-        # Modules may have been replaced, for example by quantisation.
+        # Modules may have been replaced, for example by quantisation, or the classifier reset.
         if (
             known is None
             or known.model is not self.model
             or known.blocks is not known.family.blocks
+            or known.classes != known.family.classes
         ):
-            known = self.__dict__["_stages"] = Backbone(self.model, freeze=False)
+            family = known and type(known.family)  # which refuses quantised layers
+            known = self.__dict__["_stages"] = Backbone(self.model, freeze=False, family=family)
         return known
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes, as of the timm model."""
-        return self.model.num_classes
 
     def forward(self, x: Tensor) -> Tensor:
         """Images ``(B, C, H, W)``, normalised -> logits ``(B, classes)``."""
         if x.shape[0] == 0:
             return self.model(x)
+        given = hooks.entering(self.model, x)
         logits = self._play(x, only_logits=True).logits
         assert logits is not None
+        hooks.leaving(self.model, given, logits)
         return logits
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images ``(B, C, H, W)`` -> tokens ``(B, prefix + P, D)`` after the final norm.
-
-        One token per patch, in timm's order. A merged patch has the token that it was merged into.
-        A pruned one has the mean of the tokens that the head pools, so that :meth:`forward_head`
-        returns the logits of :meth:`forward`. If the method makes images smaller, P is the number
-        of patches of the smaller image.
-
-        Raises:
-            UserError: the model pools by attention, which would read the pruned patches.
-        """
-        if x.shape[0] == 0:
-            return self.model.forward_features(x)
-        tokens, family = self._play(x).tokens, self.backbone.family
-        known = tokens.patch_alive()
-        if family.pooling == "attention" and (tokens.ragged or tokens.moved):
-            raise UserError(
-                "tokens that left can't be hidden from this model's attention pool: "
-                "call the model itself instead of forward_features"
-            )
-        y, first = family.norm(tokens.x), family.first_pooled
-        weight = (tokens.size * tokens.alive)[:, first:, None]
-        total = weight.sum(1, keepdim=True).clamp(min=1)
-        mean = (y[:, first:] * weight).sum(1, keepdim=True) / total
-        patches = tokens.to_patches(y[:, tokens.prefix :])
-        patches = torch.where(known[..., None], patches, mean.to(y.dtype))
-        return torch.cat([y[:, : tokens.prefix], patches], dim=1)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens of :meth:`forward_features` -> logits, or what the classifier reads."""
-        return self.model.forward_head(x, pre_logits=pre_logits)
 
     def train(self, mode: bool = True) -> CompressedViT:
         """Set the mode of the model; the policy always decides as in evaluation."""
@@ -170,23 +152,14 @@ class CompressedViT(nn.Module):
             folder: a new or an empty folder.
 
         Raises:
-            UserError: the folder is not empty or can't be written, the policy can't be saved, or
-                timm makes a different model of the name, image size and pooling.
+            UserError: the folder is not empty or can't be written, the policy can't be saved, the
+                model was quantised, or timm makes a different one of the name and the options.
         """
-        folder = Path(folder)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"'{folder}' exists already: choose another folder")
+        folder = as_path(folder, "folder")
+        check_new(folder)
         self.policy.config()  # raises, before anything is written, if the policy can't be saved
-        try:
-            folder.resolve().parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder.resolve().parent, prefix=".") as place:
-                complete = Path(place, "complete")
-                complete.mkdir()
-                self._write(complete)
-                complete.replace(folder.resolve())
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"cannot write to '{folder}' ({reason}): choose another") from None
+        with new_folder(folder) as complete:
+            self._write(complete)
 
     def _write(self, folder: Path) -> None:
         from safetensors.torch import save
@@ -196,10 +169,18 @@ class CompressedViT(nn.Module):
             "options": self.backbone.family.options(),
             "dtype": str(self.backbone.dtype).removeprefix("torch."),
             "execution": self.execution,
+            "checkpointed": self.backbone.family.checkpointed,
             "preprocessing": Preprocessing.of(self.model).to_json(),
         }
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        state = {name: t.detach().cpu().contiguous() for name, t in self.model.state_dict().items()}
+        held = self.model.state_dict()
+        strange = [name for name, t in held.items() if not isinstance(t, Tensor) or t.is_quantized]
+        if strange:
+            raise UserError(
+                f"'{strange[0]}' is quantised and can't be saved: save the model before, and "
+                "quantise what load_compressed gives"
+            )
+        state = {name: t.detach().cpu().contiguous() for name, t in held.items()}
         (folder / WEIGHTS).write_bytes(save(state))
         self.policy.save(folder / POLICY)
         self._check_twin(folder)
@@ -220,9 +201,10 @@ class CompressedViT(nn.Module):
         image = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         image = image.to(self.backbone.device, self.backbone.dtype)
         model = copy.deepcopy(self.model).eval()
-        same = torch.allclose(model(image), read(image), rtol=1e-3, atol=1e-4)
-        if not same or _dropped(model) != _dropped(read):
+        if not torch.allclose(model(image), read(image), rtol=1e-3, atol=1e-4):
             raise UserError(words)
+        if reason := differing_setting(model, read):
+            raise UserError(f"{words} ({reason})")
 
     def _check_method(self, folder: Path) -> None:
         """See that the method can be loaded, and is of the same class."""
@@ -240,21 +222,43 @@ class CompressedViT(nn.Module):
                 f"{found.__qualname__}: give your class another name"
             )
 
-    def _play(self, x: Tensor, *, only_logits: bool = False) -> Episode:
+    def _play(
+        self,
+        x: Tensor,
+        after_block: Callable[[int, Tokens], object] | None = None,
+        *,
+        only_logits: bool = False,
+    ) -> Episode:
         compiled = torch.compiler.is_dynamo_compiling()
         if compiled and not self.training and lengths_known(self.backbone, self.policy):
-            execution = self.execution or default_execution(self.backbone.device)
-            return play(self.backbone, self.policy, x, execution, only_logits=only_logits)
-        return self._play_outside(x, compiled, only_logits)
+            return play(
+                self.backbone,
+                self.policy,
+                x,
+                self.execution,
+                only_logits=only_logits,
+                after_block=after_block,
+            )
+        return self._play_outside(x, compiled, after_block, only_logits)
 
     # Token counts depend on the data: a trace of the whole pass would recompile at each decision.
     @torch.compiler.disable
-    def _play_outside(self, x: Tensor, compiled: bool, only_logits: bool) -> Episode:
+    def _play_outside(
+        self,
+        x: Tensor,
+        compiled: bool,
+        after_block: Callable[[int, Tokens], object] | None,
+        only_logits: bool,
+    ) -> Episode:
         self.backbone.compiled = compiled and not self.training
-        execution = self.execution or default_execution(self.backbone.device)
-        if self.training:
-            execution = "masked"
-        return play(self.backbone, self.policy, x, execution, only_logits=only_logits)
+        return play(
+            self.backbone,
+            self.policy,
+            x,
+            "masked" if self.training else self.execution,
+            only_logits=only_logits,
+            after_block=after_block,
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedViT:
         """Move or convert the model, and move the policy to its device."""
@@ -265,12 +269,6 @@ class CompressedViT(nn.Module):
     def _place_policy(self) -> None:
         if isinstance(self.policy, nn.Module):
             self.policy.to(self.backbone.device).eval()
-
-
-def _dropped(model: nn.Module) -> list[float]:
-    """Probability of dropout or stochastic depth of every module, 0 for modules without."""
-    known = (m.__dict__.get("p", m.__dict__.get("drop_prob", 0.0)) for m in model.modules())
-    return [float(rate or 0.0) for rate in known]
 
 
 def load_compressed(
@@ -289,7 +287,7 @@ def load_compressed(
     """
     import agents  # imported late: it reads policies back
 
-    folder = Path(folder)
+    folder = as_path(folder, "folder")
     model, execution = _load_model(folder, check_device(device))
     return compress(model, agents.load(folder, trust), execution)
 
@@ -305,9 +303,11 @@ def _load_model(folder: Path, device: torch.device) -> tuple[nn.Module, Executio
     config = read_object(folder / CONFIG, _KINDS, remedy, blame)
     try:
         options = check_options(config["options"])
-        model = load_model(config["model"], str(folder / WEIGHTS), options)
+        model: Any = load_model(config["model"], str(folder / WEIGHTS), options)
         if (said := config.get("preprocessing")) is not None:
             Preprocessing.from_json(said, folder / CONFIG).apply(model)
+        if config.get("checkpointed"):
+            model.set_grad_checkpointing(True)
     except UserError:
         raise
     except FAULTS as error:

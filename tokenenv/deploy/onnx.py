@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from tokenenv.deploy.compressed import CompressedViT
-from tokenenv.errors import UserError
+from tokenenv.errors import UserError, check_interrupt
+from tokenenv.paths import as_path
 from tokenenv.storage import write_bytes
 
 
@@ -40,17 +41,29 @@ def export_onnx(fast: CompressedViT, path: str | Path) -> None:
         path: the file to write.
 
     Raises:
-        UserError: a package is missing (``pip install tokenenv[export]``), the file can't be
-            written, or torch has no ONNX for something the policy does.
+        UserError: the file can't be written; as :func:`onnx_bytes`.
     """
-    path = Path(path)
+    path = as_path(path, "path")
     if path.is_dir() or not path.parent.is_dir():  # before a minute of work
         raise UserError(f"cannot write '{path}': give the name of a file in a folder that exists")
+    write_bytes(path, onnx_bytes(fast))
+
+
+def onnx_bytes(fast: CompressedViT) -> bytes:
+    """The content of the file that :func:`export_onnx` writes.
+
+    Raises:
+        UserError: a package is missing (``pip install tokenenv[export]``), the model is not in
+            float32, or torch can't export something that the policy does.
+    """
     check_export()
+    if fast.backbone.dtype != torch.float32:
+        dtype = str(fast.backbone.dtype).removeprefix("torch.")
+        raise UserError(f"the export writes float32 only, not {dtype}: give it model.float()")
     fast = copy.deepcopy(fast).cpu().eval()
-    image = torch.zeros((1, *fast.backbone.image_shape), dtype=fast.backbone.dtype)
+    image = torch.zeros((1, *fast.backbone.image_shape))
     try:
-        with warnings.catch_warnings(), torch.no_grad(), _quiet("onnxscript"):
+        with warnings.catch_warnings(), torch.no_grad(), _quiet("onnxscript"), _quiet("torch"):
             warnings.simplefilter("ignore")  # torch's own, which a user can't act on
             graph = torch.export.export(fast, (image,), strict=False)
             program = torch.onnx.export(
@@ -61,17 +74,19 @@ def export_onnx(fast: CompressedViT, path: str | Path) -> None:
                 verbose=False,
                 custom_translation_table={torch.ops.aten.sort.stable: _stable_sort()},
             )
-    except (torch.onnx.OnnxExporterError, torch._dynamo.exc.TorchDynamoException) as error:
-        reason = str(error).strip().splitlines()[-1]
+    except Exception as error:  # torch raises many kinds for what it can't trace or translate
+        check_interrupt(error)
+        kind = type(fast.policy).__name__
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(
-            f"torch can't export a policy of class {type(fast.policy).__name__} ({reason}): "
-            "compress with execution='masked', or take another policy"
-        ) from None
+            f"torch can't export a policy of class {kind} ({reason[:200]}): take another policy, "
+            "or try execution='masked', which fixes the shapes and saves nothing"
+        ) from error
     assert program is not None
     with tempfile.TemporaryDirectory() as place:
         complete = Path(place, "model.onnx")
         program.save(complete, external_data=False)
-        write_bytes(path, complete.read_bytes())
+        return complete.read_bytes()
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ OPTIONS = ("index", "label", "file")
 _OF_CHECKERS = {"options": 1}  # PettingZoo's api_test and parallel_api_test give this and no more
 
 
-def chosen_batch(stream: Stream, options: dict[str, Any] | None) -> Batch | None:
+def chosen_batch(stream: Stream, options: dict[str, Any] | None, repeats: int = 1) -> Batch | None:
     """The images that ``options`` name; None where they name none.
 
     Args:
@@ -23,11 +24,18 @@ def chosen_batch(stream: Stream, options: dict[str, Any] | None) -> Batch | None
         options: one of ``index``, a position in the source; ``label``, for which the next image of
             that class is taken, so that those before it are passed over; and ``file``, a name in
             the source. A batch of ``B`` images takes one value for all or ``B`` of them.
+        repeats: how many times in a row each image is in the batch; so often each value is given.
+
+    Returns:
+        The images without their repeats.
 
     Raises:
         UserError: an unknown option, two of them, a value that names no image, another number of
-            values than images, or an image that can't be read.
+            values than images, other values for the repeats of an image, or an image that can't be
+            read.
     """
+    if options is not None and not isinstance(options, Mapping):
+        raise UserError(f"options={options!r:.60}: give a dict such as {{'index': 5}}, or None")
     if not options or options == _OF_CHECKERS:
         return None
     for name in options:
@@ -36,7 +44,7 @@ def chosen_batch(stream: Stream, options: dict[str, Any] | None) -> Batch | None
     if len(options) > 1:
         raise UserError(f"options {' and '.join(options)} both name images: give one of them")
     ((name, given),) = options.items()
-    values = _one_each(name, given, stream.part_size)
+    values = _one_each(name, given, stream.part_size, repeats)
     if name == "label":
         return stream.next_of([_whole(name, value) for value in values])
     source = stream.source
@@ -56,16 +64,22 @@ def chosen_batch(stream: Stream, options: dict[str, Any] | None) -> Batch | None
     return batch
 
 
-def _one_each(name: str, given: Any, count: int) -> list[Any]:
-    """``count`` values, from as many or from one for all."""
+def _one_each(name: str, given: Any, count: int, repeats: int) -> list[Any]:
+    """``count`` values, from one for all, or from ``count * repeats`` with equal neighbours."""
     if isinstance(given, str) or np.ndim(given) == 0:
         return [given] * count
-    values = list(given)
-    if len(values) != count:
+    values, whole = list(given), count * repeats
+    if len(values) != whole:
         raise UserError(
-            f"option '{name}' has {len(values)} values for {count} images: give {count}, or one"
+            f"option '{name}' has {len(values)} values for {whole} images: give {whole}, or one"
         )
-    return values
+    once = values[::repeats]
+    if values != [value for value in once for _ in range(repeats)]:
+        raise UserError(
+            f"option '{name}' has different values for the repeats of an image: give each value "
+            f"repeats={repeats} times in a row"
+        )
+    return once
 
 
 def _place_of(file: Any, source: ImageSource) -> int:

@@ -11,7 +11,7 @@ from gymnasium import spaces
 from gymnasium.utils import EzPickle
 from numpy.typing import NDArray
 
-from tokenenv.envs.play import RENDER_MODES, check_time_limit, one_image, open_play
+from tokenenv.envs.play import RENDER_MODES, check_time_limit, in_turn, one_image, open_play
 
 
 class GameEnv(gym.Env[NDArray[np.float32], Any], EzPickle):
@@ -38,6 +38,7 @@ class GameEnv(gym.Env[NDArray[np.float32], Any], EzPickle):
         self.action_space = self._play.action_space
         self.observation_space: spaces.Space[Any] = self._play.observation_space
 
+    @in_turn
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
@@ -57,6 +58,7 @@ class GameEnv(gym.Env[NDArray[np.float32], Any], EzPickle):
         observation = self._play.reset(options)
         return observation[0].cpu().numpy(), self._info()
 
+    @in_turn
     def step(self, action: Any) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         """Play one decision.
 

@@ -104,7 +104,13 @@ from numpy.typing import NDArray
 from pettingzoo import AECEnv, ParallelEnv
 
 from tokenenv.envs.pettingzoo_base import SeededPlay
-from tokenenv.envs.play import RENDER_MODES, one_choice, open_play
+from tokenenv.envs.play import (
+    RENDER_MODES,
+    check_by_agent,
+    in_turn,
+    one_choice,
+    open_play,
+)
 from tokenenv.envs.token_prune_pettingzoo import MaskIn, Seen
 from tokenenv.errors import UserError, check_choice
 
@@ -136,7 +142,7 @@ class _BlockAgents(SeededPlay, EzPickle):
                 "gymnasium.make takes the other"
             )
         self.mask_in, self.render_mode = mask_in, render_mode
-        self._play = open_play(self.rules, render_mode, game)
+        self._play = open_play(self.rules, render_mode, game, also=("mask_in", "render_mode"))
         self.game = self._play.game
         self.max_cycles = self.game.steps
         self.possible_agents = [f"layer_{i}" for i in range(self.game.steps)]
@@ -185,6 +191,7 @@ class _BlockAgents(SeededPlay, EzPickle):
         """Play the decision that is due; returns its reward and whether the episode has ended."""
         if not self.agents or self._turn == self.game.steps:
             raise UserError("no episode is running: call reset() first")
+        check_by_agent(actions)
         agent = self.possible_agents[self._turn]
         if agent not in actions:
             raise UserError(f"no action for '{agent}': it is its turn")
@@ -246,6 +253,7 @@ class _LayerAECEnv(_BlockAgents, AECEnv[str, Any, Any]):
         AECEnv.__init__(self)
         _BlockAgents.__init__(self, **kwargs)
 
+    @in_turn
     def reset(self, seed: int | None = None, options: dict[str, Any] | None = None) -> None:
         """Start with the next image, or with the one that ``options`` name.
 
@@ -269,6 +277,7 @@ class _LayerAECEnv(_BlockAgents, AECEnv[str, Any, Any]):
         """What ``agent`` observes: its block if it is its turn, else zeros."""
         return self._observation(agent)
 
+    @in_turn
     def step(self, action: Any) -> None:
         """Play the decision of the agent whose turn it is; None for one that has terminated.
 
@@ -292,6 +301,7 @@ class _LayerAECEnv(_BlockAgents, AECEnv[str, Any, Any]):
 class _LayerParallelEnv(_BlockAgents, ParallelEnv[str, Any, Any]):
     """One agent per block of one image; one of them acts in each cycle. See the module's page."""
 
+    @in_turn
     def reset(
         self, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Seen], dict[str, dict[str, Any]]]:
@@ -308,6 +318,7 @@ class _LayerParallelEnv(_BlockAgents, ParallelEnv[str, Any, Any]):
         self._start(seed, options)
         return {agent: self._observation(agent) for agent in self.agents}, self._infos()
 
+    @in_turn
     def step(
         self, actions: dict[str, Any]
     ) -> tuple[

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import operator
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -13,8 +17,11 @@ from torch import Tensor
 from tokenenv.envs.chosen import chosen_batch
 from tokenenv.errors import UserError, check_choice
 from tokenenv.game import Game, render
-from tokenenv.game.build import build_game
+from tokenenv.game.build import build_game, check_arguments
+from tokenenv.game.checks import MOST_IMAGES, check_whole
 from tokenenv.game.rules import RULES, Observation
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 RENDER_MODES = ["human", "rgb_array", "ansi"]
 
@@ -27,6 +34,28 @@ def _now(name: str) -> property:
         return play._now[name].clone()
 
     return property(get)
+
+
+def in_turn(method: F) -> F:
+    """A method of an environment with a ``_play``, for one thread at a time; a decorator.
+
+    Raises:
+        UserError: another thread is in such a method of the same environment.
+    """
+
+    @functools.wraps(method)
+    def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
+        busy = self._play.busy
+        if not busy.acquire(blocking=False):
+            raise UserError(
+                "another thread is stepping this environment: give each thread one of its own"
+            )
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            busy.release()
+
+    return cast(F, alone)
 
 
 class Play:
@@ -51,6 +80,7 @@ class Play:
         tokens_left: ``(B,)`` int64 visual tokens now.
         state: ``(B, S)`` float32 global state; after the end, that of the last decision.
         illegal: ``(B, A)`` int64, how many illegal actions each agent chose in this episode.
+        busy: held by the thread that is stepping, see :func:`in_turn`.
         correct, dense_correct: ``(B,)`` bool, whether the reduced and the dense model predict the
             true class; False before the end.
 
@@ -67,6 +97,16 @@ class Play:
         self._now: dict[str, Tensor] = {}
         self._seeded = False
         self._sources: list[Tensor] = []
+        self.busy = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the lock, which belongs to this object's threads."""
+        return {key: value for key, value in vars(self).items() if key != "busy"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`__getstate__` gave, with a lock of its own."""
+        vars(self).update(state)
+        self.busy = threading.RLock()
 
     @property
     def action_space(self) -> spaces.Discrete | spaces.MultiDiscrete:
@@ -103,8 +143,12 @@ class Play:
         """Seed the order of the images.
 
         Raises:
-            UserError: the seed is negative.
+            UserError: the seed is negative, or no whole number.
         """
+        try:
+            operator.index(seed)
+        except TypeError:
+            raise UserError(f"seed={seed!r:.60} is no whole number: give one from 0") from None
         if seed < 0:
             raise UserError(f"seed {seed} is negative: give 0 or more")
         self.game.seed(seed)
@@ -119,7 +163,7 @@ class Play:
         Raises:
             UserError: they name no image.
         """
-        seen = self.game.reset(chosen_batch(self.game.stream, options))
+        seen = self.game.reset(chosen_batch(self.game.stream, options, self.game.repeats))
         wrong = torch.zeros_like(seen.active[:, 0])
         illegal = torch.zeros_like(seen.active, dtype=torch.int64)
         self._now = {"illegal": illegal, "correct": wrong, "dense_correct": wrong}
@@ -246,7 +290,11 @@ class Play:
 
 
 def open_play(
-    rules: str, render_mode: str | None, game: dict[str, Any], batch_size: int = 1
+    rules: str,
+    render_mode: str | None,
+    game: dict[str, Any],
+    num_envs: int = 1,
+    also: Sequence[str] = ("render_mode",),
 ) -> Play:
     """The game of an environment, which fixes ``rules`` and ``batch_size`` itself.
 
@@ -255,19 +303,31 @@ def open_play(
             ``game`` has another ``action``: every learner can handle a Discrete space.
         render_mode: one of :data:`RENDER_MODES`, or None.
         game: the other arguments of :func:`~tokenenv.game.build.build_game`.
-        batch_size: images per episode.
+        num_envs: images per episode.
+        also: what the environment takes besides.
 
     Raises:
         UserError: a value is unknown or contradicts another one.
     """
-    for name in ("rules", "batch_size"):
+    count = check_whole("num_envs", num_envs, 1, MOST_IMAGES + 1)
+    fixed = ("rules", "batch_size")
+    check_arguments(rules, (name for name in game if name not in fixed), also, fixed)
+    for name in fixed:
         if name in game:
             raise UserError(
                 f"{name}={game[name]!r}: this environment has its own; leave it out, "
                 "or give it to tokenenv.build_game"
             )
     game = RULES[rules].face_defaults | game
-    return Play(build_game(rules=rules, batch_size=batch_size, **game), render_mode)
+    return Play(build_game(rules=rules, batch_size=count, **game), render_mode)
+
+
+def check_by_agent(actions: Any) -> None:
+    """Raise :class:`UserError` unless ``actions`` are a dict, as PettingZoo's are."""
+    if not isinstance(actions, Mapping):
+        raise UserError(
+            f"actions={actions!r:.60}: give a dict with the action of each agent in env.agents"
+        )
 
 
 def one_image(action: Any) -> Tensor:

@@ -97,7 +97,7 @@ from pettingzoo import AECEnv, ParallelEnv
 from pettingzoo.utils.conversions import parallel_to_aec_wrapper
 
 from tokenenv.envs.pettingzoo_base import OrderedEnv, SeededPlay
-from tokenenv.envs.play import RENDER_MODES, open_play
+from tokenenv.envs.play import RENDER_MODES, check_by_agent, in_turn, open_play
 from tokenenv.errors import UserError, check_choice
 
 Seen: TypeAlias = NDArray[np.float32] | dict[str, NDArray[Any]]
@@ -139,7 +139,8 @@ class TokenPruneParallelEnv(SeededPlay, ParallelEnv[str, Seen, int], EzPickle):
         check_choice("on_prune", on_prune, ("mask", "remove"))
         check_choice("mask_in", mask_in, ("info", "obs", None))
         self.on_prune, self.mask_in, self.render_mode = on_prune, mask_in, render_mode
-        self._play = open_play("token_prune", render_mode, game)
+        also = ("on_prune", "mask_in", "render_mode")
+        self._play = open_play("token_prune", render_mode, game, also=also)
         self.game = self._play.game
         self.max_cycles = self.game.steps
         self.possible_agents = [f"token_{i}" for i in range(self.game.agents)]
@@ -159,6 +160,7 @@ class TokenPruneParallelEnv(SeededPlay, ParallelEnv[str, Seen, int], EzPickle):
         """The actions of ``agent``: 0 prunes its token, 1 keeps it."""
         return self.action_spaces[agent]
 
+    @in_turn
     def reset(
         self, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Seen], dict[str, dict[str, Any]]]:
@@ -177,6 +179,7 @@ class TokenPruneParallelEnv(SeededPlay, ParallelEnv[str, Seen, int], EzPickle):
         self.agents = list(self.possible_agents)
         return self._reports(observation)
 
+    @in_turn
     def step(
         self, actions: dict[str, int]
     ) -> tuple[
@@ -235,6 +238,7 @@ class TokenPruneParallelEnv(SeededPlay, ParallelEnv[str, Seen, int], EzPickle):
         return spaces.Dict({"observation": observation, "action_mask": mask})
 
     def _joint_action(self, actions: dict[str, int]) -> list[Any]:
+        check_by_agent(actions)
         joint: list[Any] = [0] * self.game.agents
         active = self._play.active[0].tolist() if self.agents else joint
         for agent in self.agents:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tokenenv.envs import ids
-from tokenenv.envs.play import open_play
+from tokenenv.envs.play import in_turn, open_play
 from tokenenv.errors import UserError
 
 try:
@@ -64,7 +64,7 @@ class TorchRLEnv(EnvBase):
     """  # noqa: E501  (a table)
 
     def __init__(self, id: str, num_envs: int = 1, **game: Any) -> None:
-        play = open_play(ids.vector_class(id).rules, None, game, num_envs)
+        play = open_play(ids.vector_class(id).rules, None, game, num_envs, ("num_envs",))
         super().__init__(device=play.game.backbone.device, batch_size=torch.Size([num_envs]))
         self.game, self._play = play.game, play
         self.group_map = {GROUP: [f"agent_{i}" for i in range(self.game.agents)]}
@@ -111,6 +111,7 @@ class TorchRLEnv(EnvBase):
             )
         return self
 
+    @in_turn
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDict:
         wanted = None if tensordict is None else tensordict.get("_reset", None)
         # Values are checked on a CPU only: reading them would synchronise with an accelerator.
@@ -122,6 +123,7 @@ class TorchRLEnv(EnvBase):
             self._set_seed(secrets.randbits(31))
         return self._out(self._play.reset(), over=False)
 
+    @in_turn
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
         action = tensordict.get((GROUP, "action"))
         play = self._play

@@ -13,7 +13,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenenv.envs.play import RENDER_MODES, check_time_limit, open_play
+from tokenenv.envs.play import RENDER_MODES, check_time_limit, in_turn, open_play
 from tokenenv.errors import check_choice
 
 
@@ -59,7 +59,8 @@ class GameVectorEnv(gym.vector.VectorEnv[Any, Any, Any], EzPickle):
     ) -> None:
         EzPickle.__init__(self, num_envs, output=output, render_mode=render_mode, **game)
         check_choice("output", output, ("numpy", "torch"))
-        self._play = open_play(self.rules, render_mode, game, num_envs)
+        also = ("num_envs", "output", "render_mode", "max_episode_steps")
+        self._play = open_play(self.rules, render_mode, game, num_envs, also)
         self.game = self._play.game
         self.max_cycles = self.game.steps
         check_time_limit(max_episode_steps, self.max_cycles)
@@ -71,6 +72,7 @@ class GameVectorEnv(gym.vector.VectorEnv[Any, Any, Any], EzPickle):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
 
+    @in_turn
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
@@ -95,6 +97,7 @@ class GameVectorEnv(gym.vector.VectorEnv[Any, Any, Any], EzPickle):
         observation = self._start(options)
         return self._out(observation), self._out(self._info())
 
+    @in_turn
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Play one decision.
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tokenenv.artefact import Unfit, check_annotated
 from tokenenv.data import ImageSource, Split, open_source
 from tokenenv.errors import UnknownArgument, UserError, did_you_mean
-from tokenenv.game.episode import Execution
+from tokenenv.game.checks import MOST_IMAGES, check_whole
+from tokenenv.game.episode import Execution, check_execution
 from tokenenv.game.game import Game
 from tokenenv.game.rewards import REWARDS, Reward, Turn, as_reward
 from tokenenv.game.rules import RULES, Rules
+from tokenenv.paths import path_text
 from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.load import EMBEDDED, load_backbone
 
@@ -76,18 +79,19 @@ def build_game(
     Raises:
         UserError: a value is unknown or contradicts another one.
     """
-    if isinstance(model, str):
-        backbone = load_backbone(model, weights, device, dtype)
-    elif weights is None:
-        backbone = model
-    else:
-        raise UserError(
-            f"weights '{weights}' go with a model's name: leave them out for a backbone"
-        )
+    check_arguments(rules, settings)
+    _check_kinds({"privileged": privileged}, build_game)
+    if execution is not None:
+        check_execution(execution)
+    check_whole("batch_size", batch_size, 1, MOST_IMAGES + 1)
+    check_whole("repeats", repeats, 1)
+    backbone = _backbone(model, weights, device, dtype)
     game_rules = build_rules(rules, backbone.depth, blocks, max_cycles, settings)
     game_rules.check(backbone)
     if not isinstance(data, ImageSource):
-        data = open_source(data, backbone.model, split=split)
+        data = open_source(
+            None if data is None else path_text(data, "data"), backbone.model, split=split
+        )
     return Game(
         backbone,
         game_rules,
@@ -98,6 +102,23 @@ def build_game(
         execution=execution,
         privileged=privileged,
     )
+
+
+def _backbone(
+    model: str | Backbone, weights: str | None, device: str, dtype: str | torch.dtype
+) -> Backbone:
+    if isinstance(model, str):
+        weights = None if weights is None else path_text(weights, "weights")
+        return load_backbone(model, weights, device, dtype)
+    if not isinstance(model, Backbone):
+        raise UserError(
+            f"model={model!r:.60}: give timm's name of one, or tokenenv.Backbone(model) of yours"
+        )
+    if weights is not None:
+        raise UserError(
+            f"weights '{weights}' go with a model's name: leave them out for a backbone"
+        )
+    return model
 
 
 def build_rules(
@@ -112,21 +133,7 @@ def build_rules(
     Raises:
         UserError: unknown name or setting, a value out of range, or settings beside an instance.
     """
-    if isinstance(rules, str) and rules not in RULES:
-        raise UserError(f"unknown rules '{rules}': choose from {', '.join(RULES)}")
-    if not isinstance(rules, str | Rules):
-        raise UserError(
-            f"rules={rules!r:.60}: give a name or an instance, such as tokenenv.TokenPrune()"
-        )
-    cls: Any = RULES[rules] if isinstance(rules, str) else type(rules)
-    known = [field.name for field in fields(cls) if field.name != "blocks"]
-    for key in settings:
-        if key not in known:
-            hint = did_you_mean(key, [*known, *inspect.signature(build_game).parameters])
-            raise UnknownArgument(
-                f"unknown argument '{key}': the rules take {', '.join(known)}; what a reward takes "
-                f"goes into reward_kwargs={{...}}{hint}"
-            )
+    cls: Any = check_arguments(rules, settings)
     if isinstance(rules, Rules):
         given = {"blocks": blocks, "max_cycles": max_cycles, **settings}
         extra = [name for name, value in given.items() if value is not None]
@@ -136,16 +143,73 @@ def build_rules(
                 f"{type(rules).__name__}()"
             )
         return rules
+    if max_cycles is not None:
+        check_whole("max_cycles", max_cycles, 1)
+    if blocks is not None:
+        if isinstance(blocks, str) or not isinstance(blocks, Iterable):
+            raise UserError(f"blocks={blocks!r:.60}: give a list of block indices, as (3, 6, 9)")
+        blocks = tuple(blocks)
     if blocks is not None and max_cycles not in (None, len(blocks)):
         raise UserError(
             f"max_cycles={max_cycles} but {len(blocks)} decision blocks are given: "
             "leave one of the two out"
         )
-    chosen = cls.decision_blocks(depth, max_cycles) if blocks is None else tuple(blocks)
+    chosen = cls.decision_blocks(depth, max_cycles) if blocks is None else blocks
     # Lists come from JSON and from users; rules are hashable, so they hold tuples.
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    _check_kinds(values, cls)
     made: Rules = cls(blocks=chosen, **values)
     return made
+
+
+def check_arguments(
+    rules: str | Rules,
+    given: Iterable[str],
+    also: Sequence[str] = (),
+    without: Sequence[str] = (),
+) -> type[Rules]:
+    """Refuse arguments that neither :func:`build_game` nor the rules take.
+
+    Args:
+        rules: name or instance.
+        given: names of arguments.
+        also: names that the caller takes besides.
+        without: names that it does not take.
+
+    Returns:
+        The class of the rules.
+
+    Raises:
+        UserError: unknown rules; :class:`UnknownArgument` for an argument, with all that there are.
+    """
+    if isinstance(rules, str) and rules not in RULES:
+        raise UserError(
+            f"unknown rules '{rules}': choose from {', '.join(RULES)}{did_you_mean(rules, RULES)}"
+        )
+    if not isinstance(rules, str | Rules):
+        raise UserError(
+            f"rules={rules!r:.60}: give a name or an instance, such as tokenenv.TokenPrune()"
+        )
+    cls: Any = RULES[rules] if isinstance(rules, str) else type(rules)
+    own = [name for name in inspect.signature(build_game).parameters if name != "settings"]
+    settings = [field.name for field in fields(cls) if field.name != "blocks"]
+    known = [name for name in (*also, *own, *settings) if name not in without]
+    for name in given:
+        if name not in known:
+            raise UnknownArgument(
+                f"unknown argument '{name}': choose from {', '.join(known)}; what a reward takes "
+                f"goes into reward_kwargs={{...}}{did_you_mean(name, known)}"
+            )
+    found: type[Rules] = cls
+    return found
+
+
+def _check_kinds(values: Mapping[str, Any], annotated: Callable[..., Any]) -> None:
+    """Check values against the annotations of a class or function, as a ``UserError``."""
+    try:
+        check_annotated(values, annotated)
+    except Unfit as error:
+        raise UserError(f"{error}: give it so") from None
 
 
 def build_reward(
@@ -162,6 +226,11 @@ def build_reward(
         UserError: unknown name or parameter, or parameters for a reward that is not a name.
     """
     reward = rules.default_reward if reward is None else reward
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise UserError(
+            f"reward_kwargs={kwargs!r:.60}: give a dict of the reward's parameters, such as "
+            "{'beta': 0.1}"
+        )
     if not isinstance(reward, str):
         made = as_reward(reward)
         if kwargs:
@@ -169,7 +238,10 @@ def build_reward(
         return made
     fitting = {name: cls for name, cls in REWARDS.items() if cls.fits(rules.token_agents)}
     if reward not in fitting:
-        raise UserError(f"unknown reward '{reward}': choose from {', '.join(fitting)}")
+        raise UserError(
+            f"unknown reward '{reward}': choose from {', '.join(fitting)}"
+            f"{did_you_mean(reward, fitting)}"
+        )
     cls: Any = fitting[reward]
     kwargs, decisions = kwargs or {}, len(rules.blocks)
     known = [field.name for field in fields(cls)]
@@ -177,7 +249,9 @@ def build_reward(
         if name not in known:
             raise UserError(
                 f"reward '{reward}' has no parameter '{name}': choose from {', '.join(known)}"
+                f"{did_you_mean(str(name), known)}"
             )
+    _check_kinds(kwargs, cls)
     made = cls(**(cls.defaults(decisions, patches) | kwargs))
     made.check(decisions)
     return made

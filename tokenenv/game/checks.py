@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,6 +66,29 @@ def spread_blocks(depth: int, count: int = 3) -> tuple[int, ...]:
     """
     count = max(1, min(count, depth - 1))
     return tuple(round(depth * (i + 1) / (count + 1)) for i in range(count))
+
+
+MOST_IMAGES = 2**16
+"""The largest batch: more images at once only fill the memory."""
+
+MOST_ROUNDS = 10_000
+"""The most timings of each method."""
+
+
+def check_threads(threads: Any) -> int:
+    """``threads`` as an int.
+
+    Raises:
+        UserError: it is no whole number from 1 on, or more than the machine has processors, for
+            which the system could refuse to start them.
+    """
+    number, most = check_whole("threads", threads, 1), os.cpu_count() or 1
+    if number > most:
+        raise UserError(
+            f"threads={number}: more threads than this machine's {most} processors only wait for "
+            f"each other: give at most {most}"
+        )
+    return number
 
 
 def check_whole(name: str, value: Any, least: int, below: int = 2**31) -> int:

@@ -13,7 +13,7 @@ from tokenenv.errors import UserError
 from tokenenv.game.reduction import Moment, Reduction
 from tokenenv.game.rules.base import Rules
 from tokenenv.game.rules.observation import Observation
-from tokenenv.vit import packing
+from tokenenv.vit import hooks, packing
 from tokenenv.vit.backbone import Backbone, Context
 from tokenenv.vit.tokens import Tokens
 
@@ -25,6 +25,12 @@ EXECUTIONS = ("masked", "padded", "packed")
 def default_execution(device: torch.device) -> Execution:
     """``packed`` on a CPU, where it is fastest; else ``masked``, without host-device syncs."""
     return "packed" if device.type == "cpu" else "masked"
+
+
+def check_execution(execution: str) -> None:
+    """Raise :class:`UserError` unless it is one of :data:`EXECUTIONS`."""
+    if execution not in EXECUTIONS:
+        raise UserError(f"execution='{execution}': choose from {', '.join(EXECUTIONS)}")
 
 
 class Episode:
@@ -41,11 +47,13 @@ class Episode:
         step: number of decisions taken.
         logits: ``(B, classes)`` once :attr:`done`, else None.
         counts: ``(B,)`` visual tokens before the first decision and after each one so far.
+        after_block: called with each block's index and the tokens after it, unless None.
         attended, fed: for each block run so far, ``(B,)`` tokens in its attention and in its MLP,
             prefix included.
     """
 
     moment: Moment
+    after_block: Callable[[int, Tokens], object] | None = None
 
     def __init__(
         self,
@@ -84,6 +92,7 @@ class Episode:
         execution: Execution,
         only_logits: bool = False,
         known: bool = False,
+        after_block: Callable[[int, Tokens], object] | None = None,
     ) -> Episode:
         """Embed images and run the model up to the first decision, or to the logits.
 
@@ -101,16 +110,23 @@ class Episode:
                 don't depend on is left out, and nobody keeps track of patches.
             known: whether :meth:`act` will be told the number of tokens left by every decision; the
                 whole pass can then be compiled as one graph.
+            after_block: as the attribute.
+
+        Where hooks look into blocks, ``packed`` runs ``padded`` and ``only_logits`` has no effect.
 
         Raises:
             UserError: an unknown execution.
         """
-        if execution not in EXECUTIONS:
-            raise UserError(f"execution='{execution}': choose from {', '.join(EXECUTIONS)}")
+        check_execution(execution)
+        if not torch.compiler.is_compiling():
+            hooks.warn_of_unheard(backbone.model, backbone.blocks)
+            if backbone.watched:  # hooks expect (B, N, D), and all blocks to run
+                execution, only_logits = "padded" if execution == "packed" else execution, False
         tokens = backbone.embed(images, trace=reduction.traces or not only_logits)
         episode = Episode(
             backbone, reduction, tokens, execution, only_logits=only_logits, known=known
         )
+        episode.after_block = after_block
         episode._advance()
         return episode
 
@@ -189,12 +205,18 @@ class Episode:
             stop += 1
         short = self._short and not decisions_left and self._half <= stop - 2
         for half in range(self._half, stop - 2 if short else stop):
+            block, mlp = divmod(half, 2)
+            if not mlp:
+                self._given = hooks.entering(backbone.blocks[block], self.tokens.x)
             self.tokens, context = self._run(half, self.tokens)
-            if half % 2 == 0:
+            if mlp:
+                hooks.leaving(backbone.blocks[block], self._given, self.tokens.x)
+                if self.after_block is not None:
+                    self.after_block(block, self.tokens)
+                self.fed.append(self._count)
+            else:
                 self._context = context
                 self.attended.append(self._count)
-            else:
-                self.fed.append(self._count)
         self._half = stop
         if short:
             proportional = reduction.wants(backbone.depth - 1).get("proportional", False)

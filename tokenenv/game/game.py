@@ -144,7 +144,7 @@ class Game:
         device = self.backbone.device
         self.images = batch.images.to(device, self.backbone.dtype, non_blocking=True)
         self.labels = batch.labels.to(device, non_blocking=True)
-        self.dense, self._trail = self._ask(batch.index)
+        self.dense, self._trail = self._ask(batch.index, self.images)
         self.index = batch.index.repeat_interleave(self.repeats)
         if self.repeats > 1:
             self.images, self.labels, self.dense, self._trail = (
@@ -284,10 +284,10 @@ class Game:
         if found is not None:
             self._measured = (*self._measured, found)
 
-    def _ask(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The dense model's logits and summary tokens for :attr:`images`."""
+    def _ask(self, index: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The dense model's logits and summary tokens for ``images`` at ``index``."""
         self.answers.keep_trail(self.reward.keeps_trail)
-        return self.answers(index, self.images)
+        return self.answers(index, images)
 
     def prepare(self, batch_size: int = 64) -> Iterator[int]:
         """Run the dense model on the whole source in advance; yields numbers of images done.
@@ -301,8 +301,9 @@ class Game:
             batch = self.source.batch(index)
             if len(batch.index):
                 with torch.no_grad():
-                    self.images = batch.images.to(self.backbone.device, self.backbone.dtype)
-                    self._ask(batch.index)
+                    self._ask(
+                        batch.index, batch.images.to(self.backbone.device, self.backbone.dtype)
+                    )
             yield len(index)
 
 

@@ -84,6 +84,11 @@ class Method:
         Raises:
             UserError: it was trained for another model, or its reduction doesn't fit.
         """
+        self.check_model(name)
+        self.reduction.check(backbone)
+
+    def check_model(self, name: str) -> None:
+        """Raise :class:`UserError` if it was trained for another model than timm's ``name``."""
         # Some policies could run on another model, but results would be misleading.
         trained_on = self.trained_on
         if trained_on and name and trained_on.split(".")[0] != name.split(".")[0]:
@@ -91,7 +96,6 @@ class Method:
                 f"the policy was trained on model '{trained_on}', not on '{name}': take that "
                 "model, or train one for this model"
             )
-        self.reduction.check(backbone)
 
     def on(self: M, device: torch.device) -> M:
         """The method itself, its parameters (if any) moved to ``device`` and in eval mode."""
@@ -241,12 +245,13 @@ def play(
     execution: Execution | None = None,
     *,
     only_logits: bool = False,
+    after_block: Callable[[int, Tokens], object] | None = None,
 ) -> Episode:
     """Run ``images (B, C, H, W)`` to their logits with the tokens reduced by ``method``.
 
     Decisions are computed in float32, also under autocast, and without gradient. If the method
     makes the images smaller, the episode's ``backbone`` is the model for the smaller images.
-    ``only_logits``: see :meth:`~tokenenv.game.episode.Episode.start`.
+    ``only_logits``, ``after_block``: see :meth:`~tokenenv.game.episode.Episode.start`.
     """
     backbone, images = method.reduction.resize(backbone, images)
     execution = execution or default_execution(backbone.device)
@@ -258,6 +263,7 @@ def play(
         execution=execution,
         only_logits=only_logits,
         known=known,
+        after_block=after_block,
     )
     left: int | None = episode.tokens.patches  # those of the images given, of whatever size
     while not episode.done:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
+from tokenenv.data.pixels import Preprocess
 from tokenenv.game.figures import new_figure
 
 Pixels = NDArray[np.uint8]
@@ -36,12 +37,7 @@ _TEXT_WIDTH = 120  # columns up to which a token gets two characters, which look
 
 def to_pixels(image: Tensor, model: nn.Module) -> Pixels:
     """An image ``(C, H, W)`` that was normalised for a timm model, as ``(H, W, 3)`` uint8."""
-    from timm.data import resolve_model_data_config
-
-    config = resolve_model_data_config(model)
-    mean, std = (np.array(config[key], np.float32)[:, None, None] for key in ("mean", "std"))
-    levels = (image.float().cpu().numpy() * std + mean) * 255
-    channels = levels.round().clip(0, 255).astype(np.uint8)
+    channels = Preprocess(model).pixels_of(image).numpy()
     if len(channels) == 1:
         channels = channels.repeat(3, axis=0)
     return channels.transpose(1, 2, 0)

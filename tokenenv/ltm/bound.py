@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenenv.errors import UserError, check_choice
+from tokenenv.game.checks import check_whole
 from tokenenv.ltm.model import LTM, Feature
 from tokenenv.vit.dense import evaluating
 
@@ -140,7 +141,7 @@ class SeparableBound:
         inputs: ``(K, pixels)`` centroids of the images.
 
     Raises:
-        UserError: an unknown kind.
+        UserError: an unknown kind, or clusters below 1.
     """
 
     def __init__(
@@ -154,7 +155,10 @@ class SeparableBound:
     ) -> None:
         check_choice("kind", kind, Kind)
         self.model, self.classes, self.kind = model, classes, kind
-        self.clusters, self.beta, self.feature = clusters or classes, beta, feature
+        if clusters is not None:
+            check_whole("clusters", clusters, 1)
+        self.clusters = classes if clusters is None else clusters
+        self.beta, self.feature = beta, feature
         self.levels: list[Level] = []
         self.inputs = torch.empty(0)
 

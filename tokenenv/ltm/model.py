@@ -258,7 +258,7 @@ def _image_size(model: Any, given: int | tuple[int, int] | None) -> tuple[int, i
                 "img_size=... and leave image_size out"
             )
         return tuple(own)
-    size = to_2tuple(given or model.pretrained_cfg["input_size"][1:])
+    size = to_2tuple(model.pretrained_cfg["input_size"][1:] if given is None else given)
     if min(size) < 32:
         raise UserError(f"image_size={given}: give 32 pixels or more")
     return size

@@ -13,23 +13,20 @@ from tokenenv.data import Preprocessing
 from tokenenv.errors import UserError
 from tokenenv.ltm.block import MaskKind
 from tokenenv.ltm.model import LTM, check_family, ltm
+from tokenenv.paths import as_path
 from tokenenv.storage import check_values, new_folder
 from tokenenv.vit.checkpoint import read_weights
 from tokenenv.vit.dense import evaluating
-from tokenenv.vit.families.vision_transformer import POOLINGS, VisionTransformerFamily
+from tokenenv.vit.families.vision_transformer import VisionTransformerFamily, own_options
 from tokenenv.vit.load import DTYPES, check_device, check_dtype, check_name, create_model
+from tokenenv.vit.twin import differing_setting
 
 CONFIG, WEIGHTS = "ltm.json", "model.safetensors"
 """What a folder of a saved model holds."""
 
 _KINDS = {"model": str, "options": dict, "ltm": dict, "dtype": Literal[DTYPES]}
 _SIZE = VisionTransformerFamily.OPTIONS["img_size"]
-_OPTIONS = {
-    "num_classes": Within(0, 10**6),
-    "in_chans": VisionTransformerFamily.OPTIONS["in_chans"],
-    "img_size": _SIZE,
-    "global_pool": POOLINGS,
-}
+_OPTIONS = {"num_classes": Within(0, 10**6), **VisionTransformerFamily.OPTIONS}
 _BLOCKS = {
     "ratio": Within(0.0, 1.0),
     "mask": MaskKind,
@@ -52,7 +49,7 @@ def save_ltm(model: LTM, folder: str | Path) -> None:
         UserError: the folder is not empty or can't be written, or timm can't rebuild the model
             from its name, classes, image size and pooling.
     """
-    with new_folder(Path(folder)) as complete:
+    with new_folder(as_path(folder, "folder")) as complete:
         write_ltm(model, complete)
         _check_twin(model, complete)
 
@@ -72,7 +69,7 @@ def load_ltm(folder: str | Path, device: str | torch.device = "cpu") -> LTM:
     Raises:
         UserError: the folder does not exist or is not complete.
     """
-    place, folder = check_device(device), Path(folder)
+    place, folder = check_device(device), as_path(folder, "folder")
     blame = f"'{folder}' holds no LTM model"
     remedy = "give a folder that save_ltm wrote"
     config = read_object(folder / CONFIG, _KINDS, remedy, blame)
@@ -107,7 +104,10 @@ def _describe(model: LTM) -> dict[str, Any]:
     if patches is not None:
         options["img_size"] = list(patches.img_size)
     if model.family == "ViT":
-        options["global_pool"] = timm_model.global_pool
+        options |= own_options(timm_model, timm_model.blocks.blocks[-1])
+    if model.family == "Swin":
+        rates = [getattr(module, "drop_prob", None) or 0.0 for module in timm_model.modules()]
+        options["drop_path_rate"] = max(rates)
     return {
         "model": model.pretrained_cfg.get("architecture") or "",
         "options": options,
@@ -137,3 +137,5 @@ def _check_twin(model: LTM, folder: Path) -> None:
         same = torch.allclose(model(image), twin(image), rtol=1e-3, atol=1e-4)
     if not same:
         raise UserError(words)
+    if reason := differing_setting(model, twin):
+        raise UserError(f"{words} ({reason})")

@@ -229,7 +229,7 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         lines = "".join(
-            f"<tr><th>{html.escape(r.what)}</th><td>{in_words(r.frozen)}</td><td>{r.top1:.2f}</td>"
+            f"<tr><th>{html.escape(r.what)}</th><td>{tuning(r.frozen)}</td><td>{r.top1:.2f}</td>"
             f"<td>{top1_change(r)}</td><td>{r.agreement:.1f}</td><td>{r.gmacs:.4f}</td>"
             f"<td>{r.saved:.1f}</td></tr>"
             for r in self.rows
@@ -253,7 +253,7 @@ class Comparison:
                 "what | backbone | top-1 % | change, pp | same as dense % | GMACs | saved % "
                 "| front",
                 [
-                    f"{_code(r.what)} | {in_words(r.frozen)} | {r.top1:.2f} | {top1_change(r)} | "
+                    f"{_code(r.what)} | {tuning(r.frozen)} | {r.top1:.2f} | {top1_change(r)} | "
                     f"{r.agreement:.1f} | {r.gmacs:.4f} | {r.saved:.1f} | "
                     f"{'*' if r in front else ''}"
                     for r in self.rows
@@ -265,7 +265,7 @@ class Comparison:
             _table(
                 "method | backbone | rows | hypervolume %",
                 [
-                    f"{_code(name)} | {in_words(groups[name][0].frozen)} | {len(groups[name])} | "
+                    f"{_code(name)} | {tuning(groups[name][0].frozen)} | {len(groups[name])} | "
                     f"{covered:.2f}"
                     for name, covered in self.covered().items()
                 ],
@@ -296,7 +296,7 @@ _TIMED = (
 )  # fmt: skip
 
 
-def in_words(frozen: bool) -> str:
+def tuning(frozen: bool) -> str:
     """``"frozen"`` or ``"fine-tuned"``, for tables."""
     return "frozen" if frozen else "fine-tuned"
 

@@ -12,12 +12,14 @@ from torch import nn
 from tokenenv.data import Preprocessing
 from tokenenv.errors import UserError
 from tokenenv.ltm.model import check_family
+from tokenenv.paths import path_text
 from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.dense import Dense
 from tokenenv.vit.families import family_of
 from tokenenv.vit.load import (
     DIGITS_MODELS,
     EMBEDDED,
+    RANDOM,
     check_device,
     check_dtype,
     check_name,
@@ -46,15 +48,26 @@ class Model:
     named: bool = True
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
 
-    def depth(self) -> int | None:
-        """Number of blocks of the backbone, without loading weights; None if timm can't tell.
+    def outline(self) -> Backbone | None:
+        """The backbone without weights, on the meta device; None if timm can't make one.
 
         Raises:
-            UserError: the model is unknown or not supported.
+            UserError: the model is unknown or not supported, or can't have the preprocessing.
         """
-        found: list[int] = []
-        check_name(self.name, lambda model: found.append(len(family_of(model).blocks)))
+        found: list[Backbone] = []
+
+        def make(model: nn.Module) -> None:
+            family_of(model)
+            self.prepare(model)
+            found.append(Backbone(model))
+
+        check_name(self.name, make)
         return found[0] if found else None
+
+    @property
+    def from_file(self) -> bool:
+        """Whether a file of weights may tell another image size or number of classes."""
+        return self.weights not in (None, RANDOM)
 
     def open_backbone(self, data: str | None = None, *, images: bool = True) -> Backbone:
         """The frozen backbone.
@@ -124,8 +137,8 @@ def named_model(
 ) -> Model:
     """The model that the arguments of a function name."""
     return Model(
-        name or EMBEDDED,
-        text(weights),
+        EMBEDDED if name is None else name,
+        text(weights, "weights"),
         device,
         dtype,
         named=name is not None,
@@ -133,6 +146,6 @@ def named_model(
     )
 
 
-def text(path: str | os.PathLike[str] | None) -> str | None:
-    """A path as text; None stays None."""
-    return None if path is None else os.fspath(path)
+def text(path: str | os.PathLike[str] | None, name: str) -> str | None:
+    """A path as text, see :func:`~tokenenv.paths.path_text`; None stays None."""
+    return None if path is None else path_text(path, name)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tokenenv.game.figures import new_figure, png
-from tokenenv.measure.comparison import Comparison, Row, in_words, methods, pareto_front
+from tokenenv.measure.comparison import Comparison, Row, methods, pareto_front, tuning
 
 _LABELLED = 24
 """Largest number of rows for which the values of a sweep are written beside its points."""
@@ -90,5 +90,5 @@ def _draw_method(
     axis.errorbar(places, top1, spread, fmt="none", ecolor=colour, elinewidth=1, alpha=0.25)
     axis.plot(
         places, top1, mark, ls="-" if frozen else "--", color=colour, ms=6, lw=1.3,
-        mfc=colour if frozen else "w", label=f"{name} ({in_words(frozen)})",
+        mfc=colour if frozen else "w", label=f"{name} ({tuning(frozen)})",
     )  # fmt: skip

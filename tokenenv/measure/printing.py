@@ -57,7 +57,9 @@ def print_result(source: ImageSource, result: Evaluation, frozen: bool = True) -
         f"{r['images_per_s_dense']:10.1f}"
     )
     print(f"  {'reduced':8}{r['top1']:9.2f}{r['gmacs']:13.4f}{r['images_per_s']:10.1f}")
-    print(f"  {in_words(result.saving, result.drop)}, {r['agreement']:.1f} % same prediction")
+    print(
+        f"  {saving_in_words(result.saving, result.drop)}, {r['agreement']:.1f} % same prediction"
+    )
     print(
         f"  top-1 change {result.change()} points (95 % interval); +-{_CERTIFIED} points would "
         f"take about {result.images_needed(_CERTIFIED):,} images"
@@ -78,7 +80,7 @@ def print_parameters(parameters: int, dense: int) -> None:
     print(f"  {parameters / 1e6:.3f} M parameters, dense {dense / 1e6:.3f} M")
 
 
-def in_words(saving: float, drop: float) -> str:
+def saving_in_words(saving: float, drop: float) -> str:
     """Saving and loss in percent as ``"23.4 % fewer MACs, top-1 0.50 points lower"``."""
     macs = f"{abs(saving):.1f} % {'fewer' if saving >= 0 else 'more'} MACs"
     if abs(drop) < 0.005:

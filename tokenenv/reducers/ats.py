@@ -59,7 +59,7 @@ class ATS(Reducer):
         count, device = self.tokens[step], running.device
         quantile = (torch.arange(count, device=device, dtype=torch.float64) + 0.5) / count
         # The first token at which the sum reaches the quantile: never a removed one, which adds 0.
-        drawn = torch.searchsorted(running, quantile * running[:, -1:])
+        drawn = torch.searchsorted(running, quantile * running[:, -1, None])
         drawn = drawn.clamp(max=running.shape[1] - 1)
         stays = torch.zeros_like(tokens.visual_alive).scatter(1, drawn, True)
         return reduction.prune(tokens, stays)

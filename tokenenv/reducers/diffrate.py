@@ -83,7 +83,7 @@ class DiffRate(Reducer):
         # The numbers of merged and kept tokens for an image with all its tokens; upper bounds.
         most = max(alive.shape[1] - self.prune[step], 1)
         merging = min(self.merge[step], most - 1)
-        if not merging:
+        if not self.merge[step]:
             return tokens
         device = order.device
         place = left + torch.arange(merging, device=device)

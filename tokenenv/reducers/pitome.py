@@ -107,15 +107,22 @@ class PiToMe(Reducer):
         order = torch.sort(energy, dim=1, descending=True, stable=True).indices
         count = alive.sum(1, keepdim=True)
         merging = count - share_of(count, self.keep)
-        # The number of pairs of an image with all its tokens; an upper bound.
-        pairs = alive.shape[1] - share(alive.shape[1], self.keep)
-        if not pairs:
+        # The number of pairs of an image with all its tokens; an upper bound. While torch exports
+        # the method it knows no number of tokens: half of them is a bound, too, and may be 0.
+        n = alive.shape[1]
+        exported = isinstance(n, torch.SymInt)
+        pairs = n // 2 if exported else n - share(n, self.keep)
+        if self.keep == 1.0 or not (exported or pairs):
             return tokens
         givers, takers = order[:, : 2 * pairs : 2], order[:, 1 : 2 * pairs : 2]
         between = cosine.gather(1, givers[..., None].expand(-1, -1, alive.shape[1]))
         between = between.gather(2, takers[:, None].expand(-1, pairs, -1))
         taking = torch.arange(pairs, device=order.device) < merging
-        score, best = between.masked_fill(~taking[:, None], -torch.inf).max(2)
+        between = between.masked_fill(~taking[:, None], -torch.inf)
+        if exported:
+            between = F.pad(between, (0, 1), value=-torch.inf)
+            takers = F.pad(takers, (0, 1))
+        score, best = between.max(2)
         match = Match(givers + tokens.prefix, takers.gather(1, best) + tokens.prefix, score)
         return reduction.merge(tokens, match, taking)
 

@@ -84,7 +84,10 @@ def smaller(backbone: Backbone, size: int) -> Backbone:
     known = _SMALLER.setdefault(backbone, {})
     made = known.get(size)
     if made is None or made.family.parameter is not backbone.family.parameter:
-        made = known[size] = Backbone(backbone.family.resized(size), freeze=False, proven=True)
+        family = backbone.family
+        made = known[size] = Backbone(
+            family.resized(size), freeze=False, proven=True, family=type(family)
+        )
     made.compiled = backbone.compiled
     made.model.train(backbone.model.training)
     _place_positions(made, backbone)

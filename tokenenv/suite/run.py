@@ -17,6 +17,7 @@ from tqdm import tqdm
 from tokenenv.errors import UserError
 from tokenenv.measure.printing import report_skipped
 from tokenenv.measure.state import conditions, fingerprint
+from tokenenv.paths import as_path
 from tokenenv.storage import own_folder, write_json
 from tokenenv.suite.learners import Learner, Means, find_learner
 from tokenenv.suite.opened import (
@@ -64,7 +65,7 @@ def run_suite(
         for learner in found:
             learner.check(task)
     paths: list[Path] = []
-    with own_folder(Path(out)):
+    with own_folder(as_path(out, "out")):
         try:
             for task in chosen:
                 opened = open_task(

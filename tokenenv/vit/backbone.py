@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tokenenv.errors import UserError
 from tokenenv.vit import attention, blocks
 from tokenenv.vit.blocks import Wanted
 from tokenenv.vit.dense import Dense
-from tokenenv.vit.families import family_of
+from tokenenv.vit.families import Family, family_of
+from tokenenv.vit.hooks import Watch
 from tokenenv.vit.packing import end_to_end, unpack
 from tokenenv.vit.proof import prove
 from tokenenv.vit.tokens import Tokens
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,8 @@ class Backbone(Dense):
         freeze: whether to put it into ``eval`` mode and to freeze its parameters.
         proven: whether it is known already that its stages give the model's own logits; else that
             is checked on two random images, see :func:`tokenenv.vit.proof.prove`.
+        family: the family of a model that was made of an accepted one, such as a quantised one;
+            None: the first registered one that accepts it.
 
     Attributes:
         model: as given.
@@ -70,18 +78,26 @@ class Backbone(Dense):
     compiled = False
     """Whether the parts of a block run through ``torch.compile``, one graph for all lengths."""
 
-    def __init__(self, model: nn.Module, *, freeze: bool = True, proven: bool = False) -> None:
-        family = family_of(model)
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        freeze: bool = True,
+        proven: bool = False,
+        family: type[Family] | None = None,
+    ) -> None:
+        made = family_of(model) if family is None else family(model)
         super().__init__(model, freeze=freeze)
-        self.family = family
-        self.blocks = family.blocks
+        self._watch = Watch()
+        self.family = made
+        self.blocks = made.blocks
         self.depth = len(self.blocks)
-        self.dim = family.dim
-        self.prefix = family.prefix
-        self.has_class_token = family.has_class_token
-        self.grid = family.grid
+        self.dim = made.dim
+        self.prefix = made.prefix
+        self.has_class_token = made.has_class_token
+        self.grid = made.grid
         self.patches = self.grid[0] * self.grid[1]
-        self.classes = family.classes
+        self.classes = made.classes
         if not proven and self.device.type != "meta":  # whose tensors have no values
             name = self.architecture or type(model).__name__
             prove(self, self._all_stages, self.image_shape, name)
@@ -171,7 +187,8 @@ class Backbone(Dense):
             mask = tokens.key_mask if packing is None else packing.hidden
         want = Wanted(matrix, keys or matrix, mean_keys, value_norms, cls_attention)
         drop = self.family.attention_drop(block)
-        ran = blocks.attend(self._parts, b, tokens, mask if packing is None else bias, want, drop)
+        seen = mask if packing is None else bias
+        ran = self._run(lambda now: blocks.attend(self._parts, b, now, seen, want, drop), tokens)
         if not any(want):
             return tokens.with_x(ran.x), Context()
 
@@ -220,7 +237,20 @@ class Backbone(Dense):
 
     def feed(self, block: int, tokens: Tokens) -> Tokens:
         """MLP and its residual of block ``block``."""
-        return tokens.with_x(blocks.feed(self._parts, self.blocks[block], tokens))
+        b = self.blocks[block]
+        return tokens.with_x(self._run(lambda now: blocks.feed(self._parts, b, now), tokens))
+
+    def _run(self, part: Callable[[Tokens], R], tokens: Tokens) -> R:
+        """A part of a block; of a checkpointed model, what it computes is not kept for autograd."""
+        if not (torch.is_grad_enabled() and self.family.checkpointed):
+            return part(tokens)
+        made: R = checkpoint(lambda x: part(tokens.with_x(x)), tokens.x, use_reentrant=False)
+        return made
+
+    @property
+    def watched(self) -> bool:
+        """Whether hooks look at blocks or at the final norm, so that these have to run whole."""
+        return self._watch.sees(self.blocks, getattr(self.model, "norm", None))
 
     @property
     def _parts(self) -> blocks.Parts:

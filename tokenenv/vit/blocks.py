@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tokenenv.vit import attention, layout
+from tokenenv.vit.hooks import watched
 from tokenenv.vit.layout import Group, Portion
 from tokenenv.vit.tokens import Tokens
 
@@ -248,14 +249,14 @@ def _in_portions(parts: Parts, block: Any, tokens: Tokens) -> bool:
     Queries, keys and values together are three times as wide as the input, the MLP's hidden layer
     four times. For a whole batch the system allocates and clears this memory in every block; for a
     portion it stays in the caches. Not in training: stochastic depth draws per image, and the
-    autograd graph would keep all that memory anyway.
+    autograd graph would keep all that memory anyway. Nor where hooks look: they expect the batch.
     """
     rows = tokens.rows
     if parts.compiled or rows.device.type != "cpu" or block.training:
         return False
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    return len(rows) > layout.ROWS and rows.numel() > _NUMBERS
+    return len(rows) > layout.ROWS and rows.numel() > _NUMBERS and not watched([block])
 
 
 def _padded_portions(tokens: Tokens, mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:

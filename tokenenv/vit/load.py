@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import logging
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenenv.errors import UserError
+from tokenenv.errors import UserError, check_interrupt, did_you_mean
+from tokenenv.paths import as_path
 from tokenenv.storage import check_values
 from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.checkpoint import read_weights, without_prefixes
@@ -103,7 +102,7 @@ def load_model(
         return _pretrained(timm, name)
     from tokenenv.vit.multiscale import STATE_PREFIX, add_scale
 
-    state = without_prefixes(read_weights(Path(weights)), weights)
+    state = without_prefixes(read_weights(as_path(weights, "weights")), weights)
     shape = _shape(timm, name, weights, state)
     model = create_model(name, shape | (options or {}))
     if any(key.startswith(STATE_PREFIX) for key in state):
@@ -210,9 +209,10 @@ def check_name(name: str, check: Callable[[nn.Module], object] = family_of) -> N
 
     base = name.split(".")[0]
     if not timm.is_model(base):
-        near = difflib.get_close_matches(base, timm.list_models(), n=1)
-        hint = f"did you mean '{near[0]}'?" if near else "see timm.list_models('*vit*')"
-        raise UserError(f"unknown model '{name}': {hint}")
+        raise UserError(
+            f"unknown model '{name}': timm.list_models('*vit*') lists timm's"
+            f"{did_you_mean(base, timm.list_models())}"
+        )
     if name != base and name not in (known := timm.list_pretrained(f"{base}.*")):
         raise UserError(f"unknown model '{name}': choose from {', '.join([base, *known])}")
     # On the meta device no weights are allocated. If timm can't do that, loading checks it later.
@@ -249,6 +249,7 @@ def _pretrained(timm, name: str) -> nn.Module:  # type: ignore[no-untyped-def]
         logging.disable(max(disabled, logging.WARNING))
         return timm.create_model(name, pretrained=True).eval()
     except Exception as error:
+        check_interrupt(error)
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise UserError(
             f"no pretrained weights for model '{name}' could be loaded ({reason}): "
@@ -267,7 +268,7 @@ def check_device(device: str | torch.device) -> torch.device:
     try:
         place = torch.device(device)
         torch.empty(0, device=place).cpu()  # fails on 'meta', which holds no data
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError):
         raise UserError(
             f"device '{device}' is not available on this machine: use --device cpu"
         ) from None

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from tokenenv.errors import UserError
+from tokenenv.errors import UserError, check_interrupt
 from tokenenv.vit.dense import Dense, evaluating
 
 _IMAGES = 2
@@ -47,6 +47,7 @@ def prove(
         try:
             logits = staged(images).float()
         except Exception as error:  # code of its own may expect whatever timm's model gives it
+            check_interrupt(error)
             raise _refused(model, name, type(error).__name__) from error
     if not whole.isfinite().all():
         raise UserError(

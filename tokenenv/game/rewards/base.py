@@ -181,7 +181,16 @@ class FunctionReward(Reward):
 
 
 def as_reward(reward: Reward | Callable[[Turn], Tensor]) -> Reward:
-    """A reward as it is, or a function wrapped as one."""
+    """A reward as it is, or a function wrapped as one.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if not isinstance(reward, Reward) and not callable(reward):
+        raise UserError(
+            f"reward={reward!r:.60}: give a name, an instance such as tokenenv.Cooperative(), or a "
+            "function of a Turn"
+        )
     return reward if isinstance(reward, Reward) else FunctionReward(reward)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tokenenv.artefact import Within
 from tokenenv.vit.blocks import Parts
+from tokenenv.vit.hooks import watched
 from tokenenv.vit.tokens import Tokens
 
 
@@ -140,6 +141,11 @@ class Family(ABC):
         """A parameter of block 0; its device and type are taken as the model's."""
         return next(self.blocks[0].parameters())
 
+    @property
+    def checkpointed(self) -> bool:
+        """Whether blocks are computed anew in the backward pass, as timm's switch says."""
+        return bool(getattr(self.model, "grad_checkpointing", False))
+
     def heads(self, block: int) -> tuple[int, int]:
         """Number of attention heads in block ``block``, and the width of one."""
         attn = self.blocks[block].attn
@@ -206,10 +212,13 @@ class Family(ABC):
 
     def classify(self, tokens: Tokens) -> Tensor:
         """Tokens after the last block -> logits ``(B, classes)``."""
-        if self.pooling == "token":
+        norm = getattr(self.model, "norm", None)
+        if self.pooling == "token" and not watched([norm]):
             # The head reads prefix tokens only, and the final norm is token-wise.
             return self.head(self.norm(tokens.x[:, : self.prefix]))
         x = self.norm(tokens.x)
+        if self.pooling == "token":  # the norm's hooks see all tokens, as in the model itself
+            return self.head(x[:, : self.prefix])
         if not tokens.moved and not tokens.ragged:
             return self.head(x)
         first = self.first_pooled

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from tokenenv.artefact import Within
+from tokenenv.vit import hooks
 from tokenenv.vit.families.base import Family
 
 POOLINGS = Literal["", "avg", "avgmax", "max", "token", "map"]
@@ -27,6 +28,7 @@ class VisionTransformerFamily(Family):
         **Family.OPTIONS,
         "global_pool": POOLINGS,
         "dynamic_img_size": bool,
+        "dynamic_img_pad": bool,
         **dict.fromkeys(
             ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"),
             Within(0.0, 1.0),
@@ -91,8 +93,9 @@ class VisionTransformerFamily(Family):
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The weight of block 0's projection to queries, keys and values."""
-        return self.blocks[0].attn.qkv.weight
+        """The weight of block 0's projection to queries, keys and values, unless quantised."""
+        weight = self.blocks[0].attn.qkv.weight
+        return weight if isinstance(weight, nn.Parameter) else super().parameter
 
     @property
     def pooling(self) -> str:
@@ -111,17 +114,22 @@ class VisionTransformerFamily(Family):
         return super().pool(x, alive, size)
 
     def options(self) -> dict[str, Any]:
-        """Image size and channels, pooling, and drop rates, which only matter in training."""
-        model, last = self.model, self.model.blocks[-1]
-        return super().options() | {
-            "global_pool": model.global_pool,
-            "dynamic_img_size": bool(model.dynamic_img_size),
-            "drop_rate": model.head_drop.p,
-            "pos_drop_rate": model.pos_drop.p,
-            "proj_drop_rate": last.attn.proj_drop.p,
-            "attn_drop_rate": last.attn.attn_drop.p,
-            "drop_path_rate": getattr(last.drop_path1, "drop_prob", 0.0),
-        }
+        """What shows in images of other sizes and in training, too, such as the drop rates."""
+        return super().options() | own_options(self.model, self.model.blocks[-1])
+
+
+def own_options(model: Any, last: Any) -> dict[str, Any]:
+    """Arguments that only timm's ``VisionTransformer`` has, of a model and its last block."""
+    return {
+        "global_pool": model.global_pool,
+        "dynamic_img_size": bool(model.dynamic_img_size),
+        "dynamic_img_pad": bool(getattr(model.patch_embed, "dynamic_img_pad", False)),
+        "drop_rate": model.head_drop.p,
+        "pos_drop_rate": model.pos_drop.p,
+        "proj_drop_rate": last.attn.proj_drop.p,
+        "attn_drop_rate": last.attn.attn_drop.p,
+        "drop_path_rate": getattr(last.drop_path1, "drop_prob", 0.0),
+    }
 
 
 def attention_refusal(i: int, attn: nn.Module) -> str | None:
@@ -131,12 +139,17 @@ def attention_refusal(i: int, attn: nn.Module) -> str | None:
     if type(attn) is not Attention:
         return f"block {i} attends with {type(attn).__name__}, not Attention"
     if not isinstance(getattr(attn.qkv, "weight", None), nn.Parameter):
-        return f"the linear layers of block {i} are {type(attn.qkv).__name__}"
+        kind = type(attn.qkv)
+        return (
+            f"the linear layers of block {i} are {kind.__name__} of {kind.__module__}, quantised "
+            "or replaced: do that after the model is compressed"
+        )
     return None
 
 
 def queries_keys_values(attn: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values ``(..., heads, head_dim)`` of timm's ``Attention`` for ``h``."""
+    hooks.entering(attn, h)
     q, k, v = attn.qkv(h).unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(-3)
     return attn.q_norm(q), attn.k_norm(k), v
 
@@ -152,4 +165,6 @@ def projected(attn: Any, h: Tensor, out: Tensor) -> Tensor:
     out = attn.norm(out.flatten(-2))
     if getattr(attn, "gate", None) is not None:
         out = out * attn.gate(h).sigmoid()
-    return attn.proj_drop(attn.proj(out))
+    out = attn.proj_drop(attn.proj(out))
+    hooks.leaving(attn, h, out)
+    return out
