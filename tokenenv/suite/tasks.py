@@ -7,6 +7,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from tokenenv.data.opening import EMBEDDED_DATA
 from tokenenv.errors import UserError
 
 POINTS = 10
@@ -28,7 +29,7 @@ class Task:
         rules: name of the rules for :func:`~tokenenv.game.build.build_game`.
         blocks: the decision blocks; empty: the game's default.
         model: timm's name of the frozen backbone.
-        data: ``digits``; or empty: the user gives folders of photographs.
+        data: ``digits`` or ``scenes``; or empty: the user gives folders of photographs.
         test_images: largest number of test images, balanced over the classes as far as possible.
         budget: training episodes, one image each; evaluations are not counted.
         agents: number of agents at the start of an episode.
@@ -69,7 +70,7 @@ class Task:
     @property
     def embedded(self) -> bool:
         """Whether the package contains the model and the images."""
-        return self.data == "digits"
+        return self.data in EMBEDDED_DATA
 
     @property
     def target_saving(self) -> float:
