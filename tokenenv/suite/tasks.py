@@ -100,6 +100,7 @@ _MERGE: dict[str, Any] = {
     "heuristic": "tome:r={:g}",
 }
 _DIGITS: dict[str, Any] = {"model": "digits_vit", "data": "digits", "test_images": 600}
+_SCENES: dict[str, Any] = {"model": "scenes_vit", "data": "scenes", "test_images": 4000}
 _DEIT: dict[str, Any] = {"model": "deit_tiny_patch16_224", "data": "", "test_images": 300}
 
 TASKS = [
@@ -112,6 +113,20 @@ TASKS = [
         name="digits-merge-v0", level="easy", **_MERGE, **_DIGITS, budget=6144,
         low=0.2, high=0.37, grid=(6, 7, 8, 10, 12, 14, 16, 20, 24, 32),
         description="an agent per block of a small ViT on digits says what merges",
+    ),
+    Task(
+        name="scenes-prune-v0", level="easy", agents=144, budget=12800, low=0.2, high=0.5,
+        blocks=(1, 2, 4), **_SCENES, **_PRUNE | {
+            "random": "random:keep={},blocks=1/2/4",
+            "heuristic": "cls-attention:keep={},blocks=1/2/4",
+        },
+        grid=(0.7, 0.62, 0.55, 0.48, 0.42, 0.36, 0.3, 0.24, 0.18, 0.1),
+        description="an agent per patch of a digit among clutter, which decide early",
+    ),
+    Task(
+        name="scenes-merge-v0", level="easy", budget=7680, low=0.3, high=0.6, **_SCENES,
+        **_MERGE | {"decisions": 8}, grid=(14, 16, 18, 20, 23, 26, 30, 35, 42, 56),
+        description="an agent per block of a small ViT on a digit among clutter says what merges",
     ),
     Task(
         name="deit-tiny-prune-v0", level="medium", **_PRUNE, **_DEIT, agents=196, budget=20480,
