@@ -82,6 +82,10 @@ SYSTEMS: dict[str, System] = {
 }
 """All systems by name."""
 
+SHOWN = "rl4evit"
+SHOWN_ON = "scenes_vit"
+"""What is trained, and on which model, if neither is named: where training shows most."""
+
 _Class = TypeVar("_Class", bound=type[SystemConfig])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -94,6 +95,25 @@ class RL4EViTConfig(PolicyConfig):
             evaluate_every=10,
             target_saving=55.0,
             decide="systematic",
+        )
+
+    @classmethod
+    def for_scenes(cls) -> RL4EViTConfig:
+        """The default settings for the embedded model of generated scenes.
+
+        The policy starts as a loose preference for tokens that the class token attends to, at
+        about the wanted saving. It has to learn from the tokens' embeddings which of them show the
+        digit, early on, and how many tokens an image needs.
+        """
+        return dataclasses.replace(
+            cls.for_digits(),
+            beta=1e-3,
+            blocks=(1, 2, 4),
+            features=("token", *cls.features),
+            lean=1.5,
+            initial_keep=0.65,
+            held_back=0.2,
+            target_saving=72.0,
         )
 
     def implied(self, given: dict[str, Any]) -> dict[str, Any]:

@@ -45,6 +45,11 @@ class SystemConfig:
         """The default settings for the embedded model of 256 tokens."""
         return cls.for_digits()
 
+    @classmethod
+    def for_scenes(cls) -> SystemConfig:
+        """The default settings for the embedded model of generated scenes, 144 tokens."""
+        return cls.for_digits()
+
     def implied(self, given: dict[str, Any]) -> dict[str, Any]:
         """Settings that change when those in ``given`` are set, unless they are set themselves."""
         return {}
@@ -144,11 +149,14 @@ def check_config(cls: Any) -> None:
 
 def preset(cls: type[C], model: str | None) -> C:
     """The default settings of a system for a model; None: the embedded model of 64 tokens."""
-    from tokenenv.vit.load import DIGITS_MODELS, EMBEDDED  # imports torch, which --help avoids
+    from tokenenv.vit import load  # imports torch, which --help avoids
 
-    if model not in (None, *DIGITS_MODELS):
+    name = load.EMBEDDED if model is None else model
+    if name not in load.EMBEDDED_MODELS:
         return cls()
-    made = cls.for_digits() if model in (None, EMBEDDED) else cls.for_large_digits()
+    if name in load.SCENES_MODELS:
+        return typing.cast(C, cls.for_scenes())
+    made = cls.for_digits() if name == load.EMBEDDED else cls.for_large_digits()
     return typing.cast(C, made)
 
 
@@ -213,9 +221,9 @@ def read_settings(
 
 def settings_help(cls: type[SystemConfig]) -> str:
     """The text of ``--list-settings``: every setting with its default, then their meanings."""
-    from tokenenv.vit.load import DIGITS_MODELS
+    from tokenenv.vit.load import EMBEDDED_MODELS
 
-    presets = {name: vars(preset(cls, name)) for name in DIGITS_MODELS}
+    presets = {name: vars(preset(cls, name)) for name in EMBEDDED_MODELS}
     defaults = []
     for key, value in vars(cls()).items():
         models: dict[str, list[str]] = {}

@@ -145,7 +145,14 @@ class FineTuning:
             "frozen": False,
         }
         write_json(out / REPORT, report)
-        plot_history(out / CURVE, trainer.history, None, shown="loss")
+        plot_history(
+            out / CURVE,
+            trainer.history,
+            None,
+            shown="loss",
+            title=f"{self.request.system.name} on {self.request.model.name}, seed "
+            f"{self.request.seed}",
+        )
         print_result(final, result, frozen=False)
         print_parameters(counts["parameters"], counts["parameters_dense"])
         bounds = [row["bound"] for row in trainer.history if "bound" in row]

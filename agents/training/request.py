@@ -13,6 +13,7 @@ from agents.systems.registry import System
 from agents.systems.settings import SystemConfig
 from agents.training.run import Run
 from tokenenv.data import ImageSource, open_source
+from tokenenv.data.opening import EMBEDDED_DATA
 from tokenenv.errors import UserError
 from tokenenv.measure.opening import Model
 from tokenenv.vit.dense import Dense
@@ -27,7 +28,7 @@ class Request:
         system: the system to train.
         config: its settings.
         model: the model to train it on.
-        data: folder or data set; None: the embedded digits.
+        data: folder or data set; None: the embedded images that belong to the model.
         out: run folder; None: a new one under ``runs``.
         images: number of images of ``data`` to use; None: all.
         seed: of everything drawn at random.
@@ -60,8 +61,8 @@ class Request:
         return source.subset(self.images, self.seed)
 
     def final_images(self, backbone: Dense, held_back: ImageSource) -> ImageSource:
-        """The images of the report: the test part of the digits, else the held-back images."""
-        if self.data in (None, "digits"):
+        """The images of the report: the test part of embedded images, else the held-back images."""
+        if self.data in (None, *EMBEDDED_DATA):
             return open_source(self.data, backbone.model, split="test")
         return held_back
 

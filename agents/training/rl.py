@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ class PolicyTraining:
         self.game = config.game(self.backbone, self.fit)
         self.game.share(workers.rank, workers.count, request.seed)
         self.policy = config.policy(self.game, request.model.name)
+        self.start = copy.deepcopy(self.policy)
         self.judge = HeldBack(self.backbone, held_back, workers)
         priced = PricedGame(self.game, config, self.judge)
         learner: Any = config.learner(self.policy, self.game, request.seed, workers)
@@ -82,11 +84,12 @@ class PolicyTraining:
         with events(self.out, self.trainer) as log:
             self.trainer.run(log)
         found = self._choose()
+        before = self._calibrate_start(found)
         if self.workers.rank:
             return Run(self.out, config, trust=True)
         report_skipped(self.source)
         final = self.request.final_images(self.backbone, self.judge.source)
-        report = self._report(found, final)
+        report = self._report(found, before, final)
         return Run(self.out, config, report, trust=True)  # its code has run here
 
     def _print_start(self) -> None:
@@ -122,23 +125,58 @@ class PolicyTraining:
             )
         return found
 
-    def _report(self, found: Judgement, final: ImageSource) -> dict[str, Any]:
-        """Write policy, report and pictures, print the result, and return the report."""
+    def _calibrate_start(self, found: Judgement) -> Judgement:
+        """Set the threshold of the untrained policy so that it saves as much as the trained one.
+
+        Args:
+            found: how the trained policy was judged.
+
+        Returns:
+            How the untrained one was. With ``calibrate=0`` its threshold stays as it is.
+        """
+        if not self.config.calibrate:
+            return self.judge(self.start)
+        return calibrate(self.start, self.judge, found.saving, self.config.calibrate)
+
+    def _report(self, found: Judgement, before: Judgement, final: ImageSource) -> dict[str, Any]:
+        """Write policy, report and pictures, print the result, and return the report.
+
+        Args:
+            found: how the trained policy was judged.
+            before: how the untrained one was.
+            final: the images of the report.
+        """
         out, trainer, policy = self.out, self.trainer, self.policy
         policy.save(out / POLICY)
         result = evaluate_with_bar(self.backbone, policy, final)
+        dense = torch.zeros(len(final), dtype=torch.long)
+        dense[result.index] = result.dense
+        start = evaluate_with_bar(self.backbone, self.start, final, dense=dense)
+        untrained = {name: start.report()[name] for name in ("top1", "gmacs")}
         on_held_back = final is self.judge.source
         report = {
             **evaluation_json(self.request.model.name, final, result),
             **progress_json(trainer, found),
             "evaluated_on_held_back": on_held_back,
             "threshold": policy.threshold,
+            "untrained": untrained,
             "frozen_backbone": True,
         }
         write_json(out / REPORT, report)
-        plot_history(out / CURVE, trainer.history, self.config.target_saving)
+        plot_history(
+            out / CURVE,
+            trainer.history,
+            self.config.target_saving,
+            title=f"{self.request.system.name} on {self.request.model.name}, seed "
+            f"{self.request.seed}",
+            untrained=before,
+        )
         write_token_pictures(out / PICTURE, self.backbone, policy, final)
         print_result(final, result)
+        print(
+            f"  untrained, at about the same cost: top-1 {untrained['top1']:.2f} %, "
+            f"{untrained['gmacs']:.4f} GMACs/image"
+        )
         if on_held_back:
             print(
                 "  the policy was chosen on these images: evaluate it on others for a fair number"

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from agents.systems.registry import find_system
+from agents.systems.registry import SHOWN, SHOWN_ON, find_system
 from agents.systems.settings import preset, with_settings
 from agents.training.request import Request
 from agents.training.run import Run
@@ -24,7 +24,7 @@ SEEDS = 2**32
 
 
 def train(
-    system: str,
+    system: str | None = None,
     *,
     model: str | None = None,
     weights: str | os.PathLike[str] | None = None,
@@ -45,12 +45,13 @@ def train(
 
     Args:
         system: a name of ``agents.systems.SYSTEMS``, or your own class of settings as
-            ``module:Config`` or ``path/to/file.py:Config``.
+            ``module:Config`` or ``path/to/file.py:Config``. None: ``rl4evit``, and if neither
+            model nor data are named it is trained on the embedded ``scenes_vit``.
         model: a timm model; None: the embedded ``digits_vit``.
         weights: a ``.safetensors`` or ``.pth`` state dict, or ``random``; None: the embedded
             weights or timm's.
         data: a folder of class/image, or a torchvision data set such as ``CIFAR10:ROOT``; None: the
-            embedded digits.
+            images that belong to the embedded model.
         out: run folder; None: a new one under ``runs``.
         images: number of images of ``data`` to use; None: all.
         seed: of everything drawn at random, from 0 to 2**32 - 1.
@@ -76,7 +77,9 @@ def train(
                 run = tokenenv.train("rl4evit", seed=seed, updates=20, hidden=[64, 64])
             print(run.report["top1"], run.policy.threshold)
     """
-    found = find_system(system)
+    found = find_system(SHOWN if system is None else system)
+    if system is None and model is None and data is None:
+        model = SHOWN_ON
     request = Request(
         system=found,
         config=with_settings(preset(found.config, model), settings),

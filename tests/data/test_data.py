@@ -390,8 +390,8 @@ def test_unknown_data_is_an_error(digits_model: nn.Module, data: str) -> None:
         open_source(data, digits_model)
 
 
-@pytest.mark.parametrize("data", ["digits", "FakeData", "."])
-def test_an_unknown_part_is_an_error(digits_model: nn.Module, data: str) -> None:
+@pytest.mark.parametrize("data", ["digits", "FakeData", ".", None])
+def test_an_unknown_part_is_an_error(digits_model: nn.Module, data: str | None) -> None:
     with pytest.raises(UserError, match="split='val': choose from train, test"):
         open_source(data, digits_model, split="val")
 

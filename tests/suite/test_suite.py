@@ -286,7 +286,10 @@ def test_every_task_says_what_it_is(task: Task) -> None:
         game = opened.game(batch_size=1)
         with pytest.raises(UserError, match="has its own model, rules: leave it out"):
             opened.game(model="digits_vit", rules="token_prune")
-        assert (game.agents, game.steps) == (task.agents if task.agents > 1 else 32, task.decisions)
+        assert (game.agents, game.steps) == (
+            task.agents if task.agents > 1 else opened.backbone.patches // 2,
+            task.decisions,
+        )
         assert task.random == task.random.strip() and len(opened.test) == task.test_images
 
 

@@ -198,7 +198,7 @@ _SIDE = 176 / 224
 
 def _images(opened: Opened, data: str | None, count: int) -> tuple[Tensor, str]:
     """Images ``(n, C, H, W)`` for fresh batches of ``count``, and where they are from, in words."""
-    dense, most = opened.dense, max(_LEAST, min(_BATCHES * count, _MOST), count)
+    dense, most = opened.dense, max(64, min(8 * count, 512), count)
     if data is None and opened.model.name not in DIGITS_MODELS:
         generator = torch.Generator().manual_seed(0)
         images = torch.randn((count, *Preprocess(dense.model).shape), generator=generator)
@@ -209,7 +209,3 @@ def _images(opened: Opened, data: str | None, count: int) -> tuple[Tensor, str]:
     if not len(images):
         raise UserError(f"no image of '{source.name}' could be read: check the files")
     return images.to(dense.device, dense.dtype), f"{len(images)} images of {source.name}"
-
-
-_LEAST, _BATCHES, _MOST = 64, 8, 512
-"""Images are loaded for eight batches of the largest size, within these bounds."""

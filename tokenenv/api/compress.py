@@ -20,7 +20,7 @@ from tokenenv.measure.candidate import MethodCandidate
 from tokenenv.measure.opening import named_model
 from tokenenv.measure.speed import Speed, bench
 from tokenenv.vit.families import family_of
-from tokenenv.vit.load import DIGITS_MODELS
+from tokenenv.vit.load import EMBEDDED_MODELS
 
 
 def glance(fast: CompressedViT, batches: Sequence[int] = (1, 8)) -> list[Speed]:
@@ -33,7 +33,7 @@ def glance(fast: CompressedViT, batches: Sequence[int] = (1, 8)) -> list[Speed]:
         One row per batch size.
     """
     backbone = fast.backbone
-    if backbone.architecture in DIGITS_MODELS:
+    if backbone.architecture in EMBEDDED_MODELS:
         source = open_source(None, backbone.model, split="test", limit=_SHOWN)
         images = source.batch(torch.arange(_SHOWN)).images
     else:

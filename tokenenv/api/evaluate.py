@@ -108,7 +108,7 @@ def evaluate(
         weights: a ``.safetensors`` or ``.pth`` state dict, or ``"random"``; None: the embedded
             weights or timm's.
         data: a folder of class/image, or a torchvision data set such as ``"CIFAR10:ROOT"``; None:
-            the embedded digits.
+            those that belong to an embedded model.
         limit: largest number of images; None: all.
         batch: images per batch.
         restrict: predict only among the classes of ``data`` (the ImageNet-A and -R protocol).

@@ -75,9 +75,9 @@ def add_model_options(parser: argparse.ArgumentParser, *, images: bool = True) -
     parser.add_argument(
         "--model",
         metavar="NAME",
-        help="any timm ViT, or digits_vit (the default) or digits_vit_16, which come with weights "
-        "and digits of their own, as 64 or 256 tokens; for LTM also a Swin, MobileViT or "
-        "EfficientViT",
+        help="any timm ViT, or one that comes with weights and images of its own: digits_vit (the "
+        "default) and digits_vit_16, digits as 64 or 256 tokens, and scenes_vit, digits among "
+        "clutter as 144; for LTM also a Swin, MobileViT or EfficientViT",
     )
     parser.add_argument(
         "--weights",

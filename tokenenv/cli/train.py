@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from agents.systems.registry import SYSTEMS, find_system
+from agents.systems.registry import SHOWN, SHOWN_ON, SYSTEMS, find_system
 from agents.systems.settings import SystemConfig, read_settings, settings_help
 from tokenenv.cli.options import Parser, add_dtype, add_model_options, positive, preprocessing, seed
 from tokenenv.errors import UserError
@@ -17,7 +17,7 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
     """Add the parser of ``tokenenv train`` with its options."""
     train = commands.add_parser(
         "train",
-        help="train a system; without options on the embedded digits, offline",
+        help="train a system; without options on embedded images, offline",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train a system and write a run folder: config.json, policy.safetensors, "
         "report.json,\ncurve.png, tokens.png, checkpoint.safetensors and TensorBoard events. "
@@ -29,7 +29,7 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
         "writes the\nwhole report and exits with status 130; a second one stops at once. After "
         "either, --resume\ncontinues the run; that of a policy also with another number of "
         "processes.",
-        epilog="examples:\n  tokenenv train rl4evit\n"
+        epilog="examples:\n  tokenenv train\n  tokenenv train dora\n"
         "  tokenenv train rl4evit --model deit_tiny_patch16_224 --data imagenet/train "
         "--images 3000\n  tokenenv train rl4evit --set reward=alpha_beta --set beta=0.1\n"
         "  tokenenv train rl4evit --out runs/rl4evit-0 --resume\n"
@@ -42,7 +42,9 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
     train.add_argument(
         "system",
         metavar="SYSTEM",
-        help="; ".join(f"{name}: {system.summary}" for name, system in SYSTEMS.items())
+        nargs="?",
+        help=f"default: {SHOWN}, on {SHOWN_ON} if neither --model nor --data is given; "
+        + "; ".join(f"{name}: {system.summary}" for name, system in SYSTEMS.items())
         + "; or a class of settings of your own, module:Config or path/to/file.py:Config",
     )
     add_model_options(train)
@@ -66,7 +68,7 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status, 130 after Ctrl-C."""
-    config = find_system(args.system).config
+    config = find_system(args.system or SHOWN).config
     if args.list_settings:
         print(settings_help(config))
         return 0

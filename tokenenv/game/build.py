@@ -52,8 +52,9 @@ def build_game(
             several environments may share.
         weights: a file of weights for a model given by name.
         data: a folder or data set name that :func:`~tokenenv.data.open_source` knows, or an image
-            source; None: the embedded digits.
-        split: which part of ``data`` to open if it has parts; ignored for an image source.
+            source; None: those that belong to the model, digits or scenes.
+        split: which part of ``data`` to open if it has parts: ``train``, ``test`` or, of the
+            scenes, ``validation``; ignored for an image source.
         blocks: the decision blocks; None: ``max_cycles`` of them, spread evenly over the model.
         max_cycles: decisions per episode; None: as many as ``blocks``, or 3 for ``token_prune``
             and one for each block otherwise.

@@ -17,8 +17,8 @@ from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.dense import Dense
 from tokenenv.vit.families import family_of
 from tokenenv.vit.load import (
-    DIGITS_MODELS,
     EMBEDDED,
+    EMBEDDED_MODELS,
     RANDOM,
     check_device,
     check_dtype,
@@ -103,12 +103,12 @@ class Model:
             UserError: it can't take images of that size.
         """
         before = Preprocessing.of(model)
-        if self.name in DIGITS_MODELS and self.preprocessing.over(before).sides != before.sides:
+        if self.name in EMBEDDED_MODELS and self.preprocessing.over(before).sides != before.sides:
             raise UserError(f"the images of '{self.name}' have one size: leave --image-size out")
         self.preprocessing.apply(model)
 
     def _check_data(self, data: str | None, images: bool) -> None:
-        if self.name in DIGITS_MODELS:
+        if self.name in EMBEDDED_MODELS:
             return
         if images and data is None:
             raise UserError(f"model '{self.name}' needs --data: a folder of class/image")

@@ -23,6 +23,9 @@ Compiled = Literal["none", "dense", "all"]
 """What is also timed as compiled by ``torch.compile``."""
 
 COMPILED = get_args(Compiled)
+_LEAST, _BATCHES = 64, 8
+"""Images to draw from: eight batches, at least 64 images."""
+
 _SHORTEST = 0.25
 """Least duration of one timing, seconds."""
 
@@ -113,7 +116,8 @@ def bench(
     Args:
         dense: the dense model.
         candidates: on its device and in its dtype; their names differ.
-        images: ``(n, C, H, W)`` the images to draw from, normalised, on that device.
+        images: ``(n, C, H, W)`` the images to draw from, normalised, on that device; of them eight
+            batches are used, at least 64 images.
         batch: images per forward pass; None: all.
         rounds: number of timings of each, after two untimed passes.
         compiled: what is also timed as compiled by ``torch.compile``: ``none``, the ``dense`` model
@@ -126,6 +130,7 @@ def bench(
         The rows of the dense model, then those of the candidates.
     """
     device, size = dense.device, batch or len(images)
+    images = images[: max(_LEAST, _BATCHES * size)]
     runs, gmacs = _forms(dense, candidates, images, compiled, execution)
     fresh = _fresh(images, size)
     peak, took_first = {}, {}

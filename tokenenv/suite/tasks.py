@@ -7,6 +7,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from tokenenv.data.opening import EMBEDDED_DATA
 from tokenenv.errors import UserError
 
 POINTS = 10
@@ -28,7 +29,7 @@ class Task:
         rules: name of the rules for :func:`~tokenenv.game.build.build_game`.
         blocks: the decision blocks; empty: the game's default.
         model: timm's name of the frozen backbone.
-        data: ``digits``; or empty: the user gives folders of photographs.
+        data: ``digits`` or ``scenes``; or empty: the user gives folders of photographs.
         test_images: largest number of test images, balanced over the classes as far as possible.
         budget: training episodes, one image each; evaluations are not counted.
         agents: number of agents at the start of an episode.
@@ -69,7 +70,7 @@ class Task:
     @property
     def embedded(self) -> bool:
         """Whether the package contains the model and the images."""
-        return self.data == "digits"
+        return self.data in EMBEDDED_DATA
 
     @property
     def target_saving(self) -> float:
@@ -99,6 +100,7 @@ _MERGE: dict[str, Any] = {
     "heuristic": "tome:r={:g}",
 }
 _DIGITS: dict[str, Any] = {"model": "digits_vit", "data": "digits", "test_images": 600}
+_SCENES: dict[str, Any] = {"model": "scenes_vit", "data": "scenes", "test_images": 4000}
 _DEIT: dict[str, Any] = {"model": "deit_tiny_patch16_224", "data": "", "test_images": 300}
 
 TASKS = [
@@ -111,6 +113,20 @@ TASKS = [
         name="digits-merge-v0", level="easy", **_MERGE, **_DIGITS, budget=6144,
         low=0.2, high=0.37, grid=(6, 7, 8, 10, 12, 14, 16, 20, 24, 32),
         description="an agent per block of a small ViT on digits says what merges",
+    ),
+    Task(
+        name="scenes-prune-v0", level="easy", agents=144, budget=12800, low=0.2, high=0.5,
+        blocks=(1, 2, 4), **_SCENES, **_PRUNE | {
+            "random": "random:keep={},blocks=1/2/4",
+            "heuristic": "cls-attention:keep={},blocks=1/2/4",
+        },
+        grid=(0.7, 0.62, 0.55, 0.48, 0.42, 0.36, 0.3, 0.24, 0.18, 0.1),
+        description="an agent per patch of a digit among clutter, which decide early",
+    ),
+    Task(
+        name="scenes-merge-v0", level="easy", budget=7680, low=0.3, high=0.6, **_SCENES,
+        **_MERGE | {"decisions": 8}, grid=(14, 16, 18, 20, 23, 26, 30, 35, 42, 56),
+        description="an agent per block of a small ViT on a digit among clutter says what merges",
     ),
     Task(
         name="deit-tiny-prune-v0", level="medium", **_PRUNE, **_DEIT, agents=196, budget=20480,

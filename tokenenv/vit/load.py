@@ -20,7 +20,9 @@ from tokenenv.vit.families import family_of
 
 EMBEDDED = "digits_vit"
 DIGITS_MODELS = (EMBEDDED, "digits_vit_16")
-"""Names of the models whose weights come with the package."""
+SCENES_MODELS = ("scenes_vit",)
+EMBEDDED_MODELS = (*DIGITS_MODELS, *SCENES_MODELS)
+"""Names of the models whose weights, and images, come with the package."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Precisions of a backbone."""
@@ -49,12 +51,12 @@ def load_backbone(
     """A frozen backbone.
 
     Args:
-        name: any timm model name of a family in :mod:`tokenenv.vit.families`, or ``digits_vit``,
-            the embedded model.
+        name: any timm model name of a family in :mod:`tokenenv.vit.families`, or one of
+            :data:`EMBEDDED_MODELS`.
         weights: a ``.safetensors`` or ``.pth`` state dict or training checkpoint, see
             :func:`~tokenenv.vit.checkpoint.read_weights`. The number of classes and the size of
             the images are read from its tensors. ``random``: :func:`untrained_model`. None: the
-            packaged weights of ``digits_vit``, and for any other model those that timm publishes
+            packaged weights of an embedded model, and for any other model those that timm publishes
             (downloaded by timm).
         device: where to put the model.
         dtype: its precision, one of :data:`DTYPES`; policies always compute in float32.
@@ -122,7 +124,7 @@ def _shape(timm, name: str, weights: str, state: dict[str, Tensor]) -> dict[str,
             f"{_headless(name)} and weights '{weights}' hold none ('{_classifier(timm, name)}."
             f"weight' is missing): {_FINE_TUNED}"
         )
-    side = None if name in DIGITS_MODELS else _side(timm, name, state.get("pos_embed"))
+    side = None if name in EMBEDDED_MODELS else _side(timm, name, state.get("pos_embed"))
     if side is not None:
         print(f"weights '{weights}' are for images of {side}x{side}, and so is '{name}' now")
         shape["img_size"] = side
@@ -186,8 +188,7 @@ def untrained_model(name: str) -> nn.Module:
     Where timm's has no classifier, it gets one of :data:`UNTRAINED_CLASSES`.
     """
     timm = import_timm()
-    import tokenenv.vit.digits  # noqa: F401  (registers digits_vit with timm)
-
+    _register_embedded()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return timm.create_model(name, **_with_head(timm, name)).eval()
@@ -205,8 +206,7 @@ def check_name(name: str, check: Callable[[nn.Module], object] = family_of) -> N
         UserError: timm has no such model, or ``check`` refuses it.
     """
     timm = import_timm()
-    import tokenenv.vit.digits  # noqa: F401  (registers digits_vit with timm)
-
+    _register_embedded()
     base = name.split(".")[0]
     if not timm.is_model(base):
         raise UserError(
@@ -218,6 +218,12 @@ def check_name(name: str, check: Callable[[nn.Module], object] = family_of) -> N
     # On the meta device no weights are allocated. If timm can't do that, loading checks it later.
     with contextlib.suppress(RuntimeError), torch.device("meta"):
         check(timm.create_model(base, **_with_head(timm, base)))
+
+
+def _register_embedded() -> None:
+    """Make timm know the models of :data:`EMBEDDED_MODELS`."""
+    import tokenenv.vit.digits
+    import tokenenv.vit.scenes  # noqa: F401
 
 
 def _classes(timm, name: str) -> int | None:  # type: ignore[no-untyped-def]

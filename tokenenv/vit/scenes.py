@@ -1,0 +1,98 @@
+"""The embedded model for generated scenes: a digit among clutter, 144 tokens, offline.
+
+Importing this module registers the model with timm as ``scenes_vit``. Its weights come with the
+package, in half precision; ``examples/train_scenes_vit.py`` trained them. The images are those of
+:mod:`tokenenv.data.scenes`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from timm.layers import PatchEmbed
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from tokenenv.errors import UserError
+
+WEIGHTS = Path(__file__).parent / "weights" / "scenes_vit.safetensors"
+"""The packaged weights of ``scenes_vit``."""
+
+default_cfgs = generate_default_cfgs(
+    {
+        "scenes_vit": {
+            "input_size": (1, 48, 48),
+            "fixed_input_size": True,
+            "num_classes": 10,
+            "label_names": tuple("0123456789"),
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "mean": (0.25,),
+            "std": (0.18,),
+            "first_conv": "patch_embed.proj.0",
+            "classifier": "head",
+            "license": "apache-2.0",
+        }
+    }
+)
+
+
+class ConvolutionalPatches(PatchEmbed):
+    """timm's patch embedding for patches of 4x4 pixels, by two 3x3 convolutions of stride 2.
+
+    Each token reads 7x7 pixels, so it overlaps with its neighbours. A small convolutional stem in
+    place of one large filter makes a ViT learn faster (Xiao et al. 2021, "Early convolutions help
+    transformers see better"). Takes ``PatchEmbed``'s arguments, with ``patch_size=4``.
+    """
+
+    CHANNELS = 32
+    """Between the two convolutions."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        single: nn.Conv2d = self.proj
+        between = self.CHANNELS
+        self.proj = nn.Sequential(  # type: ignore[assignment]
+            nn.Conv2d(single.in_channels, between, 3, stride=2, padding=1),
+            nn.GELU(),
+            nn.Conv2d(between, single.out_channels, 3, stride=2, padding=1),
+        )
+
+
+@register_model
+def scenes_vit(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """Build a ViT for ``(B, 1, 48, 48)`` scenes: 144 visual tokens of width 64, 8 blocks, 4 heads.
+
+    Args:
+        pretrained: load the packaged weights.
+        **kwargs: arguments of timm's ``VisionTransformer``, in place of these values.
+
+    Raises:
+        UserError: the packaged weights do not fit the model that ``kwargs`` ask for.
+    """
+    shape = {"img_size": 48, "patch_size": 4, "embed_dim": 64, "depth": 8, "num_heads": 4}
+    model = build_model_with_cfg(
+        VisionTransformer,
+        "scenes_vit",
+        pretrained=False,  # timm would look for the weights on a hub
+        embed_layer=ConvolutionalPatches,
+        **(shape | kwargs),
+    )
+    if pretrained:
+        _load(model)
+    return model
+
+
+def _load(model: VisionTransformer) -> None:
+    from safetensors.torch import load_file
+
+    state = {name: tensor.float() for name, tensor in load_file(WEIGHTS).items()}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(
+            "scenes_vit's weights fit only its own shape (img_size=48, in_chans=1, num_classes=10, "
+            "embed_dim=64, depth=8); leave such arguments out or use pretrained=False"
+        ) from error
