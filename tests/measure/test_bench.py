@@ -77,7 +77,7 @@ def test_ratios_are_taken_within_a_round(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("size", [1, 3, 7, 10, 25])
 def test_every_image_has_its_turn_before_one_comes_again(size: int) -> None:
-    stream = bench._fresh(torch.arange(10.0)[:, None], size)
+    stream = bench.fresh_batches(torch.arange(10.0)[:, None], size)
     drawn = torch.cat([next(stream) for _ in range(40 // size + 1)])[:40, 0]
     epochs = drawn[: len(drawn) // 10 * 10].view(-1, 10)
     assert (epochs.sort(1).values == torch.arange(10)).all()

@@ -132,7 +132,7 @@ def bench(
     device, size = dense.device, batch or len(images)
     images = images[: max(_LEAST, _BATCHES * size)]
     runs, gmacs = _forms(dense, candidates, images, compiled, execution)
-    fresh = _fresh(images, size)
+    fresh = fresh_batches(images, size)
     peak, took_first = {}, {}
     for form, run in runs.items():
         start = time.perf_counter()
@@ -186,7 +186,7 @@ def _forms(
     return runs, gmacs
 
 
-def _fresh(images: Tensor, size: int) -> Iterator[Tensor]:
+def fresh_batches(images: Tensor, size: int) -> Iterator[Tensor]:
     """Batches ``(size, C, H, W)`` without end; an image comes again when all had their turn."""
     generator = torch.Generator().manual_seed(0)
     waiting = torch.empty(0, dtype=torch.int64)
