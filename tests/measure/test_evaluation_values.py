@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import backbone, source
 
+from agents.policies.words import parse_policy
 from tokenenv import ltm
 from tokenenv.errors import UserError
 from tokenenv.measure.evaluation import dense_predictions, evaluate, evaluate_model
@@ -16,11 +17,11 @@ from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.dense import Dense
 
 
-def overflowing() -> Backbone:
+def overflowing(name: str = "head.weight") -> Backbone:
     """Each weight of it is finite; they became so large after it was made and proven."""
     made = Backbone(copy.deepcopy(backbone().model))
     with torch.no_grad():
-        made.model.head.weight.fill_(3e38)
+        made.model.get_parameter(name).fill_(3e38)
     return made
 
 
@@ -37,3 +38,13 @@ def test_logits_that_are_not_finite() -> None:
     with pytest.raises(UserError, match=words):
         evaluate_model(model, Dense(backbone().model), some, lengths=model.lengths)
     assert len(evaluate(backbone(), method, some).labels) == 8
+
+
+@pytest.mark.parametrize(
+    "what", ["tome:r=8", "pitome:keep=0.6", "evit:keep=0.5", "zerotprune:keep=0.5"]
+)
+def test_tokens_that_are_not_finite(what: str) -> None:
+    """Methods that look for the most similar token find none among NaN."""
+    backbone, some = overflowing("blocks.0.attn.proj.bias"), source().subset(8, 0)
+    with pytest.raises(UserError, match="values that are not finite for images of 'digits"):
+        evaluate(backbone, parse_policy(what, backbone.depth), some)
