@@ -25,7 +25,7 @@ from tokenenv.measure.speed import COMPILED, Compiled, Speed, timings
 from tokenenv.measure.speed import bench as time_all
 from tokenenv.reducers import Resize
 from tokenenv.vit.backbone import Backbone
-from tokenenv.vit.load import DIGITS_MODELS, check_device, check_dtype
+from tokenenv.vit.load import EMBEDDED_MODELS, check_device, check_dtype
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ _SIDE = 176 / 224
 def _images(opened: Opened, data: str | None, count: int) -> tuple[Tensor, str]:
     """Images ``(n, C, H, W)`` for fresh batches of ``count``, and where they are from, in words."""
     dense, most = opened.dense, max(64, min(8 * count, 512), count)
-    if data is None and opened.model.name not in DIGITS_MODELS:
+    if data is None and opened.model.name not in EMBEDDED_MODELS:
         generator = torch.Generator().manual_seed(0)
         images = torch.randn((count, *Preprocess(dense.model).shape), generator=generator)
         note = "random images, on which methods may decide unlike on real ones"
