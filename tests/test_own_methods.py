@@ -73,10 +73,12 @@ def test_evaluate(place: str, kind: str) -> None:
 @pytest.mark.parametrize("place", ["methods.py", "own_module"])
 def test_bench(place: str, capsys: pytest.CaptureFixture[str]) -> None:
     whats = [f"{place}:{kind}" for kind in KINDS]
-    assert main(["bench", *whats, "--batch", "2", "--rounds", "1"]) == 0
+    assert main(["bench", *whats, *["--batch", "2", "--rounds", "1", "--compile", "none"]]) == 0
     printed = capsys.readouterr().out
     assert all(what in printed for what in whats)
-    speeds = tokenenv.bench(whats[:1], batch=[2], rounds=1, compile="none")
+    speeds = tokenenv.bench(
+        whats[:1], batch=[2], rounds=1, compile="none", smaller=False, dtype="float32"
+    )
     assert [row.what for row in speeds.rows] == ["dense", whats[0]]
     assert speeds.rows[1].gmacs < 0.8 * speeds.rows[0].gmacs
 

@@ -156,7 +156,8 @@ def close(one: Any, two: Any) -> None:
         assert one[part].keys() == two[part].keys()
         for name, tensor in one[part].items():
             # What is added to all scores changes nothing: its gradient is noise, scaled by Adam.
-            atol = 1e-3 if name == "selector.2.bias" else 1e-5
+            # Images lie in other groups in each process, so that sums round otherwise.
+            atol = 1e-3 if name == "selector.2.bias" else 5e-5
             assert_close(two[part][name], tensor, atol=atol, rtol=1e-5, msg=f"{part}.{name}")
 
 

@@ -258,6 +258,7 @@ def test_resuming_a_finished_run_changes_nothing(run: Path) -> None:
 
 def test_bench_times_it_beside_policies(run: Path, tmp_path: Path) -> None:
     command = ["bench", str(run), "norm:keep=0.5", "--batch", "1,2", "--rounds", "1"]
+    command += ["--compile", "none", "--dtype", "float32"]
     files = ["--json", str(tmp_path / "b.json"), "--out", str(tmp_path / "b.png")]
     assert main([*command, *files]) == 0
     rows = json.loads((tmp_path / "b.json").read_text())
@@ -372,6 +373,7 @@ def test_every_family_is_evaluated_and_benched(
     assert found["gmacs"] < 0.97 * found["gmacs_dense"]
     assert found["parameters_dense"] == sum(p.numel() for p in dense.parameters())
     bench = ["bench", str(tmp_path / "merged"), "--batch", "1", "--rounds", "1"]
+    bench += ["--compile", "none", "--dtype", "float32"]
     assert main([*bench, *words.split()]) == 0
     assert json.loads((tmp_path / "r.json").read_text())[1]["gmacs"] == pytest.approx(
         found["gmacs"]
