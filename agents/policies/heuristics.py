@@ -217,12 +217,16 @@ class MergeAbove(Heuristic):
         """:meth:`act` by the similarities themselves, in fewer operations."""
         match = episode.moment.match
         assert match is not None
-        return match.score >= self.similarity
+        return scaled(match.score) >= self._least
 
     def act(self, observation: Observation) -> Tensor:
         """``(B, A)`` int64, 1 for the pairs to merge."""
-        least = scaled(torch.tensor(self.similarity)).item()
-        return (observation.feature("similarity")[..., 0] >= least).long()
+        return (observation.feature("similarity")[..., 0] >= self._least).long()
+
+    @property
+    def _least(self) -> float:
+        """The threshold as the feature is scaled, and rounded alike."""
+        return scaled(torch.tensor(self.similarity)).item()
 
 
 @dataclass

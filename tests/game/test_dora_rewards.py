@@ -97,7 +97,7 @@ class Played:
         """Logits of a fresh episode with the first decisions only."""
         game = self.game
         rules = game.rules
-        episode = Episode.start(game.backbone, rules, game.images, execution=game.execution)
+        episode = Episode(game.backbone, rules, game.images, execution=game.execution)
         while not episode.done:
             action = self.actions[episode.step]
             if episode.step >= decisions:

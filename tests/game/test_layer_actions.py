@@ -68,7 +68,7 @@ def test_a_count_merges_the_most_similar_pairs(backbone: Backbone, execution: st
 def test_a_count_goes_on_with_one_token_left_and_no_pair(execution: str) -> None:
     rules = LayerMerge(tuple(range(6)), "count", grid=(0, 1, 2, 4, 8, 16, 32), shuffle=True)
     images = source().batch(torch.arange(2)).images
-    episode = Episode.start(digits_backbone(), rules, images, execution=execution)
+    episode = Episode(digits_backbone(), rules, images, execution=execution)
     while not episode.done:
         most = episode.observe().legal.long().cumsum(2).argmax(2)
         episode.act(most)

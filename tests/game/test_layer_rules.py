@@ -126,7 +126,7 @@ def test_merging_conserves_patches(backbone: Backbone, execution: str) -> None:
     nobody = torch.zeros(4, backbone.patches, dtype=torch.bool)
     decide = coins(generator, 0.6)
     with torch.inference_mode():
-        episode = Episode.start(backbone, merge_rules(backbone), images, execution=execution)
+        episode = Episode(backbone, merge_rules(backbone), images, execution=execution)
         while not episode.done:
             possible = episode.observe().active
             action = decide(episode.observe())
@@ -146,7 +146,7 @@ def test_exactly_the_pruned_patches_are_gone(backbone: Backbone, execution: str)
     rules = prune_rules(backbone)
     pruned = torch.zeros(4, backbone.patches, dtype=torch.bool)
     with torch.inference_mode():
-        episode = Episode.start(backbone, rules, images, execution=execution)
+        episode = Episode(backbone, rules, images, execution=execution)
         while not episode.done:
             keep = torch.rand(4, backbone.patches, generator=generator) < 0.6
             keep[0] = episode.step != 1  # would lose all
@@ -186,7 +186,7 @@ def test_four_tokens_stay_whatever_the_action(
 
     images = source().batch(torch.arange(3)).images
     with torch.inference_mode():
-        episode = Episode.start(backbone, rules, images, execution=execution)
+        episode = Episode(backbone, rules, images, execution=execution)
         while not episode.done:
             seen, before = episode.observe(), episode.counts[-1]
             choice = decide(seen)
@@ -367,12 +367,12 @@ def test_redundancy_and_similarity_by_hand(deit: Backbone) -> None:
     images = image_for(deit, 2)
     hand = ByHand(deit, images[0])
     hand.attend(0, by_size=False)
-    seen = Episode.start(deit, merge_rules(deit), images, execution="padded").observe()
+    seen = Episode(deit, merge_rules(deit), images, execution="padded").observe()
     expected = torch.tensor([cosine for _, _, cosine in hand.pairs()])
     scaled = torch.stack([(expected - 0.9) / 0.05, (expected - expected.mean()) / 0.05], 1)
     assert_close(seen.feature("similarity")[0], scaled, atol=1e-4, rtol=0)
 
-    seen = Episode.start(deit, prune_rules(deit), images, execution="padded").observe()
+    seen = Episode(deit, prune_rules(deit), images, execution="padded").observe()
     attention = seen.feature("cls_attention")[0, :, 0]
     for j, value in enumerate(seen.feature("redundancy")[0, :, 0].tolist()):
         rivals = [
@@ -386,7 +386,7 @@ def test_redundancy_and_similarity_by_hand(deit: Backbone) -> None:
 @torch.no_grad()
 def test_what_is_seen_of_a_pair_by_hand(deit: Backbone) -> None:
     rules = merge_rules(deit)
-    episode = Episode.start(deit, rules, image_for(deit, 2), execution="masked")
+    episode = Episode(deit, rules, image_for(deit, 2), execution="masked")
     episode.act(torch.ones(2, 25, dtype=torch.long))
     seen, match, tokens = episode.observe(), episode.moment.match, episode.tokens
     attention = episode.moment.context.cls_attention

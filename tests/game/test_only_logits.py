@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from helpers import needs_compiler
@@ -12,7 +15,10 @@ import tokenenv
 from agents.policies.words import parse_policy
 from tokenenv.game.episode import EXECUTIONS
 from tokenenv.game.policy import Policy, lengths_known, play
+from tokenenv.game.rules import Observation
+from tokenenv.game.rules.layer_merge import scaled
 from tokenenv.vit.backbone import Backbone
+from tokenenv.vit.reduction import Match
 
 KNOWN = (
     "keep-all", "random:keep=0.6", "cls-attention:keep=0.7", "norm:keep=0.5", "tome:r=5",
@@ -31,7 +37,7 @@ def backbone(request: pytest.FixtureRequest) -> Backbone:
     return family_model(request.param)
 
 
-def made(words: str, backbone: Backbone) -> object:
+def made(words: str, backbone: Backbone) -> Any:
     name, _, rest = words.partition(":")
     blocks = "blocks=1/2/3" if "/" not in rest and name not in ("tome", "diffrate") else ""
     return parse_policy(f"{name}:{','.join(filter(None, (rest, blocks)))}", backbone.depth)
@@ -93,6 +99,31 @@ def test_deciding_without_an_observation_is_deciding(words: str) -> None:
         found, wanted = play(backbone, method, images), play(backbone, seeing, images)
     assert torch.equal(torch.stack(found.counts), torch.stack(wanted.counts))
     assert torch.equal(found.logits, wanted.logits)
+
+
+@pytest.mark.parametrize("bar", [0.3, 0.85, 0.9, 0.95])
+def test_a_threshold_is_rounded_as_what_it_is_compared_with(bar: float) -> None:
+    policy = made(f"merge-above:similarity={bar}", family_model("deit"))
+    near = torch.tensor(bar)
+    for _ in range(3):
+        near = torch.nextafter(near, torch.tensor(0.0))
+    scores = [near]
+    for _ in range(6):
+        scores.append(torch.nextafter(scores[-1], torch.tensor(1.0)))
+    score = torch.stack([*scores, torch.tensor(-torch.inf)])[None]
+    token = torch.zeros_like(score, dtype=torch.long)
+    moment = SimpleNamespace(match=Match(token, token, score))
+    found = policy.next_action(SimpleNamespace(moment=moment))
+    possible = score > -torch.inf
+    seen = Observation(
+        scaled(torch.where(possible, score, 0.0))[..., None],
+        score.new_zeros(1, 0),
+        possible,
+        0,
+        {"similarity": slice(0, 1)},
+    )
+    assert torch.equal(found & possible, policy.act(seen).bool() & possible)
+    assert 0 < found.sum() < 7
 
 
 @needs_compiler

@@ -164,6 +164,23 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no C++ compiler" in found.conditions and not any(row.compiled for row in found.rows)
 
 
+def test_random_images_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def watched(dense: Any, candidates: Any, images: torch.Tensor, **options: Any) -> list[Any]:
+        seen.append(images)
+        return []
+
+    monkeypatch.setattr("tokenenv.api.bench.time_all", watched)
+    tokenenv.bench(
+        ["norm:keep=0.5"], model="test_vit", weights="random", batch=[1], dtype="float32"
+    )
+    (images,) = seen
+    assert len(images) == bench.pool_size(1) == 64
+    assert len(images.flatten(1).unique(dim=0)) == 64
+    assert [bench.pool_size(size) for size in (8, 20, 64, 600)] == [64, 160, 512, 600]
+
+
 def test_both_precisions_where_bfloat16_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     for fast in (True, False):
         monkeypatch.setattr("tokenenv.api.bench.fast_bfloat16", lambda device, fast=fast: fast)

@@ -41,7 +41,7 @@ def prune_rules(backbone: Backbone, **kwargs: Any) -> LayerPrune:
 
 @torch.inference_mode()
 def run(backbone: Backbone, rules: Any, images: Tensor, decide: Decide, execution: str) -> Episode:
-    episode = Episode.start(backbone, rules, images, execution=execution)
+    episode = Episode(backbone, rules, images, execution=execution)
     while not episode.done:
         episode.act(decide(episode.observe(state=True)))
     return episode

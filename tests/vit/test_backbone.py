@@ -67,7 +67,7 @@ def rules_for(backbone: Backbone) -> TokenPrune:
 @torch.inference_mode()
 def run(backbone: Backbone, images: torch.Tensor, keep, execution: str) -> Episode:
     """``keep``: a function of the observation, as a policy is."""
-    episode = Episode.start(backbone, rules_for(backbone), images, execution=execution)
+    episode = Episode(backbone, rules_for(backbone), images, execution=execution)
     while not episode.done:
         episode.act(keep(episode.observe(state=True)))
     return episode
@@ -135,7 +135,7 @@ def test_portions_tell_decisions_the_same(
     backbone = family_model("deit")
     rules = LayerMerge((0, 1))
     with torch.no_grad():
-        episode = Episode.start(backbone, rules, image_for(backbone, 7), execution=execution)
+        episode = Episode(backbone, rules, image_for(backbone, 7), execution=execution)
         accept = torch.arange(99) < torch.tensor([0, 3, 99, 0, 11, 99, 5])[:, None]
         episode.act(accept[:, : rules.agents(backbone)].long())
     tokens = episode.tokens

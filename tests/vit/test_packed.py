@@ -78,7 +78,7 @@ def run(
     act: Callable[[Observation], Tensor],
     execution: str,
 ) -> Episode:
-    episode = Episode.start(backbone, rules, images, execution=execution)  # type: ignore[arg-type]
+    episode = Episode(backbone, rules, images, execution=execution)  # type: ignore[arg-type]
     while not episode.done:
         episode.act(act(episode.observe(state=True)))
     return episode
@@ -140,7 +140,7 @@ def test_finishing_early_is_the_same_in_every_execution() -> None:
     found = []
     for execution in EXECUTIONS:
         with torch.inference_mode():
-            episode = Episode.start(backbone, rules, image_for(backbone, 5), execution=execution)
+            episode = Episode(backbone, rules, image_for(backbone, 5), execution=execution)
             episode.act(drawn(0)(episode.observe()))
             found.append(episode.finish(torch.tensor([0, 2, 4])))
     for logits in found[1:]:

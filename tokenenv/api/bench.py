@@ -9,23 +9,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from tokenenv.api.opening import Opened, each_once, open_candidates
-from tokenenv.data import Preprocessing, open_source
-from tokenenv.data.pixels import Preprocess
-from tokenenv.errors import UserError, check_keywords
+from tokenenv.data import Preprocessing
+from tokenenv.errors import UserError, check_choice, check_keywords
 from tokenenv.game.checks import MOST_IMAGES, MOST_ROUNDS, check_threads, check_whole
 from tokenenv.game.episode import Execution
 from tokenenv.measure.candidate import Candidate, MethodCandidate
 from tokenenv.measure.machine import compiler_found, describe_machine, fast_bfloat16
-from tokenenv.measure.opening import named_model, text
-from tokenenv.measure.speed import COMPILED, Compiled, Speed, timings
+from tokenenv.measure.opening import images_to_time, named_model, text
+from tokenenv.measure.speed import Compiled, Speed, pool_size, timings
 from tokenenv.measure.speed import bench as time_all
 from tokenenv.reducers import Resize
 from tokenenv.vit.backbone import Backbone
-from tokenenv.vit.load import EMBEDDED_MODELS, check_device, check_dtype
+from tokenenv.vit.load import check_device, check_dtype
 
 
 @dataclass(frozen=True)
@@ -117,8 +115,7 @@ def bench(
     if not batches:
         raise UserError("batch is empty: give at least one batch size")
     check_whole("rounds", rounds, 1, MOST_ROUNDS + 1)
-    if compile not in COMPILED:
-        raise UserError(f"compile={compile!r}: choose from {', '.join(COMPILED)}")
+    check_choice("compile", compile, Compiled)
     if threads is not None:
         torch.set_num_threads(check_threads(threads))
     whats, found = each_once(what), None
@@ -130,7 +127,9 @@ def bench(
             trust=trust,
         )
         candidates = [*opened.candidates, *(_smaller(opened) if smaller else ())]
-        images, origin = _images(opened, text(data, "data"), max(batches))
+        images, origin = images_to_time(
+            opened.dense, opened.model.name, text(data, "data"), pool_size(max(batches))
+        )
         if found is None:
             missing = compile != "none" and not compiler_found()
             found = Speeds(opened.model.name, _conditions(opened, origin, rounds, missing), ())
@@ -194,18 +193,3 @@ def _smaller(opened: Opened) -> list[Candidate]:
 
 
 _SIDE = 176 / 224
-
-
-def _images(opened: Opened, data: str | None, count: int) -> tuple[Tensor, str]:
-    """Images ``(n, C, H, W)`` for fresh batches of ``count``, and where they are from, in words."""
-    dense, most = opened.dense, max(64, min(8 * count, 512), count)
-    if data is None and opened.model.name not in EMBEDDED_MODELS:
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randn((count, *Preprocess(dense.model).shape), generator=generator)
-        note = "random images, on which methods may decide unlike on real ones"
-        return images.to(dense.device, dense.dtype), note
-    source = open_source(data, dense.model, split="test", limit=most)
-    images = source.batch(torch.arange(len(source))).images
-    if not len(images):
-        raise UserError(f"no image of '{source.name}' could be read: check the files")
-    return images.to(dense.device, dense.dtype), f"{len(images)} images of {source.name}"

@@ -34,7 +34,7 @@ from tokenenv.measure.machine import describe_machine
 from tokenenv.measure.opening import named_model, text
 from tokenenv.measure.pareto import picture
 from tokenenv.measure.printing import report_skipped
-from tokenenv.measure.speed import DENSE, Speed, bench, timings
+from tokenenv.measure.speed import DENSE, Speed, bench, pool_size, timings
 from tokenenv.measure.state import Memory, State, conditions
 from tokenenv.paths import as_path
 from tokenenv.storage import own_folder, write_bytes, write_json
@@ -210,7 +210,7 @@ class _Work:
             return
         dense, candidates = self.opened.dense, self.opened.candidates
         readable = next(iter(self.done.values())).index
-        count = max(64, min(8 * max(self.batches), 512), *self.batches)
+        count = pool_size(max(self.batches))
         images = self.source.batch(readable[:count]).images.to(dense.device, dense.dtype)
         asked = {
             "rows": sorted(each.key for each in candidates),

@@ -6,48 +6,37 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from tokenenv.api.opening import open_candidates
 from tokenenv.api.what import NamedMethod, NamedWord, method_of, name_what, no_method
-from tokenenv.data import Preprocessing, open_source
+from tokenenv.data import Preprocessing
 from tokenenv.deploy.compressed import CompressedViT
 from tokenenv.deploy.compressed import compress as compress_model
 from tokenenv.errors import UserError, check_keywords
 from tokenenv.game.episode import Execution
 from tokenenv.measure.candidate import MethodCandidate
-from tokenenv.measure.opening import named_model
-from tokenenv.measure.speed import Speed, bench
+from tokenenv.measure.opening import images_to_time, named_model
+from tokenenv.measure.speed import Speed, bench, pool_size
 from tokenenv.vit.families import family_of
-from tokenenv.vit.load import EMBEDDED_MODELS
 
 
 def glance(fast: CompressedViT, batches: Sequence[int] = (1, 8)) -> list[Speed]:
     """How fast a compressed model is here, after some seconds of timing it beside the dense one.
 
-    It sees the digits if it is an embedded model, else random images, on which a method may decide
+    It sees the images of an embedded model, else random ones, on which a method may decide
     unlike on real ones; ``tokenenv bench`` takes real ones.
 
     Returns:
         One row per batch size.
     """
     backbone = fast.backbone
-    if backbone.architecture in EMBEDDED_MODELS:
-        source = open_source(None, backbone.model, split="test", limit=_SHOWN)
-        images = source.batch(torch.arange(_SHOWN)).images
-    else:
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randn((_SHOWN, *backbone.image_shape), generator=generator)
-    images = images.to(backbone.device, backbone.dtype)
+    images, _ = images_to_time(backbone, backbone.architecture, None, pool_size(max(batches)))
     candidate = MethodCandidate("compressed", fast.policy, backbone)
     return [
         bench(backbone, [candidate], images, batch=batch, rounds=3, execution=fast.execution)[1]
         for batch in batches
     ]
-
-
-_SHOWN = 16
 
 
 @check_keywords

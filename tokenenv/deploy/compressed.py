@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from tokenenv.artefact import FAULTS, read_object, reason_of
 from tokenenv.data import Preprocessing
 from tokenenv.deploy.protocol import TimmProtocol
-from tokenenv.errors import UserError
-from tokenenv.game.episode import Episode, Execution, check_execution
+from tokenenv.errors import UserError, check_choice
+from tokenenv.game.episode import Episode, Execution
 from tokenenv.game.policy import DuckPolicy, Method, as_method, lengths_known, play
 from tokenenv.own import same_place
 from tokenenv.paths import as_path
@@ -61,7 +61,7 @@ def compress(model: nn.Module, policy: Method, execution: Execution | None = Non
     if isinstance(model, CompressedViT):
         raise UserError("the model is compressed already: compress the timm model it was made of")
     if execution is not None:
-        check_execution(execution)
+        check_choice("execution", execution, Execution)
     return CompressedViT(model, policy, execution)
 
 

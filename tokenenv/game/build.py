@@ -12,9 +12,9 @@ from torch import Tensor
 
 from tokenenv.artefact import Unfit, check_annotated
 from tokenenv.data import ImageSource, Split, open_source
-from tokenenv.errors import UnknownArgument, UserError, did_you_mean
+from tokenenv.errors import UnknownArgument, UserError, check_choice, did_you_mean
 from tokenenv.game.checks import MOST_IMAGES, check_whole
-from tokenenv.game.episode import Execution, check_execution
+from tokenenv.game.episode import Execution
 from tokenenv.game.game import Game
 from tokenenv.game.rewards import REWARDS, Reward, Turn, as_reward
 from tokenenv.game.rules import RULES, Rules
@@ -83,7 +83,7 @@ def build_game(
     check_arguments(rules, settings)
     _check_kinds({"privileged": privileged}, build_game)
     if execution is not None:
-        check_execution(execution)
+        check_choice("execution", execution, Execution)
     check_whole("batch_size", batch_size, 1, MOST_IMAGES + 1)
     check_whole("repeats", repeats, 1)
     backbone = _backbone(model, weights, device, dtype)

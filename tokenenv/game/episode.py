@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from tokenenv.errors import UserError
+from tokenenv.errors import check_choice
 from tokenenv.game.reduction import Moment, Reduction
 from tokenenv.game.rules.base import Rules
 from tokenenv.game.rules.observation import Observation
@@ -27,45 +27,65 @@ def default_execution(device: torch.device) -> Execution:
     return "packed" if device.type == "cpu" else "masked"
 
 
-def check_execution(execution: str) -> None:
-    """Raise :class:`UserError` unless it is one of :data:`EXECUTIONS`."""
-    if execution not in EXECUTIONS:
-        raise UserError(f"execution='{execution}': choose from {', '.join(EXECUTIONS)}")
-
-
 class Episode:
-    """The forward pass of ``B`` images in parts; :meth:`start` makes one.
+    """The forward pass of ``B`` images in parts.
 
-    The model runs up to the next decision, waits for an action, and goes on.
+    The model embeds the images, runs up to the next decision, waits for an action, and goes on.
 
-    Attributes:
+    Args:
         backbone: the model.
         reduction: in which blocks decisions are due, and what they do.
-        execution: see :meth:`start`.
+        images: ``(B, C, H, W)`` normalised images on the backbone's device.
+        execution: ``masked``: removed tokens stay in memory and attention masks them (no saving, no
+            host-device sync). ``padded``: removed tokens are cut out, and all images are padded to
+            the longest of the batch. ``packed``: images of about the same length lie in groups,
+            each padded to its longest. All three give the same logits and the same decisions of a
+            deterministic policy.
+        only_logits: whether nothing but the logits will be read afterwards. The last block is then
+            computed only for the tokens that the head reads, a decision in it that they don't
+            depend on is left out, and nobody keeps track of patches.
+        known: whether :meth:`act` will be told the number of tokens left by every decision; the
+            whole pass can then be compiled as one graph.
+        after_block: called with each block's index and the tokens after it, unless None.
+
+    Where hooks look into blocks, ``packed`` runs ``padded`` and ``only_logits`` has no effect.
+
+    Attributes:
+        backbone, reduction, after_block: as given.
+        execution: how it runs.
         tokens: the state now; packed if ``execution`` is and the reduction takes packed tokens.
         moment: the state at the decision that is due; not there once :attr:`done`.
         step: number of decisions taken.
         logits: ``(B, classes)`` once :attr:`done`, else None.
         counts: ``(B,)`` visual tokens before the first decision and after each one so far.
-        after_block: called with each block's index and the tokens after it, unless None.
         attended, fed: for each block run so far, ``(B,)`` tokens in its attention and in its MLP,
             prefix included.
+
+    Raises:
+        UserError: an unknown execution.
     """
 
     moment: Moment
-    after_block: Callable[[int, Tokens], object] | None = None
 
     def __init__(
         self,
         backbone: Backbone,
         reduction: Reduction,
-        tokens: Tokens,
-        execution: Execution,
+        images: Tensor,
         *,
+        execution: Execution,
         only_logits: bool = False,
         known: bool = False,
+        after_block: Callable[[int, Tokens], object] | None = None,
     ) -> None:
+        check_choice("execution", execution, Execution)
+        if not torch.compiler.is_compiling():
+            hooks.warn_of_unheard(backbone.model, backbone.blocks)
+            if backbone.watched:  # hooks expect (B, N, D), and all blocks to run
+                execution, only_logits = "padded" if execution == "packed" else execution, False
+        tokens = backbone.embed(images, trace=reduction.traces or not only_logits)
         self.backbone, self.reduction, self.execution = backbone, reduction, execution
+        self.after_block = after_block
         # torch.export can't follow the host's choice of groups; it traces a single image.
         self._packed = execution == "packed" and (known or not torch.compiler.is_compiling())
         self.tokens = packing.end_to_end(tokens) if self._packed else tokens
@@ -82,53 +102,7 @@ class Episode:
         last = backbone.depth - 1
         if self._short and reduction.keeps_prefix and reduction.between and last in self._blocks:
             self._blocks = self._blocks[:-1]  # it would change nothing that the head reads
-
-    @staticmethod
-    def start(
-        backbone: Backbone,
-        reduction: Reduction,
-        images: Tensor,
-        *,
-        execution: Execution,
-        only_logits: bool = False,
-        known: bool = False,
-        after_block: Callable[[int, Tokens], object] | None = None,
-    ) -> Episode:
-        """Embed images and run the model up to the first decision, or to the logits.
-
-        Args:
-            backbone: the model.
-            reduction: in which blocks decisions are due, and what they do.
-            images: ``(B, C, H, W)`` normalised images on the backbone's device.
-            execution: ``masked``: removed tokens stay in memory and attention masks them (no
-                saving, no host-device sync). ``padded``: removed tokens are cut out, and all
-                images are padded to the longest of the batch. ``packed``: images of about the same
-                length lie in groups, each padded to its longest. All three give the same logits and
-                the same decisions of a deterministic policy.
-            only_logits: whether nothing but the logits will be read afterwards. The last block is
-                then computed only for the tokens that the head reads, a decision in it that they
-                don't depend on is left out, and nobody keeps track of patches.
-            known: whether :meth:`act` will be told the number of tokens left by every decision; the
-                whole pass can then be compiled as one graph.
-            after_block: as the attribute.
-
-        Where hooks look into blocks, ``packed`` runs ``padded`` and ``only_logits`` has no effect.
-
-        Raises:
-            UserError: an unknown execution.
-        """
-        check_execution(execution)
-        if not torch.compiler.is_compiling():
-            hooks.warn_of_unheard(backbone.model, backbone.blocks)
-            if backbone.watched:  # hooks expect (B, N, D), and all blocks to run
-                execution, only_logits = "padded" if execution == "packed" else execution, False
-        tokens = backbone.embed(images, trace=reduction.traces or not only_logits)
-        episode = Episode(
-            backbone, reduction, tokens, execution, only_logits=only_logits, known=known
-        )
-        episode.after_block = after_block
-        episode._advance()
-        return episode
+        self._advance()
 
     @property
     def done(self) -> bool:

@@ -151,9 +151,7 @@ class Game:
                 t.repeat_interleave(self.repeats, dim=0)
                 for t in (self.images, self.labels, self.dense, self._trail)
             )
-        self.episode = Episode.start(
-            self.backbone, self.rules, self.images, execution=self.execution
-        )
+        self.episode = Episode(self.backbone, self.rules, self.images, execution=self.execution)
         patches = self.backbone.patches
         self._alive = torch.ones((len(self.images), patches), dtype=torch.bool, device=device)
         self.history: tuple[Tensor, ...] = ()

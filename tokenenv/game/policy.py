@@ -251,12 +251,12 @@ def play(
 
     Decisions are computed in float32, also under autocast, and without gradient. If the method
     makes the images smaller, the episode's ``backbone`` is the model for the smaller images.
-    ``only_logits``, ``after_block``: see :meth:`~tokenenv.game.episode.Episode.start`.
+    ``only_logits``, ``after_block``: see :class:`~tokenenv.game.episode.Episode`.
     """
     backbone, images = method.reduction.resize(backbone, images)
     execution = execution or default_execution(backbone.device)
     known, reduction = lengths_known(backbone, method), method.reduction
-    episode = Episode.start(
+    episode = Episode(
         backbone,
         reduction,
         images,

@@ -7,9 +7,11 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from tokenenv.data import Preprocessing
+from tokenenv.data import Preprocessing, open_source
+from tokenenv.data.pixels import Preprocess
 from tokenenv.errors import UserError
 from tokenenv.ltm.model import check_family
 from tokenenv.paths import path_text
@@ -149,3 +151,30 @@ def named_model(
 def text(path: str | os.PathLike[str] | None, name: str) -> str | None:
     """A path as text, see :func:`~tokenenv.paths.path_text`; None stays None."""
     return None if path is None else path_text(path, name)
+
+
+def images_to_time(dense: Dense, name: str, data: str | None, count: int) -> tuple[Tensor, str]:
+    """Images for measuring time, and where they are from, in words.
+
+    Args:
+        dense: the model, for whose device and precision they are.
+        name: of the model in timm.
+        data: a folder or data set; None: those of an embedded model, random ones for others.
+        count: how many at most.
+
+    Returns:
+        ``(n, C, H, W)`` normalised images, and the words.
+
+    Raises:
+        UserError: no image could be read.
+    """
+    if data is None and name not in EMBEDDED_MODELS:
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn((count, *Preprocess(dense.model).shape), generator=generator)
+        words = "random images, on which methods may decide unlike on real ones"
+        return images.to(dense.device, dense.dtype), words
+    source = open_source(data, dense.model, split="test", limit=count)
+    images = source.batch(torch.arange(len(source))).images
+    if not len(images):
+        raise UserError(f"no image of '{source.name}' could be read: check the files")
+    return images.to(dense.device, dense.dtype), f"{len(images)} images of {source.name}"

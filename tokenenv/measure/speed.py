@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,10 +21,6 @@ from tokenenv.vit.dense import Dense
 DENSE = "dense"
 Compiled = Literal["none", "dense", "all"]
 """What is also timed as compiled by ``torch.compile``."""
-
-COMPILED = get_args(Compiled)
-_LEAST, _BATCHES = 64, 8
-"""Images to draw from: eight batches, at least 64 images."""
 
 _SHORTEST = 0.25
 """Least duration of one timing, seconds."""
@@ -116,8 +112,8 @@ def bench(
     Args:
         dense: the dense model.
         candidates: on its device and in its dtype; their names differ.
-        images: ``(n, C, H, W)`` the images to draw from, normalised, on that device; of them eight
-            batches are used, at least 64 images.
+        images: ``(n, C, H, W)`` the images to draw from, normalised, on that device;
+            :func:`pool_size` of them are used.
         batch: images per forward pass; None: all.
         rounds: number of timings of each, after two untimed passes.
         compiled: what is also timed as compiled by ``torch.compile``: ``none``, the ``dense`` model
@@ -130,7 +126,7 @@ def bench(
         The rows of the dense model, then those of the candidates.
     """
     device, size = dense.device, batch or len(images)
-    images = images[: max(_LEAST, _BATCHES * size)]
+    images = images[: pool_size(size)]
     runs, gmacs = _forms(dense, candidates, images, compiled, execution)
     fresh = fresh_batches(images, size)
     peak, took_first = {}, {}
@@ -184,6 +180,11 @@ def _forms(
             if timing.limit is not None:
                 runs[_Form(what, True, True)] = torch.compile(timing.limit, dynamic=False)
     return runs, gmacs
+
+
+def pool_size(batch: int) -> int:
+    """How many images batches are drawn from: eight batches, within 64 and 512 images."""
+    return max(batch, min(max(8 * batch, 64), 512))
 
 
 def fresh_batches(images: Tensor, size: int) -> Iterator[Tensor]:

@@ -36,7 +36,7 @@ def write_token_pictures(
         return
     images = batch.images.to(backbone.device, backbone.dtype)
     dense = backbone(images).argmax(1)
-    episode = Episode.start(backbone, policy.reduction, images, execution="masked")
+    episode = Episode(backbone, policy.reduction, images, execution="masked")
     sources = []
     while not episode.done:
         episode.act(policy.next_action(episode))

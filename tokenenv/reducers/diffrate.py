@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tokenenv.reducers.base import Reducer, check_numbers
@@ -89,7 +88,7 @@ class DiffRate(Reducer):
         place = left + torch.arange(merging, device=device)
         givers = order.gather(1, place.clamp(max=order.shape[1] - 1))
         takers = order[:, : most - merging]
-        visual = F.normalize(tokens.visual.float(), dim=-1)
+        visual = reduction.normalised(tokens.visual)
         one, other = packing.take(visual, givers), packing.take(visual, takers)
         staying = torch.arange(takers.shape[1], device=device) < left
         cosine = (one @ other.transpose(1, 2)).masked_fill(~staying[:, None], -torch.inf)

@@ -18,7 +18,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from tokenenv.errors import UserError
+from tokenenv.vit.packaged import load_packaged
 
 WEIGHTS = Path(__file__).parent / "weights" / "digits_vit.safetensors"
 """The packaged weights of ``digits_vit``."""
@@ -119,13 +119,8 @@ def _load(model: VisionTransformer) -> None:
     state = load_file(WEIGHTS)
     if isinstance(model.pos_embed, Tensor) and model.pos_embed.shape[1] == 16 * 16 + 1:
         state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], new_size=[16, 16])
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(
-            "digits_vit's weights fit only its own shape (img_size=8, in_chans=1, num_classes=10, "
-            "embed_dim=48, depth=12); leave such arguments out or use pretrained=False"
-        ) from error
+    shape = "img_size=8, in_chans=1, num_classes=10, embed_dim=48, depth=12"
+    load_packaged(model, state, "digits_vit", shape)
 
 
 def digits(split: Literal["train", "test"]) -> tuple[Tensor, Tensor]:

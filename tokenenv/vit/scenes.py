@@ -15,7 +15,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from tokenenv.errors import UserError
+from tokenenv.vit.packaged import load_packaged
 
 WEIGHTS = Path(__file__).parent / "weights" / "scenes_vit.safetensors"
 """The packaged weights of ``scenes_vit``."""
@@ -89,10 +89,5 @@ def _load(model: VisionTransformer) -> None:
     from safetensors.torch import load_file
 
     state = {name: tensor.float() for name, tensor in load_file(WEIGHTS).items()}
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(
-            "scenes_vit's weights fit only its own shape (img_size=48, in_chans=1, num_classes=10, "
-            "embed_dim=64, depth=8); leave such arguments out or use pretrained=False"
-        ) from error
+    shape = "img_size=48, in_chans=1, num_classes=10, embed_dim=64, depth=8"
+    load_packaged(model, state, "scenes_vit", shape)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenenv.vit.backbone import Context
+from tokenenv.vit.reduction import normalised
 from tokenenv.vit.tokens import Tokens
 
 
@@ -32,7 +33,7 @@ def log_relative(values: Tensor, active: Tensor) -> Tensor:
 
 def cosines(vectors: Tensor) -> Tensor:
     """Cosines ``(B, A, A)`` of all pairs of vectors ``(B, A, D)``, in float32."""
-    unit = F.normalize(vectors.float(), dim=-1)
+    unit = normalised(vectors)
     return unit @ unit.transpose(1, 2)
 
 
