@@ -144,7 +144,12 @@ def other_process(code: str, *options: str) -> subprocess.CompletedProcess[str]:
     """Python in another process, which has imported nothing of the user's yet."""
     return subprocess.run(
         [sys.executable, *options, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
+        env=os.environ
+        | {
+            "PYTHONPATH": str(ROOT),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "OMP_NUM_THREADS": "1",  # as here: other threads round otherwise
+        },
         capture_output=True,
         text=True,
     )
