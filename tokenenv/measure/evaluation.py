@@ -145,20 +145,13 @@ def evaluate(
     policy.reduction.check(backbone)
     cost = Cost(backbone)
 
-    def run(images: Tensor) -> Episode:
-        try:
-            return play(backbone, policy, images, execution)
-        except (IndexError, RuntimeError):
-            _predicted(backbone(images), source)  # tokens of NaN have no most similar one
-            raise
-
     def read(episode: Episode) -> _Outcome:
         assert episode.logits is not None
         lengths = torch.stack(episode.fed, 1).cpu() - backbone.prefix
         return _Outcome(episode.logits, macs_of(episode, policy, cost).cpu(), lengths)
 
     return _side_by_side(
-        run,
+        lambda images: play(backbone, policy, images, execution),
         read,
         backbone if reference is None else reference,
         source,

@@ -200,7 +200,8 @@ def merge(
     Returns:
         The tokens, with the merged candidates removed.
     """
-    accept = accept & (match.score > -torch.inf)
+    # NaN counts as a pair: of values that overflowed as many are merged as was promised.
+    accept = accept & (match.score != -torch.inf)
     # Counting the accepted pairs would wait for a GPU, and can't be compiled with the rest.
     waits = tokens.x.device.type != "cpu" or torch.compiler.is_compiling()
     if not waits or (tokens.packing is not None and left is None):
