@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -165,7 +166,7 @@ class ActorPolicy(Trainable):
         """The deterministic actions ``(B, A)`` int64."""
         if self.actions != 2:
             return self._legal_logits(observation).argmax(-1)
-        odds, bar = self._odds(observation), torch.logit(torch.tensor(self.threshold)).item()
+        odds, bar = self._odds(observation), _log_odds(self.threshold)
         if self.decide == "threshold":
             return (odds >= bar).long()
         return systematic((odds - bar).sigmoid(), observation.active).long()
@@ -225,6 +226,12 @@ class ActorPolicy(Trainable):
         widths = remake({"class": "Widths", **config.pop("widths")}, [Widths])
         check_annotated(config, cls.__init__)
         return cls(rules, widths, **config)
+
+
+@cache
+def _log_odds(probability: float) -> float:
+    """Log-odds of a probability, as float32 has them."""
+    return torch.logit(torch.tensor(probability)).item()
 
 
 def _difference(logits: Tensor) -> Tensor:

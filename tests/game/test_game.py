@@ -54,6 +54,23 @@ def test_all_executions_play_the_same_game(backbone) -> None:
         assert_close(results[0][1], rewards, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("rules", ["token_prune", "layer_merge", "layer_prune"])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_half_precision_has_the_same_agents(rules: str, batch: int) -> None:
+    """Rows are padded to sizes that recur there; no place without a token has an agent."""
+    game = build_game(rules=rules, dtype="bfloat16", batch_size=batch, execution="packed")
+    seen = game.reset()
+    agents, steps = seen.active.shape[1], 0
+    keeps = 1 if game.rules.last_keeps else 0
+    action = torch.full((batch, agents), keeps)
+    while seen is not None:
+        assert seen.agents.shape[:2] == seen.active.shape == (batch, agents)
+        if steps == 1:  # the last image goes on with all its tokens
+            action[:-1, ::3] = 1 - keeps
+        seen, steps = game.step(action).observation, steps + 1
+    assert steps == game.steps >= 3 and int(game.counts[-1][-1]) == game.backbone.patches
+
+
 def test_repeats_play_the_same_image(backbone) -> None:
     game = build_game(model=backbone, batch_size=8, repeats=4)
     seen = game.reset()

@@ -83,7 +83,11 @@ def class_row(score: Tensor, width: int, mask: Tensor | None) -> Tensor:
     Returns:
         ``(B, N)`` float32.
     """
-    return _weights(score.transpose(1, 2)[:, :, None], width, mask).mean(1)[:, 0]
+    score = score * width**-0.5
+    if mask is not None:
+        mask = mask[:, 0, 0, :, None]
+        score = score.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else score + mask
+    return score.softmax(1).mean(2)
 
 
 def matrix(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:

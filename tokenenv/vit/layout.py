@@ -7,10 +7,11 @@ which takes longer than a small product itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -127,17 +128,21 @@ class Packing:
         return Portion(0, self.rows, self.rows, self.groups)
 
 
-def arrange(lengths: Sequence[int], device: torch.device, recurs: bool = False) -> Packing:
+def arrange(lengths: Sequence[int], device: torch.device, most: int | None = None) -> Packing:
     """Choose the groups of images of given lengths.
 
     Args:
         lengths: number of tokens of each image.
         device: where the tokens are.
-        recurs: whether lengths and rows shall recur from batch to batch, at the price of padding.
+        most: number of places that an image has now. If given, lengths and rows recur from batch to
+            batch, at the price of padding; no image gets more places than that, since there is no
+            agent for a place that was never a token's.
     """
     if len(lengths) == 1:
-        return _alone(lengths[0], recurring(lengths[0]) if recurs else lengths[0], device)
-    need = [-(-length // 8) * 8 if recurs else length for length in lengths]
+        if most is not None:
+            return _kept(_alone, lengths[0], min(recurring(lengths[0]), most), device)
+        return evenly(1, lengths[0], device)
+    need = list(lengths) if most is None else [min(-(-n // 8) * 8, most) for n in lengths]
     order = sorted(range(len(need)), key=need.__getitem__, reverse=True)
     cuts = _cuts([need[image] for image in order])
     longest = need[order[0]]
@@ -148,7 +153,7 @@ def arrange(lengths: Sequence[int], device: torch.device, recurs: bool = False) 
         first = [image * longest for image in range(len(lengths))]
     else:
         groups, first = _sorted_groups(lengths, need, order, cuts, device)
-    portions = tuple(_portions(groups, recurs, device))
+    portions = tuple(_portions(groups, ROWS, most is not None, device))
     rows = max(portion.start + portion.rows for portion in portions)
     last = portions[-1]
     portions = (*portions[:-1], last._replace(stop=rows, rows=rows - last.start))
@@ -185,7 +190,7 @@ def _cuts(need: Sequence[int]) -> list[int]:
 def _alone(count: int, rows: int, device: torch.device) -> Packing:
     """The packing of a single image."""
     if rows == count:
-        return evenly(1, count, device)
+        return _evenly(1, count, device, ROWS)
     whole = (Group(0, 1, rows, False, None),)
     place = torch.arange(rows, device=device)[None]
     alive = place < count
@@ -204,11 +209,28 @@ def _alone(count: int, rows: int, device: torch.device) -> Packing:
 
 def evenly(images: int, length: int, device: torch.device) -> Packing:
     """The packing of images of equal length: their padded layout, as rows."""
+    return _kept(_evenly, images, length, device, ROWS)
+
+
+def _evenly(images: int, length: int, device: torch.device, most: int) -> Packing:
     whole = (Group(0, images, length, True, None),)
     first = torch.arange(images, device=device) * length
-    portions = tuple(_portions(whole, False, device))
+    portions = tuple(_portions(whole, most, False, device))
     alive = torch.ones((), dtype=torch.bool, device=device).expand(images, length)
     return Packing((length,) * images, whole, portions, first, images * length, alive)
+
+
+def _kept(make: Callable[..., Packing], *arguments: Any) -> Packing:
+    """A packing that was made before for these arguments; nothing writes into its tensors."""
+    if torch.compiler.is_compiling():  # tensors made while torch traces must not be cached
+        return make(*arguments)
+    return _once(make, *arguments)
+
+
+@lru_cache(maxsize=1024)
+def _once(make: Callable[..., Packing], *arguments: Any) -> Packing:
+    with torch.inference_mode(False):  # autograd can't save tensors made in that mode
+        return make(*arguments)
 
 
 def _places(
@@ -248,16 +270,18 @@ def _sorted_groups(
     return tuple(groups), first
 
 
-def _portions(groups: Sequence[Group], recurs: bool, device: torch.device) -> Iterator[Portion]:
-    """Portions of whole images with at most about :data:`ROWS` rows."""
+def _portions(
+    groups: Sequence[Group], most: int, recurs: bool, device: torch.device
+) -> Iterator[Portion]:
+    """Portions of whole images with at most about ``most`` rows."""
     parts = []
     for group in groups:
-        step = max(1, ROWS // group.length)
+        step = max(1, most // group.length)
         for first in range(0, group.images, step):
             parts.append(group.part(first, min(step, group.images - first), device))
     while parts:
         start, taken = parts[0].start, [parts.pop(0)]
-        while parts and parts[0].stop - start <= ROWS:
+        while parts and parts[0].stop - start <= most:
             taken.append(parts.pop(0))
         stop = taken[-1].stop
         moved = tuple(part._replace(start=part.start - start) for part in taken)

@@ -72,19 +72,22 @@ def close_up(
     assert old is not None
     batch, count = tokens.alive.shape
     device = tokens.x.device
+    kept: Tensor | None = None
     if left is not None:
         if order is None and old.even and left == count:
             return replace(tokens, ragged=False), None
         packing = evenly(batch, left, device)
     else:
-        lengths = tokens.counts().tolist()
+        # Of one image the kept tokens tell their number.
+        kept = tokens.alive.flatten().nonzero()[:, 0] if batch == 1 and order is None else None
+        lengths = tokens.counts().tolist() if kept is None else [len(kept)]
         if order is None and sum(lengths) == sum(old.lengths):
             return replace(tokens, ragged=not old.even), None
         half = device.type == "cpu" and tokens.x.dtype in (torch.bfloat16, torch.float16)
-        packing = arrange(lengths, device, recurs=half)
+        packing = arrange(lengths, device, count if half else None)
     waits = device.type == "cpu" and not torch.compiler.is_compiling()
     if order is None and (left is None or waits):
-        kept = tokens.alive.flatten().nonzero()[:, 0]
+        kept = tokens.alive.flatten().nonzero()[:, 0] if kept is None else kept
         if packing.nth is not None:
             before = torch.tensor([0, *accumulate(packing.lengths[:-1])], device=device)
             kept = kept.index_select(0, (packing.nth + before[:, None]).flatten())

@@ -102,6 +102,8 @@ class Tokens:
         Returns:
             ``(B, A)`` int64.
         """
+        if self.alive.shape[0] == 1:
+            return index
         if self.packing is not None:
             return (index + self.packing.first[:, None]).clamp(max=len(self.x) - 1)
         batch, count = self.alive.shape

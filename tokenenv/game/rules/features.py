@@ -65,6 +65,19 @@ def _kept_whole_numbers(values: tuple[int, ...], device: torch.device) -> Tensor
         return torch.tensor(values, dtype=torch.int64, device=device)
 
 
+def one_hots(count: int, device: torch.device) -> Tensor:
+    """``(count, count)`` float32 identity, cached on the device."""
+    if torch.compiler.is_compiling():  # tensors made while torch traces must not be cached
+        return torch.eye(count, device=device)
+    return _kept_one_hots(count, device)
+
+
+@cache
+def _kept_one_hots(count: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # autograd can't save tensors made in that mode
+        return torch.eye(count, device=device)
+
+
 def position_code(grid: tuple[int, int], device: torch.device) -> Tensor:
     """``(P, 8)`` sine and cosine of row and column at two wavelengths, row-major patches."""
     if torch.compiler.is_compiling():  # tensors made while torch traces must not be cached

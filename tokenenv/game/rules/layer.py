@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tokenenv.errors import UserError
 from tokenenv.game.reduction import Moment
-from tokenenv.game.rules.features import mean_over
+from tokenenv.game.rules.features import mean_over, one_hots
 from tokenenv.vit.backbone import Backbone
 
 HISTORY_DIM = 3
@@ -21,21 +21,20 @@ def history(moment: Moment) -> Tensor:
     removed something is divided by the number of this decision, counted from 1. All three lie in
     [0, 1].
     """
-    counts = torch.stack(moment.counts, 1).float()
-    left = counts[:, -1:] / counts[:, :1]
+    first, last = moment.counts[0], moment.counts[-1]
+    left = last / first
     if moment.step == 0:
-        return torch.nn.functional.pad(left, (0, HISTORY_DIM - 1))
-    before, after = counts[:, :-1], counts[:, 1:]
-    last = 1 - after[:, -1:] / before[:, -1:].clamp(min=1)
-    interventions = (after < before).sum(1, keepdim=True) / (moment.step + 1)
-    return torch.cat([left, last, interventions], 1)
+        return F.pad(left[:, None], (0, HISTORY_DIM - 1))
+    removed = 1 - last / moment.counts[-2].clamp(min=1)
+    counts = torch.stack(moment.counts)
+    interventions = (counts[1:] < counts[:-1]).sum(0) / (moment.step + 1)
+    return torch.stack([left, removed, interventions], 1)
 
 
 def one_hot_step(moment: Moment, steps: int) -> Tensor:
     """``(B, steps)`` one-hot number of the decision."""
-    row = moment.tokens.size.new_zeros(len(moment.tokens.size), steps)
-    row[:, moment.step] = 1.0
-    return row
+    size = moment.tokens.size
+    return one_hots(steps, size.device)[moment.step].expand(size.shape[0], steps)
 
 
 def state(backbone: Backbone, moment: Moment, steps: int) -> Tensor:

@@ -227,7 +227,10 @@ class LayerMerge(Rules):
         own: list[Tensor] = []
         for name in self.features:
             if name == "similarity":
-                mean = score.sum(1, keepdim=True) / possible.sum(1, keepdim=True).clamp(min=1)
+                number: Tensor | int = max(score.shape[1], 1)
+                if moment.tokens.ragged:
+                    number = possible.sum(1, keepdim=True).clamp(min=1)
+                mean = score.sum(1, keepdim=True) / number
                 own += [scaled(score), scaled(score - mean + _USUAL)]
             elif name == "token":
                 one, other = known["length"].unbind(1)
@@ -239,6 +242,8 @@ class LayerMerge(Rules):
                 own += [packing.take(key, index) for index in match[:2]]
             else:
                 own += known[name].unbind(1)
+        if "keys" not in self.features:
+            return torch.stack(own, 2)  # all of width 1
         return torch.cat([each if each.dim() == 3 else each[..., None] for each in own], 2)
 
     def _of_tokens(self, moment: Moment, match: Match) -> dict[str, Tensor]:
