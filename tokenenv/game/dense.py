@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -29,6 +30,12 @@ class DenseAnswers:
 
     def __len__(self) -> int:
         return len(self._known)
+
+    def copy(self) -> DenseAnswers:
+        """The same outputs; what one of the two learns later the other does not know."""
+        twin = copy(self)
+        twin._known = dict(self._known)
+        return twin
 
     def clear(self) -> None:
         """Forget the outputs of all images."""

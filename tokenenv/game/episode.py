@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from typing import Literal, TypeVar
 
@@ -108,6 +109,12 @@ class Episode:
     def done(self) -> bool:
         """Whether the last decision was taken and the logits are computed."""
         return self.logits is not None
+
+    def copy(self) -> Episode:
+        """An episode in the same state that goes on by itself; it shares the tensors."""
+        twin = copy(self)
+        twin.attended, twin.fed = list(self.attended), list(self.fed)
+        return twin
 
     def observe(self, *, state: bool = False) -> Observation:
         """What the agents observe, in the current order of the tokens; only if there are agents.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +35,20 @@ class Transition:
     reward: Tensor
     done: Tensor
     outcome: Outcome | None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of a game, as :meth:`Game.snapshot` returns it.
+
+    It shares its tensors with the game. No tensor of a game is written in place, so that neither
+    changes the other.
+
+    Attributes:
+        values: the game's attributes; what changes in place was copied.
+    """
+
+    values: dict[str, Any]
 
 
 class Game:
@@ -212,6 +228,32 @@ class Game:
             )
         return Transition(None, reward, self._done(True), outcome)
 
+    def snapshot(self) -> Snapshot:
+        """The state now, within an episode, before the first one or after the end of one.
+
+        It holds the episode, the order of the images to come, the reward and what is known of the
+        dense model. No tensor is copied.
+        """
+        return Snapshot(_separate(vars(self)))
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to a state; from there the same actions give the same results, bit for bit.
+
+        A snapshot can be restored any number of times. :attr:`on_reset` stays as it is.
+
+        Raises:
+            UserError: the snapshot is of a game with another model, rules, images or execution.
+        """
+        for name in ("backbone", "rules", "source", "execution", "repeats", "privileged"):
+            own, other = getattr(self, name), snapshot.values[name]
+            if own is not other and (name in ("backbone", "source") or own != other):
+                raise UserError(
+                    f"the snapshot is of a game with another {name}: build this one alike"
+                )
+        on_reset = self.on_reset
+        vars(self).clear()
+        vars(self).update(_separate(snapshot.values), on_reset=on_reset)
+
     @property
     def counts(self) -> tuple[Tensor, ...]:
         """``(B,)`` visual tokens before the first decision and after each one so far."""
@@ -307,3 +349,14 @@ class Game:
 
 COURSE_DIM = 3
 """Numbers at the end of a privileged state: compression, damage, and the price of damage."""
+
+
+def _separate(values: dict[str, Any]) -> dict[str, Any]:
+    """A game's attributes, with copies of the objects that change in place."""
+    episode = values["episode"]
+    return {
+        **values,
+        "answers": values["answers"].copy(),
+        "stream": copy(values["stream"]),
+        "episode": None if episode is None else episode.copy(),
+    }
