@@ -20,9 +20,13 @@ from agents.training.run import REPORT, Run
 from agents.training.run_folder import events, progress_json, write_config
 from agents.training.trainer import Trainer
 from agents.workers import Workers
+from tokenenv.artefact import FAULTS, read_object
 from tokenenv.data import ImageSource
 from tokenenv.errors import UserError
 from tokenenv.game import Game
+from tokenenv.game.cost import Cost
+from tokenenv.game.latency import TimeCost, cost_from_json, cost_to_json, time_cost
+from tokenenv.measure.evaluation import Evaluation
 from tokenenv.measure.printing import (
     evaluate_with_bar,
     evaluation_json,
@@ -32,6 +36,10 @@ from tokenenv.measure.printing import (
 )
 from tokenenv.measure.token_pictures import PICTURE, write_token_pictures
 from tokenenv.storage import write_json
+from tokenenv.vit.backbone import Backbone
+
+LATENCY = "latency.json"
+"""The file of a run folder with the predicted times of a run with ``cost=time``."""
 
 
 class PolicyTraining:
@@ -58,7 +66,13 @@ class PolicyTraining:
         self.game.share(workers.rank, workers.count, request.seed)
         self.policy = config.policy(self.game, request.model.name)
         self.start = copy.deepcopy(self.policy)
-        self.judge = HeldBack(self.backbone, held_back, workers)
+        self.cost = training_cost(
+            config, self.backbone, self.policy, out, workers, resume=request.resume
+        )
+        if self.cost is not None:
+            computation = self.cost.computation(self.game.rules)
+            self.game.reward = self.game.reward.priced_by(computation)
+        self.judge = HeldBack(self.backbone, held_back, workers, self.cost)
         priced = PricedGame(self.game, config, self.judge)
         learner: Any = config.learner(self.policy, self.game, request.seed, workers)
         self.trainer = Trainer(
@@ -115,8 +129,8 @@ class PolicyTraining:
             return self.trainer.best
         found = calibrate(policy, self.judge, config.target_saving, config.calibrate)
         print(
-            f"threshold {policy.threshold:.2f} for {config.target_saving:g} % fewer MACs: "
-            f"{saving_in_words(found.saving, found.drop)} on the held-back images"
+            f"threshold {policy.threshold:.2f} for {config.target_saving:g} % {self._words}: "
+            f"{saving_in_words(found.saving, found.drop, self._words)} on the held-back images"
         )
         if abs(found.saving - config.target_saving) > 2:
             print(
@@ -138,6 +152,20 @@ class PolicyTraining:
             return self.judge(self.start)
         return calibrate(self.start, self.judge, found.saving, self.config.calibrate)
 
+    @property
+    def _words(self) -> str:
+        return Cost.saved_words if self.cost is None else self.cost.saved_words
+
+    def _times_json(self, result: Evaluation) -> dict[str, Any]:
+        """Predicted milliseconds per image, if the run is judged by them."""
+        if self.cost is None or result.cost is None:
+            return {}
+        return {
+            "predicted_ms": 1e3 * result.cost.mean().item(),
+            "predicted_ms_dense": 1e3 * self.cost.dense(),
+            "predicted_for": self.cost.table.key,
+        }
+
     def _report(self, found: Judgement, before: Judgement, final: ImageSource) -> dict[str, Any]:
         """Write policy, report and pictures, print the result, and return the report.
 
@@ -148,7 +176,7 @@ class PolicyTraining:
         """
         out, trainer, policy = self.out, self.trainer, self.policy
         policy.save(out / POLICY)
-        result = evaluate_with_bar(self.backbone, policy, final)
+        result = evaluate_with_bar(self.backbone, policy, final, cost=self.cost)
         dense = torch.zeros(len(final), dtype=torch.long)
         dense[result.index] = result.dense
         start = evaluate_with_bar(self.backbone, self.start, final, dense=dense)
@@ -161,6 +189,7 @@ class PolicyTraining:
             "threshold": policy.threshold,
             "untrained": untrained,
             "frozen_backbone": True,
+            **self._times_json(result),
         }
         write_json(out / REPORT, report)
         plot_history(
@@ -186,6 +215,40 @@ class PolicyTraining:
             f"policy, {REPORT}, {CURVE} and {PICTURE} are in {out}"
         )
         return report
+
+
+def training_cost(
+    config: PolicyConfig,
+    backbone: Backbone,
+    policy: Any,
+    out: Path,
+    workers: Workers,
+    *,
+    resume: bool,
+) -> TimeCost | None:
+    """The predicted times that a run is judged by; None for a run judged by multiply-adds.
+
+    The first process measures them, and the run folder keeps them: a resumed run goes on with the
+    same.
+
+    Raises:
+        UserError: a resumed run's file is missing or damaged.
+    """
+    if config.cost == "macs":
+        return None
+    path = out / LATENCY
+    if resume:
+        remedy = "restore it, or start a new run"
+        found = read_object(path, {"table": dict, "decisions": dict}, remedy)
+        try:
+            return cost_from_json(backbone, found)
+        except FAULTS as error:
+            raise UserError(f"cannot read '{path}' ({error}): {remedy}") from None
+    made: dict[str, Any] = {}
+    if not workers.rank:
+        made = cost_to_json(time_cost(backbone, policy, config.cost_batch))
+        write_json(path, made)
+    return cost_from_json(backbone, workers.gather(made)[0])
 
 
 def check_batch(config: PolicyConfig, images: int, processes: int) -> None:
