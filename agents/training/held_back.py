@@ -11,7 +11,7 @@ from agents.finetune.student import Trainee
 from agents.training.judgement import Judgement
 from agents.workers import ALONE, Workers
 from tokenenv.data import ImageSource
-from tokenenv.game.cost import Costs
+from tokenenv.game.latency import TimeCost
 from tokenenv.game.policy import Method
 from tokenenv.measure.evaluation import Evaluation, dense_predictions, evaluate
 from tokenenv.vit.backbone import Backbone
@@ -28,7 +28,7 @@ class HeldBack:
         backbone: the dense model.
         source: the held-back images.
         workers: the processes that train together.
-        cost: the unit of the saving; None: multiply-adds.
+        cost: predicts the time whose saving is judged; None: multiply-adds are.
 
     Raises:
         UserError: there are fewer images than processes.
@@ -39,7 +39,7 @@ class HeldBack:
         backbone: Dense,
         source: ImageSource,
         workers: Workers = ALONE,
-        cost: Costs | None = None,
+        cost: TimeCost | None = None,
     ) -> None:
         self.backbone, self.source, self._workers = backbone, source, workers
         self.cost = cost

@@ -26,7 +26,6 @@ from tokenenv.errors import UserError
 from tokenenv.game import Game
 from tokenenv.game.cost import Cost
 from tokenenv.game.latency import TimeCost, cost_from_json, cost_to_json, time_cost
-from tokenenv.measure.evaluation import Evaluation
 from tokenenv.measure.printing import (
     evaluate_with_bar,
     evaluation_json,
@@ -70,6 +69,7 @@ class PolicyTraining:
             config, self.backbone, self.policy, out, workers, resume=request.resume
         )
         if self.cost is not None:
+            check_reachable(config, self.cost, self.game)
             computation = self.cost.computation(self.game.rules)
             self.game.reward = self.game.reward.priced_by(computation)
         self.judge = HeldBack(self.backbone, held_back, workers, self.cost)
@@ -84,6 +84,7 @@ class PolicyTraining:
             evaluate_every=config.evaluate_every,
             target_saving=config.target_saving,
             target_drop=config.allowed_drop,
+            saved=(self.cost or Cost).word,
             config=request.description(self.source),
             workers=workers,
         )
@@ -154,17 +155,7 @@ class PolicyTraining:
 
     @property
     def _words(self) -> str:
-        return Cost.saved_words if self.cost is None else self.cost.saved_words
-
-    def _times_json(self, result: Evaluation) -> dict[str, Any]:
-        """Predicted milliseconds per image, if the run is judged by them."""
-        if self.cost is None or result.cost is None:
-            return {}
-        return {
-            "predicted_ms": 1e3 * result.cost.mean().item(),
-            "predicted_ms_dense": 1e3 * self.cost.dense(),
-            "predicted_for": self.cost.table.key,
-        }
+        return (self.cost or Cost).saved_words
 
     def _report(self, found: Judgement, before: Judgement, final: ImageSource) -> dict[str, Any]:
         """Write policy, report and pictures, print the result, and return the report.
@@ -189,7 +180,7 @@ class PolicyTraining:
             "threshold": policy.threshold,
             "untrained": untrained,
             "frozen_backbone": True,
-            **self._times_json(result),
+            **({} if self.cost is None else {"predicted_for": self.cost.table.key}),
         }
         write_json(out / REPORT, report)
         plot_history(
@@ -199,6 +190,7 @@ class PolicyTraining:
             title=f"{self.request.system.name} on {self.request.model.name}, seed "
             f"{self.request.seed}",
             untrained=before,
+            saved=(self.cost or Cost).word,
         )
         write_token_pictures(out / PICTURE, self.backbone, policy, final)
         print_result(final, result)
@@ -215,6 +207,18 @@ class PolicyTraining:
             f"policy, {REPORT}, {CURVE} and {PICTURE} are in {out}"
         )
         return report
+
+
+def check_reachable(config: PolicyConfig, cost: TimeCost, game: Game) -> None:
+    """Raise :class:`UserError` if the decisions take more time than they could ever save."""
+    most = cost.most_saved(game.rules)
+    if most < config.target_saving and not config.allowed_drop:
+        raise UserError(
+            f"target_saving={config.target_saving:g} % of the time can't be reached at "
+            f"cost_batch={config.cost_batch}: with every token removed it would be {most:.0f} %, "
+            "as the decisions take time, too; name fewer blocks (--set blocks=3/6/9), or a larger "
+            "cost_batch"
+        )
 
 
 def training_cost(

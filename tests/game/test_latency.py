@@ -41,6 +41,9 @@ class FakeClock:
     def __call__(self) -> float:
         return self.now
 
+    def __deepcopy__(self, memo: object) -> FakeClock:
+        return self  # copies of a method advance the same clock
+
 
 @dataclass(frozen=True)
 class Last(Reducer):
@@ -153,7 +156,7 @@ def test_from_how_many_tokens_on_a_decision_pays(clock: FakeClock) -> None:
     assert first.least == math.ceil(takes / each)
     assert first.pays(first.least) and not first.pays(first.least - 1)
     assert second.least == math.ceil((DECIDE + READ) * (FULL - 4) / (FEED + FINISH))
-    dear = {0: Curve((0.0,), (1e6,)), 1: Curve((0.0,), (1e6,))}
+    dear = {0: Curve((65.0,), (1e6,)), 1: Curve((61.0,), (1e6,))}
     assert break_even(TimeCost(backbone(), table, dear), method)[0].least is None
 
 
@@ -179,7 +182,7 @@ def test_savings_of_an_episode_add_up(clock: FakeClock) -> None:
     early = 2 * (ATTEND + FEED) + DECIDE + READ
     late = FEED + (ATTEND + FEED) + FINISH
     assert computation.weights == pytest.approx((2 * early / (early + late),
-                                                 2 * late / (early + late)), rel=1e-4)  # fmt: skip
+                                                 2 * late / (early + late)), rel=1e-2)  # fmt: skip
 
 
 class Computation:

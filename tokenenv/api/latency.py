@@ -12,7 +12,7 @@ from tokenenv.errors import UserError, check_keywords
 from tokenenv.game.break_even import BreakEven, break_even
 from tokenenv.game.checks import MOST_IMAGES, check_whole
 from tokenenv.game.latency import TimeCost, time_cost
-from tokenenv.measure.candidate import MethodCandidate
+from tokenenv.measure.candidate import Candidate, MethodCandidate
 from tokenenv.measure.opening import named_model
 
 
@@ -24,7 +24,8 @@ class Latency:
         what: the method, as it was named.
         cost: predicts the time of any number of tokens, see
             :class:`~tokenenv.game.latency.TimeCost`.
-        decisions: each decision at full length: what it takes, and from when on it pays.
+        decisions: each decision at the most tokens that the method left before it: what it takes,
+            and from when on it pays.
     """
 
     what: str
@@ -32,7 +33,7 @@ class Latency:
     decisions: tuple[BreakEven, ...]
 
     def paying_blocks(self, removed: float) -> tuple[int, ...]:
-        """The blocks whose decision pays if it removes ``removed`` tokens of the full length."""
+        """The blocks whose decision pays if it removes ``removed`` tokens."""
         return tuple(each.block for each in self.decisions if each.pays(removed))
 
     def __repr__(self) -> str:
@@ -43,7 +44,10 @@ class Latency:
             f"the dense model takes {1e3 * self.cost.dense():.3f} ms per image",
         ]
         for each in self.decisions:
-            start = f"a decision in block {each.block} takes {each.decision_ms:.3f} ms"
+            start = (
+                f"a decision in block {each.block} on {each.tokens} tokens takes "
+                f"{each.decision_ms:.3f} ms"
+            )
             if not each.decision_ms:
                 lines.append(f"the decision in block {each.block} is left out: it changes nothing")
             elif each.least is None:
@@ -85,13 +89,26 @@ def latency_table(
     Raises:
         UserError: an argument is wrong; the message names it and the remedy.
     """
-    check_whole("batch", batch, 1, MOST_IMAGES + 1)
     opened = open_candidates(
         [what], named_model(model, weights, device, dtype, preprocessing), images=False, trust=trust
     )
     (candidate,) = opened.candidates
-    if not isinstance(candidate, MethodCandidate):
-        raise UserError(f"'{candidate.what}' has no decisions to time: name a policy or a reducer")
-    cost = time_cost(candidate.backbone, candidate.method, batch, budget=seconds)
+    cost = cost_of(candidate, batch, seconds)
+    assert isinstance(candidate, MethodCandidate)
     found = break_even(cost, candidate.method.reduction)
     return Latency(candidate.what, cost, tuple(found))
+
+
+def cost_of(candidate: Candidate, batch: int, seconds: float = 15.0) -> TimeCost:
+    """The predicted times of a candidate.
+
+    Raises:
+        UserError: it is a model that reduces its own tokens, or a batch size out of range.
+    """
+    check_whole("batch", batch, 1, MOST_IMAGES + 1)
+    if not isinstance(candidate, MethodCandidate):
+        raise UserError(
+            f"'{candidate.what}' is a model that reduces its own tokens, whose time is not "
+            "predicted: take tokenenv bench"
+        )
+    return time_cost(candidate.backbone, candidate.method, batch, budget=seconds)

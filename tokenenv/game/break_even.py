@@ -46,13 +46,15 @@ def break_even(
     Args:
         cost: the predicted times of the method.
         reduction: the method's reduction.
-        tokens: tokens per image before each decision, prefix included; None: all of them.
+        tokens: tokens per image before each decision, prefix included; None: the most that the
+            method left there when it was timed.
     """
     backbone, blocks = cost.backbone, reduction.blocks
     full = backbone.prefix + backbone.patches
     found = []
     for step, block in enumerate(blocks):
-        count = full if tokens is None else tokens[step]
+        timed = round(cost.decisions[step].tokens[-1]) if step in cost.decisions else full
+        count = timed if tokens is None else tokens[step]
         takes = float(cost.decision_seconds(step, torch.tensor(float(count))))
         left = torch.arange(count, backbone.prefix, -1)
         rest = remaining_seconds(cost, block, reduction.between, left)

@@ -33,10 +33,12 @@ class Costs:
 
     Attributes:
         unit: the unit of :meth:`dense` and :meth:`of`.
+        word: what is saved.
         saved_words: what a saving is called, behind "12.3 %".
     """
 
     unit: ClassVar[str]
+    word: ClassVar[str]
     saved_words: ClassVar[str]
 
     def dense(self) -> float:
@@ -64,7 +66,7 @@ class Cost(Costs):
         backbone: the model.
     """
 
-    unit, saved_words = "MACs", "fewer MACs"
+    unit, word, saved_words = "MACs", "MACs", "fewer MACs"
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone

@@ -22,6 +22,7 @@ from tokenenv.errors import UserError
 from tokenenv.game.cost import Costs
 from tokenenv.game.episode import Episode
 from tokenenv.game.policy import Method
+from tokenenv.game.reduction import Reduction
 from tokenenv.game.rewards.base import Turn
 from tokenenv.game.timing import Clock, Curve, Event, Nothing, time_rounds
 from tokenenv.machine import describe_machine
@@ -146,7 +147,7 @@ class TimeCost(Costs):
         backbone, table, decisions: as given.
     """
 
-    unit, saved_words = "s", "less predicted time"
+    unit, word, saved_words = "s", "time", "less predicted time"
 
     def __init__(
         self, backbone: Backbone, table: LatencyTable, decisions: dict[int, Curve]
@@ -173,7 +174,14 @@ class TimeCost(Costs):
             return torch.zeros_like(tokens, dtype=torch.float64)
         return self.decisions[step](tokens) / self.table.batch
 
-    def computation(self, reduction: Any) -> TimeOfTokens:
+    def most_saved(self, reduction: Reduction) -> float:
+        """The largest saving, percent: the first decision leaves one patch, all are paid."""
+        computation = self.computation(reduction)
+        full = torch.tensor([self.backbone.prefix + self.backbone.patches])
+        paid = sum(self.decision_seconds(step, full) for step in range(len(reduction.blocks)))
+        return 100 * (computation.most - float(paid) / self.dense())
+
+    def computation(self, reduction: Reduction) -> TimeOfTokens:
         """What tokens cost after each decision, for rewards."""
         return TimeOfTokens(self, reduction)
 
@@ -190,9 +198,10 @@ class TimeOfTokens:
 
     Attributes:
         weights: for each decision, what a token costs until the next one, over the mean of all.
+        most: largest share that an episode can save of the dense model's time with all decisions.
     """
 
-    def __init__(self, cost: TimeCost, reduction: Any) -> None:
+    def __init__(self, cost: TimeCost, reduction: Reduction) -> None:
         backbone, dense = cost.backbone, cost.dense()
         tokens = torch.arange(backbone.prefix + backbone.patches + 1)
         rest = [
@@ -204,6 +213,7 @@ class TimeOfTokens:
             later = later + cost.decision_seconds(step, tokens)
         self._rest = torch.stack(rest).div(dense).float().to(backbone.device)
         self._prefix = backbone.prefix
+        self.most = float(self._rest[0, -1] - self._rest[0, backbone.prefix + 1])
         slopes = self._rest[:, -1] - self._rest[:, backbone.prefix + 1]
         own = (slopes - torch.cat([slopes[1:], slopes.new_zeros(1)])).clamp(min=0)
         self.weights: tuple[float, ...] = tuple((own / own.mean()).tolist())

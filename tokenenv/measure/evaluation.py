@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from tokenenv.data import ImageSource
 from tokenenv.errors import UserError
-from tokenenv.game.cost import Cost, Costs, measured_macs
+from tokenenv.game.cost import Cost, measured_macs
 from tokenenv.game.episode import Episode, Execution
+from tokenenv.game.latency import TimeCost
 from tokenenv.game.policy import Method, as_method, play
 from tokenenv.measure.paired import Difference, images_needed, paired_difference
 from tokenenv.vit.backbone import Backbone
@@ -47,8 +48,8 @@ class Evaluation:
         index: ``(n,)`` positions of the images in the source.
         seconds, dense_seconds: time of all reduced and of all dense passes; ``dense_seconds`` is
             None if the dense model's predictions were given.
-        cost: ``(n,)`` of each image in another unit than multiply-adds, or None.
-        dense_cost: that of the dense model for one image, or None.
+        cost: ``(n,)`` predicted seconds of each image, or None.
+        dense_cost: those of the dense model for one image, or None.
     """
 
     labels: Tensor
@@ -95,12 +96,16 @@ class Evaluation:
         return 100.0 * (1 - self.cost.mean().item() / self.dense_cost)
 
     def report(self) -> dict[str, Any]:
-        """Percentages, GMACs per image (1 MAC = 1 FLOP), mean tokens, images per second."""
+        """Percentages, GMACs per image (1 MAC = 1 FLOP), mean tokens, images per second, times."""
         n = len(self.labels)
 
         def percent(hits: Tensor) -> float:
             return round(100.0 * hits.sum().item() / n, 3)
 
+        times = {}
+        if self.cost is not None and self.dense_cost is not None:
+            times["predicted_ms"] = 1e3 * self.cost.mean().item()
+            times["predicted_ms_dense"] = 1e3 * self.dense_cost
         return {
             "images": n,
             "top1": percent(self.reduced == self.labels),
@@ -111,6 +116,7 @@ class Evaluation:
             "tokens": [round(v, 2) for v in self.lengths.double().mean(0).tolist()],
             "images_per_s": round(n / self.seconds, 2),
             "images_per_s_dense": round(n / self.dense_seconds, 2) if self.dense_seconds else None,
+            **times,
         }
 
 
@@ -125,7 +131,7 @@ def evaluate(
     dense: Tensor | None = None,
     reference: Dense | None = None,
     execution: Execution | None = None,
-    cost: Costs | None = None,
+    cost: TimeCost | None = None,
     progress: Callable[[int], object] = lambda n: None,
 ) -> Evaluation:
     """Run every image of ``source`` through the dense model and through the policy.
@@ -144,7 +150,7 @@ def evaluate(
         reference: the dense model to compare with if ``backbone`` was fine-tuned; None:
             ``backbone`` itself.
         execution: ``masked``, ``padded`` or ``packed``; None: the device's default.
-        cost: what is counted beside multiply-adds, such as predicted time.
+        cost: predicts the time of each image, beside its multiply-adds.
         progress: called with the number of images done after each batch.
 
     Raises:

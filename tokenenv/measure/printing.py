@@ -57,6 +57,11 @@ def print_result(source: ImageSource, result: Evaluation, frozen: bool = True) -
         f"{r['images_per_s_dense']:10.1f}"
     )
     print(f"  {'reduced':8}{r['top1']:9.2f}{r['gmacs']:13.4f}{r['images_per_s']:10.1f}")
+    if result.cost is not None:
+        print(
+            f"  predicted: {r['predicted_ms']:.3f} ms/image, dense {r['predicted_ms_dense']:.3f} "
+            f"({result.cost_saving:.1f} % less)"
+        )
     print(
         f"  {saving_in_words(result.saving, result.drop)}, {r['agreement']:.1f} % same prediction"
     )
