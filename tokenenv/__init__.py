@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from tokenenv.api.compare import compare
     from tokenenv.api.compress import compress
     from tokenenv.api.evaluate import evaluate
+    from tokenenv.api.latency import latency_table
     from tokenenv.data import ImageSource, Preprocessing, open_source
     from tokenenv.deploy.compressed import CompressedViT, load_compressed
     from tokenenv.deploy.onnx import export_onnx
@@ -78,6 +79,7 @@ __all__ = [
     "compress",
     "evaluate",
     "export_onnx",
+    "latency_table",
     "layer_merge_v0",
     "layer_prune_v0",
     "load_backbone",
@@ -113,6 +115,7 @@ _HOME = {
     "compare": "api.compare",
     "compress": "api.compress",
     "evaluate": "api.evaluate",
+    "latency_table": "api.latency",
     "Method": "game.policy",
     "Policy": "game.policy",
     "Reward": "game.rewards",

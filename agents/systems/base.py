@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
@@ -36,7 +36,11 @@ class PolicyConfig(SystemConfig):
         blocks: decision blocks; empty: the default of the system.
         closed_loop: whether the price in the reward is adjusted to the saving or drop that the
             policy reaches on the held-back images.
-        target_saving: multiply-adds that the policy should save there, percent.
+        target_saving: share of ``cost`` that the policy should save there, percent.
+        cost: ``macs``, or ``time``: the time predicted from a table of this machine, measured
+            before training. It then is what the reward prices, what the closed loop and the
+            threshold follow, and what policies are chosen by.
+        cost_batch: with ``cost=time``, the batch size that the time is meant for.
         lr, entropy, epochs, minibatches, gamma, lam, clip: of PPO: learning rate, entropy
             coefficient, epochs and minibatches per rollout, discount, GAE lambda, clip range.
         held_back: share of the training images on which policies are compared, not trained.
@@ -53,6 +57,8 @@ class PolicyConfig(SystemConfig):
     blocks: tuple[int, ...] = ()
     closed_loop: bool = True
     target_saving: float = 26.5
+    cost: Literal["macs", "time"] = "macs"
+    cost_batch: int = 1
     lr: float = 2e-3
     entropy: float = 0.001
     epochs: int = 4

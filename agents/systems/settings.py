@@ -81,7 +81,7 @@ _SHARE: Check = (lambda v: 0 <= v <= 1, "from 0 to 1")
 _NOT_ALL: Check = (lambda v: 0 <= v < 1, "from 0 to below 1")
 _PART: Check = (lambda v: 0 < v < 1, "between 0 and 1")
 _CHECKS: dict[str, Check] = {
-    **dict.fromkeys(("updates", "batch", "repeats", "evaluate_every"), _FROM_ONE),
+    **dict.fromkeys(("updates", "batch", "repeats", "evaluate_every", "cost_batch"), _FROM_ONE),
     **dict.fromkeys(("epochs", "minibatches", "critic_width", "budget_step"), _FROM_ONE),
     **dict.fromkeys(("alpha", "beta", "entropy", "calibrate", "critic_depth", "width"), _FROM_ZERO),
     **dict.fromkeys(("lr", "critic_lr", "clip"), _POSITIVE),

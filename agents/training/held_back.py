@@ -11,6 +11,7 @@ from agents.finetune.student import Trainee
 from agents.training.judgement import Judgement
 from agents.workers import ALONE, Workers
 from tokenenv.data import ImageSource
+from tokenenv.game.latency import TimeCost
 from tokenenv.game.policy import Method
 from tokenenv.measure.evaluation import Evaluation, dense_predictions, evaluate
 from tokenenv.vit.backbone import Backbone
@@ -27,13 +28,21 @@ class HeldBack:
         backbone: the dense model.
         source: the held-back images.
         workers: the processes that train together.
+        cost: predicts the time whose saving is judged; None: multiply-adds are.
 
     Raises:
         UserError: there are fewer images than processes.
     """
 
-    def __init__(self, backbone: Dense, source: ImageSource, workers: Workers = ALONE) -> None:
+    def __init__(
+        self,
+        backbone: Dense,
+        source: ImageSource,
+        workers: Workers = ALONE,
+        cost: TimeCost | None = None,
+    ) -> None:
         self.backbone, self.source, self._workers = backbone, source, workers
+        self.cost = cost
         self._share = source.share(workers.rank, workers.count, even=False)
         self._dense = torch.zeros(len(self._share), dtype=torch.long)
 
@@ -47,7 +56,8 @@ class HeldBack:
     def __call__(self, policy: Method) -> Judgement:
         """Saving, loss and drop of the deterministic policy on all held-back images."""
         assert isinstance(self.backbone, Backbone)
-        return self._judged(evaluate(self.backbone, policy, self._share, dense=self._dense))
+        found = evaluate(self.backbone, policy, self._share, dense=self._dense, cost=self.cost)
+        return self._judged(found)
 
     def trainee(self, trainee: Trainee, clean: ImageSource) -> Judgement:
         """The same for a model in fine-tuning, with its current weights.
@@ -59,5 +69,5 @@ class HeldBack:
         return replace(self._judged(found), **trainee.judged(clean, self.source))
 
     def _judged(self, found: Evaluation) -> Judgement:
-        numbers = (found.saving, found.losses.mean().item(), found.drop)
+        numbers = (found.cost_saving, found.losses.mean().item(), found.drop)
         return Judgement(*self._workers.mean(numbers, len(found.labels)))

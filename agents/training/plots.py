@@ -14,7 +14,7 @@ CURVE = "curve.png"
 
 _NAMES = {"reward": "reward per agent and episode", "loss": "loss"}
 _KEPT = {"reward": "decisions that keep, %", "loss": "tokens left at the end, %"}
-_SAVED, _LOST = "MACs saved, %", "top-1 lost, points"
+_LOST = "top-1 lost, points"
 
 
 def plot_history(
@@ -24,6 +24,7 @@ def plot_history(
     shown: str = "reward",
     title: str = "",
     untrained: Judgement | None = None,
+    saved: str = "MACs",
 ) -> None:
     """Draw reward or loss, tokens kept, and saving and drop on held-back images, over the updates.
 
@@ -35,6 +36,7 @@ def plot_history(
         title: above the picture.
         untrained: the untrained policy at the saving of the trained one, drawn as lines; None: it
             was not measured.
+        saved: what is saved.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -46,7 +48,7 @@ def plot_history(
     for axis, rows, key, factor, style, where, label in (
         (axes[0, 0], rollouts, shown, 1, "C0-", "training images", _NAMES[shown]),
         (axes[0, 1], rollouts, "keep", 100, "C0-", "training images", _KEPT[shown]),
-        (axes[1, 0], judged, "saving", 1, "C2.-", "held-back images", _SAVED),
+        (axes[1, 0], judged, "saving", 1, "C2.-", "held-back images", f"{saved} saved, %"),
         (axes[1, 1], judged, "drop", 1, "C3.-", "held-back images", _LOST),
     ):
         values = [factor * row[key] for row in rows]

@@ -20,9 +20,12 @@ from agents.training.run import REPORT, Run
 from agents.training.run_folder import events, progress_json, write_config
 from agents.training.trainer import Trainer
 from agents.workers import Workers
+from tokenenv.artefact import FAULTS, read_object
 from tokenenv.data import ImageSource
 from tokenenv.errors import UserError
 from tokenenv.game import Game
+from tokenenv.game.cost import Cost
+from tokenenv.game.latency import TimeCost, cost_from_json, cost_to_json, time_cost
 from tokenenv.measure.printing import (
     evaluate_with_bar,
     evaluation_json,
@@ -32,6 +35,10 @@ from tokenenv.measure.printing import (
 )
 from tokenenv.measure.token_pictures import PICTURE, write_token_pictures
 from tokenenv.storage import write_json
+from tokenenv.vit.backbone import Backbone
+
+LATENCY = "latency.json"
+"""The file of a run folder with the predicted times of a run with ``cost=time``."""
 
 
 class PolicyTraining:
@@ -58,7 +65,14 @@ class PolicyTraining:
         self.game.share(workers.rank, workers.count, request.seed)
         self.policy = config.policy(self.game, request.model.name)
         self.start = copy.deepcopy(self.policy)
-        self.judge = HeldBack(self.backbone, held_back, workers)
+        self.cost = training_cost(
+            config, self.backbone, self.policy, out, workers, resume=request.resume
+        )
+        if self.cost is not None:
+            check_reachable(config, self.cost, self.game)
+            computation = self.cost.computation(self.game.rules)
+            self.game.reward = self.game.reward.priced_by(computation)
+        self.judge = HeldBack(self.backbone, held_back, workers, self.cost)
         priced = PricedGame(self.game, config, self.judge)
         learner: Any = config.learner(self.policy, self.game, request.seed, workers)
         self.trainer = Trainer(
@@ -70,6 +84,7 @@ class PolicyTraining:
             evaluate_every=config.evaluate_every,
             target_saving=config.target_saving,
             target_drop=config.allowed_drop,
+            saved=(self.cost or Cost).word,
             config=request.description(self.source),
             workers=workers,
         )
@@ -115,8 +130,8 @@ class PolicyTraining:
             return self.trainer.best
         found = calibrate(policy, self.judge, config.target_saving, config.calibrate)
         print(
-            f"threshold {policy.threshold:.2f} for {config.target_saving:g} % fewer MACs: "
-            f"{saving_in_words(found.saving, found.drop)} on the held-back images"
+            f"threshold {policy.threshold:.2f} for {config.target_saving:g} % {self._words}: "
+            f"{saving_in_words(found.saving, found.drop, self._words)} on the held-back images"
         )
         if abs(found.saving - config.target_saving) > 2:
             print(
@@ -138,6 +153,10 @@ class PolicyTraining:
             return self.judge(self.start)
         return calibrate(self.start, self.judge, found.saving, self.config.calibrate)
 
+    @property
+    def _words(self) -> str:
+        return (self.cost or Cost).saved_words
+
     def _report(self, found: Judgement, before: Judgement, final: ImageSource) -> dict[str, Any]:
         """Write policy, report and pictures, print the result, and return the report.
 
@@ -148,7 +167,7 @@ class PolicyTraining:
         """
         out, trainer, policy = self.out, self.trainer, self.policy
         policy.save(out / POLICY)
-        result = evaluate_with_bar(self.backbone, policy, final)
+        result = evaluate_with_bar(self.backbone, policy, final, cost=self.cost)
         dense = torch.zeros(len(final), dtype=torch.long)
         dense[result.index] = result.dense
         start = evaluate_with_bar(self.backbone, self.start, final, dense=dense)
@@ -161,6 +180,7 @@ class PolicyTraining:
             "threshold": policy.threshold,
             "untrained": untrained,
             "frozen_backbone": True,
+            **({} if self.cost is None else {"predicted_for": self.cost.table.key}),
         }
         write_json(out / REPORT, report)
         plot_history(
@@ -170,6 +190,7 @@ class PolicyTraining:
             title=f"{self.request.system.name} on {self.request.model.name}, seed "
             f"{self.request.seed}",
             untrained=before,
+            saved=(self.cost or Cost).word,
         )
         write_token_pictures(out / PICTURE, self.backbone, policy, final)
         print_result(final, result)
@@ -186,6 +207,52 @@ class PolicyTraining:
             f"policy, {REPORT}, {CURVE} and {PICTURE} are in {out}"
         )
         return report
+
+
+def check_reachable(config: PolicyConfig, cost: TimeCost, game: Game) -> None:
+    """Raise :class:`UserError` if the decisions take more time than they could ever save."""
+    most = cost.most_saved(game.rules)
+    if most < config.target_saving and not config.allowed_drop:
+        raise UserError(
+            f"target_saving={config.target_saving:g} % of the time can't be reached at "
+            f"cost_batch={config.cost_batch}: with every token removed it would be {most:.0f} %, "
+            "as the decisions take time, too; name fewer blocks (--set blocks=3/6/9), or a larger "
+            "cost_batch"
+        )
+
+
+def training_cost(
+    config: PolicyConfig,
+    backbone: Backbone,
+    policy: Any,
+    out: Path,
+    workers: Workers,
+    *,
+    resume: bool,
+) -> TimeCost | None:
+    """The predicted times that a run is judged by; None for a run judged by multiply-adds.
+
+    The first process measures them, and the run folder keeps them: a resumed run goes on with the
+    same.
+
+    Raises:
+        UserError: a resumed run's file is missing or damaged.
+    """
+    if config.cost == "macs":
+        return None
+    path = out / LATENCY
+    if resume:
+        remedy = "restore it, or start a new run"
+        found = read_object(path, {"table": dict, "decisions": dict}, remedy)
+        try:
+            return cost_from_json(backbone, found)
+        except FAULTS as error:
+            raise UserError(f"cannot read '{path}' ({error}): {remedy}") from None
+    made: dict[str, Any] = {}
+    if not workers.rank:
+        made = cost_to_json(time_cost(backbone, policy, config.cost_batch))
+        write_json(path, made)
+    return cost_from_json(backbone, workers.gather(made)[0])
 
 
 def check_batch(config: PolicyConfig, images: int, processes: int) -> None:

@@ -113,12 +113,14 @@ class Trainer:
         config: dict[str, Any],
         target_drop: float = 0.0,
         shown: str = "reward",
+        saved: str = "MACs",
         workers: Workers = ALONE,
     ) -> None:
         self.learner, self.order, self.judge, self.out = learner, order, judge, out
         self.updates, self.evaluate_every = updates, evaluate_every
         self.target_saving, self.target_drop = target_saving, target_drop
         self.config, self.shown, self.workers = config, shown, workers
+        self._saved = saved
         self.done = 0
         self.seconds = 0.0
         self.history: list[dict[str, float]] = []
@@ -132,7 +134,7 @@ class Trainer:
         bar = tqdm(total=self.updates, initial=self.done, unit="update", disable=None, leave=False)
         with interruptible(say=not self.workers.rank) as interrupted, bar:
             if self.done < self.updates:
-                tqdm.write(f" update {self.shown:>8} kept  MACs saved  top-1 lost")
+                tqdm.write(f" update {self.shown:>8} kept  {self._saved} saved  top-1 lost")
             if not self.history:
                 self._evaluate(log, clock)
             while self.done < self.updates and not self.workers.agree(interrupted()):

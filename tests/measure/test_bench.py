@@ -159,7 +159,7 @@ def test_the_fastest_dense_form_is_the_measure() -> None:
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenenv.measure.machine.shutil.which", lambda name: None)
+    monkeypatch.setattr("tokenenv.machine.shutil.which", lambda name: None)
     found = tokenenv.bench(["keep-all"], batch=[1], rounds=1, dtype="float32")
     assert "no C++ compiler" in found.conditions and not any(row.compiled for row in found.rows)
 

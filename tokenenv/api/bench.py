@@ -16,8 +16,8 @@ from tokenenv.data import Preprocessing
 from tokenenv.errors import UserError, check_choice, check_keywords
 from tokenenv.game.checks import MOST_IMAGES, MOST_ROUNDS, check_threads, check_whole
 from tokenenv.game.episode import Execution
+from tokenenv.machine import compiler_found, describe_machine, fast_bfloat16
 from tokenenv.measure.candidate import Candidate, MethodCandidate
-from tokenenv.measure.machine import compiler_found, describe_machine, fast_bfloat16
 from tokenenv.measure.opening import images_to_time, named_model, text
 from tokenenv.measure.speed import Compiled, Speed, pool_size, timings
 from tokenenv.measure.speed import bench as time_all

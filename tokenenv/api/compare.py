@@ -18,6 +18,7 @@ from tokenenv.api.opening import Opened, each_once, open_candidates
 from tokenenv.data import ImageSource, Preprocessing, open_source
 from tokenenv.errors import UserError, check_keywords
 from tokenenv.game.checks import MOST_IMAGES, MOST_ROUNDS, check_whole
+from tokenenv.machine import describe_machine
 from tokenenv.measure.candidate import Candidate
 from tokenenv.measure.comparison import (
     Comparison,
@@ -30,7 +31,6 @@ from tokenenv.measure.comparison import (
     tuning,
 )
 from tokenenv.measure.evaluation import Evaluation, dense_predictions
-from tokenenv.measure.machine import describe_machine
 from tokenenv.measure.opening import named_model, text
 from tokenenv.measure.pareto import picture
 from tokenenv.measure.printing import report_skipped

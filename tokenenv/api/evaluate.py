@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from tokenenv.api.latency import cost_of
 from tokenenv.api.opening import open_candidates
 from tokenenv.data import ImageSource, Preprocessing, open_source
 from tokenenv.errors import check_keywords
@@ -95,6 +96,7 @@ def evaluate(
     restrict: bool = False,
     device: str = "cpu",
     dtype: str = "float32",
+    time_batch: int | None = None,
     preprocessing: Preprocessing | None = None,
     trust: bool = False,
 ) -> Evaluated:
@@ -114,6 +116,8 @@ def evaluate(
         restrict: predict only among the classes of ``data`` (the ImageNet-A and -R protocol).
         device: ``"cpu"``, ``"cuda"`` ...
         dtype: precision of the models: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        time_batch: batch size for which to predict the time as well, from a table of this machine
+            that is measured if it is not in the cache; see :func:`tokenenv.latency_table`.
         preprocessing: replaces that of the run or the model that ``what`` names, or timm's.
         trust: whether to run third-party code that a saved method names, see :func:`agents.load`.
 
@@ -130,10 +134,13 @@ def evaluate(
         trust=trust,
     )
     (candidate,) = opened.candidates
+    times: dict[str, Any] = {}
+    if time_batch is not None:
+        times["cost"] = cost_of(candidate, time_batch)
     source = open_source(text(data, "data"), opened.dense.model, split="test", limit=limit)
     with evaluation_bar(source) as progress:
         found = candidate.evaluate(
-            opened.dense, source, batch_size=batch, restrict=restrict, progress=progress
+            opened.dense, source, batch_size=batch, restrict=restrict, progress=progress, **times
         )
     return Evaluated(
         what=candidate.what,

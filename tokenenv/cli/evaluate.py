@@ -39,6 +39,12 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
         help="predict only among the classes of --data (the ImageNet-A and -R protocol)",
     )
     evaluate.add_argument(
+        "--time-batch",
+        type=positive,
+        metavar="N",
+        help="predict the time at batch size N, too, from a table of this machine",
+    )
+    evaluate.add_argument(
         "--json", metavar="FILE", help="write the numbers and every image's predictions there"
     )
     add_trust(evaluate)
@@ -61,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
             restrict=args.restrict,
             device=args.device,
             dtype=args.dtype,
+            time_batch=args.time_batch,
             preprocessing=preprocessing(args),
             trust=args.trust,
         )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from tokenenv.game.episode import Episode
 from tokenenv.game.policy import Method
 from tokenenv.vit.backbone import Backbone
 
@@ -27,7 +28,34 @@ def measured_macs(run: Callable[[], Any]) -> float:
     return counter.get_total_flops() / 2
 
 
-class Cost:
+class Costs:
+    """What forward passes cost, in one unit.
+
+    Attributes:
+        unit: the unit of :meth:`dense` and :meth:`of`.
+        word: what is saved.
+        saved_words: what a saving is called, behind "12.3 %".
+    """
+
+    unit: ClassVar[str]
+    word: ClassVar[str]
+    saved_words: ClassVar[str]
+
+    def dense(self) -> float:
+        """Cost of the dense model for one image."""
+        raise NotImplementedError
+
+    def of(self, episode: Episode, method: Method) -> Tensor:
+        """``(B,)`` float64 cost of each image of a finished episode, decisions included.
+
+        Args:
+            episode: as :func:`~tokenenv.game.policy.play` returned it.
+            method: the method that was played.
+        """
+        raise NotImplementedError
+
+
+class Cost(Costs):
     """Closed-form multiply-adds per image, for any number of tokens in each block.
 
     Counted are, per block with n tokens of width d, all linear layers (12 n d^2 for a plain block)
@@ -37,6 +65,8 @@ class Cost:
     Args:
         backbone: the model.
     """
+
+    unit, word, saved_words = "MACs", "MACs", "fewer MACs"
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
@@ -83,6 +113,13 @@ class Cost:
         for count, linear in zip(fed, self._mlp_linear, strict=True):
             total += count.double() * linear
         return total + fed[-1].double() * self._head_slope
+
+    def of(self, episode: Episode, method: Method) -> Tensor:
+        """``(B,)`` multiply-adds of each image of a finished episode, decisions included."""
+        if episode.backbone is not self.backbone:  # resize runs a copy for smaller images
+            return Cost(episode.backbone).of(episode, method)
+        total = self.backbone_macs(episode.attended, episode.fed)
+        return total + self.decision_macs(method, episode.attended, episode.fed)
 
     def dense(self) -> float:
         """Multiply-adds of the dense model for one image."""

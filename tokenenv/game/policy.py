@@ -246,12 +246,14 @@ def play(
     *,
     only_logits: bool = False,
     after_block: Callable[[int, Tokens], object] | None = None,
+    visual: int | None = None,
 ) -> Episode:
     """Run ``images (B, C, H, W)`` to their logits with the tokens reduced by ``method``.
 
     Decisions are computed in float32, also under autocast, and without gradient. If the method
     makes the images smaller, the episode's ``backbone`` is the model for the smaller images.
-    ``only_logits``, ``after_block``: see :class:`~tokenenv.game.episode.Episode`.
+    ``only_logits``, ``after_block``: see :class:`~tokenenv.game.episode.Episode`. ``visual``:
+    number of visual tokens that ``backbone.embed`` gives; None: one for each patch.
     """
     backbone, images = method.reduction.resize(backbone, images)
     execution = execution or default_execution(backbone.device)
@@ -265,7 +267,8 @@ def play(
         known=known,
         after_block=after_block,
     )
-    left: int | None = episode.tokens.patches  # those of the images given, of whatever size
+    # Patches are those of the images given, of whatever size.
+    left: int | None = episode.tokens.patches if visual is None else visual
     while not episode.done:
         before = left
         left = None if left is None else method.left(backbone, episode.step, left)

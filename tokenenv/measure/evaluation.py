@@ -17,6 +17,7 @@ from tokenenv.data import ImageSource
 from tokenenv.errors import UserError
 from tokenenv.game.cost import Cost, measured_macs
 from tokenenv.game.episode import Episode, Execution
+from tokenenv.game.latency import TimeCost
 from tokenenv.game.policy import Method, as_method, play
 from tokenenv.measure.paired import Difference, images_needed, paired_difference
 from tokenenv.vit.backbone import Backbone
@@ -31,10 +32,7 @@ def macs_of(episode: Episode, method: Method, cost: Cost) -> Tensor:
         method: the method that was played.
         cost: the cost of the model that was passed to :func:`~tokenenv.game.policy.play`.
     """
-    if episode.backbone is not cost.backbone:  # resize runs a copy of the model for smaller images
-        cost = Cost(episode.backbone)
-    total = cost.backbone_macs(episode.attended, episode.fed)
-    return total + cost.decision_macs(method, episode.attended, episode.fed)
+    return cost.of(episode, method)
 
 
 @dataclass
@@ -50,6 +48,8 @@ class Evaluation:
         index: ``(n,)`` positions of the images in the source.
         seconds, dense_seconds: time of all reduced and of all dense passes; ``dense_seconds`` is
             None if the dense model's predictions were given.
+        cost: ``(n,)`` predicted seconds of each image, or None.
+        dense_cost: those of the dense model for one image, or None.
     """
 
     labels: Tensor
@@ -62,6 +62,8 @@ class Evaluation:
     index: Tensor
     seconds: float
     dense_seconds: float | None
+    cost: Tensor | None = None
+    dense_cost: float | None = None
 
     @property
     def drop(self) -> float:
@@ -86,13 +88,24 @@ class Evaluation:
         """Share of multiply-adds saved, percent."""
         return 100.0 * (1 - self.macs.mean().item() / self.dense_macs)
 
+    @property
+    def cost_saving(self) -> float:
+        """Share of :attr:`cost` saved, percent; :attr:`saving` without one."""
+        if self.cost is None or self.dense_cost is None:
+            return self.saving
+        return 100.0 * (1 - self.cost.mean().item() / self.dense_cost)
+
     def report(self) -> dict[str, Any]:
-        """Percentages, GMACs per image (1 MAC = 1 FLOP), mean tokens, images per second."""
+        """Percentages, GMACs per image (1 MAC = 1 FLOP), mean tokens, images per second, times."""
         n = len(self.labels)
 
         def percent(hits: Tensor) -> float:
             return round(100.0 * hits.sum().item() / n, 3)
 
+        times = {}
+        if self.cost is not None and self.dense_cost is not None:
+            times["predicted_ms"] = 1e3 * self.cost.mean().item()
+            times["predicted_ms_dense"] = 1e3 * self.dense_cost
         return {
             "images": n,
             "top1": percent(self.reduced == self.labels),
@@ -103,6 +116,7 @@ class Evaluation:
             "tokens": [round(v, 2) for v in self.lengths.double().mean(0).tolist()],
             "images_per_s": round(n / self.seconds, 2),
             "images_per_s_dense": round(n / self.dense_seconds, 2) if self.dense_seconds else None,
+            **times,
         }
 
 
@@ -117,6 +131,7 @@ def evaluate(
     dense: Tensor | None = None,
     reference: Dense | None = None,
     execution: Execution | None = None,
+    cost: TimeCost | None = None,
     progress: Callable[[int], object] = lambda n: None,
 ) -> Evaluation:
     """Run every image of ``source`` through the dense model and through the policy.
@@ -135,6 +150,7 @@ def evaluate(
         reference: the dense model to compare with if ``backbone`` was fine-tuned; None:
             ``backbone`` itself.
         execution: ``masked``, ``padded`` or ``packed``; None: the device's default.
+        cost: predicts the time of each image, beside its multiply-adds.
         progress: called with the number of images done after each batch.
 
     Raises:
@@ -143,14 +159,16 @@ def evaluate(
     """
     policy = as_method(policy)
     policy.reduction.check(backbone)
-    cost = Cost(backbone)
+    macs, costs = Cost(backbone), list[Tensor]()
 
     def read(episode: Episode) -> _Outcome:
         assert episode.logits is not None
         lengths = torch.stack(episode.fed, 1).cpu() - backbone.prefix
-        return _Outcome(episode.logits, macs_of(episode, policy, cost).cpu(), lengths)
+        if cost is not None:
+            costs.append(cost.of(episode, policy).cpu())
+        return _Outcome(episode.logits, macs_of(episode, policy, macs).cpu(), lengths)
 
-    return _side_by_side(
+    found = _side_by_side(
         lambda images: play(backbone, policy, images, execution),
         read,
         backbone if reference is None else reference,
@@ -161,6 +179,9 @@ def evaluate(
         dense=dense,
         progress=progress,
     )
+    if cost is not None:
+        found.cost, found.dense_cost = torch.cat(costs), cost.dense()
+    return found
 
 
 def evaluate_model(
@@ -308,7 +329,7 @@ def _side_by_side(
         progress(len(batch.index))
     if not rows["labels"]:
         raise UserError(f"no image of '{source.name}' could be read: check the files")
-    table = {name: torch.cat(parts) for name, parts in rows.items()}
+    table: dict[str, Any] = {name: torch.cat(parts) for name, parts in rows.items()}
     return Evaluation(
         **table, dense_macs=dense_macs, seconds=seconds, dense_seconds=dense_seconds or None
     )

@@ -57,6 +57,11 @@ def print_result(source: ImageSource, result: Evaluation, frozen: bool = True) -
         f"{r['images_per_s_dense']:10.1f}"
     )
     print(f"  {'reduced':8}{r['top1']:9.2f}{r['gmacs']:13.4f}{r['images_per_s']:10.1f}")
+    if result.cost is not None:
+        print(
+            f"  predicted: {r['predicted_ms']:.3f} ms/image, dense {r['predicted_ms_dense']:.3f} "
+            f"({result.cost_saving:.1f} % less)"
+        )
     print(
         f"  {saving_in_words(result.saving, result.drop)}, {r['agreement']:.1f} % same prediction"
     )
@@ -80,9 +85,14 @@ def print_parameters(parameters: int, dense: int) -> None:
     print(f"  {parameters / 1e6:.3f} M parameters, dense {dense / 1e6:.3f} M")
 
 
-def saving_in_words(saving: float, drop: float) -> str:
-    """Saving and loss in percent as ``"23.4 % fewer MACs, top-1 0.50 points lower"``."""
-    macs = f"{abs(saving):.1f} % {'fewer' if saving >= 0 else 'more'} MACs"
+def saving_in_words(saving: float, drop: float, words: str = "fewer MACs") -> str:
+    """Saving and loss in percent as ``"23.4 % fewer MACs, top-1 0.50 points lower"``.
+
+    ``words``: what a saving is called, see :class:`~tokenenv.game.cost.Costs`.
+    """
+    if saving < 0:
+        words = words.replace("fewer", "more").replace("less", "more")
+    macs = f"{abs(saving):.1f} % {words}"
     if abs(drop) < 0.005:
         return f"{macs}, same top-1"
     return f"{macs}, top-1 {abs(drop):.2f} points {'lower' if drop > 0 else 'higher'}"

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from tokenenv.game.rewards.base import (
+    Computation,
     FunctionReward,
     Outcome,
     Probe,
@@ -50,6 +51,7 @@ __all__ = [
     "REWARDS",
     "AlphaBeta",
     "ClosedLoop",
+    "Computation",
     "Cooperative",
     "Damage",
     "Dora",

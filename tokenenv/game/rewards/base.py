@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -98,6 +98,19 @@ class Probe:
     dense_summary: Callable[[], Tensor]
 
 
+class Computation(Protocol):
+    """What tokens cost, for rewards that price computation in another unit than by default.
+
+    Attributes:
+        weights: for each decision, what a token costs until the next one, over the mean of all.
+    """
+
+    weights: tuple[float, ...]
+
+    def saved(self, turn: Turn) -> Tensor:
+        """``(B,)`` share of the dense model's cost that a decision saves."""
+
+
 class Reward:
     """Maps each decision to a reward per agent.
 
@@ -148,6 +161,17 @@ class Reward:
             UserError: the reward has no price.
         """
         raise UserError(f"the reward {self.name} has no price: leave the closed loop out")
+
+    def priced_by(self, computation: Computation) -> Reward:
+        """The same reward with the computation that tokens cost taken from ``computation``.
+
+        Raises:
+            UserError: the reward can't price another computation.
+        """
+        raise UserError(
+            f"the reward {self.name} prices tokens, not time: take cost=macs, or the reward "
+            "cooperative or dora"
+        )
 
     @property
     def observed_price(self) -> float:

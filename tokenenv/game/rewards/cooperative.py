@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from tokenenv.game.rewards.base import Reward, Turn
+from tokenenv.game.rewards.base import Computation, Reward, Turn
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,18 @@ class Cooperative(Reward):
         shared: whether all agents of an image share the price, each paying the mean over the P
             agents. All then get the same reward, as team learners expect. Keeping a token costs
             each agent a P-th of ``beta`` then, so the same balance needs P times the ``beta``.
+        computation: its weights multiply ``beta`` decision by decision; None: all weigh 1.
     """
 
     alpha: float = 1.0
     beta: float = 0.002
     shared: bool = False
+    computation: Computation | None = None
 
     def __call__(self, turn: Turn) -> Tensor:
         """Rewards ``(B, A)``."""
-        reward = -self.beta * turn.after.float()
+        weight = 1.0 if self.computation is None else self.computation.weights[turn.step]
+        reward = -self.beta * weight * turn.after.float()
         if self.shared:
             reward = reward.mean(1, keepdim=True).expand_as(reward)
         if turn.outcome is not None:
@@ -52,3 +55,7 @@ class Cooperative(Reward):
     def with_price(self, price: float) -> Cooperative:
         """The same reward with another ``beta``."""
         return replace(self, beta=price)
+
+    def priced_by(self, computation: Computation) -> Cooperative:
+        """The same reward with ``computation``."""
+        return replace(self, computation=computation)

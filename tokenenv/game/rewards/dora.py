@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenenv.errors import UserError, check_choice
-from tokenenv.game.rewards.base import Probe, Reward, Turn, divergence
+from tokenenv.game.rewards.base import Computation, Probe, Reward, Turn, divergence
 from tokenenv.game.rewards.price import HIGHEST_PENALTY
 
 Damage = Literal["drift", "divergence"]
@@ -41,6 +41,7 @@ class Dora(Reward):
         kappa: steepness of ``drift``'s penalty.
         bend: d at which the quadratic part of ``divergence``'s penalty equals the linear one; 0:
             ``g(d) = d``, as in the paper.
+        computation: what removed tokens save; None: ``dC`` as above.
 
     Raises:
         UserError: a value is out of range.
@@ -53,6 +54,7 @@ class Dora(Reward):
     tau: float = 3.0
     kappa: float = 10.0
     bend: float = 0.0
+    computation: Computation | None = None
 
     def __post_init__(self) -> None:
         check_choice("damage", self.damage, Damage)
@@ -65,8 +67,7 @@ class Dora(Reward):
 
     def __call__(self, turn: Turn) -> Tensor:
         """Rewards ``(B, 1)``."""
-        removed = (turn.counts[-2] - turn.counts[-1]).float()
-        share = removed / turn.counts[0] * (turn.depth - turn.block) / turn.depth
+        share = self._saved(turn) if self.computation is None else self.computation.saved(turn)
         penalty = torch.zeros_like(share)
         if not self.terminal:
             penalty = self._bent(turn.measured[-1])
@@ -77,6 +78,10 @@ class Dora(Reward):
         if turn.outcome is not None and self.damage == "drift":
             penalty = penalty + divergence(turn.outcome.dense, turn.outcome.logits, self.tau)
         return (self.efficiency * share - self.penalty * penalty)[:, None]
+
+    def _saved(self, turn: Turn) -> Tensor:
+        removed = (turn.counts[-2] - turn.counts[-1]).float()
+        return removed / turn.counts[0] * (turn.depth - turn.block) / turn.depth
 
     def _bent(self, damage: Tensor) -> Tensor:
         if self.damage == "drift":
@@ -116,6 +121,10 @@ class Dora(Reward):
     def with_price(self, price: float) -> Dora:
         """The same reward with another ``penalty``."""
         return replace(self, penalty=price)
+
+    def priced_by(self, computation: Computation) -> Dora:
+        """The same reward with ``computation``."""
+        return replace(self, computation=computation)
 
     @property
     def observed_price(self) -> float:
