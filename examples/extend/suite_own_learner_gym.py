@@ -11,8 +11,6 @@ from tokenenv.game.policy import Policy
 from tokenenv.suite import policy_from
 from tokenenv.suite.opened import OpenTask
 
-KINDS = ("token", "position", "progress")
-
 
 def learn(task: OpenTask, seed: int) -> list[Policy]:
     """Three policies, each for its own price of a token, from a third of the budget each."""
@@ -21,8 +19,8 @@ def learn(task: OpenTask, seed: int) -> list[Policy]:
 
 
 def train(task: OpenTask, seed: int, beta: float, images: int = 64) -> Policy:
-    reward = {"reward": "cooperative", "reward_kwargs": {"beta": beta}}
-    envs = task.make_vec(images, features=KINDS, share=False, output="torch", **reward)
+    game = {"features": ("token", "position"), "share": False, "reward": "cooperative"}
+    envs = task.make_vec(images, output="torch", reward_kwargs={"beta": beta}, **game)
     width = envs.single_observation_space.shape[-1]
     net = torch.nn.Sequential(torch.nn.Linear(width, 32), torch.nn.Tanh(), torch.nn.Linear(32, 2))
     adam = torch.optim.Adam(net.parameters(), lr=1e-2)
@@ -35,7 +33,7 @@ def train(task: OpenTask, seed: int, beta: float, images: int = 64) -> Policy:
             logp = logp + chance.log_prob(action) * (seen != 0).any(-1)
             seen, reward_now, *_ = envs.step(action)
             total = total + reward_now
-        loss = -(logp * ((total - total.mean(0)) / (total.std() + 1e-6))).mean()
+        loss = -(logp * ((total - total.mean()) / (total.std() + 1e-6))[:, None]).mean()
         adam.zero_grad()
         loss.backward()
         adam.step()

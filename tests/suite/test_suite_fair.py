@@ -24,6 +24,7 @@ from tokenenv.suite import policy_from, register_task
 from tokenenv.suite.opened import open_task
 from tokenenv.suite.results import read_result
 
+ROOT = Path(__file__).parents[2]
 HULL = dataclasses.replace(TINY, name="tiny-prune-v1", front="hull", grid=(0.01, 1.0))
 
 
@@ -166,6 +167,14 @@ def test_more_of_stable_baselines3(algorithm: str) -> None:
 
 def test_the_leaderboard_is_what_the_references_say() -> None:
     # The page is generated; what is stored and what is shown must not drift apart.
-    path = Path(__file__).parents[2] / "benchmarks" / "leaderboard.py"
-    found = runpy.run_path(str(path))
+    found = runpy.run_path(str(ROOT / "benchmarks/leaderboard.py"))
     assert found["PAGE"].read_text() == found["page"]()
+
+
+def test_the_example_on_the_vector_environment_keeps_to_the_budget() -> None:
+    learn = runpy.run_path(str(ROOT / "examples/extend/suite_own_learner_gym.py"))["learn"]
+    opened = open_task(dataclasses.replace(HULL, budget=600))
+    policies = learn(opened, 0)
+    assert len(policies) == 3 and 128 <= opened.played <= 600
+    for policy in policies:
+        opened.check_policy(policy)
