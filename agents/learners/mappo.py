@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from agents.learners.arena import Arena
@@ -12,6 +13,7 @@ from agents.policies.actor import ActorPolicy
 from agents.policies.networks import SharedMLP
 from agents.policies.trainable import Columns
 from agents.workers import ALONE, Workers
+from tokenenv.game.dense import CONFIDENCE_DIM, LABELLED
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,13 @@ class MAPPOConfig(PPOConfig):
         hidden: widths of the critic's hidden layers.
         centralised: whether the critic reads the global state; without it this is IPPO, in which
             each agent has, with ``repeats``, a baseline of its own.
+        labels: whether it also reads the two numbers of a game's state that need the label, see
+            :func:`~tokenenv.game.dense.confidence`. They are the first two of the last three.
     """
 
     hidden: tuple[int, ...] = (64, 64)
     centralised: bool = True
+    labels: bool = True
 
     @property
     def own_baseline(self) -> bool:
@@ -68,9 +73,15 @@ class AgentCritic(nn.Module):
         super().__init__()
         self.centralised = config.centralised
         state = policy.widths.state if config.centralised else 0
+        self.hidden = slice(0, 0)
+        if state and not config.labels:
+            first = state - CONFIDENCE_DIM
+            self.hidden, state = slice(first, first + LABELLED), state - LABELLED
         self.value = SharedMLP(policy.widths.own, state, config.hidden, 1, gain=1.0)
 
     def forward(self, seen: Columns, choice: Columns | None) -> dict[str, Tensor]:
         """Normalised values ``(B, A)`` for the only head, ``action``."""
         state = seen["state"] if self.centralised else seen["state"][..., :0]
+        if self.hidden.stop:
+            state = torch.cat([state[..., : self.hidden.start], state[..., self.hidden.stop :]], -1)
         return {"action": self.value(seen["agents"], state)[..., 0]}

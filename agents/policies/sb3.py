@@ -80,16 +80,8 @@ class SB3Policy(Policy):
             )
         self.rules, self._learner = rules, learner
         self.trained_on = game.backbone.architecture
-        network = getattr(learner.policy, "mlp_extractor", None)
-        remembers = hasattr(learner.policy, "lstm_actor")
-        if network is None or remembers or list(learner.policy.features_extractor.parameters()):
-            raise UserError(
-                f"the cost of {type(learner.policy).__name__} is not known: train 'MlpPolicy' "
-                "with an actor-critic algorithm that has no memory"
-            )
-        parts = (network.policy_net, learner.policy.action_net)
-        layers = [m for part in parts for m in part.modules() if isinstance(m, nn.Linear)]
-        self._macs = sum(layer.weight.numel() for layer in layers)
+        layers = [m for part in _acting(learner.policy) for m in part.modules()]
+        self._macs = sum(m.weight.numel() for m in layers if isinstance(m, nn.Linear))
         self._masks = "action_masks" in inspect.signature(learner.predict).parameters
 
     def act(self, observation: Observation) -> Tensor:
@@ -109,6 +101,24 @@ class SB3Policy(Policy):
     def macs(self, agents: Tensor, removed: Tensor) -> Tensor:
         """Multiply-adds of one decision, see :meth:`tokenenv.Policy.macs`."""
         return torch.full_like(agents, self._macs)
+
+
+def _acting(policy: Any) -> tuple[nn.Module, ...]:
+    """The parts of a policy that choose actions: an actor's, or DQN's network of action values.
+
+    Raises:
+        UserError: it is no multilayer perceptron, or has memory.
+    """
+    values = getattr(policy, "q_net", None)
+    network: Any = getattr(policy, "mlp_extractor", None)
+    extractor = policy.features_extractor if values is None else values.features_extractor
+    known = (values is not None or network is not None) and not hasattr(policy, "lstm_actor")
+    if not known or list(extractor.parameters()):
+        raise UserError(
+            f"the cost of {type(policy).__name__} is not known: train 'MlpPolicy' "
+            "with an algorithm that has no memory, such as PPO, A2C or DQN"
+        )
+    return (values.q_net,) if values is not None else (network.policy_net, policy.action_net)
 
 
 def _game_of(learner: Any) -> Game | None:

@@ -36,6 +36,7 @@ class RL4EViTConfig(PolicyConfig):
             0.49, 0.343.
         centralised: whether the critic observes the global state (MAPPO), in which two numbers
             need the label, see :func:`~tokenenv.game.dense.confidence`; or not (IPPO).
+        labels: whether the centralised critic reads these two numbers.
         hidden: widths of the actor's and critic's hidden layers.
         initial_keep: probability of keeping a token of mean class attention before training.
         lean: slope of the log-odds of keeping a token over ``cls_attention`` before training, if
@@ -63,6 +64,7 @@ class RL4EViTConfig(PolicyConfig):
     class_reward: Literal["each", "final"] = "each"
     targets: tuple[float, ...] = ()
     centralised: bool = True
+    labels: bool = True
     hidden: tuple[int, ...] = (32, 32)
     initial_keep: float = 0.985
     lean: float = 4.0
@@ -163,7 +165,10 @@ class RL4EViTConfig(PolicyConfig):
     def ppo(self, game: Game) -> MAPPOConfig:
         """The settings of MAPPO: those of PPO, and those of the critic."""
         return MAPPOConfig(
-            **vars(super().ppo(game)), hidden=self.hidden, centralised=self.centralised
+            **vars(super().ppo(game)),
+            hidden=self.hidden,
+            centralised=self.centralised,
+            labels=self.labels,
         )
 
     def learner(self, policy: Any, game: Game, seed: int, workers: Workers = ALONE) -> MAPPO:

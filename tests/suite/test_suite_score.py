@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -27,8 +27,13 @@ eighths = st.integers(0, CELLS).map(lambda i: i / CELLS)
 points = st.lists(st.tuples(eighths, eighths), max_size=6)
 
 
-def made(found: list[tuple[float, float]], dense: float = 0.75, guess: float = 0.125) -> Front:
-    return front([c for c, _ in found], [t for _, t in found], dense, guess)
+def made(
+    found: list[tuple[float, float]],
+    dense: float = 0.75,
+    guess: float = 0.125,
+    kind: Literal["steps", "hull"] = "steps",
+) -> Front:
+    return front([c for c, _ in found], [t for _, t in found], dense, guess, kind)
 
 
 def plain(found: list[tuple[float, float]], cost: float, dense: float, guess: float) -> float:
@@ -57,6 +62,33 @@ def test_points_never_harm_and_dominated_ones_change_nothing(
     cost, top1 = new
     if top1 <= before.at(np.array([cost]))[0]:
         assert after.area(0.25, 0.75) == pytest.approx(before.area(0.25, 0.75))
+
+
+@given(points, eighths)
+def test_a_hull_is_the_best_mixture_of_two_policies(found: list[Any], dense: float) -> None:
+    everybody = [*found, (1.0, dense), (0.0, 0.125)]
+    shape = made(found, dense, kind="hull")
+    steps = made(found, dense)
+    for cost in (0.0, 0.21, 0.25, 0.5, 0.77, 1.0):
+        mixed = [
+            one[1] + (other[1] - one[1]) * share
+            for one, other in itertools.product(everybody, repeat=2)
+            for share in ((cost - one[0]) / (other[0] - one[0]) if other[0] > one[0] else 0.0,)
+            if 0 <= share <= 1 and one[0] <= cost
+        ]
+        assert shape.at(np.array([cost]))[0] == pytest.approx(max(mixed), abs=1e-12)
+        assert shape.at(np.array([cost]))[0] >= steps.at(np.array([cost]))[0] - 1e-12
+    fine = np.linspace(0.25, 0.5, 4001)
+    assert shape.area(0.25, 0.5) == pytest.approx(shape.at(fine).mean(), abs=1e-3)
+    level = float(shape.top1[-1] + shape.top1[0]) / 2
+    assert shape.at(np.array([shape.cheapest(level)]))[0] == pytest.approx(level)
+
+
+def test_points_between_two_others_change_a_step_front_and_no_hull() -> None:
+    ends, more = [(0.25, 0.5), (0.5, 0.75)], [(0.3, 0.55), (0.4, 0.65)]
+    assert made([*ends, *more]).area(0.25, 0.5) > made(ends).area(0.25, 0.5) + 0.05
+    hulls = [made(points, kind="hull").area(0.25, 0.5) for points in (ends, [*ends, *more])]
+    assert hulls == pytest.approx([0.625, 0.625])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -0.1])

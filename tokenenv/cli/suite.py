@@ -11,6 +11,7 @@ from tokenenv.errors import UserError
 from tokenenv.paths import as_path
 
 if TYPE_CHECKING:
+    from tokenenv.suite.learners import Means
     from tokenenv.suite.report import Report
 
 
@@ -50,12 +51,16 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     run.add_argument("--seeds", type=seeds, metavar="S,S", help="default: those of the task")
     run.add_argument("--out", default="suite", metavar="DIR", help="default: suite")
-    run.add_argument("--weights", metavar="FILE", help="of DeiT-Tiny, for tasks on photographs")
-    run.add_argument("--data", metavar="DIR", help="photographs to learn from, for those tasks")
-    run.add_argument("--test-data", metavar="DIR", help="other photographs to test on, for those")
-    run.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda ...; default: cpu")
-    add_dtype(run, "precision that learners train in; tests are in float32")
-    add_trust(run)
+    validate = actions.add_parser(
+        "validate",
+        help="run a stored result again and say whether it is the same",
+        description="Read a result, refuse it if it was edited, train and measure its learner with "
+        "its seed again, and compare. The exit status is 0 if all is equal, else 1. Rounding "
+        "depends on the processor and on the number of threads, which the result names.",
+    )
+    validate.add_argument("file", metavar="FILE", help="a result that 'run' wrote")
+    for command in (run, validate):
+        _add_means(command)
     score = actions.add_parser("score", help="tables of scores, beside the reference results")
     plot = actions.add_parser("plot", help="draw the fronts and the intervals of the scores")
     for reader in (score, plot):
@@ -66,6 +71,16 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
         "--marl-eval", metavar="FILE", help="write the scores there as marl-eval reads them"
     )
     plot.add_argument("--file", default="suite.png", metavar="PNG", help="default: suite.png")
+
+
+def _add_means(command: argparse.ArgumentParser) -> None:
+    """The options that say what learners train with."""
+    command.add_argument("--weights", metavar="FILE", help="of DeiT-Tiny, for photographs")
+    command.add_argument("--data", metavar="DIR", help="photographs to learn from, for those tasks")
+    command.add_argument("--test-data", metavar="DIR", help="other photographs to test on")
+    command.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda ...; default: cpu")
+    add_dtype(command, "precision that learners train in; tests are in float32")
+    add_trust(command)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -81,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
     if args.action == "run":
         _run(args)
         return 0
+    if args.action == "validate":
+        return _validate(args)
     report = make_report(map(read_result, _results(args)))
     if args.action == "score":
         with writable_file(args.marl_eval, "--marl-eval"):
@@ -94,8 +111,23 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run(args: argparse.Namespace) -> None:
+def _means(args: argparse.Namespace) -> Means:
     from tokenenv.suite.learners import Means
+
+    return Means(args.weights, args.data, args.device, args.dtype, args.trust)
+
+
+def _validate(args: argparse.Namespace) -> int:
+    from tokenenv.suite.run import replay
+
+    path = as_path(args.file, "FILE")
+    stored, differences = replay(path, test_data=args.test_data, means=_means(args))
+    what = f"{stored.task} {stored.learner} seed {stored.seed}"
+    print("\n".join([f"{what}: {'differs' if differences else 'equal'}", *differences]))
+    return int(bool(differences))
+
+
+def _run(args: argparse.Namespace) -> None:
     from tokenenv.suite.run import run_suite
 
     run_suite(
@@ -104,7 +136,7 @@ def _run(args: argparse.Namespace) -> None:
         seeds=args.seeds,
         out=args.out,
         test_data=args.test_data,
-        means=Means(args.weights, args.data, args.device, args.dtype, args.trust),
+        means=_means(args),
     )
     print(f"tokenenv suite score {args.out} and tokenenv suite plot {args.out} show the results")
 

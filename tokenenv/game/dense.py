@@ -99,6 +99,9 @@ class DenseAnswers:
 CONFIDENCE_DIM = 3
 """Width of :func:`confidence`."""
 
+LABELLED = 2
+"""How many of these numbers, the first ones, need the label."""
+
 
 def confidence(dense: Tensor, labels: Tensor) -> Tensor:
     """How confident the dense model is; for critics in training only, as it needs the labels.

@@ -23,8 +23,9 @@ from tokenenv.errors import UserError
 from tokenenv.game.policy import as_method
 from tokenenv.game.rewards import Damage
 from tokenenv.own import load_own
-from tokenenv.suite.opened import OpenTask
+from tokenenv.suite.opened import BEFORE_ATTENTION, OpenTask, chosen_values
 from tokenenv.suite.results import HEURISTIC, RANDOM
+from tokenenv.suite.sb3 import learn_with
 from tokenenv.suite.tasks import POINTS, Task
 
 Policies = dict[str, Any]
@@ -53,19 +54,6 @@ class Means:
 Learn = Callable[[OpenTask, int, Path, Means], Policies]
 """A function of the task, the seed, a folder to write its run to, and what to train with."""
 
-SB3_PENALTIES: dict[Damage, tuple[float, ...]] = {
-    "divergence": (20.0, 80.0, 320.0),
-    "drift": (3.5, 16.0, 64.0),
-}
-"""Penalties by kind of damage. stable-baselines3 trains a policy for each on a third of the budget.
-
-The score counts the area under a step function, so the three policies should cost about as much as
-the lower ends of the three thirds of the task's range. They were chosen on training images with one
-seed. Divergence (digits, range 0.20 to 0.37): 20 gave 0.19, 80 gave 0.25, 320 gave 0.31. Drift
-(DeiT-Tiny, 0.52 to 0.90): 4, 16 and 64; with 4 one seed of five cost more than the lower end on
-test images, hence 3.5.
-"""
-
 
 @dataclass(frozen=True)
 class Learner:
@@ -80,6 +68,7 @@ class Learner:
         trains: whether it trains in the precision that ``--dtype`` names.
         learnt_in: precision of a learner that does not; empty: that of the games it opens.
         code: fingerprint of a user's own code, so that results of other code are not reused.
+        settings: the settings that it trains with on a task; results hold them.
     """
 
     name: str
@@ -90,6 +79,7 @@ class Learner:
     trains: bool = False
     learnt_in: str = "float32"
     code: str = ""
+    settings: Callable[[Task], dict[str, Any]] = lambda task: {}
 
     def check(self, task: Task) -> None:
         """Raise :class:`UserError` if the learner can't play the task's game."""
@@ -177,15 +167,20 @@ def checked(name: str, returned: Any) -> Policies:
 
 
 def _sweep_of(pattern: Callable[[Task], str], seeded: bool) -> Learn:
-    """A learner that returns one fixed policy for each value of the task's grid."""
+    """A learner that returns a fixed policy at several values of its setting.
+
+    The values are those of the task's grid or, where fronts are hulls, chosen as thresholds are.
+    """
 
     def learn(opened: OpenTask, seed: int, *_: Any) -> Policies:
-        task = opened.spec
-        whats = [pattern(task).format(value) for value in task.grid]
-        depth = opened.backbone.depth
-        return {
-            what: parse_policy(f"{what},seed={seed}" if seeded else what, depth) for what in whats
-        }
+        task, depth = opened.spec, opened.backbone.depth
+        words = pattern(task) + (f",seed={seed}" if seeded else "")
+
+        def made(value: float) -> Any:
+            return parse_policy(words.format(value), depth)
+
+        values = chosen_values(opened, made) if task.front == "hull" else task.grid
+        return {pattern(task).format(value): made(value) for value in values}
 
     return learn
 
@@ -196,6 +191,10 @@ def settings(task: Task, system: str, **changed: Any) -> Any:
     updates = task.budget // start.batch
     if system == "dora":
         changed = {"skip": 0.0, **changed}  # without blocks given, a task is played in all blocks
+    if system == "rl4evit" and task.blocks[:1] == (0,):
+        changed = _EARLY | changed
+    if system == "rl4evit" and task.front == "hull":
+        changed = {"labels": False, **changed}
     return with_settings(
         start,
         {
@@ -209,11 +208,17 @@ def settings(task: Task, system: str, **changed: Any) -> Any:
     )
 
 
+_EARLY = {"features": BEFORE_ATTENTION, "lean": 0.0, "initial_keep": 0.45}
+"""Settings of RL4EViT where the first decision is before any attention.
+
+Chosen on validation scenes, with one seed, for the range of ``scenes-prune-v1``.
+"""
+
 _TRAINED = {"token_prune": "rl4evit", "layer_merge": "dora", "layer_prune": "dora-prune"}
 """The system that trains under the rules of that name."""
 
 
-def _trained(system: str, **changed: Any) -> Learn:
+def _trained(name: str, system: str, summary: str, rules: str, **changed: Any) -> Learner:
     """A learner that trains a system of ``tokenenv train``, resuming the run in its folder."""
 
     def learn(opened: OpenTask, seed: int, folder: Path, means: Means) -> Policies:
@@ -236,7 +241,10 @@ def _trained(system: str, **changed: Any) -> Learn:
             raise KeyboardInterrupt
         return {"policy": run.policy}
 
-    return learn
+    def used(task: Task) -> dict[str, Any]:
+        return {"system": system, **vars(settings(task, system, **changed))}
+
+    return Learner(name, learn, summary, (rules,), trains=True, settings=used)
 
 
 def _untrained(opened: OpenTask, seed: int, *_: Any) -> Policies:
@@ -248,33 +256,20 @@ def _untrained(opened: OpenTask, seed: int, *_: Any) -> Policies:
     return {"policy": config.policy(game, task.model).eval()}
 
 
-def _sb3(opened: OpenTask, seed: int, _folder: Path, means: Means) -> Policies:
-    """Policies of stable-baselines3's PPO on the game of one agent per block, one per penalty.
+def _damage(task: Task) -> Damage:
+    """The kind of damage in the reward of DORA's default settings for the task."""
+    found: Damage = settings(task, _TRAINED[task.rules]).damage
+    return found
 
-    The kind of damage in the reward is that of DORA's default settings for the task.
-    """
-    from tokenenv.envs.sb3 import SB3VecEnv  # says what to install
 
-    from agents.policies.sb3 import SB3Policy  # isort: skip
-    from stable_baselines3 import PPO
-
-    task, images = opened.spec, 64
-    options = opened.options | {"model": opened.model_in(means.dtype)}
-    damage = settings(task, _TRAINED[task.rules]).damage
-    penalties = SB3_PENALTIES[damage]
-    episodes = task.budget // len(penalties) // images * images
-    policies: Policies = {}
-    for penalty in penalties:
-        reward = {"penalty": penalty, "damage": damage}
-        envs = SB3VecEnv(task.environment, images, reward_kwargs=reward, **options)
-        game = envs.envs.game
-        learner = PPO(
-            "MlpPolicy", envs, n_steps=game.steps, batch_size=game.steps * images // 4,
-            learning_rate=1e-3, gamma=1.0, seed=seed, device="cpu",
-        )  # fmt: skip
-        learner.learn(episodes * game.steps)
-        policies[f"penalty={penalty:g}"] = SB3Policy(learner, game)
-    return policies
+def _sb3(name: str, algorithm: str, summary: str) -> Learner:
+    return Learner(
+        name,
+        learn_with(algorithm, _damage),
+        summary,
+        ("layer_merge", "layer_prune"),
+        trains=True,
+    )
 
 
 BUILT_IN = (
@@ -291,21 +286,18 @@ BUILT_IN = (
         "the policies that training starts from, untrained",
         tuple(_TRAINED),
     ),
-    Learner(
-        "ippo",
-        _trained("rl4evit", centralised=False),
-        "RL4EViT's preset without the centralised critic",
-        ("token_prune",),
-        trains=True,
+    _trained(
+        "ippo", "rl4evit", "RL4EViT's preset without the centralised critic", "token_prune",
+        centralised=False,
     ),
-    Learner("mappo", _trained("rl4evit"), "RL4EViT's preset", ("token_prune",), trains=True),
-    Learner("dora", _trained("dora"), "DORA's preset, PPO", ("layer_merge",), trains=True),
-    Learner(
-        "sb3-ppo",
-        _sb3,
-        "stable-baselines3's PPO on counts (extra sb3)",
-        ("layer_merge", "layer_prune"),
-        trains=True,
+    _trained("mappo", "rl4evit", "RL4EViT's preset", "token_prune"),
+    _trained(
+        "alpha-beta", "rl4evit", "RL4EViT's preset with the paper's reward", "token_prune",
+        reward="alpha_beta", beta=0.1, closed_loop=False,
     ),
-)
+    _trained("dora", "dora", "DORA's preset, PPO", "layer_merge"),
+    _sb3("sb3-ppo", "ppo", "stable-baselines3's PPO on counts (extra sb3)"),
+    _sb3("sb3:a2c", "a2c", "its A2C"),
+    _sb3("sb3:dqn", "dqn", "its DQN"),
+)  # fmt: skip
 """The built-in learners; each stays within the task's budget."""

@@ -7,7 +7,7 @@ import copy
 import filecmp
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 
 from tokenenv.data import ImageSource, open_source
+from tokenenv.envs.ids import vector_class
+from tokenenv.envs.token_prune_pettingzoo import parallel_env
+from tokenenv.envs.vector_base import GameVectorEnv
 from tokenenv.errors import UserError
 from tokenenv.game import Game
 from tokenenv.game.build import build_game, build_rules
@@ -29,6 +32,9 @@ from tokenenv.vit.load import check_dtype, load_backbone
 _SAMPLE = 128  # training images on which the cost of a threshold is measured
 _WIDEST, _CLOSEST = 16.0, 1e-3  # log-odds of thresholds: range -16 to 16, smallest distance
 _TRIES = 3 * POINTS
+
+BEFORE_ATTENTION = ("token", "position", "progress", "norm")
+"""Features of games whose first decision is before any attention, unless a learner names others."""
 _BATCH = 64
 
 
@@ -67,10 +73,7 @@ class OpenTask:
                 spent.
         """
         fixed = {"rules": self.spec.rules, **self.options, "model": self.model_in(dtype)}
-        own = sorted(fixed.keys() & options.keys())
-        if own:
-            raise UserError(f"task '{self.spec.name}' has its own {', '.join(own)}: leave it out")
-        game = build_game(**fixed, **options)
+        game = build_game(**self._own(fixed, options))
         self.learnt_in.add(str(game.backbone.dtype).removeprefix("torch."))
         game.on_reset = self._count
         return game
@@ -78,6 +81,53 @@ class OpenTask:
     def _count(self, episodes: int) -> None:
         self.played += episodes
         self.check_budget()
+
+    def make_vec(self, num_envs: int = 64, **options: Any) -> GameVectorEnv:
+        """The task's ``gymnasium.vector.VectorEnv``; its episodes count against the budget.
+
+        An episode counts when the next one starts, since the environment starts it in the step
+        that ends the last.
+
+        Args:
+            num_envs: images in one batch.
+            **options: arguments as for ``gymnasium.make_vec``, but for model, images and blocks.
+
+        Raises:
+            UserError: in ``reset`` and ``step``: the budget is spent.
+        """
+        envs = vector_class(self.spec.environment)(num_envs, **self._own(self.options, options))
+        envs.game.on_reset = self._count_ended()
+        return envs
+
+    def parallel_env(self, **options: Any) -> Any:
+        """The task's PettingZoo parallel environment; as :meth:`make_vec`.
+
+        Raises:
+            UserError: the game has a single agent; in ``reset``: the budget is spent.
+        """
+        if self.spec.rules != "token_prune":
+            raise UserError(f"task '{self.spec.name}' has no parallel environment: use make_vec")
+        env = parallel_env(**self._own(self.options, options))
+        env.game.on_reset = self._count_ended()
+        return env
+
+    def _own(self, fixed: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+        """A learner's arguments and those that the task fixes; features may be chosen anew."""
+        own = sorted(fixed.keys() & options.keys() - {"features"})
+        if own:
+            raise UserError(f"task '{self.spec.name}' has its own {', '.join(own)}: leave it out")
+        return fixed | options
+
+    def _count_ended(self) -> Callable[[int], None]:
+        """Counts the episodes that were started before the ones that start now."""
+        before = 0
+
+        def count(episodes: int) -> None:
+            nonlocal before
+            self._count(before)
+            before = episodes
+
+        return count
 
     def model_in(self, dtype: str) -> Backbone:
         """The backbone in precision ``dtype``; a copy unless that is float32."""
@@ -89,13 +139,13 @@ class OpenTask:
     def options(self) -> dict[str, Any]:
         """Arguments of the task's environments: ``gymnasium.make(spec.environment, **options)``.
 
-        Episodes of such environments are not counted, so the learner has to keep to the budget.
+        Episodes of such environments are not counted, so the learner has to keep to the budget;
+        those of :meth:`make_vec` and :meth:`parallel_env` are.
         """
-        return {
-            "model": self.backbone,
-            "data": self.train,
-            "blocks": self.spec.blocks or None,
-        }
+        fixed = {"model": self.backbone, "data": self.train, "blocks": self.spec.blocks or None}
+        if self.spec.rules == "token_prune" and self.spec.blocks[:1] == (0,):
+            return fixed | {"features": BEFORE_ATTENTION}
+        return fixed
 
     def check_budget(self) -> None:
         """Raise :class:`UserError` if more episodes were played than the task allows."""
@@ -215,16 +265,11 @@ def sweep(
         dense: from :func:`dense_predictions`.
         progress: as for :func:`read_points`.
     """
-    sample = opened.train.subset(_SAMPLE, seed=0)
-    unknown = torch.zeros(len(sample), dtype=torch.long)  # what the dense model says of them
+    look_at = _looks(opened)
 
     def look(odds: float) -> tuple[float, float]:
         policy.threshold = _threshold(odds)
-        found = evaluation.evaluate(
-            opened.backbone, policy, sample, batch_size=_BATCH, dense=unknown
-        )
-        right = (found.reduced == found.labels).float().mean().item()
-        return found.macs.mean().item() / found.dense_macs, right
+        return look_at(policy)
 
     points = []
     for odds in spread(look, opened.spec.low, opened.spec.high):
@@ -234,7 +279,39 @@ def sweep(
     return points
 
 
-def spread(look: Callable[[float], tuple[float, float]], low: float, high: float) -> list[float]:
+def chosen_values(opened: OpenTask, make: Callable[[float], Method]) -> list[float]:
+    """Values of a fixed method's setting, chosen on training images as thresholds are.
+
+    Args:
+        opened: a task whose grid has the two ends between which values are chosen.
+        make: the method with a value.
+    """
+    look_at = _looks(opened)
+    low, high = opened.spec.low, opened.spec.high
+    return spread(lambda value: look_at(make(value)), low, high, opened.spec.grid)
+
+
+def _looks(opened: OpenTask) -> Callable[[Method], tuple[float, float]]:
+    """A function that measures cost and top-1 of a method on some training images."""
+    sample = opened.train.subset(_SAMPLE, seed=0)
+    unknown = torch.zeros(len(sample), dtype=torch.long)  # what the dense model says of them
+
+    def look_at(method: Method) -> tuple[float, float]:
+        found = evaluation.evaluate(
+            opened.backbone, method, sample, batch_size=_BATCH, dense=unknown
+        )
+        right = (found.reduced == found.labels).float().mean().item()
+        return found.macs.mean().item() / found.dense_macs, right
+
+    return look_at
+
+
+def spread(
+    look: Callable[[float], tuple[float, float]],
+    low: float,
+    high: float,
+    ends: Sequence[float] = (-_WIDEST, _WIDEST),
+) -> list[float]:
     """Log-odds of at most :data:`POINTS` thresholds that give a good front over ``[low, high]``.
 
     The front is a step function. Between two neighbouring thresholds it can miss at most the
@@ -246,8 +323,9 @@ def spread(look: Callable[[float], tuple[float, float]], low: float, high: float
         look: maps a threshold's log-odds to its cost and top-1; the cost about monotone.
         low: lower end of the range.
         high: its upper end.
+        ends: the widest log-odds, or the ends of another setting's values.
     """
-    known = {odds: look(odds) for odds in (-_WIDEST, _WIDEST)}
+    known = {odds: look(odds) for odds in ends}
 
     def kept() -> list[float]:
         below = [odds for odds, (cost, _) in known.items() if cost < low]
@@ -293,5 +371,9 @@ def _read(
     )
     right = (found.reduced == found.labels).numpy()
     return Point(
-        knob, found.macs.mean().item() / found.dense_macs, right.mean().item(), hits(right)
+        knob,
+        found.macs.mean().item() / found.dense_macs,
+        right.mean().item(),
+        hits(right),
+        (found.reduced == found.dense).double().mean().item(),
     )

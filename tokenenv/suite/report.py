@@ -12,7 +12,7 @@ import numpy as np
 from tokenenv._version import __version__
 from tokenenv.errors import UserError
 from tokenenv.suite.results import HEURISTIC, RANDOM, Result, references, unpack_hits
-from tokenenv.suite.score import Front, Interval, aggregate, normalised, oracle_front
+from tokenenv.suite.score import Front, Interval, aggregate, hull, normalised, oracle_front
 from tokenenv.suite.tasks import TASKS, Task, find_task
 
 _SAME = ("weights", "images", "files")
@@ -93,14 +93,17 @@ class Report:
 
     def as_markdown(self) -> str:
         """Markdown: a table for each task, one over all tasks, and the notes."""
-        parts = [self._table(task) for task in self.tasks]
+        parts = [self.table(task) for task in self.tasks]
         if len(self.tasks) > 1:
             parts.append(self._overall_table())
         parts += ["\n".join(f"- {note}" for note in self.notes)] if self.notes else []
         return "\n\n".join(parts) + "\n"
 
-    def _table(self, task: Task) -> str:
+    def table(self, task: Task) -> str:
+        """The Markdown table of one task."""
         yard, first = self.yardsticks[task.name], self.of(task)[0].results[0]
+        middle = _costs(task)[1]
+        costs = " / ".join(f"{100 * cost:g}" for cost in _costs(task))
         lines = [
             f"**{task.name}** ({task.level}): {first.images} images, dense "
             f"{100 * first.dense_top1:.2f} %; mean top-1 over {100 * task.low:g} to "
@@ -108,15 +111,17 @@ class Report:
             f"{100 * yard.oracle_area:.2f}",
             "",
             "| learner | seeds | mean top-1, % | MACs saved within a point, % | "
-            "score, IQM [95 % interval] |",
-            "|---|---|---|---|---|",
+            "score, IQM [95 % interval] | "
+            f"top-1 at {costs} % of the cost | as dense at {100 * middle:g} %, % | minutes |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         for row in self.of(task):
             top1 = 100 * np.mean([result.area for result in row.results])
             saved = 100 * np.mean([result.saved() for result in row.results])
             lines.append(
                 f"| `{row.label}` | {len(row.results)} | {top1:.2f} | {saved:.1f} | "
-                f"{_words(row.interval)} |"
+                f"{_words(row.interval)} | {_at_costs(row)} | {_agreement(row, middle)} | "
+                f"{np.mean([result.seconds for result in row.results]) / 60:.1f} |"
             )
         return "\n".join(lines)
 
@@ -233,6 +238,8 @@ def make_yardstick(task: Task, results: Sequence[Result]) -> Yardstick:
     # These plans cost the same for every image.
     cost = np.array([*(plan.macs for plan in plans), 1.0])
     oracle = oracle_front(np.stack(right, 1), cost, 1 / heuristic.classes)
+    if task.front == "hull":
+        oracle = hull(oracle)
     area = math.fsum(random[seed].area for seed in range(task.seeds)) / task.seeds
     return Yardstick(area, oracle, oracle.area(task.low, task.high))
 
@@ -280,6 +287,22 @@ def _check_alike(task: Task, results: Sequence[Result]) -> None:
                         f"{what} was made with {key}={here} and '{first.learner}' seed "
                         f"{first.seed} with {there}: {remedy}"
                     )
+
+
+def _costs(task: Task) -> tuple[float, float, float]:
+    """The fixed costs at which top-1 is shown: the ends of the range and its middle."""
+    return task.low, round((task.low + task.high) / 2, 4), task.high
+
+
+def _at_costs(row: Row) -> str:
+    at = np.array(_costs(row.task))
+    top1 = 100 * np.mean([result.front.at(at) for result in row.results], axis=0)
+    return " / ".join(f"{value:.1f}" for value in top1)
+
+
+def _agreement(row: Row, cost: float) -> str:
+    same = np.mean([result.agreement(cost) for result in row.results])
+    return "unknown" if np.isnan(same) else f"{100 * same:.1f}"
 
 
 def _words(interval: Interval) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -42,17 +44,27 @@ class Point:
         knob: the setting that distinguishes it from the learner's other points.
         macs: mean multiply-adds, policy included, as a share of the dense model's.
         top1: share of the images classified correctly.
-        right: which images these are, see :func:`hits`; empty if not needed.
+        right: which images these are, see :func:`hits`; empty if the result is older than its
+            keeping.
+        same: share of the images classified as the dense model classifies them; None in older ones.
     """
 
     knob: str
     macs: float
     top1: float
     right: str = ""
+    same: float | None = None
 
 
-_POINT = {"knob": str, "macs": Within(0.0, 1e3), "top1": Within(0.0, 1.0), "right": str | None}
+_POINT = {
+    "knob": str,
+    "macs": Within(0.0, 1e3),
+    "top1": Within(0.0, 1.0),
+    "right": str | None,
+    "same": float | None,
+}
 _MOST = 2**32 - 1
+_CURVE = {"episodes": Within(0, 2**53), "area": Within(0.0, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -68,6 +80,10 @@ class Result:
         images: number of readable test images.
         dense: which of them the dense model classifies correctly, see :func:`hits`.
         points: one for each of its policies.
+        made: versions of the libraries, number of threads, and the learner's settings; empty in
+            older results.
+        curve: of a run with ``--evaluate-every`` the area after some numbers of episodes:
+            dictionaries with ``episodes`` and ``area``.
         reference: whether it comes with the package.
     """
 
@@ -80,6 +96,8 @@ class Result:
     images: int
     dense: str
     points: tuple[Point, ...]
+    made: dict[str, Any] = field(default_factory=dict)
+    curve: tuple[dict[str, float], ...] = ()
     reference: bool = field(default=False, compare=False)
 
     @property
@@ -96,7 +114,7 @@ class Result:
     def front(self) -> Front:
         """The front of the points, see :mod:`tokenenv.suite.score`."""
         cost, top1 = [p.macs for p in self.points], [p.top1 for p in self.points]
-        return front(cost, top1, self.dense_top1, 1 / self.classes)
+        return front(cost, top1, self.dense_top1, 1 / self.classes, find_task(self.task).front)
 
     @property
     def area(self) -> float:
@@ -109,22 +127,35 @@ class Result:
 
         Half an image is allowed for rounding.
         """
-        enough = self.front.top1 >= self.dense_top1 - lost - 0.5 / self.images
-        return float(1 - self.front.cost[enough.argmax()])
+        return 1 - self.front.cheapest(self.dense_top1 - lost - 0.5 / self.images)
+
+    def agreement(self, cost: float) -> float:
+        """Share of the images that get the dense model's prediction at ``cost``; NaN if unknown.
+
+        That of the concave hull of the points, between a constant class and the dense model.
+        """
+        same = [p.same for p in self.points if p.same is not None]
+        if len(same) < len(self.points):
+            return math.nan
+        found = front([p.macs for p in self.points], same, 1.0, 1 / self.classes, "hull")
+        return float(found.at(np.array([cost]))[0])
 
     def as_json(self) -> dict[str, Any]:
-        """JSON of all fields but ``reference``; ``right`` only of the oracle's plans."""
-        described = asdict(self)
+        """JSON of all fields but ``reference``, and their ``sha256``."""
+        described: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         del described["reference"]
-        if self.seed or self.learner not in (RANDOM, HEURISTIC):
-            for point in described["points"]:
-                del point["right"]
-        return described
+        return described | {"sha256": _digest(described)}
+
+
+def _digest(described: dict[str, Any]) -> str:
+    """SHA-256 of a result's fields, whatever their order and layout in the file."""
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 _RESULT = {
     **get_type_hints(Result),
     "points": list,
+    "curve": list,
     "seed": Within(0, _MOST),
     "seconds": Within(0.0, 1e12),
     "classes": Within(1, _MOST),
@@ -140,12 +171,16 @@ def from_json(found: Any, where: Path) -> Result:
         UserError: a field is missing or invalid.
     """
     try:
+        found = {"made": {}, "curve": [], **_unsealed(found)}  # once there were none
         check_fields(found, _RESULT, closed=True)
         for point in found["points"]:
-            check_fields(point, _POINT, closed=True)
+            check_fields({"same": None, **point}, _POINT, closed=True)
+        for row in found["curve"]:
+            check_fields(row, _CURVE, closed=True)
         points = tuple(Point(**point) for point in found["points"])
         conditions = {"learnt_in": "float32", **found["conditions"]}  # once there was no other
-        made = Result(**{**found, "points": points, "conditions": conditions})
+        whole = {"points": points, "conditions": conditions, "curve": tuple(found["curve"])}
+        made = Result(**{**found, **whole})
         _check(made)
         _ = made.area  # all numbers are finite
         return made
@@ -158,6 +193,26 @@ def from_json(found: Any, where: Path) -> Result:
         ) from None
 
 
+def _unsealed(found: Any) -> dict[str, Any]:
+    """The fields of a result without their digest.
+
+    Raises:
+        Unfit: they are not those that were digested. Only tasks with step fronts may have results
+            without a digest, as those of older versions.
+    """
+    if not isinstance(found, dict):
+        raise Unfit("it is no object")
+    rest = {key: value for key, value in found.items() if key != "sha256"}
+    if "sha256" not in found:
+        task = found.get("task")
+        if not isinstance(task, str) or find_task(task).front == "steps":
+            return rest
+        raise Unfit("it has no sha256")
+    if found["sha256"] != _digest(rest):
+        raise Unfit("it was edited: its content does not have the sha256 that it names")
+    return rest
+
+
 def _check(made: Result) -> None:
     """Raise Unfit for values, each of its kind, that no run of the suite has together."""
     if not 1 <= len(made.points) <= POINTS:
@@ -166,6 +221,11 @@ def _check(made: Result) -> None:
     for packed in (made.dense, *(point.right for point in made.points if point.right or plan)):
         if not re.fullmatch(f"[0-9a-f]{{{2 * math.ceil(made.images / 8)}}}", packed):
             raise Unfit(f"which images are right is not said of {made.images}")
+    for point in made.points:
+        if point.right:
+            share = unpack_hits(point.right, made.images).mean()
+            if abs(share - point.top1) > 1e-6:
+                raise Unfit(f"top-1 of '{point.knob}' is not that of the images that are right")
 
 
 def read_result(path: Path) -> Result:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import re
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -179,9 +182,70 @@ def _run_one(
         int((dense >= 0).sum()),
         dense_hits(opened, dense),
         tuple(points),
+        {"versions": _versions(), "threads": torch.get_num_threads()}
+        | {"settings": learner.settings(task)},
     )
     _ = result.area  # raises for numbers that are not finite, before the result is written
     return result
+
+
+def _versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that results depend on."""
+    libraries = ("torch", "timm", "numpy")
+    return {"python": platform.python_version()} | {name: version(name) for name in libraries}
+
+
+def replay(
+    path: Path, *, test_data: str | None = None, means: Means | None = None
+) -> tuple[Result, list[str]]:
+    """Make a stored result again, from its learner and seed; the command ``suite validate``.
+
+    Training is repeated, so it takes as long as the result says.
+
+    Args:
+        path: its file.
+        test_data: test photographs, for tasks that have no images of their own.
+        means: resources for training.
+
+    Returns:
+        The stored result, and in words what differs from it; empty if nothing does.
+
+    Raises:
+        UserError: the file was edited or is no result, its learner is unknown, or the conditions
+            here are others.
+    """
+    stored, means = read_result(path), means or Means()
+    task, learner = find_task(stored.task), find_learner(stored.learner)
+    learner.check(task)
+    given = {"weights": means.weights, "data": means.data, "device": means.device}
+    opened = open_task(task, test_data=test_data, **given)  # type: ignore[arg-type]
+    common = conditions(task.model, opened.backbone.model, opened.test)
+    now = _conditions(opened, common, learner, means)
+    check_conditions(stored, now, path)
+    with tempfile.TemporaryDirectory() as folder:
+        todo = _Todo(learner, stored.seed, path, now)
+        again = _run_one(opened, todo, dense_predictions(opened), Path(folder), means)
+    return stored, _differences(stored, again)
+
+
+def _differences(stored: Result, again: Result) -> list[str]:
+    """What differs between two results of a learner and seed, but for their duration."""
+    found = []
+    here, there = again.as_json()["made"], stored.made  # as it is read: tuples become lists
+    for key in sorted(here.keys() | there.keys()):
+        if here.get(key) != there.get(key):
+            found.append(f"{key}: {there.get(key)} stored, {here.get(key)} now")
+    if len(stored.points) != len(again.points):
+        found.append(f"{len(stored.points)} points stored, {len(again.points)} now")
+    for old, new in zip(stored.points, again.points, strict=False):
+        if old != new:
+            found.append(
+                f"{old.knob}: {100 * old.top1:.3f} % at a cost of {old.macs:.6f} stored, "
+                f"{new.knob}: {100 * new.top1:.3f} % at {new.macs:.6f} now"
+            )
+    if stored.dense != again.dense:
+        found.append("the dense model's predictions")
+    return found
 
 
 def _seeds(asked: Sequence[int] | None, task: Task, learner: Learner) -> Sequence[int]:

@@ -3,16 +3,19 @@
 On one task and seed a learner has points. A point is a policy's mean multiply-adds, its own cost
 included, as a share of the dense model's, and its top-1 on the test images.
 
-*Front.* The front at cost ``c`` is the best top-1 of the points that cost at most ``c``. It is a
-step function, never interpolated. Two points are added for every learner: the dense model at cost
-1, and a constant guess at cost 0, whose top-1 is one over the number of classes.
+*Front.* Two points are added for every learner: the dense model at cost 1, and a constant guess at
+cost 0, whose top-1 is one over the number of classes. In tasks whose ``front`` is ``hull`` the
+front is the upper concave hull of the points. Each point of it can be played: draw for each image
+one of the two policies whose points it lies between. Who returns three policies is then measured as
+one who returns ten. In tasks of version 0, whose ``front`` is ``steps``, the front at cost ``c`` is
+the best top-1 of the points that cost at most ``c``.
 
 *Area* ``A``. The front's mean over the task's range ``[low, high]`` of cost.
 
 *Score.* ``(A - A_random) / (A_oracle - A_random)``. ``A_random`` is the mean area of the random
 policy over the task's seeds, so random scores 0. The oracle chooses a plan for each image in
-hindsight. The plans are the dense model, and at each value of the task's grid the heuristic and
-the random policy of seed 0. For a given mean budget it first gives every image its cheapest plan,
+hindsight. The plans are the dense model, and the points of the heuristic and of the random policy
+of seed 0. For a given mean budget it first gives every image its cheapest plan,
 then upgrades images to their cheapest correct plan in the order of the extra cost, which is optimal
 as all images count the same. Its front is taken as above and scores 1. The oracle knows the labels
 and the result of every plan, so scores near 1 are not expected; a learner with better policies
@@ -29,7 +32,7 @@ test compares the two where it is installed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,8 +65,56 @@ class Front(NamedTuple):
         edges = np.append(self.cost, np.inf).clip(low, high)
         return float((self.top1 * np.diff(edges)).sum() / (high - low))
 
+    def cheapest(self, top1: float) -> float:
+        """The lowest cost at which the front has ``top1``, which its last point has."""
+        return float(self.cost[(self.top1 >= top1).argmax()])
 
-def front(cost: Sequence[float], top1: Sequence[float], dense: float, guess: float) -> Front:
+
+class Hull(Front):
+    """A concave front: straight from ``(cost[i], top1[i])`` to the next, level after the last."""
+
+    def at(self, cost: Numbers) -> Numbers:
+        """The front's top-1 ``(m,)`` at costs ``(m,)``, each 0 or more."""
+        return np.interp(cost, self.cost, self.top1)
+
+    def area(self, low: float, high: float) -> float:
+        """The mean top-1 over ``[low, high]``."""
+        inside = self.cost[(low < self.cost) & (self.cost < high)]
+        edges = np.concatenate([[low], inside, [high]])
+        top1 = self.at(edges)
+        return float(((top1[1:] + top1[:-1]) / 2 * np.diff(edges)).sum() / (high - low))
+
+    def cheapest(self, top1: float) -> float:
+        """The lowest cost at which the front has ``top1``, which its last point has."""
+        end = int((self.top1 >= top1).argmax())
+        if end == 0:
+            return float(self.cost[0])
+        return float(np.interp(top1, self.top1[end - 1 : end + 1], self.cost[end - 1 : end + 1]))
+
+
+def hull(steps: Front) -> Hull:
+    """The upper concave hull of a step front's corners; nowhere below the front."""
+    kept: list[tuple[float, float]] = []
+    for cost, top1 in zip(steps.cost.tolist(), steps.top1.tolist(), strict=True):
+        if kept and cost == kept[-1][0]:  # the later one is at least as high
+            kept.pop()
+        while len(kept) > 1 and _rise(kept[-2], kept[-1]) <= _rise(kept[-2], (cost, top1)):
+            kept.pop()
+        kept.append((cost, top1))
+    return Hull(*np.array(kept).T)
+
+
+def _rise(start: tuple[float, float], end: tuple[float, float]) -> float:
+    return (end[1] - start[1]) / (end[0] - start[0])
+
+
+def front(
+    cost: Sequence[float],
+    top1: Sequence[float],
+    dense: float,
+    guess: float,
+    kind: Literal["steps", "hull"] = "steps",
+) -> Front:
     """The front of a learner's points.
 
     Args:
@@ -71,6 +122,7 @@ def front(cost: Sequence[float], top1: Sequence[float], dense: float, guess: flo
         top1: ``(k,)`` shares of the images.
         dense: top-1 of the dense model.
         guess: top-1 of a constant guess.
+        kind: of the front, see above.
 
     Raises:
         UserError: a number is not finite, or a cost is negative.
@@ -80,7 +132,8 @@ def front(cost: Sequence[float], top1: Sequence[float], dense: float, guess: flo
         raise UserError(
             "a point of the learner is not finite or negative: check its multiply-adds and top-1"
         )
-    return _running_best(*points)
+    steps = _running_best(*points)
+    return hull(steps) if kind == "hull" else steps
 
 
 def oracle_front(right: NDArray[np.bool_], cost: Numbers, guess: float) -> Front:

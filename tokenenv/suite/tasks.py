@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from tokenenv.data.opening import EMBEDDED_DATA
@@ -39,8 +39,11 @@ class Task:
             share of the dense model's.
         random, heuristic: reference policies in the words of :func:`agents.parse_policy`, with
             ``{}`` in place of a value of ``grid``.
-        grid: at most :data:`POINTS` values.
+        grid: at most :data:`POINTS` values; where ``front`` is ``hull`` the two ends between which
+            values are chosen on training images, as learners' thresholds are.
         description: one line.
+        front: how points become a front, see :mod:`tokenenv.suite.score`: ``steps`` in version 0
+            of the package's tasks, ``hull`` in later ones.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Task:
     description: str
     blocks: tuple[int, ...] = ()
     seeds: int = 5
+    front: Literal["steps", "hull"] = "steps"
 
     @property
     def agent_steps(self) -> int:
@@ -80,6 +84,8 @@ class Task:
     def settings(self) -> dict[str, Any]:
         """The task's settings as JSON; only results under the same settings are compared."""
         described = {k: v for k, v in asdict(self).items() if k not in ("description", "level")}
+        if self.front == "steps":  # once there was no other
+            del described["front"]
         settings: dict[str, Any] = json.loads(json.dumps(described))
         return settings
 
@@ -149,7 +155,35 @@ TASKS = [
         description="256 agents that decide early, on digits of 16x16 pixels",
     ),
 ]  # fmt: skip
-"""All tasks, the easy ones first; those registered later at the end."""
+"""All tasks; those registered later at the end."""
+
+
+def _task(name: str) -> Task:
+    return next(task for task in TASKS if task.name == name)
+
+
+_KEEP, _PAIRS = (0.01, 1.0), (0, 72)
+_SECOND: list[tuple[str, dict[str, Any]]] = [
+    ("digits-prune", {"grid": _KEEP}),
+    ("digits-merge", {"grid": (0, 32), "random": "random-merge:r={:.0f}",
+                      "heuristic": "tome:r={:.0f}"}),
+    ("scenes-prune", {
+        "blocks": (0, 1, 3), "low": 0.12, "high": 0.32, "grid": _KEEP,
+        "random": "random:keep={},blocks=0/1/3", "heuristic": "cls-attention:keep={},blocks=1/3",
+        "description": "an agent per patch of a digit among clutter; the first decision is before "
+        "any attention",
+    }),
+    ("scenes-merge", {"low": 0.22, "high": 0.28, "grid": _PAIRS,
+                      "random": "random-merge:r={:.0f}", "heuristic": "tome:r={:.0f}"}),
+    ("deit-tiny-prune", {"grid": _KEEP}),
+    ("deit-tiny-merge", {"grid": (0, 98), "random": "random-merge:r={:.0f}",
+                         "heuristic": "tome:r={:.0f}"}),
+    ("digits-large-prune", {"grid": _KEEP}),
+]  # fmt: skip
+TASKS += [
+    replace(_task(f"{stem}-v0"), name=f"{stem}-v1", front="hull", **changed)
+    for stem, changed in _SECOND
+]
 
 
 def register_task(task: Task) -> Task:
@@ -172,6 +206,8 @@ def register_task(task: Task) -> Task:
         problem = "has no version: end its name with -v0"
     elif not 0 < task.low < task.high <= 1:
         problem = f"has the range {task.low:g} to {task.high:g}: give 0 < low < high <= 1"
+    elif task.front == "hull" and not (len(task.grid) == 2 and task.grid[0] < task.grid[1]):
+        problem = f"has the grid {task.grid}: give the two ends of a range"
     elif not 1 <= len(task.grid) <= POINTS:
         problem = f"has a grid of {len(task.grid)} values: give 1 to {POINTS}"
     if problem:
