@@ -64,7 +64,6 @@ _POINT = {
     "same": float | None,
 }
 _MOST = 2**32 - 1
-_CURVE = {"episodes": Within(0, 2**53), "area": Within(0.0, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,6 @@ class Result:
         points: one for each of its policies.
         made: versions of the libraries, number of threads, and the learner's settings; empty in
             older results.
-        curve: of a run with ``--evaluate-every`` the area after some numbers of episodes:
-            dictionaries with ``episodes`` and ``area``.
         reference: whether it comes with the package.
     """
 
@@ -97,7 +94,6 @@ class Result:
     dense: str
     points: tuple[Point, ...]
     made: dict[str, Any] = field(default_factory=dict)
-    curve: tuple[dict[str, float], ...] = ()
     reference: bool = field(default=False, compare=False)
 
     @property
@@ -155,7 +151,6 @@ def _digest(described: dict[str, Any]) -> str:
 _RESULT = {
     **get_type_hints(Result),
     "points": list,
-    "curve": list,
     "seed": Within(0, _MOST),
     "seconds": Within(0.0, 1e12),
     "classes": Within(1, _MOST),
@@ -171,16 +166,13 @@ def from_json(found: Any, where: Path) -> Result:
         UserError: a field is missing or invalid.
     """
     try:
-        found = {"made": {}, "curve": [], **_unsealed(found)}  # once there were none
+        found = {"made": {}, **_unsealed(found)}  # once there were none
         check_fields(found, _RESULT, closed=True)
         for point in found["points"]:
             check_fields({"same": None, **point}, _POINT, closed=True)
-        for row in found["curve"]:
-            check_fields(row, _CURVE, closed=True)
         points = tuple(Point(**point) for point in found["points"])
         conditions = {"learnt_in": "float32", **found["conditions"]}  # once there was no other
-        whole = {"points": points, "conditions": conditions, "curve": tuple(found["curve"])}
-        made = Result(**{**found, **whole})
+        made = Result(**{**found, "points": points, "conditions": conditions})
         _check(made)
         _ = made.area  # all numbers are finite
         return made
