@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from tokenenv.api.compare import compare
     from tokenenv.api.compress import compress
     from tokenenv.api.evaluate import evaluate
+    from tokenenv.api.watch import watch
     from tokenenv.data import ImageSource, Preprocessing, open_source
     from tokenenv.deploy.compressed import CompressedViT, load_compressed
     from tokenenv.deploy.onnx import export_onnx
@@ -94,6 +95,7 @@ __all__ = [
     "register_system",
     "token_prune_v0",
     "train",
+    "watch",
 ]
 
 _HOME = {
@@ -113,6 +115,7 @@ _HOME = {
     "compare": "api.compare",
     "compress": "api.compress",
     "evaluate": "api.evaluate",
+    "watch": "api.watch",
     "Method": "game.policy",
     "Policy": "game.policy",
     "Reward": "game.rewards",
