@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from tokenenv.api.compress import compress
     from tokenenv.api.evaluate import evaluate
     from tokenenv.api.latency import latency_table
+    from tokenenv.api.watch import watch
     from tokenenv.data import ImageSource, Preprocessing, open_source
     from tokenenv.deploy.compressed import CompressedViT, load_compressed
     from tokenenv.deploy.onnx import export_onnx
@@ -96,6 +97,7 @@ __all__ = [
     "register_system",
     "token_prune_v0",
     "train",
+    "watch",
 ]
 
 _HOME = {
@@ -116,6 +118,7 @@ _HOME = {
     "compress": "api.compress",
     "evaluate": "api.evaluate",
     "latency_table": "api.latency",
+    "watch": "api.watch",
     "Method": "game.policy",
     "Policy": "game.policy",
     "Reward": "game.rewards",

@@ -34,6 +34,7 @@ from tokenenv.measure.printing import (
     saving_in_words,
 )
 from tokenenv.measure.token_pictures import PICTURE, write_token_pictures
+from tokenenv.measure.watching import BEFORE_AFTER, write_before_after
 from tokenenv.storage import write_json
 from tokenenv.vit.backbone import Backbone
 
@@ -193,6 +194,7 @@ class PolicyTraining:
             saved=(self.cost or Cost).word,
         )
         write_token_pictures(out / PICTURE, self.backbone, policy, final)
+        write_before_after(out / BEFORE_AFTER, self.backbone, self.start, policy, self.judge.source)
         print_result(final, result)
         print(
             f"  untrained, at about the same cost: top-1 {untrained['top1']:.2f} %, "
@@ -204,7 +206,7 @@ class PolicyTraining:
             )
         print(
             f"trained {trainer.done} updates in {tqdm.format_interval(trainer.seconds)}; "
-            f"policy, {REPORT}, {CURVE} and {PICTURE} are in {out}"
+            f"policy, {REPORT}, {CURVE}, {PICTURE} and {BEFORE_AFTER} are in {out}"
         )
         return report
 

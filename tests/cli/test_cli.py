@@ -125,8 +125,10 @@ def test_a_run_folder_holds_what_is_promised(run: Path) -> None:
     assert len(events) == 1
     assert names - events == {
         "config.json", "policy.safetensors", "report.json", "curve.png", "tokens.png",
-        "checkpoint.safetensors",
+        "before_after.gif", "checkpoint.safetensors",
     }  # fmt: skip
+    with Image.open(run / "before_after.gif") as image:
+        assert image.n_frames == 3 * (2 + 1)  # images; decisions, and the frame before them
     for name in ("curve.png", "tokens.png"):
         with Image.open(run / name) as image:
             assert min(image.size) > 300
@@ -154,7 +156,7 @@ def test_a_dora_run_holds_what_is_promised_and_evaluates_to_its_report(
     names = {path.name for path in Path("r").iterdir()}
     assert {name for name in names if not name.startswith("events.out.tfevents")} == {
         "config.json", "policy.safetensors", "report.json", "curve.png", "tokens.png",
-        "checkpoint.safetensors",
+        "before_after.gif", "checkpoint.safetensors",
     }  # fmt: skip
     config, report = (json.loads(Path("r", n).read_text()) for n in ("config.json", "report.json"))
     assert (config["system"], config["model"], config["blocks"]) == (system, "digits_vit", [1, 4])

@@ -37,6 +37,11 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
         ("train rl4evit --seed 1e3", "'1e3' is no whole number from 0"),
         ("train rl4evit --nonsense", "--nonsense"),
         ("evaluate", "WHAT"),
+        ("watch tome:r=8", "--out"),
+        ("watch tome:r=8 --out a.png", "'a.png' does not end with .gif"),
+        ("watch tome:r=8 --index 3,x --out a.gif", "'x' is no whole number from 0"),
+        ("watch tome:r=8 --index 0,600 --out a.gif", "index=600 is outside|600 images"),
+        ("watch resize:size=4 --out a.gif", "no decisions about tokens"),
         ("evaluate keep-all --limit -5", "'-5' is no whole number from 1"),
         ("evaluate keep-all --batch 0", "'0' is no whole number from 1"),
         # models and weights

@@ -129,6 +129,11 @@ def batches(text: str) -> list[int]:
     return [positive(part) for part in text.split(",")]
 
 
+def positions(text: str) -> list[int]:
+    """Positions from 0 separated by commas, as argparse's ``type``."""
+    return [_whole(part, 0, 2**31 - 1) for part in text.split(",")]
+
+
 def seeds(text: str) -> list[int]:
     """Seeds separated by commas, each once, as argparse's ``type``."""
     return list(dict.fromkeys(seed(part) for part in text.split(",")))

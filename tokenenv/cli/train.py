@@ -20,8 +20,9 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
         help="train a system; without options on embedded images, offline",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train a system and write a run folder: config.json, policy.safetensors, "
-        "report.json,\ncurve.png, tokens.png, checkpoint.safetensors and TensorBoard events. "
-        "Fine-tuning adds\nmodel.safetensors; ltm writes that and ltm.json, and no policy."
+        "report.json,\ncurve.png, tokens.png, before_after.gif, checkpoint.safetensors and "
+        "TensorBoard events.\nFine-tuning adds model.safetensors and leaves before_after.gif out; "
+        "ltm writes that and\nltm.json, and no policy."
         "\n\n"
         "torchrun --standalone --nproc-per-node N -m tokenenv train SYSTEM ... divides every batch "
         "among\nN processes; with --device cuda each uses a GPU of its own.\n\n"

@@ -128,19 +128,24 @@ class Cost(Costs):
         return float(self.backbone_macs(counts, counts))
 
     def decision_macs(
-        self, method: Method, attended: Sequence[Tensor], fed: Sequence[Tensor]
+        self,
+        method: Method,
+        attended: Sequence[Tensor],
+        fed: Sequence[Tensor],
+        decisions: int | None = None,
     ) -> Tensor:
-        """``(B,)`` multiply-adds of all decisions, including what they read.
+        """``(B,)`` multiply-adds of the decisions, including what they read.
 
         Args:
             method: the policy or reducer.
             attended: as for :meth:`backbone_macs`.
             fed: as for :meth:`backbone_macs`.
+            decisions: number of decisions to count, from the first; None: all.
         """
         full = self.backbone.prefix + self.backbone.patches
         reduction = method.reduction
         total = torch.zeros_like(attended[0], dtype=torch.float64)
-        for block in reduction.blocks:
+        for block in reduction.blocks[:decisions]:
             if reduction.between:
                 before, after = attended[block], fed[block]
             else:

@@ -21,7 +21,7 @@ Pixels = NDArray[np.uint8]
 _PANEL = 192  # a smaller image is shown at least this large, in pixels
 _GAP = 10
 _HEAD, _FOOT = 24, 22
-_PAPER, _INK, _FAINT = (255, 255, 255), (32, 32, 32), (150, 150, 150)
+PAPER, INK, _FAINT = (255, 255, 255), (32, 32, 32), (150, 150, 150)
 _GONE = np.array((220, 223, 228), np.uint8)  # a pruned token
 _HATCH = np.array((165, 173, 186), np.uint8)  # lines over it: a kept token may be grey, too
 _HATCH_STEP = 8  # pixels from line to line
@@ -66,12 +66,12 @@ def token_picture(
     Returns:
         A picture ``(H', W', 3)`` with up to seven panels in a row.
     """
-    large = _enlarged(pixels)
+    large = enlarged(pixels)
     height, width = large.shape[:2]
     count = len(blocks) + 1
     rows, columns = -(-count // _PER_ROW), min(count, _PER_ROW)
     line = height + _HEAD + _FOOT
-    sheet = Image.new("RGB", (columns * width + (columns + 1) * _GAP, rows * line), _PAPER)
+    sheet = Image.new("RGB", (columns * width + (columns + 1) * _GAP, rows * line), PAPER)
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(13)
     tokens = grid[0] * grid[1]
@@ -81,7 +81,7 @@ def token_picture(
         middle = left + width // 2
         taken = i <= len(alive)
         head = "image" if i == 0 else f"block {blocks[i - 1]}"
-        draw.text((middle, top + _HEAD // 2), head, _INK if taken else _FAINT, font, anchor="mm")
+        draw.text((middle, top + _HEAD // 2), head, INK if taken else _FAINT, font, anchor="mm")
         top += _HEAD
         if not taken:
             draw.rectangle((left, top, left + width - 1, top + height - 1), fill=_EMPTY)
@@ -93,7 +93,7 @@ def token_picture(
             panel, left_over = greyed(large, alive[i - 1], grid), int(alive[i - 1].sum())
         sheet.paste(Image.fromarray(panel), (left, top))
         foot = f"{left_over} of {tokens} tokens"
-        draw.text((middle, top + height + _FOOT // 2), foot, _INK, font, anchor="mm")
+        draw.text((middle, top + height + _FOOT // 2), foot, INK, font, anchor="mm")
     return np.asarray(sheet)
 
 
@@ -170,11 +170,9 @@ def save_token_pictures(
     axes = figure.subplots(len(rows), columns, squeeze=False)
     heads = ["image", *(f"block {block}" for block in blocks)]
     for line, row in zip(axes, rows, strict=True):
-        large = _enlarged(row.pixels)
+        large = enlarged(row.pixels)
         panels = [large]
-        for source in row.source:
-            drawn = outlined(large, source, grid) if merging else large
-            panels.append(greyed(drawn, source >= 0, grid))
+        panels += [reduced(large, source, grid, merging=merging) for source in row.source]
         for i, (axis, panel) in enumerate(zip(line, panels, strict=True)):
             axis.imshow(panel, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
@@ -193,6 +191,21 @@ def save_token_pictures(
     for axis, head in zip(axes[0], heads, strict=True):
         axis.set_title(head, fontsize=10)
     figure.savefig(path, dpi=120)
+
+
+def reduced(
+    pixels: Pixels, source: NDArray[np.int64], grid: tuple[int, int], *, merging: bool
+) -> Pixels:
+    """The image ``(H, W, 3)`` after a decision: pruned patches greyed, merged tokens outlined.
+
+    Args:
+        pixels: the image.
+        source: ``(P,)`` the number of the token that stands for each patch, -1 for a pruned patch.
+        grid: rows and columns of tokens.
+        merging: whether to outline tokens and to give merged ones their mean colour.
+    """
+    drawn = outlined(pixels, source, grid) if merging else pixels
+    return greyed(drawn, source >= 0, grid)
 
 
 def greyed(pixels: Pixels, alive: NDArray[np.bool_], grid: tuple[int, int]) -> Pixels:
@@ -245,7 +258,7 @@ def _shaded(brightness: NDArray[np.uint8]) -> NDArray[np.str_]:
     return np.array(list(_SHADES))[brightness // 64]
 
 
-def _enlarged(pixels: Pixels) -> Pixels:
+def enlarged(pixels: Pixels) -> Pixels:
     """The image enlarged by an integer factor if its larger side is below :data:`_PANEL`."""
     factor = max(1, -(-_PANEL // max(pixels.shape[:2])))
     return pixels.repeat(factor, axis=0).repeat(factor, axis=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from tokenenv.data import ImageSource
 from tokenenv.data.labels import class_names
@@ -15,6 +16,11 @@ from tokenenv.vit.backbone import Backbone
 
 PICTURE = "tokens.png"
 """Its name in a run folder."""
+
+
+def spread(source: ImageSource, count: int) -> Tensor:
+    """Positions of ``count`` images, or of all if there are fewer, evenly over the source."""
+    return torch.linspace(0, len(source) - 1, min(count, len(source))).round().long()
 
 
 @torch.inference_mode()
@@ -30,8 +36,7 @@ def write_token_pictures(
         source: the images.
         count: number of images.
     """
-    index = torch.linspace(0, len(source) - 1, min(count, len(source))).round().long()
-    batch = source.batch(index)
+    batch = source.batch(spread(source, count))
     if not len(batch.index):
         return
     images = batch.images.to(backbone.device, backbone.dtype)
