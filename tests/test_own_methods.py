@@ -351,6 +351,9 @@ def test_runs_and_results_name_code_that_does_not_run(run: Path, hostile: dict[s
     path.write_text(json.dumps(found | {"learner": "evil.py:First", "origin": hostile}))
     assert main(["suite", "score", "kept"]) == 2  # a result has no such field
     path.write_text(json.dumps(found | {"learner": "evil.py:First"}))
+    assert main(["suite", "score", "kept"]) == 2  # it was edited
+    del found["sha256"]  # as in results of older versions
+    path.write_text(json.dumps(found | {"learner": "evil.py:First"}))
     assert main(["suite", "score", "kept"]) == 0
     assert not Path("marker").exists()
 

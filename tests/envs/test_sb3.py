@@ -94,11 +94,12 @@ def test_learners_of_another_game_are_refused() -> None:
         SB3Policy(alone, SB3VecEnv(MERGE, 2, **small(blocks=(0, 2))).envs.game)
     rewards_alone = sb3.common.vec_env.VecNormalize(envs[MERGE], norm_obs=False)
     SB3Policy(sb3.PPO("MlpPolicy", rewards_alone, device="cpu"), envs[MERGE].envs.game)
-    critic_only = sb3.DQN(
-        "MlpPolicy", gym.make(MERGE, **small(max_cycles=2)), buffer_size=10, device="cpu"
-    )
-    with pytest.raises(UserError, match="the cost of DQNPolicy is not known: train 'MlpPolicy'"):
-        SB3Policy(critic_only, gym.make(MERGE, **small(max_cycles=2)).unwrapped.game)
+    env = gym.make(MERGE, **small(max_cycles=2))
+    critic_only = sb3.DQN("MlpPolicy", env, buffer_size=10, device="cpu")
+    made = SB3Policy(critic_only, gym.make(MERGE, **small(max_cycles=2)).unwrapped.game)
+    # The network of action values, of which DQN has two hidden layers of 64.
+    layers = env.observation_space.shape[0] * 64 + 64 * 64 + 64 * int(env.action_space.n)
+    assert made.macs(torch.ones(1), torch.zeros(1)).item() == layers
 
 
 def test_learners_of_other_algorithms() -> None:
