@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,11 +12,15 @@ import pytest
 import timm
 import torch
 from command_line import QUICK
+from own_methods import METHODS
 from safetensors.torch import save_file
 from torch import nn
 
 import tokenenv.vit.digits  # noqa: F401  (registers digits_vit with timm)
+from agents.policies import POLICIES
 from tokenenv.cli.main import main
+from tokenenv.game.rules import RULES
+from tokenenv.reducers import REDUCERS
 
 # A shell starts what runs in its background deaf to Ctrl-C, which tests raise.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -83,3 +88,18 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TOKENENV_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def own_methods(elsewhere: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """``methods.py`` and ``own_module.py`` in the current folder, and registries as they were."""
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    known = [(registry, dict(registry)) for registry in (REDUCERS, POLICIES, RULES)]
+    for name in ("methods.py", "own_module.py"):
+        Path(name).write_text(METHODS)
+    yield
+    sys.modules.pop("own_module", None)
+    for registry, before in known:
+        registry.clear()
+        registry.update(before)

@@ -1,54 +1,29 @@
-"""Methods of a user's own, in files and modules: in every command, saved, loaded, and refused."""
+"""Methods of a user's own, in files and modules: in every command, saved and loaded."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import timm
 import torch
-from command_line import QUICK, evaluation, mistake
+from command_line import evaluation, mistake
 from own_methods import METHODS
-from safetensors.torch import save_file
 
-import agents
 import tokenenv
-from agents.policies import POLICIES
 from agents.policies.words import parse_policy
 from tokenenv.cli.main import main
 from tokenenv.errors import UserError
-from tokenenv.game.rules import RULES
 from tokenenv.own import load_own
 from tokenenv.reducers import REDUCERS, Reducer, register_reducer
-from tokenenv.storage import read_tensors, write_tensors
 from tokenenv.vit.digits import digits
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "own_methods")
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(autouse=True)
-def written(elsewhere: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """``methods.py`` and ``own_module.py`` in the current folder, and registries as they were."""
-    monkeypatch.setattr("sys.dont_write_bytecode", True)
-    monkeypatch.setattr("sys.path", list(sys.path))
-    known = [(registry, dict(registry)) for registry in (REDUCERS, POLICIES, RULES)]
-    for name in ("methods.py", "own_module.py"):
-        Path(name).write_text(METHODS)
-    yield
-    sys.modules.pop("own_module", None)
-    for registry, before in known:
-        registry.clear()
-        registry.update(before)
 
 
 KINDS = ("First:keep=0.5", "Left:keep=0.5", "make:keep=0.5", "ready", "Duck")
@@ -272,92 +247,6 @@ def test_registering_the_same_code_again() -> None:
         parse_policy("first:kepe=0.4", 12)
 
 
-# Artefacts of somebody else's -------------------------------------------------------------------
-@pytest.fixture
-def hostile() -> dict[str, str]:
-    """The origin of a class whose file leaves a mark when it runs."""
-    Path("evil.py").write_text(METHODS + "open('marker', 'w').close()\n")
-    digest = hashlib.sha256(Path("evil.py").read_bytes()).hexdigest()
-    return {"file": str(Path("evil.py").resolve()), "name": "First", "sha256": digest}
-
-
-def poison(path: Path, changes: dict[str, Any]) -> None:
-    tensors, config = read_tensors(path)
-    write_tensors(path, tensors, config | changes)
-
-
-def test_code_that_a_policy_names_does_not_run(
-    run: Path, hostile: dict[str, str], capfd: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copytree(run, "run")
-    assert main(["compress", "norm:keep=0.5", "--out", "fast"]) == 0
-    own, rules = {"class": "First", "origin": hostile}, {"rules": {"class": "X", "origin": hostile}}
-    for changes in (own, rules, {"class": "First", "origin": {"module": "evil", "name": "First"}}):
-        for folder in ("run", "fast"):
-            poison(Path(folder, "policy.safetensors"), {"class": "TopK"} | changes)
-        for command in (
-            "evaluate run --limit 5",
-            "evaluate fast --limit 5",
-            "bench fast run --batch 1",
-            "compare run --limit 5",
-            "compress run --out again",
-            "train rl4evit-finetune --images 60 --set batch=8 --set policy=run",
-            "suite run digits-prune-v0 --learner run",
-        ):
-            assert "is a user's own code: to run it, give trust=True" in mistake(command, capfd)
-        for load in (agents.load, tokenenv.load_compressed):
-            with pytest.raises(UserError, match="is a user's own code"):
-                load("fast")
-        with pytest.raises(UserError, match="is a user's own code"):
-            _ = tokenenv.Run.open("run").policy
-    assert not Path("marker").exists()
-    # It is what it says it is: trusted, it runs.
-    poison(Path("run/policy.safetensors"), own)
-    with pytest.raises(UserError, match="is not a policy of this version"):
-        agents.load("run", trust=True)
-    assert Path("marker").exists()
-
-
-@pytest.mark.parametrize("key", ["pretrained", "checkpoint_path", "pretrained_cfg"])
-def test_options_that_would_read_other_files(key: str) -> None:
-    """Timm would load these; older ones unpickle them."""
-    value = True if key == "pretrained" else "evil.pth"
-    tokenenv.compress("digits_vit", "norm:keep=0.5").save("fast")
-    model = tokenenv.load_backbone().model
-    tokenenv.ltm.save_ltm(tokenenv.ltm.ltm(model), "ltm")
-    for folder, name, load in (
-        ("fast", "compressed.json", tokenenv.load_compressed),
-        ("ltm", "ltm.json", tokenenv.ltm.load_ltm),
-    ):
-        load(folder)
-        path = Path(folder, name)
-        config = json.loads(path.read_text())
-        config["options"][key] = value
-        path.write_text(json.dumps(config))
-        with pytest.raises(UserError, match=f"unknown field '{key}'"):
-            load(folder)
-
-
-def test_runs_and_results_name_code_that_does_not_run(run: Path, hostile: dict[str, str]) -> None:
-    shutil.copytree(run, "run")
-    for name in ("config.json", "report.json"):
-        path = Path("run", name)
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"origin": hostile}))
-    assert tokenenv.Run.open("run").policy is not None
-    assert main(["evaluate", "run", "--limit", "5"]) == 0
-    assert main(["suite", "run", "digits-merge-v0", "--learner", "heuristic", "--out", "kept"]) == 0
-    (path,) = Path("kept/results/digits-merge-v0").iterdir()
-    found = json.loads(path.read_text())
-    path.write_text(json.dumps(found | {"learner": "evil.py:First", "origin": hostile}))
-    assert main(["suite", "score", "kept"]) == 2  # a result has no such field
-    path.write_text(json.dumps(found | {"learner": "evil.py:First"}))
-    assert main(["suite", "score", "kept"]) == 2  # it was edited
-    del found["sha256"]  # as in results of older versions
-    path.write_text(json.dumps(found | {"learner": "evil.py:First"}))
-    assert main(["suite", "score", "kept"]) == 0
-    assert not Path("marker").exists()
-
-
 def test_a_run_of_ones_own_policy_trusts_itself() -> None:
     source = (ROOT / "examples/extend/own_system.py").read_text()
     source = source.replace("    def policy(", "    def own(").replace(
@@ -377,77 +266,3 @@ def test_a_run_of_ones_own_policy_trusts_itself() -> None:
     with pytest.raises(UserError, match="holds a 'Mine' of"):
         _ = tokenenv.Run.open(run.folder).policy
     assert type(tokenenv.Run.open(run.folder, trust=True).policy).__name__ == "Mine"
-
-
-# Mistakes ---------------------------------------------------------------------------------------
-COMMANDS = ("evaluate {}", "bench {}", "compare {}", "compress {} --out fast")
-
-
-@pytest.mark.parametrize(
-    ("word", "reason"),
-    [
-        ("gone.py:First", "there is no file 'gone.py'"),
-        ("no_such_module:First", "No module named 'no_such_module'"),
-        ("methods.py:Frist", "there is no 'Frist' in it; did you mean 'First'?"),
-        ("slip.py:First", "SyntaxError: invalid syntax (slip.py, line 1)"),
-        ("lacks.py:First", "ModuleNotFoundError: No module named 'not_installed'"),
-        ("broken.py:First", "ZeroDivisionError: division by zero"),
-        ("leaves.py:First", "SystemExit: 3"),
-        ("methods.py:number", "is 5: name a subclass of tokenenv.reducers.Reducer"),
-        ("methods.py:Neither", "Neither'>: name a subclass of tokenenv.reducers.Reducer"),
-        ("methods.py:five", "'methods.py:five' makes 5: name a subclass"),
-        (
-            "methods.py:fails:keep=0.3",
-            "(LookupError: no table for this): correct it",
-        ),
-        ("methods.py:make:kepe=0.3", "unknown argument 'kepe': methods.py:make takes keep"),
-        ("methods.py:First:kepe=0.3", "methods.py:First takes blocks, keep, least"),
-        ("methods.py:First:keep=much", "keep=much is not a number"),
-        ("methods.py:First:blocks=99", "99"),
-        ("methods.py:ready:keep=0.3", "is a method already: leave ':keep=0.3' out"),
-        ("methods.py:words:name=a", "needs blocks=..."),
-        ("methods.py:Needy", "needs ratio=..."),
-        ("methods.py:Needy:ratio=1,table=x", "table can't be given as a word"),
-        ("methods.py:Loose:keep=0.3", "field 'keep' that can't be set: write @dataclass(frozen"),
-    ],
-)
-def test_one_line_with_the_reason_before_any_weights(
-    word: str, reason: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    Path("slip.py").write_text("def First(:")
-    Path("lacks.py").write_text("import not_installed")
-    Path("broken.py").write_text("1 / 0")
-    Path("leaves.py").write_text("raise SystemExit(3)")
-    for command in COMMANDS:
-        # The weights are missing too; what is wrong with WHAT comes first.
-        assert reason in mistake(command.format(word) + " --weights gone.safetensors", capfd)
-
-
-@pytest.mark.parametrize("what", ["tome:r=x", "tom:r=4", "evit:kepe=1", "gone/run"])
-def test_what_is_checked_before_weights(what: str, capfd: pytest.CaptureFixture[str]) -> None:
-    for command in COMMANDS:
-        error = mistake(command.format(what) + " --weights gone.safetensors", capfd)
-        assert f"'{what}'" in error and "gone.safetensors" not in error
-
-
-@pytest.mark.parametrize(
-    ("word", "line"),
-    [("broken.py:First", "return 1 / 0"), ("late.py:make", "return 2 / 0")],
-)
-def test_the_traceback_shows_ones_own_line(
-    word: str, line: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    Path("broken.py").write_text("def f():\n    return 1 / 0\n\nf()\n")
-    Path("late.py").write_text("def make():\n    return 2 / 0\n")
-    assert main(["--traceback", "evaluate", word]) == 2
-    error = capsys.readouterr().err
-    assert line in error and f'{word.partition(":")[0]}", line 2, in ' in error
-    assert "ZeroDivisionError: division by zero" in error
-    assert error.splitlines()[-1].startswith(f"tokenenv: '{word}'")
-
-
-def test_weights_without_a_model(capfd: pytest.CaptureFixture[str]) -> None:
-    save_file(timm.create_model("digits_vit_16").state_dict(), "large.safetensors")
-    for command in (*(each.format("methods.py:First") for each in COMMANDS), QUICK):
-        error = mistake(f"{command} --weights large.safetensors", capfd)
-        assert "no --model was given, so they were read for 'digits_vit'" in error
