@@ -27,7 +27,6 @@ from tokenenv.cli.options import positive
 from tokenenv.errors import run_script
 from tokenenv.game.cost import Cost
 from tokenenv.game.policy import play
-from tokenenv.measure.evaluation import macs_of
 from tokenenv.reducers import DiffRate
 
 
@@ -55,7 +54,7 @@ class Search:
         assert episode.logits is not None
         log_probs = F.log_softmax(episode.logits.float(), -1)
         damage = F.kl_div(log_probs, self.dense, reduction="batchmean", log_target=True)
-        macs = macs_of(episode, policy, self.cost).mean().item()
+        macs = self.cost.of(episode, policy).mean().item()
         return Outcome(damage.item(), 1 - macs / self.cost.dense())
 
     def run(self, saving: float, step: int) -> DiffRate:

@@ -12,6 +12,7 @@ from agents.policies.heuristics import keep_highest
 from tokenenv.artefact import check_annotated
 from tokenenv.errors import UserError
 from tokenenv.game.checks import check_keep
+from tokenenv.game.cost import linear_macs
 from tokenenv.game.policy import Policy
 from tokenenv.game.rules import Observation, TokenPrune
 from tokenenv.game.rules.features import mean_over
@@ -115,8 +116,7 @@ class DynamicViTPolicy(nn.Module, Policy):
 
     def macs(self, agents: Tensor, removed: Tensor) -> Tensor:
         """Multiply-adds of one decision, see :meth:`tokenenv.Policy.macs`."""
-        layers = [m for m in self.predictors[0].modules() if isinstance(m, nn.Linear)]
-        return agents * sum(layer.in_features * layer.out_features for layer in layers)
+        return agents * linear_macs(self.predictors[0])
 
     def check_fit(self, backbone: Backbone, name: str) -> None:
         """Raise :class:`UserError` unless the policy reads tokens of the model's width."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tokenenv.errors import UserError
 from tokenenv.game import Game
+from tokenenv.game.cost import linear_macs
 from tokenenv.game.policy import Policy
 from tokenenv.game.rules import Observation
 
@@ -80,8 +81,7 @@ class SB3Policy(Policy):
             )
         self.rules, self._learner = rules, learner
         self.trained_on = game.backbone.architecture
-        layers = [m for part in _acting(learner.policy) for m in part.modules()]
-        self._macs = sum(m.weight.numel() for m in layers if isinstance(m, nn.Linear))
+        self._macs = linear_macs(*_acting(learner.policy))
         self._masks = "action_masks" in inspect.signature(learner.predict).parameters
 
     def act(self, observation: Observation) -> Tensor:

@@ -147,7 +147,8 @@ def test_from_how_many_tokens_on_a_decision_pays(clock: FakeClock) -> None:
     table = LatencyTable.measure(backbone(), 1, budget=0, clock=clock)
     decisions = measure_decisions(backbone(), table, method, budget=0, clock=clock)
     cost = TimeCost(backbone(), table, decisions)
-    first, second = break_even(cost, method, (FULL, FULL - 4))
+    first, second = break_even(cost, method)
+    assert (first.tokens, second.tokens) == (FULL, FULL - 4)
     # After the attention of block 1: its MLP, blocks 2 to 4, and the last part.
     each = FEED + (DEPTH - 3) * (ATTEND + FEED) + FINISH
     takes = (DECIDE + READ) * FULL

@@ -18,7 +18,6 @@ from tokenenv.game.cost import Cost
 from tokenenv.game.episode import Episode
 from tokenenv.game.policy import play
 from tokenenv.measure import watching
-from tokenenv.measure.evaluation import macs_of
 
 GRID = (4, 4)
 
@@ -84,7 +83,7 @@ def test_savings_start_at_none_and_end_at_those_of_the_evaluation(what: str) -> 
             saved.append(watching._saved(episode, method, cost))
     assert saved[0].abs().max() < 1e-9
     assert (saved[1] > 0).all() and (saved[2] > saved[1]).all()
-    macs = macs_of(play(model, method, images), method, cost)
+    macs = cost.of(play(model, method, images), method)
     torch.testing.assert_close(saved[2], 100 * (1 - macs / cost.dense()))
 
 

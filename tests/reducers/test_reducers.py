@@ -23,7 +23,6 @@ from tokenenv import UserError, load_backbone, open_source
 from tokenenv.game.cost import Cost
 from tokenenv.game.episode import EXECUTIONS, Episode
 from tokenenv.game.policy import play
-from tokenenv.measure.evaluation import macs_of
 from tokenenv.reducers import ATS, DiffRate, EViT, PiToMe, Reducer, ZeroTPrune
 from tokenenv.vit import reduction
 from tokenenv.vit.attention import matrix
@@ -293,7 +292,7 @@ def test_closed_form_agrees_with_torchs_counter(kind: str) -> None:
         policy = parse_policy(spec, backbone.depth)
         episode = run(backbone, spec, image, "padded")
         counted = executed_macs(lambda policy=policy: play(backbone, policy, image, "padded"))
-        assert macs_of(episode, policy, cost).item() == pytest.approx(counted, rel=1e-9), spec
+        assert cost.of(episode, policy).item() == pytest.approx(counted, rel=1e-9), spec
 
 
 def test_the_whole_attention_is_that_of_the_class_row_and_of_torch() -> None:

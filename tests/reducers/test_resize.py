@@ -61,7 +61,7 @@ def test_it_is_timms_model_of_that_size(kind: str, execution: str) -> None:
     assert (episode.logits - dense).abs().max() > 1e-3
     assert_close(dict(backbone.model.state_dict()), dict(state), rtol=0, atol=0)
     counted = measured_macs(lambda: play(backbone, policy, images[:1], "padded"))
-    macs = evaluation.macs_of(episode, policy, Cost(backbone))
+    macs = Cost(backbone).of(episode, policy)
     assert macs.tolist() == [pytest.approx(counted, rel=1e-9)] * 3
 
 

@@ -19,7 +19,7 @@ import agents
 from tokenenv import Backbone, UserError
 from tokenenv.game.cost import Cost, measured_macs
 from tokenenv.game.episode import EXECUTIONS
-from tokenenv.measure.evaluation import macs_of, play
+from tokenenv.measure.evaluation import play
 from tokenenv.vit import blocks, families, layout
 from tokenenv.vit.families import family_of, register_family
 from tokenenv.vit.families.vision_transformer import VisionTransformerFamily
@@ -148,7 +148,7 @@ def test_the_cost_is_what_is_executed(both: None, kind: type[nn.Module]) -> None
     with torch.no_grad():
         episode = play(backbone, tome, images(1), "padded")
         counted = measured_macs(lambda: play(backbone, tome, images(1), "padded"))
-    assert macs_of(episode, tome, cost).item() == pytest.approx(counted, rel=1e-9)
+    assert cost.of(episode, tome).item() == pytest.approx(counted, rel=1e-9)
     assert counted < 0.9 * cost.dense()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,26 +34,21 @@ class BreakEven:
         return self.least is not None and removed >= self.least
 
 
-def break_even(
-    cost: TimeCost, reduction: Reduction, tokens: Sequence[int] | None = None
-) -> list[BreakEven]:
+def break_even(cost: TimeCost, reduction: Reduction) -> list[BreakEven]:
     """For each decision what it takes and from how many removed tokens on it pays.
 
-    A removed token saves time in all later halves of blocks and in the head; what later decisions
-    take is left out.
+    The tokens before it are the most that the method left there when it was timed. A removed token
+    saves time in all later halves of blocks and in the head; what later decisions take is left out.
 
     Args:
         cost: the predicted times of the method.
         reduction: the method's reduction.
-        tokens: tokens per image before each decision, prefix included; None: the most that the
-            method left there when it was timed.
     """
     backbone, blocks = cost.backbone, reduction.blocks
     full = backbone.prefix + backbone.patches
     found = []
     for step, block in enumerate(blocks):
-        timed = round(cost.decisions[step].tokens[-1]) if step in cost.decisions else full
-        count = timed if tokens is None else tokens[step]
+        count = round(cost.decisions[step].tokens[-1]) if step in cost.decisions else full
         takes = float(cost.decision_seconds(step, torch.tensor(float(count))))
         left = torch.arange(count, backbone.prefix, -1)
         rest = remaining_seconds(cost, block, reduction.between, left)

@@ -71,8 +71,8 @@ class Cost(Costs):
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
         layers = [backbone.family.linear_layers(i) for i in range(backbone.depth)]
-        self._attention_linear = [_linear_macs(attention) for attention, _ in layers]
-        self._mlp_linear = [_linear_macs(mlp) for _, mlp in layers]
+        self._attention_linear = [linear_macs(*attention) for attention, _ in layers]
+        self._mlp_linear = [linear_macs(*mlp) for _, mlp in layers]
         self._attention = [2 * backbone.attention_dim(i) for i in range(backbone.depth)]
         self._embed, head = self._measure_ends()
         self._head, self._head_slope = head
@@ -155,6 +155,7 @@ class Cost(Costs):
         return total
 
 
-def _linear_macs(layers: Sequence[nn.Linear]) -> int:
-    """Multiply-adds of linear layers per token."""
+def linear_macs(*parts: nn.Module) -> int:
+    """Multiply-adds of all linear layers in some modules, per row of their input."""
+    layers = (layer for part in parts for layer in part.modules() if isinstance(layer, nn.Linear))
     return sum(layer.in_features * layer.out_features for layer in layers)

@@ -250,9 +250,9 @@ class Game:
                 raise UserError(
                     f"the snapshot is of a game with another {name}: build this one alike"
                 )
-        on_reset = self.on_reset
+        values = _separate(snapshot.values) | {"on_reset": self.on_reset}
         vars(self).clear()
-        vars(self).update(_separate(snapshot.values), on_reset=on_reset)
+        vars(self).update(values)
 
     @property
     def counts(self) -> tuple[Tensor, ...]:

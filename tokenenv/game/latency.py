@@ -273,6 +273,9 @@ def measure_decisions(
         for step, block in enumerate(reduction.blocks)
     }
     halves = {"attend": 0, "feed": 1, "finish": 0}
+    # Half 2 b is the attention of block b, half 2 b + 1 its MLP. What an attention takes beyond the
+    # dense model's is put to the decision that reads it, or, where it only weighs merged tokens by
+    # their size, to the decision before.
     for events in time_rounds(backbone, method, table.batch, budget, clock):
         extra, found, last = 0.0, dict[int, list[float]](), None
         for event in events:

@@ -19,7 +19,6 @@ from tokenenv.measure.evaluation import (
     Evaluation,
     evaluate,
     evaluate_model,
-    macs_of,
     model_macs,
 )
 from tokenenv.vit.backbone import Backbone
@@ -120,7 +119,7 @@ class MethodCandidate:
         counted, macs, counts = copy.deepcopy(self.method), [], []
         for part in images.split(_COUNTED):
             episode = play(backbone, counted, part)
-            macs.append(macs_of(episode, counted, cost))
+            macs.append(cost.of(episode, counted))
             counts.append(torch.stack([*episode.attended, *episode.fed]))
         means = torch.cat(counts, 1).double().mean(1).round().int().tolist()
         attended, fed = means[: len(means) // 2], means[len(means) // 2 :]

@@ -24,17 +24,6 @@ from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.dense import Dense
 
 
-def macs_of(episode: Episode, method: Method, cost: Cost) -> Tensor:
-    """``(B,)`` multiply-adds of each image of a finished episode, decisions included.
-
-    Args:
-        episode: as :func:`~tokenenv.game.policy.play` returned it.
-        method: the method that was played.
-        cost: the cost of the model that was passed to :func:`~tokenenv.game.policy.play`.
-    """
-    return cost.of(episode, method)
-
-
 @dataclass
 class Evaluation:
     """Predictions and costs of every image of a set; :meth:`report` summarises them.
@@ -166,7 +155,7 @@ def evaluate(
         lengths = torch.stack(episode.fed, 1).cpu() - backbone.prefix
         if cost is not None:
             costs.append(cost.of(episode, policy).cpu())
-        return _Outcome(episode.logits, macs_of(episode, policy, macs).cpu(), lengths)
+        return _Outcome(episode.logits, macs.of(episode, policy).cpu(), lengths)
 
     found = _side_by_side(
         lambda images: play(backbone, policy, images, execution),

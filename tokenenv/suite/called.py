@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from agents.policies.sb3 import SB3Policy
 from tokenenv.errors import UserError
 from tokenenv.game import Game
+from tokenenv.game.cost import linear_macs
 from tokenenv.game.episode import Episode
 from tokenenv.game.policy import Policy
 
@@ -102,7 +103,7 @@ def policy_from(trained: Any, game: Game, *, macs: float | None = None) -> Polic
     if not callable(call):
         raise UserError(f"{trained!r:.60} can't be called: give a function of the observations")
     if macs is None and isinstance(trained, nn.Module):
-        macs = float(_linear_macs(trained))
+        macs = float(linear_macs(trained))  # a critic that hangs on the actor counts, too
     if not macs:
         raise UserError(
             f"the cost of {type(trained).__name__} is not known: give macs=, the multiply-adds of "
@@ -122,8 +123,3 @@ def _one_by_one(learner: Any) -> Callable[[Tensor], Tensor]:
         return torch.as_tensor(actions).long().reshape(shown.shape[:-1])
 
     return call
-
-
-def _linear_macs(module: nn.Module) -> int:
-    """Weights of all linear layers; a critic that hangs on the actor counts, too."""
-    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))

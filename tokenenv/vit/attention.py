@@ -83,11 +83,8 @@ def class_row(score: Tensor, width: int, mask: Tensor | None) -> Tensor:
     Returns:
         ``(B, N)`` float32.
     """
-    score = score * width**-0.5
-    if mask is not None:
-        mask = mask[:, 0, 0, :, None]
-        score = score.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else score + mask
-    return score.softmax(1).mean(2)
+    mask = None if mask is None else mask[:, 0, 0, :, None]
+    return _weights(score, width, mask, dim=1).mean(2)
 
 
 def matrix(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
@@ -105,11 +102,14 @@ def matrix(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     return _weights(torch.einsum("bnhd,bmhd->bhnm", q, k), q.shape[-1], mask)
 
 
-def _weights(score: Tensor, width: int, mask: Tensor | None) -> Tensor:
-    """Softmax attention, float32, from dot products ``(B, heads, queries, N)``."""
+def _weights(score: Tensor, width: int, mask: Tensor | None, dim: int = -1) -> Tensor:
+    """Softmax attention, float32, from dot products whose dimension ``dim`` is that of the keys.
+
+    ``mask``: as for :func:`padded`, but of a shape that fits ``score``.
+    """
     score = score.float() * width**-0.5
     if mask is not None and mask.dtype == torch.bool:
         score = score.masked_fill(~mask, -torch.inf)
     elif mask is not None:
         score = score + mask
-    return score.softmax(-1)
+    return score.softmax(dim)

@@ -7,14 +7,15 @@ which takes longer than a small product itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from tokenenv.vit.kept import kept
 
 ROWS = 2048
 """Rows that a part of a block takes at a time on a CPU, so that they stay in its caches."""
@@ -140,7 +141,7 @@ def arrange(lengths: Sequence[int], device: torch.device, most: int | None = Non
     """
     if len(lengths) == 1:
         if most is not None:
-            return _kept(_alone, lengths[0], min(recurring(lengths[0]), most), device)
+            return kept(_alone, lengths[0], min(recurring(lengths[0]), most), device)
         return evenly(1, lengths[0], device)
     need = list(lengths) if most is None else [min(-(-n // 8) * 8, most) for n in lengths]
     order = sorted(range(len(need)), key=need.__getitem__, reverse=True)
@@ -209,7 +210,7 @@ def _alone(count: int, rows: int, device: torch.device) -> Packing:
 
 def evenly(images: int, length: int, device: torch.device) -> Packing:
     """The packing of images of equal length: their padded layout, as rows."""
-    return _kept(_evenly, images, length, device, ROWS)
+    return kept(_evenly, images, length, device, ROWS)
 
 
 def _evenly(images: int, length: int, device: torch.device, most: int) -> Packing:
@@ -218,19 +219,6 @@ def _evenly(images: int, length: int, device: torch.device, most: int) -> Packin
     portions = tuple(_portions(whole, most, False, device))
     alive = torch.ones((), dtype=torch.bool, device=device).expand(images, length)
     return Packing((length,) * images, whole, portions, first, images * length, alive)
-
-
-def _kept(make: Callable[..., Packing], *arguments: Any) -> Packing:
-    """A packing that was made before for these arguments; nothing writes into its tensors."""
-    if torch.compiler.is_compiling():  # tensors made while torch traces must not be cached
-        return make(*arguments)
-    return _once(make, *arguments)
-
-
-@lru_cache(maxsize=1024)
-def _once(make: Callable[..., Packing], *arguments: Any) -> Packing:
-    with torch.inference_mode(False):  # autograd can't save tensors made in that mode
-        return make(*arguments)
 
 
 def _places(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tokenenv.vit.backbone import Context
+from tokenenv.vit.kept import kept
 from tokenenv.vit.reduction import normalised
 from tokenenv.vit.tokens import Tokens
 
@@ -53,42 +52,26 @@ def redundancy(tokens: Tokens, context: Context) -> Tensor:
 
 
 def whole_numbers(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """``(n,)`` int64, cached on the device, because each copy from the host would synchronise."""
-    if torch.compiler.is_compiling():  # tensors made while torch traces must not be cached
-        return torch.tensor(values, device=device)
-    return _kept_whole_numbers(values, device)
+    """``(n,)`` int64, kept on the device, because each copy from the host would synchronise."""
+    return kept(_whole_numbers, values, device)
 
 
-@cache
-def _kept_whole_numbers(values: tuple[int, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # autograd can't save tensors made in that mode
-        return torch.tensor(values, dtype=torch.int64, device=device)
+def _whole_numbers(values: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=device)
 
 
 def one_hots(count: int, device: torch.device) -> Tensor:
-    """``(count, count)`` float32 identity, cached on the device."""
-    if torch.compiler.is_compiling():  # tensors made while torch traces must not be cached
-        return torch.eye(count, device=device)
-    return _kept_one_hots(count, device)
+    """``(count, count)`` float32 identity, kept on the device."""
+    return kept(_one_hots, count, device)
 
 
-@cache
-def _kept_one_hots(count: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # autograd can't save tensors made in that mode
-        return torch.eye(count, device=device)
+def _one_hots(count: int, device: torch.device) -> Tensor:
+    return torch.eye(count, device=device)
 
 
 def position_code(grid: tuple[int, int], device: torch.device) -> Tensor:
     """``(P, 8)`` sine and cosine of row and column at two wavelengths, row-major patches."""
-    if torch.compiler.is_compiling():  # tensors made while torch traces must not be cached
-        return _position_code(grid, device)
-    return _kept_position_code(grid, device)
-
-
-@cache
-def _kept_position_code(grid: tuple[int, int], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # autograd can't save tensors made in that mode
-        return _position_code(grid, device)
+    return kept(_position_code, grid, device)
 
 
 def _position_code(grid: tuple[int, int], device: torch.device) -> Tensor:
