@@ -83,6 +83,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
 
         monkeypatch.setattr(Backbone, part, timed)
 
+    def through(self: Backbone, block: int, tokens: Tokens, *, proportional: bool = False) -> Tokens:
+        return self.feed(block, self.attend(block, tokens, proportional=proportional)[0])
+
+    # Inside a whole block its halves are not called.
+    monkeypatch.setattr(Backbone, "through", through)
     for part, each in (("embed", EMBED), ("attend", ATTEND), ("feed", FEED), ("finish", FINISH)):
         takes(part, each)
     return made

@@ -81,7 +81,7 @@ class Episode:
     ) -> None:
         check_choice("execution", execution, Execution)
         if not torch.compiler.is_compiling():
-            hooks.warn_of_unheard(backbone.model, backbone.blocks)
+            backbone.warn_of_unheard()
             if backbone.watched:  # hooks expect (B, N, D), and all blocks to run
                 execution, only_logits = "padded" if execution == "packed" else execution, False
         tokens = backbone.embed(images, trace=reduction.traces or not only_logits)
@@ -185,16 +185,19 @@ class Episode:
         if decisions_left and reduction.between:
             stop += 1
         short = self._short and not decisions_left and self._half <= stop - 2
-        for half in range(self._half, stop - 2 if short else stop):
+        end, half = stop - 2 if short else stop, self._half
+        while half < end:
             block, mlp = divmod(half, 2)
+            if self._short and not mlp and half + 2 <= end and self._ran_whole(block):
+                half += 2
+                continue
             if not mlp:
                 self._given = hooks.entering(backbone.blocks[block], self.tokens.x)
             self.tokens, context = self._run(half, self.tokens)
+            half += 1
             if mlp:
                 hooks.leaving(backbone.blocks[block], self._given, self.tokens.x)
-                if self.after_block is not None:
-                    self.after_block(block, self.tokens)
-                self.fed.append(self._count)
+                self._fed(block)
             else:
                 self._context = context
                 self.attended.append(self._count)
@@ -212,6 +215,21 @@ class Episode:
             self.moment = Moment(self.tokens, self.step, self._context, self.counts, match)
         else:
             self.logits = backbone.classify(self.tokens)
+
+    def _ran_whole(self, block: int) -> bool:
+        """Run a block as a whole, unless something reads its attention; whether it ran."""
+        wants = {name for name, wanted in self.reduction.wants(block).items() if wanted}
+        if wants - {"proportional"}:
+            return False
+        self.tokens = self.backbone.through(block, self.tokens, proportional=bool(wants))
+        self.attended.append(self._count)
+        self._fed(block)
+        return True
+
+    def _fed(self, block: int) -> None:
+        if self.after_block is not None:
+            self.after_block(block, self.tokens)
+        self.fed.append(self._count)
 
     def _in_float32(self, decide: Callable[[], R]) -> R:
         device = self.tokens.x.device.type

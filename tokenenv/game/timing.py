@@ -136,6 +136,11 @@ class Stopwatch(Backbone):
         self._note("attend", block, start, tokens)
         return found
 
+    def through(self, block: int, tokens: Tokens, *, proportional: bool = False) -> Tokens:
+        """A block in its two halves, each with its own time."""
+        tokens, _ = self.attend(block, tokens, proportional=proportional)
+        return self.feed(block, tokens)
+
     def feed(self, block: int, tokens: Tokens) -> Tokens:
         """As the backbone's."""
         start = self._now()

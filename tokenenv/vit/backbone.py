@@ -240,6 +240,25 @@ class Backbone(Dense):
         b = self.blocks[block]
         return tokens.with_x(self._run(lambda now: blocks.feed(self._parts, b, now), tokens))
 
+    def through(self, block: int, tokens: Tokens, *, proportional: bool = False) -> Tokens:
+        """Block ``block`` as a whole, :meth:`attend` and :meth:`feed` of it.
+
+        Args:
+            block: 0-based index.
+            tokens: tokens before the block.
+            proportional: as for :meth:`attend`.
+        """
+        if not (tokens.ragged or (proportional and tokens.merged) or torch.is_grad_enabled()):
+            x = blocks.through(self._parts, self.blocks[block], tokens)
+            if x is not None:
+                return tokens.with_x(x)
+        tokens, _ = self.attend(block, tokens, proportional=proportional)
+        return self.feed(block, tokens)
+
+    def warn_of_unheard(self) -> None:
+        """Warn of hooks that no stage can call, see :func:`tokenenv.vit.hooks.warn_of_unheard`."""
+        self._watch.warn_of_unheard(self.model, self.blocks)
+
     def _run(self, part: Callable[[Tokens], R], tokens: Tokens) -> R:
         """A part of a block; of a checkpointed model, what it computes is not kept for autograd."""
         if not (torch.is_grad_enabled() and self.family.checkpointed):

@@ -116,7 +116,7 @@ def attend(
     """
     small, packing = not _in_portions(parts, block, tokens), tokens.packing
     if small and packing is not None and packing.even:  # the padded layout, as rows
-        x = tokens.x.view(len(packing.lengths), packing.longest, -1)
+        x = packing.unpack(tokens.x)
         apart = _attend_padded(parts, block, x, bias, want, drop)
         rows: Any = (None if each is None else each.flatten(0, 1) for each in apart)
         return Attended(*rows)
@@ -181,13 +181,14 @@ def attend_prefix(parts: Parts, block: Any, tokens: Tokens, bias: Tensor | None)
         ``(B, prefix, D)``.
     """
     packing, prefix = tokens.packing, tokens.prefix
-    if packing is None:
-        h, q, k, v = parts.enter(block, tokens.x)
+    small = not _in_portions(parts, block, tokens)
+    if packing is None or (small and packing.even):
+        x = tokens.x if packing is None else packing.unpack(tokens.x)
+        h, q, k, v = parts.enter(block, x)
         out = attention.padded(q[:, :prefix], k, v, bias)
-        return parts.leave(block, tokens.x[:, :prefix], h[:, :prefix], out)
+        return parts.leave(block, x[:, :prefix], h[:, :prefix], out)
     added = _Bias(packing.hidden if bias is None else bias, bias is not None)
     found: list[tuple[Tensor, ...]] = []
-    small = not _in_portions(parts, block, tokens)
     for portion in (packing.whole,) if small else packing.portions:
         x = tokens.x[portion.start : portion.start + portion.rows]
         h, q, k, v = parts.enter(block, x)
@@ -239,6 +240,25 @@ def feed(parts: Parts, block: Any, tokens: Tokens) -> Tensor:
     )
 
 
+def through(parts: Parts, block: Any, tokens: Tokens) -> Tensor | None:
+    """A block on images of equal length without mask: :func:`attend` and :func:`feed` in one.
+
+    Nothing is read of its attention, which spares a tenth of the time of one image.
+
+    Returns:
+        The shape of ``tokens.x``; None where the block has to run in portions, or in ``train``
+        mode, where attention weights are dropped.
+    """
+    if block.training or _in_portions(parts, block, tokens):
+        return None
+    x, packing = tokens.x, tokens.packing
+    if packing is not None:
+        x = packing.unpack(x)
+    h, q, k, v = parts.enter(block, x)
+    x = parts.feed(block, parts.leave(block, x, h, attention.padded(q, k, v, None)))
+    return x if packing is None else x.flatten(0, 1)
+
+
 _NUMBERS = 2**17
 """A batch of fewer numbers is not split on a CPU."""
 
@@ -251,12 +271,15 @@ def _in_portions(parts: Parts, block: Any, tokens: Tokens) -> bool:
     portion it stays in the caches. Not in training: stochastic depth draws per image, and the
     autograd graph would keep all that memory anyway. Nor where hooks look: they expect the batch.
     """
-    rows = tokens.rows
-    if parts.compiled or rows.device.type != "cpu" or block.training:
+    x = tokens.x
+    if parts.compiled or x.device.type != "cpu" or block.training:
         return False
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    return len(rows) > layout.ROWS and rows.numel() > _NUMBERS and not watched([block])
+    numbers = x.numel()
+    if numbers <= _NUMBERS or numbers <= layout.ROWS * x.shape[-1]:
+        return False
+    return not watched([block])
 
 
 def _padded_portions(tokens: Tokens, mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:

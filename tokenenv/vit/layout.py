@@ -120,7 +120,8 @@ class Packing:
         """``(R, ...)`` -> ``(B, N, ...)``; a view where possible."""
         shape = (len(self.lengths), self.longest)
         if self.row is None:
-            return values[: shape[0] * shape[1]].unflatten(0, shape)
+            used = shape[0] * shape[1]
+            return (values if len(values) == used else values[:used]).unflatten(0, shape)
         return values.index_select(0, self.row.flatten()).unflatten(0, shape)
 
     @property
