@@ -18,7 +18,15 @@ from agents.systems import SYSTEMS
 from tokenenv.cli.main import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/training.md", "docs/methods.md")
+PAGES = (
+    "README.md",
+    "docs/commands.md",
+    "docs/extending.md",
+    "docs/games.md",
+    "docs/methods.md",
+    "docs/suite.md",
+    "docs/training.md",
+)
 
 
 def text(page: str) -> str:
@@ -155,6 +163,4 @@ def test_what_the_changelog_says_is_imported_now_can_be() -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     links = re.findall(r"\]\(([^)#]+)\)", text(page))
-    assert (
-        links and [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
-    )
+    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
