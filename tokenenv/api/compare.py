@@ -16,10 +16,12 @@ from tqdm import tqdm
 from agents.policies.words import plain
 from tokenenv.api.opening import Opened, each_once, open_candidates
 from tokenenv.data import ImageSource, Preprocessing, open_source
+from tokenenv.data.labels import class_names
 from tokenenv.errors import UserError, check_keywords
 from tokenenv.game.checks import MOST_IMAGES, MOST_ROUNDS, check_whole
 from tokenenv.machine import describe_machine
 from tokenenv.measure.candidate import Candidate
+from tokenenv.measure.classes import class_rows, classes_csv
 from tokenenv.measure.comparison import (
     Comparison,
     Row,
@@ -31,11 +33,14 @@ from tokenenv.measure.comparison import (
     tuning,
 )
 from tokenenv.measure.evaluation import Evaluation, dense_predictions
+from tokenenv.measure.latex import latex
 from tokenenv.measure.opening import named_model, text
 from tokenenv.measure.pareto import picture
 from tokenenv.measure.printing import report_skipped
 from tokenenv.measure.speed import DENSE, Speed, bench, pool_size, timings
 from tokenenv.measure.state import Memory, State, conditions
+from tokenenv.page.data import page_of_comparison
+from tokenenv.page.html import write_page
 from tokenenv.paths import as_path
 from tokenenv.storage import own_folder, write_bytes, write_json
 
@@ -72,8 +77,9 @@ def compare(
         limit: see :func:`tokenenv.evaluate`.
         batch: batch sizes to time; empty: nothing is timed.
         rounds: number of timings of each method.
-        out: a folder for ``table.md``, ``table.csv``, ``table.json``, ``pareto.png`` and the state
-            to continue from; None: no file is written.
+        out: a folder for ``table.md``, ``.csv``, ``.json`` and ``.tex``, ``classes.csv``,
+            ``pareto.png``, ``report.html`` and the state to continue from; None: no file is
+            written.
         device: see :func:`tokenenv.evaluate`.
         dtype: see :func:`tokenenv.evaluate`.
         preprocessing: see :func:`tokenenv.evaluate`.
@@ -87,7 +93,7 @@ def compare(
     check_whole("rounds", rounds, 1, MOST_ROUNDS + 1)
     if limit is not None:
         check_whole("limit", limit, 1)
-    whats = each_once(itertools.chain.from_iterable(map(_each, what)))
+    whats = each_setting(what)
     folder = None if out is None else as_path(out, "out")
     place = contextlib.nullcontext() if folder is None else own_folder(folder)
     with place:  # before minutes of work
@@ -106,7 +112,7 @@ def compare(
         )
         print(f"preprocessing: {source.preprocessing}")
         print(_HEADER)
-        work = _Work(opened, source, state, rounds, batches)
+        work = Work(opened, source, state, rounds, batches)
         try:
             work.evaluate()
             report_skipped(source)
@@ -122,6 +128,11 @@ def compare(
     return comparison
 
 
+def each_setting(what: Sequence[Any]) -> list[Any]:
+    """The methods named, each once, with sweeps as their single settings."""
+    return each_once(itertools.chain.from_iterable(map(_each, what)))
+
+
 def _each(what: Any) -> list[Any]:
     """The settings of a sweep, with folders in normal form; any other object alone."""
     return [plain(one) for one in expand(what)] if isinstance(what, str) else [what]
@@ -134,10 +145,13 @@ def _write(comparison: Comparison, folder: Path | None) -> None:
     write_bytes(folder / "table.md", comparison.as_markdown().encode())
     write_bytes(folder / "table.csv", comparison.as_csv().encode())
     write_json(folder / "table.json", comparison.to_dict())
+    write_bytes(folder / "table.tex", latex(comparison).encode())
+    write_bytes(folder / "classes.csv", classes_csv(comparison.classes).encode())
     write_bytes(folder / "pareto.png", picture(comparison))
+    write_page(folder / "report.html", page_of_comparison(comparison))
 
 
-class _Work:
+class Work:
     """A comparison in progress.
 
     Attributes:
@@ -250,6 +264,7 @@ class _Work:
             model.name,
             self.source.name,
             timing if self.times else "",
+            class_rows(self.done, class_names(self.opened.dense.model)),
         )
 
     def _rows(self, speeds: dict[str, list[Speed]] | None = None) -> list[Row]:

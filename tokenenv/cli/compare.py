@@ -23,10 +23,10 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
         help="evaluate and time many methods on the same images: tables and a Pareto picture",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Evaluate methods and runs on one model and the same images, then time them "
-        "in turns.\nA bar separates the values of a sweep. Writes table.md, table.csv, table.json "
-        "and pareto.png.\n\nCtrl-C keeps the finished rows, and the same command continues with "
-        "the rest. A later command\nwith the same --out may name further methods; finished rows "
-        "are not evaluated again.",
+        "in turns.\nA bar separates the values of a sweep. Writes table.md, .csv, .json and .tex, "
+        "classes.csv, pareto.png\nand report.html, a page for a browser.\n\nCtrl-C keeps the "
+        "finished rows, and the same command continues with the rest. A later command\nwith the "
+        "same --out may name further methods; finished rows are not evaluated again.",
         epilog="examples:\n  tokenenv compare 'tome:r=2|4|6|8' 'norm:keep=0.9|0.7|0.5'\n"
         "  tokenenv compare 'tome:r=4|8|12' 'cls-attention:keep=0.9|0.7,blocks=3/6/9|2/5/8' "
         "dora-deit_tiny\n      'dora-strict-deit_tiny:threshold=0.4|0.6' --data imagenet/val "
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     for method, covered in comparison.covered().items():
         print(f"  {method:46}{covered:8.2f}")
     print(
-        f"the tables are in {args.out}/table.md, .csv and .json, the picture in "
-        f"{args.out}/pareto.png"
+        f"the tables are in {args.out}/table.md, .csv, .json and .tex, the picture in "
+        f"{args.out}/pareto.png, all of it in {args.out}/report.html"
     )
     return 0

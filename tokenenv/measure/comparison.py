@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tokenenv.errors import UserError
+from tokenenv.measure.classes import ClassRow
 from tokenenv.measure.evaluation import Evaluation
 from tokenenv.measure.paired import Difference
 from tokenenv.measure.speed import DENSE, Speed
@@ -165,12 +166,14 @@ class Comparison:
         model: name of the dense model.
         data: name of the images.
         timing: device, precision, threads and rounds of the timing; empty if nothing was timed.
+        classes: the same images class by class.
     """
 
     rows: list[Row]
     model: str
     data: str
     timing: str = ""
+    classes: list[ClassRow] = field(default_factory=list)
 
     @property
     def dense(self) -> Row:
@@ -199,6 +202,7 @@ class Comparison:
             "timing": self.timing,
             "note": "1 MAC = 1 FLOP, policy included; percent and percentage points",
             "rows": [asdict(row) | {"pareto": row.what in front} for row in self.rows],
+            "classes": [each.to_dict() for each in self.classes],
             "hypervolume": {
                 "reference": {"saved": 0.0, "top1": self.dense.top1 - TOLERATED},
                 "percent": self.covered(),
