@@ -26,7 +26,10 @@ from tokenenv.measure import speed as bench
 from tokenenv.measure.candidate import MethodCandidate
 from tokenenv.vit.digits import WEIGHTS
 
-FILES = {"table.md", "table.csv", "table.json", "pareto.png", "state"}
+FILES = {
+    "table.md", "table.csv", "table.json", "table.tex", "classes.csv", "pareto.png", "report.html",
+    "state",
+}  # fmt: skip
 SMALL = "compare 'tome:r=3|6' random-merge:r=5 {} --limit 30 --batch 1,5 --rounds 1"
 WHATS = ["dense", "tome:r=3", "tome:r=6", "random-merge:r=5"]
 
@@ -73,6 +76,17 @@ def test_the_folder_holds_what_evaluate_and_bench_say(capsys: pytest.CaptureFixt
         assert [line["what"] for line in csv.DictReader(file)] == WHATS
     text = Path("compare/table.md").read_text()
     assert all(f"`{what}`" in text for what in WHATS)
+    lines = Path("compare/table.tex").read_text().splitlines()
+    assert [line.split(" & ")[0] for line in lines[5:9]] == WHATS
+    assert all(line.endswith(r" \\") for line in lines[5:9])
+    with open("compare/classes.csv", newline="") as file:
+        classes = list(csv.DictReader(file))
+    assert sum(int(each["images"]) for each in classes) == 30
+    for row in table["rows"]:
+        right = sum(int(each["images"]) * float(each[row["what"]]) for each in classes)
+        assert right / 30 == pytest.approx(row["top1"], abs=1e-2)
+    report = Path("compare/report.html").read_text()
+    assert all(f'"what":"{what}"' in report for what in WHATS) and '"images":[]' in report
     with Image.open("compare/pareto.png") as image:
         assert min(image.size) > 300
         assert len(image.getcolors(2**20) or range(99)) > 20

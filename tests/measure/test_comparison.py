@@ -20,6 +20,7 @@ from scipy.stats import binomtest
 from agents.policies.actor import ActorPolicy
 from agents.policies.words import parse_policy
 from tokenenv.errors import UserError
+from tokenenv.measure.classes import class_rows, classes_csv
 from tokenenv.measure.comparison import (
     Comparison,
     Row,
@@ -32,6 +33,7 @@ from tokenenv.measure.comparison import (
     pareto_front,
 )
 from tokenenv.measure.evaluation import Evaluation
+from tokenenv.measure.latex import escaped
 from tokenenv.measure.paired import Difference, images_needed, paired_difference
 from tokenenv.measure.pareto import picture, swept
 from tokenenv.measure.printing import print_result
@@ -348,3 +350,22 @@ def test_a_threshold_may_follow_what_was_learned() -> None:
 def test_thresholds_that_are_none(what: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         parse_policy(what, 12)
+
+
+def test_latex_prints_names_as_they_are() -> None:
+    assert escaped(r"a_b%{x}\y|<c>") == (
+        r"a\_b\%\{x\}\textbackslash{}y\textbar{}\textless{}c\textgreater{}"
+    )
+
+
+def test_classes_by_hand() -> None:
+    labels, dense = torch.tensor([3, 3, 5, 3]), torch.tensor([3, 5, 5, 5])
+    found = evaluation([3, 3, 3, 5])
+    found = replace(found, labels=labels, dense=dense, reduced=torch.tensor([3, 3, 3, 5]))
+    three, five = class_rows({"m": found}, lambda label: f"class {label}")
+    assert (three.label, three.name, three.images) == (3, "class 3", 3)
+    assert three.top1 == pytest.approx({"dense": 100 / 3, "m": 200 / 3}, abs=1e-3)
+    assert five.top1 == {"dense": 100.0, "m": 0.0}
+    assert classes_csv([three, five]).splitlines() == [
+        "label,name,images,dense,m", "3,class 3,3,33.333,66.667", "5,class 5,1,100.0,0.0",
+    ]  # fmt: skip

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from actors import steady
 from helpers import PATCHES, backbone, source
 
-from agents.policies.actor import ActorPolicy, Widths
+from agents.policies.actor import ActorPolicy
 from agents.policies.words import parse_policy
 from tokenenv.game.build import build_reward
 from tokenenv.game.cost import Cost
@@ -22,12 +23,9 @@ def recorded(method: object, count: int = 3) -> Recorded:
 
 
 def actor(rules: Rules, chance: float) -> ActorPolicy:
-    """A policy that takes the last action with one probability, whatever it sees."""
-    model = backbone()
-    widths = Widths(rules.agent_dim(model), rules.shared_dim(model), 0)
-    policy = ActorPolicy(rules, widths, initial=chance)
-    torch.nn.init.zeros_(policy.actor.head.weight)
-    return policy.eval()
+    policy = steady(backbone(), rules, chance)
+    policy.decide = "threshold"
+    return policy
 
 
 @pytest.mark.parametrize("what", ["tome:r=8,blocks=2/5", "evit:keep=0.5,blocks=2/5"])
@@ -76,12 +74,13 @@ def test_the_chance_of_a_token_is_that_of_its_agent() -> None:
     found = recorded(actor(TokenPrune((2, 4)), 0.8))
     for step in found.steps[1:]:
         assert step.chance == pytest.approx(np.full((3, PATCHES), 0.2), abs=1e-6)
-    # All are pruned but the few that the rules protect: nobody acts a second time.
-    second = recorded(actor(TokenPrune((2, 4)), 0.2)).steps[2]
-    assert second.chance is not None and (second.owners < 0).any()
-    assert (
-        np.isnan(second.chance) == (recorded(actor(TokenPrune((2, 4)), 0.2)).steps[1].owners < 0)
-    ).all()
+
+
+def test_the_agent_of_a_pruned_token_has_no_chance() -> None:
+    first, second = recorded(steady(backbone(), TokenPrune((2, 4)), 0.5)).steps[1:]
+    gone = first.owners < 0
+    assert gone.any() and not gone.all()
+    assert second.chance is not None and (np.isnan(second.chance) == gone).all()
 
 
 def test_only_candidates_have_a_chance_to_be_merged() -> None:

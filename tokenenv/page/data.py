@@ -21,7 +21,7 @@ from tokenenv.measure.watching import Seen
 PRUNED = 2**16 - 1
 """Number of the token of a pruned patch in :func:`owners_text`."""
 
-CHANCES, NO_AGENT = 250, 255
+CHANCES, NO_AGENT = 200, 255
 """Steps from probability 0 to 1, and the number for no agent, in :func:`chances_text`."""
 
 _SMALL = 64  # pixels up to which an image is stored as it is

@@ -1,7 +1,7 @@
 // Accuracy against a cost, as plain SVG: every dot is a link with a name.
 
 const SHAPES = ["circle", "square", "up", "diamond", "down"];
-const WIDE = 560, TALL = 340, LEFT = 52, RIGHT = 18, UPPER = 14, LOWER = 46;
+const WIDEST = 560, TALL = 340, LEFT = 52, RIGHT = 18, UPPER = 14, LOWER = 46;
 
 /** Steps of 1, 2 or 5 times a power of ten: about `count` of them from `low` to `high`. */
 function ticks(low, high, count = 5) {
@@ -38,9 +38,9 @@ function looks() {
     ...names.map((name, i) => [name, { colour: `var(--c${i % 8})`, kind: SHAPES[i % SHAPES.length] }])]);
 }
 
-/** A chart of the rows that have a cost; `cost(row)` is a number or undefined. */
-function chart(title, axis, cost, onPick) {
-  const rows = data.rows.filter((row) => cost(row) !== undefined), styles = looks();
+/** A chart of the rows, `wide` pixels wide so that text has its size; `cost(row)` is a number. */
+function chart(title, axis, cost, onPick, wide) {
+  const WIDE = Math.min(WIDEST, wide), rows = data.rows, styles = looks();
   const [x0, x1] = range(rows.map(cost), 0, Infinity);
   const [y0, y1] = range(rows.flatMap((row) => [row.low, row.high]), -2, 102);
   const px = (value) => LEFT + ((value - x0) / (x1 - x0)) * (WIDE - LEFT - RIGHT);
@@ -50,7 +50,7 @@ function chart(title, axis, cost, onPick) {
     picture.append(svg("line", { class: "grid", x1: LEFT, x2: WIDE - RIGHT, y1: py(value), y2: py(value) }),
       svg("text", { x: LEFT - 7, y: py(value) + 4, "text-anchor": "end" }, String(value)));
   }
-  for (const value of ticks(x0, x1)) {
+  for (const value of ticks(x0, x1, WIDE < 400 ? 3 : 5)) {
     picture.append(svg("line", { class: "grid", x1: px(value), x2: px(value), y1: UPPER, y2: TALL - LOWER }),
       svg("text", { x: px(value), y: TALL - LOWER + 18, "text-anchor": "middle" }, String(value)));
   }
@@ -65,10 +65,10 @@ function chart(title, axis, cost, onPick) {
     const own = rows.filter((row) => row.method === name).sort((a, b) => cost(a) - cost(b));
     if (own.length > 1) picture.append(svg("polyline", { class: "series", stroke: look.colour, points: own.map((row) => `${px(cost(row))},${py(row.top1)}`).join(" ") }));
   }
-  const told = make("p", { class: "picked", "aria-live": "polite" }, "Point at a dot, or move to it with the Tab key.");
+  const told = make("p", { class: "picked", "aria-live": "polite" }, "Choose a dot to read about its method.");
   for (const row of rows) {
     const { colour, kind } = styles.get(row.method), x = px(cost(row)), y = py(row.top1);
-    const words = `${row.what}: top-1 ${row.top1.toFixed(2)} %, ${axis.split(" (")[0]} ${cost(row)}`;
+    const words = `${row.what}: top-1 ${row.top1.toFixed(2)} %, ${axis} ${cost(row)}`;
     const link = svg("a", { href: `#${rowId(row)}`, "aria-label": words });
     link.append(svg("line", { class: "interval", stroke: colour, x1: x, x2: x, y1: py(row.low), y2: py(row.high) }),
       shape(kind, x, y, 6, { fill: row.frozen ? colour : "var(--card)", stroke: colour, "stroke-width": 2 }),

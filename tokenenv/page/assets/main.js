@@ -26,12 +26,22 @@ if (parts.methods) {
     pickRow(row);
   };
   methodTable(showMethod);
-  byId("charts").append(chart("Accuracy against multiply-adds", "GMACs per image, decisions included (1 MAC = 1 FLOP)", (row) => row.gmacs, pick));
   const batches = data.rows[0].times.map((time) => time.batch), batch = Math.max(...batches);
-  if (batches.length) {
-    const time = (row) => row.times.find((each) => each.batch === batch)?.ms;
-    byId("charts").append(chart("Accuracy against measured time", `milliseconds per image, batch ${batch}`, time, pick));
-  }
+  const draw = () => {
+    const wide = Math.max(260, byId("charts").clientWidth - 26);
+    const charts = [chart("Accuracy against multiply-adds", "GMACs per image", (row) => row.gmacs, pick, wide)];
+    if (batches.length) {
+      const time = (row) => row.times.find((each) => each.batch === batch).ms;
+      charts.push(chart("Accuracy against measured time", `milliseconds per image, batch ${batch}`, time, pick, wide));
+    }
+    byId("charts").replaceChildren(...charts);
+  };
+  draw();
+  let drawn = window.innerWidth;
+  window.addEventListener("resize", () => {
+    if (window.innerWidth !== drawn) draw(); // a phone's address bar changes only the height
+    drawn = window.innerWidth;
+  });
   byId("chart-key").append(...chartKey());
 }
 if (parts.classes) classTable();

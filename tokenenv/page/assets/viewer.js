@@ -138,7 +138,8 @@ class Viewer {
   constructor() {
     const pick = () => this.open(this.image);
     this.panels = [new PanelView("left", 0, false, pick)];
-    if (data.methods.length > 1) this.panels.push(new PanelView("right", 1, true, pick));
+    const beside = window.matchMedia("(min-width: 640px)").matches ? 1 : null; // one on a phone
+    if (data.methods.length > 1) this.panels.push(new PanelView("right", beside, true, pick));
     byId("panels").append(...this.panels.map((panel) => panel.element));
     this.slider = byId("step");
     this.slider.addEventListener("input", () => { this.stop(); this.show(); });

@@ -30,7 +30,7 @@ function decoded(text, type) {
   return new type(bytes.buffer);
 }
 
-const PRUNED = 65535, CHANCES = 250, NO_AGENT = 255;
+const PRUNED = 65535, CHANCES = 200, NO_AGENT = 255;
 const top = (guesses) => guesses[0][0];
 
 /** The last step of method `m` on an image, and whether its class differs from the dense one. */
