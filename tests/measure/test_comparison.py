@@ -20,6 +20,7 @@ from scipy.stats import binomtest
 from agents.policies.actor import ActorPolicy
 from agents.policies.words import parse_policy
 from tokenenv.errors import UserError
+from tokenenv.game.figures import new_figure
 from tokenenv.measure.classes import class_rows, classes_csv
 from tokenenv.measure.comparison import (
     Comparison,
@@ -35,7 +36,7 @@ from tokenenv.measure.comparison import (
 from tokenenv.measure.evaluation import Evaluation
 from tokenenv.measure.latex import escaped
 from tokenenv.measure.paired import Difference, images_needed, paired_difference
-from tokenenv.measure.pareto import picture, swept
+from tokenenv.measure.pareto import _draw_method, picture, swept
 from tokenenv.measure.printing import print_result
 from tokenenv.measure.speed import Speed
 
@@ -320,6 +321,25 @@ def test_the_picture_is_not_blank(timed: bool) -> None:
     for number, half in enumerate(halves):
         blue = (np.abs(half.astype(int) - (31, 119, 180)).sum(-1) < 30).sum()  # the first method
         assert (blue > 100) == (timed or number == 0)
+
+
+def test_a_long_title_stays_in_the_picture() -> None:
+    found = replace(compared(True), timing="a machine with a long name, " * 12)
+    with Image.open(io.BytesIO(picture(found))) as image:
+        drawn = np.asarray(image.convert("L"))
+    assert (drawn[:40, :6] == 255).all() and (drawn[:40, -6:] == 255).all()
+    assert (drawn[:40] < 100).sum() > 500
+
+
+def test_intervals_end_at_0_and_100_percent() -> None:
+    axis = new_figure(4, 4).subplots()
+    best = row("m:n=1", 10, 99.0, lost=-1.0, lost_low=-4.0, lost_high=2.0)
+    worst = row("m:n=2", 20, 1.0, lost=97.0, lost_low=95.0, lost_high=99.0)
+    _draw_method(axis, "m", [best, worst], [0.9, 0.8], "C0", "o")
+    (bars,) = axis.collections
+    assert [[y for _, y in segment] for segment in bars.get_segments()] == [
+        [96.0, 100.0], [0.0, 3.0],
+    ]  # fmt: skip
 
 
 def test_what_tells_the_points_of_a_sweep_apart() -> None:

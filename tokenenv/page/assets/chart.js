@@ -50,7 +50,7 @@ function chart(title, axis, cost, onPick, wide) {
     picture.append(svg("line", { class: "grid", x1: LEFT, x2: WIDE - RIGHT, y1: py(value), y2: py(value) }),
       svg("text", { x: LEFT - 7, y: py(value) + 4, "text-anchor": "end" }, String(value)));
   }
-  for (const value of ticks(x0, x1, WIDE < 400 ? 3 : 5)) {
+  for (const value of ticks(x0, x1, WIDE < 400 ? 4 : 5)) {
     picture.append(svg("line", { class: "grid", x1: px(value), x2: px(value), y1: UPPER, y2: TALL - LOWER }),
       svg("text", { x: px(value), y: TALL - LOWER + 18, "text-anchor": "middle" }, String(value)));
   }

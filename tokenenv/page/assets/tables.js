@@ -3,7 +3,7 @@
 function methodTable(onShow) {
   const batches = data.rows[0].times.map((time) => time.batch);
   const heads = ["method", "backbone", "top-1 %", "change, pp [95 %]", "same as dense %", "GMACs", "saved %",
-    ...batches.flatMap((batch) => [`ms, batch ${batch}`, `speed-up, batch ${batch}`]), "front"];
+    ...batches.flatMap((batch) => [`ms, batch ${batch}`, `speed-up, batch ${batch}`])];
   const body = make("tbody");
   for (const row of data.rows) {
     const [mean, low, high] = row.change;
@@ -16,11 +16,12 @@ function methodTable(onShow) {
       link.addEventListener("click", () => onShow(m));
       name.replaceChildren(link);
     }
+    if (row.front) name.append(make("span", { role: "img", "aria-label": "on the Pareto front" }, " ★"));
     const cells = [row.dense ? "–" : row.frozen ? "frozen" : "fine-tuned", row.top1.toFixed(2)];
     const rest = [row.agreement.toFixed(1), row.gmacs.toPrecision(4), row.saved.toFixed(1),
       ...row.times.flatMap((time) => [time.ms.toPrecision(3), `${time.speedup.toFixed(2)} ×`])];
     body.append(make("tr", { id: rowId(row), tabindex: "-1" }, name, ...cells.map((c) => make("td", {}, c)),
-      make("td", { class: tone }, change), ...rest.map((c) => make("td", {}, c)), make("td", {}, row.front ? "★" : "")));
+      make("td", { class: tone }, change), ...rest.map((c) => make("td", {}, c))));
   }
   byId("method-table").append(make("caption", { class: "skip" }, "Methods with accuracy and cost"),
     make("thead", {}, make("tr", {}, ...heads.map((head) => make("th", { scope: "col" }, head)))), body);
