@@ -10,6 +10,7 @@ from helpers import PATCHES, backbone, source
 
 from agents.policies.actor import ActorPolicy
 from agents.policies.words import parse_policy
+from tokenenv.errors import UserError
 from tokenenv.game.build import build_reward
 from tokenenv.game.cost import Cost
 from tokenenv.game.policy import Policy, play
@@ -130,3 +131,12 @@ def test_without_labels_rewards_take_the_dense_models_class() -> None:
     one, other = (record(backbone(), Halves(), source(), b) for b in (unknown, known))
     for left, right in zip(one.steps[1:], other.steps[1:], strict=True):
         assert left.reward is not None and (left.reward == right.reward).all()
+
+
+def test_chances_of_another_shape_are_refused() -> None:
+    class Odd(Halves):
+        def chances(self, observation):  # type: ignore[no-untyped-def]
+            return torch.ones(len(observation.active), 3)
+
+    with pytest.raises(UserError, match=r"Odd.chances\(\) gave \(3, 3\) for actions \(3, 64\)"):
+        recorded(Odd())

@@ -121,3 +121,10 @@ def test_mistakes(arguments: str, words: str, capfd: pytest.CaptureFixture[str])
     Path("folder/a.png").write_text("a file")
     assert words in mistake(f"show {arguments}", capfd)
     assert not Path("a.png").exists()
+
+
+def test_too_many_images_are_refused() -> None:
+    with pytest.raises(tokenenv.UserError, match="names 51 files: give 1 to 50"):
+        tokenenv.show("tome:r=8", [picture("one")] * 51)
+    with pytest.raises(tokenenv.UserError, match="names 0 files"):
+        tokenenv.show("tome:r=8", [])

@@ -28,6 +28,9 @@ from tokenenv.storage import write_bytes
 SUFFIXES = (".png", ".gif", ".html")
 """Of the files that :meth:`Shown.save` writes."""
 
+MOST_FILES = 50
+"""Largest number of images, which all appear in one picture."""
+
 _ROUNDS = 3
 
 
@@ -141,8 +144,11 @@ def show(
     if isinstance(images, str | os.PathLike):
         images = [images]
     files = [path_text(image, "images") for image in images]
-    if not files:
-        raise UserError("images names no file: give at least one")
+    if not 1 <= len(files) <= MOST_FILES:
+        raise UserError(
+            f"images names {len(files)} files: give 1 to {MOST_FILES}; tokenenv.explore shows some "
+            "of a folder"
+        )
     opened = open_candidates(
         each_once([what] if against is None else [what, against]),
         named_model(model, weights, device, "float32", preprocessing),

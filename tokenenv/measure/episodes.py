@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenenv.data import Batch, ImageSource
+from tokenenv.errors import UserError
 from tokenenv.game.build import build_reward
 from tokenenv.game.cost import Cost
 from tokenenv.game.episode import Episode
@@ -95,6 +96,9 @@ def record(backbone: Backbone, method: Method, source: ImageSource, batch: Batch
         source: where the images are from.
         batch: the images; where a label is below 0, the class is unknown, and rewards take the
             dense model's for it.
+
+    Raises:
+        UserError: a policy gives probabilities of another shape than its actions.
     """
     method = copy.deepcopy(method)
     if isinstance(method, Policy):
@@ -124,6 +128,11 @@ def _play_game(backbone: Backbone, policy: Policy, source: ImageSource, batch: B
     while not episode.done:
         moment, chance = episode.moment, policy.chances(episode.observe())
         action = policy.next_action(episode)
+        if chance is not None and chance.shape not in (action.shape, action[:, :1].shape):
+            raise UserError(
+                f"{type(policy).__name__}.chances() gave {tuple(chance.shape)} for actions "
+                f"{tuple(action.shape)}: give one probability for each action, or for each image"
+            )
         given = game.step(rules.to_roster(backbone, moment.tokens, action)).reward
         if given.shape[1] > 1 and not rules.token_agents:
             given = on_patches(moment, rules.from_roster(moment.tokens, given))
