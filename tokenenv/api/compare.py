@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from agents.policies.words import plain
 from tokenenv.api.opening import Opened, each_once, open_candidates
+from tokenenv.api.series import series_of
 from tokenenv.data import ImageSource, Preprocessing, open_source
 from tokenenv.data.labels import class_names
 from tokenenv.errors import UserError, check_keywords
@@ -37,6 +38,7 @@ from tokenenv.measure.latex import latex
 from tokenenv.measure.opening import named_model, text
 from tokenenv.measure.pareto import picture
 from tokenenv.measure.printing import report_skipped
+from tokenenv.measure.seeds import seed_rows, seeds_markdown
 from tokenenv.measure.speed import DENSE, Speed, bench, pool_size, timings
 from tokenenv.measure.state import Memory, State, conditions
 from tokenenv.page.data import page_of_comparison
@@ -62,6 +64,7 @@ def compare(
     dtype: str = "float32",
     preprocessing: Preprocessing | None = None,
     trust: bool = False,
+    seeds: bool = False,
 ) -> Comparison:
     """Evaluate methods on one model and the same images, then time them; as ``tokenenv compare``.
 
@@ -84,6 +87,8 @@ def compare(
         dtype: see :func:`tokenenv.evaluate`.
         preprocessing: see :func:`tokenenv.evaluate`.
         trust: see :func:`tokenenv.evaluate`.
+        seeds: whether runs that differ in nothing but the seed, and words in nothing but
+            ``seed=``, are also summarised: mean, standard deviation, interval of the mean.
 
     Raises:
         UserError: an argument is wrong; the message names it and the remedy.
@@ -103,6 +108,7 @@ def compare(
             data=text(data, "data"),
             trust=trust,
         )
+        series = series_of([each.what for each in opened.candidates]) if seeds else {}
         source = open_source(text(data, "data"), opened.dense.model, split="test", limit=limit)
         common = {"dtype": dtype, **conditions(opened.model.name, opened.dense.model, source)}
         state = Memory() if folder is None else State(folder, common)
@@ -112,7 +118,7 @@ def compare(
         )
         print(f"preprocessing: {source.preprocessing}")
         print(_HEADER)
-        work = Work(opened, source, state, rounds, batches)
+        work = Work(opened, source, state, rounds, batches, series)
         try:
             work.evaluate()
             report_skipped(source)
@@ -142,7 +148,10 @@ def _write(comparison: Comparison, folder: Path | None) -> None:
     """Write tables and picture to ``folder``, if there is one."""
     if folder is None:
         return
-    write_bytes(folder / "table.md", comparison.as_markdown().encode())
+    tables = comparison.as_markdown()
+    if comparison.seeds:
+        tables += "\n" + seeds_markdown(comparison.seeds)
+    write_bytes(folder / "table.md", tables.encode())
     write_bytes(folder / "table.csv", comparison.as_csv().encode())
     write_json(folder / "table.json", comparison.to_dict())
     write_bytes(folder / "table.tex", latex(comparison).encode())
@@ -166,9 +175,10 @@ class Work:
         state: State | Memory,
         rounds: int,
         batches: list[int],
+        series: Mapping[str, str] | None = None,
     ) -> None:
         self.opened, self.source, self.state = opened, source, state
-        self.rounds, self.batches = rounds, batches
+        self.rounds, self.batches, self.series = rounds, batches, series or {}
         self.done: dict[str, Evaluation] = {}
         self.times: dict[int, list[Speed]] = {}
 
@@ -259,12 +269,14 @@ class Work:
             f"{describe_machine(self.opened.dense.device)}, {model.dtype}, nothing compiled, a "
             f"fresh batch in every pass, median of {self.rounds} rounds"
         )
+        rows = self._rows(speeds)
         return Comparison(
-            [dense_row(first, speeds.get(DENSE, ())), *self._rows(speeds)],
+            [dense_row(first, speeds.get(DENSE, ())), *rows],
             model.name,
             self.source.name,
             timing if self.times else "",
             class_rows(self.done, class_names(self.opened.dense.model)),
+            seed_rows(rows, self.series),
         )
 
     def _rows(self, speeds: dict[str, list[Speed]] | None = None) -> list[Row]:

@@ -40,6 +40,7 @@ def page_of_comparison(comparison: Comparison) -> dict[str, Any]:
         "timing": comparison.timing,
         "rows": rows,
         "classes": [each.to_dict() for each in comparison.classes],
+        "seeds": [each.to_dict() for each in comparison.seeds],
         "names": {},
         "methods": [],
         "images": [],
@@ -85,6 +86,7 @@ def page_of_images(
         "timing": "",
         "rows": [],
         "classes": [],
+        "seeds": [],
         **_images(seen, labels, files),
         "note": f"Measured time of an image, one at a time: {times}." if speeds else "",
     }

@@ -44,4 +44,6 @@ if (parts.methods) {
   });
   byId("chart-key").append(...chartKey());
 }
+byId("seeds").hidden = !data.seeds.length;
+if (data.seeds.length) seedTable();
 if (parts.classes) classTable();

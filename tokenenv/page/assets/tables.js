@@ -27,6 +27,16 @@ function methodTable(onShow) {
     make("thead", {}, make("tr", {}, ...heads.map((head) => make("th", { scope: "col" }, head)))), body);
 }
 
+function seedTable() {
+  const spread = ({ mean, sd, low, high }, show) => `${show(mean)} ± ${sd.toFixed(2)} [${show(low)}, ${show(high)}]`;
+  const plain = (value) => value.toFixed(2), heads = ["runs", "seeds", "top-1 %", "change, pp", "saved %", "same as dense %"];
+  const rows = data.seeds.map((row) => make("tr", {}, make("th", { scope: "row", title: row.rows.join(", ") }, row.what),
+    ...[String(row.rows.length), spread(row.top1, plain), spread(row.change, signed), spread(row.saved, plain),
+      spread(row.agreement, plain)].map((cell) => make("td", {}, cell))));
+  byId("seed-table").append(make("caption", { class: "skip" }, "Runs of several seeds"),
+    make("thead", {}, make("tr", {}, ...heads.map((head) => make("th", { scope: "col" }, head)))), make("tbody", {}, ...rows));
+}
+
 /** Marks the row of a method and moves the focus to it. */
 function pickRow(row) {
   for (const other of byId("method-table").querySelectorAll(".picked")) other.classList.remove("picked");
