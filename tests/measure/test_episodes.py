@@ -9,13 +9,15 @@ from actors import steady
 from helpers import PATCHES, backbone, source
 
 from agents.policies.actor import ActorPolicy
+from agents.policies.dynamicvit import DynamicViTPolicy
+from agents.policies.gated import GatedPolicy
 from agents.policies.words import parse_policy
 from tokenenv.errors import UserError
 from tokenenv.game.build import build_reward
 from tokenenv.game.cost import Cost
 from tokenenv.game.policy import Policy, play
 from tokenenv.game.rewards import Outcome, Turn
-from tokenenv.game.rules import LayerMerge, Rules, TokenPrune
+from tokenenv.game.rules import LayerMerge, LayerPrune, Rules, TokenPrune
 from tokenenv.measure.episodes import Recorded, record
 
 
@@ -140,3 +142,34 @@ def test_chances_of_another_shape_are_refused() -> None:
 
     with pytest.raises(UserError, match=r"Odd.chances\(\) gave \(3, 3\) for actions \(3, 64\)"):
         recorded(Odd())
+
+
+def test_a_gate_opens_from_its_threshold_on() -> None:
+    rules = LayerPrune((2, 4), action="tokens")
+    model = backbone()
+    widths = {
+        "key": model.attention_dim(2), "own": rules.agent_dim(model), "patches": PATCHES,
+    }  # fmt: skip
+    for gate, pruned in ((0.9, True), (0.1, False)):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            policy = GatedPolicy(rules, widths, initial_gate=gate).eval()
+        found = recorded(policy)
+        for before, step in zip(found.steps, found.steps[1:], strict=False):
+            assert step.chance is not None
+            alive = before.owners >= 0
+            assert (np.isnan(step.chance) == ~alive).all()
+            assert step.chance[alive] == pytest.approx(gate, abs=0.05)
+            assert ((step.tokens < before.tokens) == pruned).all()
+
+
+def test_dynamicvit_prunes_what_it_is_likeliest_to_prune() -> None:
+    rules = TokenPrune((2,), features=("token",), share=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        policy = DynamicViTPolicy(rules, backbone().dim, 0.5).eval()
+    _, step = recorded(policy).steps
+    assert step.chance is not None
+    for chance, owners in zip(step.chance, step.owners, strict=True):
+        assert ((chance > 0) & (chance < 1)).all()
+        assert chance[owners < 0].min() >= chance[owners >= 0].max()
