@@ -183,7 +183,8 @@ class Viewer {
 
   show() {
     const step = Number(this.slider.value), block = this.blocks[step];
-    const between = this.panels[0].about.between;
+    const decides = this.panels.find((panel) => panel.method !== null && panel.about.blocks.includes(block));
+    const between = decides?.about.between;
     const words = block === null ? "before the first decision" : `after the decision ${between ? "in" : "before"} block ${block}`;
     byId("step-name").textContent = words;
     this.slider.setAttribute("aria-valuetext", words);
