@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
     "README.md",
     "docs/commands.md",
+    "docs/exploring.md",
     "docs/extending.md",
     "docs/games.md",
     "docs/methods.md",

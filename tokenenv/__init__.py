@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from tokenenv.api.compare import compare
     from tokenenv.api.compress import compress
     from tokenenv.api.evaluate import evaluate
+    from tokenenv.api.explore import explore
     from tokenenv.api.latency import latency_table
+    from tokenenv.api.show import show
     from tokenenv.api.watch import watch
     from tokenenv.data import ImageSource, Preprocessing, open_source
     from tokenenv.deploy.compressed import CompressedViT, load_compressed
@@ -79,6 +81,7 @@ __all__ = [
     "compare",
     "compress",
     "evaluate",
+    "explore",
     "export_onnx",
     "latency_table",
     "layer_merge_v0",
@@ -95,6 +98,7 @@ __all__ = [
     "register_reward",
     "register_rules",
     "register_system",
+    "show",
     "token_prune_v0",
     "train",
     "watch",
@@ -117,6 +121,8 @@ _HOME = {
     "compare": "api.compare",
     "compress": "api.compress",
     "evaluate": "api.evaluate",
+    "explore": "api.explore",
+    "show": "api.show",
     "latency_table": "api.latency",
     "watch": "api.watch",
     "Method": "game.policy",

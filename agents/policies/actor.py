@@ -171,6 +171,13 @@ class ActorPolicy(Trainable):
             return (odds >= bar).long()
         return systematic((odds - bar).sigmoid(), observation.active).long()
 
+    @torch.no_grad()
+    def chances(self, observation: Observation) -> Tensor:
+        """``(B, A)`` probability of pruning or merging: of all actions that do not keep."""
+        probabilities = self._legal_logits(observation).softmax(-1)
+        actions = torch.arange(self.actions, device=probabilities.device)
+        return (probabilities * ~self.rules.keeps(actions)).sum(-1)
+
     def _legal_logits(self, observation: Observation) -> Tensor:
         logits = self.logits(observation.agents, observation.shared)
         if observation.legal is None:

@@ -82,6 +82,13 @@ class DynamicViTPolicy(nn.Module, Policy):
         score = self.predictors[observation.step](observation.agents, observation.active)[..., 1]
         return keep_highest(score, observation.active, self.keep)
 
+    @torch.no_grad()
+    def chances(self, observation: Observation) -> Tensor:
+        """``(B, A)`` probability of pruning, as the predictor gives it."""
+        return self.predictors[observation.step](observation.agents, observation.active).exp()[
+            ..., 0
+        ]
+
     def left(self, backbone: Backbone, step: int, visual: int) -> int:
         """``ceil(keep visual)``."""
         return share(visual, self.keep)

@@ -218,6 +218,11 @@ class GatedPolicy(Trainable):
         order = score.sort(stable=True, dim=1, descending=True).indices
         return action.index_copy(0, rows, self._action(order, count))
 
+    @torch.no_grad()
+    def chances(self, observation: Observation) -> Tensor:
+        """``(B, 1)`` probability of an open gate: of pruning anything in this block."""
+        return self._gate(columns(observation))[0].sigmoid()
+
     def macs(self, agents: Tensor, removed: Tensor) -> Tensor:
         """Multiply-adds of one decision; the encoder's only where tokens were removed."""
         key, own, w = self.widths["key"], self.widths["own"], self.width

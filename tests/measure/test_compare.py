@@ -7,6 +7,7 @@ import itertools
 import json
 import shlex
 import signal
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ from tokenenv.measure import speed as bench
 from tokenenv.measure.candidate import MethodCandidate
 from tokenenv.vit.digits import WEIGHTS
 
-FILES = {"table.md", "table.csv", "table.json", "pareto.png", "state"}
+FILES = {
+    "table.md", "table.csv", "table.json", "table.tex", "classes.csv", "pareto.png", "report.html",
+    "state",
+}  # fmt: skip
 SMALL = "compare 'tome:r=3|6' random-merge:r=5 {} --limit 30 --batch 1,5 --rounds 1"
 WHATS = ["dense", "tome:r=3", "tome:r=6", "random-merge:r=5"]
 
@@ -73,6 +77,17 @@ def test_the_folder_holds_what_evaluate_and_bench_say(capsys: pytest.CaptureFixt
         assert [line["what"] for line in csv.DictReader(file)] == WHATS
     text = Path("compare/table.md").read_text()
     assert all(f"`{what}`" in text for what in WHATS)
+    lines = Path("compare/table.tex").read_text().splitlines()
+    assert [line.split(" & ")[0] for line in lines[5:9]] == WHATS
+    assert all(line.endswith(r" \\") for line in lines[5:9])
+    with open("compare/classes.csv", newline="") as file:
+        classes = list(csv.DictReader(file))
+    assert sum(int(each["images"]) for each in classes) == 30
+    for row in table["rows"]:
+        right = sum(int(each["images"]) * float(each[row["what"]]) for each in classes)
+        assert right / 30 == pytest.approx(row["top1"], abs=1e-2)
+    report = Path("compare/report.html").read_text()
+    assert all(f'"what":"{what}"' in report for what in WHATS) and '"images":[]' in report
     with Image.open("compare/pareto.png") as image:
         assert min(image.size) > 300
         assert len(image.getcolors(2**20) or range(99)) > 20
@@ -192,6 +207,38 @@ def test_the_sweep_of_a_runs_threshold() -> None:
     saved = [row["saved"] for row in table["rows"][1:]]
     assert saved == sorted(saved, reverse=True) and len(set(saved)) == 3
     assert list(table["hypervolume"]["percent"]) == ["run"]
+
+
+def test_runs_of_several_seeds_are_summarised(capsys: pytest.CaptureFixture[str]) -> None:
+    for seed, pairs in ((0, 2), (1, 3), (2, 7)):
+        folder = Path(f"runs/dora-{seed}")
+        folder.mkdir(parents=True)
+        parse_policy(f"tome:r={pairs}", 12).save(folder / "policy.safetensors")
+        config = {"model": "digits_vit", "weights": None, "seed": seed, "batch": 8}
+        (folder / "config.json").write_text(json.dumps(config))
+    command = "compare runs/dora-0 runs/dora-1 runs/dora-2 'random-merge:seed=1|2,r=5' tome:r=3"
+    table = compare(f"{command} --limit 30 --batch 1 --rounds 1 --seeds")
+    runs, random = table["seeds"]
+    assert runs["what"] == "runs/dora" and runs["rows"] == [f"runs/dora-{i}" for i in range(3)]
+    assert random["what"] == "random-merge:r=5" and len(random["rows"]) == 2
+    saved = [row["saved"] for row in table["rows"][1:4]]
+    mean, sd = sum(saved) / 3, statistics.stdev(saved)
+    assert (runs["saved"]["mean"], runs["saved"]["sd"]) == pytest.approx((mean, sd))
+    half = 4.302653 * sd / 3**0.5  # Student's t, 2 degrees of freedom
+    assert runs["saved"]["high"] - mean == pytest.approx(half) == mean - runs["saved"]["low"]
+    assert f"runs/dora, 3 seeds: top-1 {runs['top1']['mean']:.2f} +- " in capsys.readouterr().out
+    assert "| `runs/dora` | 3 | " in Path("compare/table.md").read_text()
+
+
+def test_other_settings_are_no_other_seed(capfd: pytest.CaptureFixture[str]) -> None:
+    for seed in range(2):
+        folder = Path(f"run-{seed}")
+        folder.mkdir()
+        parse_policy("tome:r=2", 12).save(folder / "policy.safetensors")
+        config = {"model": "digits_vit", "weights": None, "seed": seed, "batch": 8 + seed}
+        (folder / "config.json").write_text(json.dumps(config))
+    error = mistake("compare run-0 run-1 tome:r=3 --limit 30 --seeds", capfd)
+    assert "no two of the methods differ in their seed alone" in error
 
 
 def test_unreadable_images_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,8 @@ from scipy.stats import binomtest
 from agents.policies.actor import ActorPolicy
 from agents.policies.words import parse_policy
 from tokenenv.errors import UserError
+from tokenenv.game.figures import new_figure
+from tokenenv.measure.classes import class_rows, classes_csv
 from tokenenv.measure.comparison import (
     Comparison,
     Row,
@@ -32,8 +34,9 @@ from tokenenv.measure.comparison import (
     pareto_front,
 )
 from tokenenv.measure.evaluation import Evaluation
+from tokenenv.measure.latex import escaped
 from tokenenv.measure.paired import Difference, images_needed, paired_difference
-from tokenenv.measure.pareto import picture, swept
+from tokenenv.measure.pareto import _draw_method, picture, swept
 from tokenenv.measure.printing import print_result
 from tokenenv.measure.speed import Speed
 
@@ -320,6 +323,25 @@ def test_the_picture_is_not_blank(timed: bool) -> None:
         assert (blue > 100) == (timed or number == 0)
 
 
+def test_a_long_title_stays_in_the_picture() -> None:
+    found = replace(compared(True), timing="a machine with a long name, " * 12)
+    with Image.open(io.BytesIO(picture(found))) as image:
+        drawn = np.asarray(image.convert("L"))
+    assert (drawn[:40, :6] == 255).all() and (drawn[:40, -6:] == 255).all()
+    assert (drawn[:40] < 100).sum() > 500
+
+
+def test_intervals_end_at_0_and_100_percent() -> None:
+    axis = new_figure(4, 4).subplots()
+    best = row("m:n=1", 10, 99.0, lost=-1.0, lost_low=-4.0, lost_high=2.0)
+    worst = row("m:n=2", 20, 1.0, lost=97.0, lost_low=95.0, lost_high=99.0)
+    _draw_method(axis, "m", [best, worst], [0.9, 0.8], "C0", "o")
+    (bars,) = axis.collections
+    assert [[y for _, y in segment] for segment in bars.get_segments()] == [
+        [96.0, 100.0], [0.0, 3.0],
+    ]  # fmt: skip
+
+
 def test_what_tells_the_points_of_a_sweep_apart() -> None:
     assert swept(["t:r=4", "t:r=8"]) == ["r=4", "r=8"]
     assert swept(["c:keep=1,blocks=3", "c:keep=2,blocks=3"]) == ["keep=1", "keep=2"]
@@ -348,3 +370,22 @@ def test_a_threshold_may_follow_what_was_learned() -> None:
 def test_thresholds_that_are_none(what: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         parse_policy(what, 12)
+
+
+def test_latex_prints_names_as_they_are() -> None:
+    assert escaped(r"a_b%{x}\y|<c>") == (
+        r"a\_b\%\{x\}\textbackslash{}y\textbar{}\textless{}c\textgreater{}"
+    )
+
+
+def test_classes_by_hand() -> None:
+    labels, dense = torch.tensor([3, 3, 5, 3]), torch.tensor([3, 5, 5, 5])
+    found = evaluation([3, 3, 3, 5])
+    found = replace(found, labels=labels, dense=dense, reduced=torch.tensor([3, 3, 3, 5]))
+    three, five = class_rows({"m": found}, lambda label: f"class {label}")
+    assert (three.label, three.name, three.images) == (3, "class 3", 3)
+    assert three.top1 == pytest.approx({"dense": 100 / 3, "m": 200 / 3}, abs=1e-3)
+    assert five.top1 == {"dense": 100.0, "m": 0.0}
+    assert classes_csv([three, five]).splitlines() == [
+        "label,name,images,dense,m", "3,class 3,3,33.333,66.667", "5,class 5,1,100.0,0.0",
+    ]  # fmt: skip

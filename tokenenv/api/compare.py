@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,14 @@ from tqdm import tqdm
 
 from agents.policies.words import plain
 from tokenenv.api.opening import Opened, each_once, open_candidates
+from tokenenv.api.series import series_of
 from tokenenv.data import ImageSource, Preprocessing, open_source
+from tokenenv.data.labels import class_names
 from tokenenv.errors import UserError, check_keywords
 from tokenenv.game.checks import MOST_IMAGES, MOST_ROUNDS, check_whole
 from tokenenv.machine import describe_machine
 from tokenenv.measure.candidate import Candidate
+from tokenenv.measure.classes import class_rows, classes_csv
 from tokenenv.measure.comparison import (
     Comparison,
     Row,
@@ -31,11 +34,15 @@ from tokenenv.measure.comparison import (
     tuning,
 )
 from tokenenv.measure.evaluation import Evaluation, dense_predictions
+from tokenenv.measure.latex import latex
 from tokenenv.measure.opening import named_model, text
 from tokenenv.measure.pareto import picture
 from tokenenv.measure.printing import report_skipped
+from tokenenv.measure.seeds import seed_rows, seeds_markdown
 from tokenenv.measure.speed import DENSE, Speed, bench, pool_size, timings
 from tokenenv.measure.state import Memory, State, conditions
+from tokenenv.page.data import page_of_comparison
+from tokenenv.page.html import write_page
 from tokenenv.paths import as_path
 from tokenenv.storage import own_folder, write_bytes, write_json
 
@@ -57,6 +64,7 @@ def compare(
     dtype: str = "float32",
     preprocessing: Preprocessing | None = None,
     trust: bool = False,
+    seeds: bool = False,
 ) -> Comparison:
     """Evaluate methods on one model and the same images, then time them; as ``tokenenv compare``.
 
@@ -72,12 +80,15 @@ def compare(
         limit: see :func:`tokenenv.evaluate`.
         batch: batch sizes to time; empty: nothing is timed.
         rounds: number of timings of each method.
-        out: a folder for ``table.md``, ``table.csv``, ``table.json``, ``pareto.png`` and the state
-            to continue from; None: no file is written.
+        out: a folder for ``table.md``, ``.csv``, ``.json`` and ``.tex``, ``classes.csv``,
+            ``pareto.png``, ``report.html`` and the state to continue from; None: no file is
+            written.
         device: see :func:`tokenenv.evaluate`.
         dtype: see :func:`tokenenv.evaluate`.
         preprocessing: see :func:`tokenenv.evaluate`.
         trust: see :func:`tokenenv.evaluate`.
+        seeds: whether runs that differ in nothing but the seed, and words in nothing but
+            ``seed=``, are also summarised: mean, standard deviation, interval of the mean.
 
     Raises:
         UserError: an argument is wrong; the message names it and the remedy.
@@ -87,7 +98,7 @@ def compare(
     check_whole("rounds", rounds, 1, MOST_ROUNDS + 1)
     if limit is not None:
         check_whole("limit", limit, 1)
-    whats = each_once(itertools.chain.from_iterable(map(_each, what)))
+    whats = each_setting(what)
     folder = None if out is None else as_path(out, "out")
     place = contextlib.nullcontext() if folder is None else own_folder(folder)
     with place:  # before minutes of work
@@ -97,6 +108,7 @@ def compare(
             data=text(data, "data"),
             trust=trust,
         )
+        series = series_of([each.what for each in opened.candidates]) if seeds else {}
         source = open_source(text(data, "data"), opened.dense.model, split="test", limit=limit)
         common = {"dtype": dtype, **conditions(opened.model.name, opened.dense.model, source)}
         state = Memory() if folder is None else State(folder, common)
@@ -106,7 +118,7 @@ def compare(
         )
         print(f"preprocessing: {source.preprocessing}")
         print(_HEADER)
-        work = _Work(opened, source, state, rounds, batches)
+        work = Work(opened, source, state, rounds, batches, series)
         try:
             work.evaluate()
             report_skipped(source)
@@ -122,6 +134,11 @@ def compare(
     return comparison
 
 
+def each_setting(what: Sequence[Any]) -> list[Any]:
+    """The methods named, each once, with sweeps as their single settings."""
+    return each_once(itertools.chain.from_iterable(map(_each, what)))
+
+
 def _each(what: Any) -> list[Any]:
     """The settings of a sweep, with folders in normal form; any other object alone."""
     return [plain(one) for one in expand(what)] if isinstance(what, str) else [what]
@@ -131,13 +148,19 @@ def _write(comparison: Comparison, folder: Path | None) -> None:
     """Write tables and picture to ``folder``, if there is one."""
     if folder is None:
         return
-    write_bytes(folder / "table.md", comparison.as_markdown().encode())
+    tables = comparison.as_markdown()
+    if comparison.seeds:
+        tables += "\n" + seeds_markdown(comparison.seeds)
+    write_bytes(folder / "table.md", tables.encode())
     write_bytes(folder / "table.csv", comparison.as_csv().encode())
     write_json(folder / "table.json", comparison.to_dict())
+    write_bytes(folder / "table.tex", latex(comparison).encode())
+    write_bytes(folder / "classes.csv", classes_csv(comparison.classes).encode())
     write_bytes(folder / "pareto.png", picture(comparison))
+    write_page(folder / "report.html", page_of_comparison(comparison))
 
 
-class _Work:
+class Work:
     """A comparison in progress.
 
     Attributes:
@@ -152,9 +175,10 @@ class _Work:
         state: State | Memory,
         rounds: int,
         batches: list[int],
+        series: Mapping[str, str] | None = None,
     ) -> None:
         self.opened, self.source, self.state = opened, source, state
-        self.rounds, self.batches = rounds, batches
+        self.rounds, self.batches, self.series = rounds, batches, series or {}
         self.done: dict[str, Evaluation] = {}
         self.times: dict[int, list[Speed]] = {}
 
@@ -245,11 +269,14 @@ class _Work:
             f"{describe_machine(self.opened.dense.device)}, {model.dtype}, nothing compiled, a "
             f"fresh batch in every pass, median of {self.rounds} rounds"
         )
+        rows = self._rows(speeds)
         return Comparison(
-            [dense_row(first, speeds.get(DENSE, ())), *self._rows(speeds)],
+            [dense_row(first, speeds.get(DENSE, ())), *rows],
             model.name,
             self.source.name,
             timing if self.times else "",
+            class_rows(self.done, class_names(self.opened.dense.model)),
+            seed_rows(rows, self.series),
         )
 
     def _rows(self, speeds: dict[str, list[Speed]] | None = None) -> list[Row]:

@@ -18,7 +18,7 @@ from tokenenv.game.render import Pixels
 from tokenenv.measure.candidate import MethodCandidate
 from tokenenv.measure.opening import named_model, text
 from tokenenv.measure.token_pictures import spread
-from tokenenv.measure.watching import check_watchable, episode_frames
+from tokenenv.measure.watching import check_watchable, frames, see
 from tokenenv.paths import as_path
 
 
@@ -100,10 +100,11 @@ def watch(
     check_watchable(candidate.what, candidate.method)
     source = open_source(text(data, "data"), opened.dense.model, split="test")
     chosen = spread(source, 3) if index is None else _positions(index, len(source), source.name)
-    methods = {candidate.what: candidate.method}
-    episodes = episode_frames(candidate.backbone, opened.dense, methods, source, chosen)
-    if not episodes:
+    batch = source.batch(chosen)
+    if not len(batch.index):
         raise UserError(f"none of the images of '{source.name}' could be read: check the files")
+    on, methods = {candidate.what: candidate.backbone}, {candidate.what: candidate.method}
+    episodes = frames(see(on, opened.dense, methods, source, batch))
     return Watched(candidate.what, opened.model.name, episodes)
 
 

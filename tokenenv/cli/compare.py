@@ -23,14 +23,15 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
         help="evaluate and time many methods on the same images: tables and a Pareto picture",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Evaluate methods and runs on one model and the same images, then time them "
-        "in turns.\nA bar separates the values of a sweep. Writes table.md, table.csv, table.json "
-        "and pareto.png.\n\nCtrl-C keeps the finished rows, and the same command continues with "
-        "the rest. A later command\nwith the same --out may name further methods; finished rows "
-        "are not evaluated again.",
+        "in turns.\nA bar separates the values of a sweep. Writes table.md, .csv, .json and .tex, "
+        "classes.csv, pareto.png\nand report.html, a page for a browser.\n\nCtrl-C keeps the "
+        "finished rows, and the same command continues with the rest. A later command\nwith the "
+        "same --out may name further methods; finished rows are not evaluated again.",
         epilog="examples:\n  tokenenv compare 'tome:r=2|4|6|8' 'norm:keep=0.9|0.7|0.5'\n"
         "  tokenenv compare 'tome:r=4|8|12' 'cls-attention:keep=0.9|0.7,blocks=3/6/9|2/5/8' "
         "dora-deit_tiny\n      'dora-strict-deit_tiny:threshold=0.4|0.6' --data imagenet/val "
-        "--limit 5000\n  tokenenv compare 'my_methods.py:Halves:keep=0.7|0.5' tome:r=8",
+        "--limit 5000\n  tokenenv compare runs/dora-0 runs/dora-1 runs/dora-2 tome:r=8 --seeds\n"
+        "  tokenenv compare 'my_methods.py:Halves:keep=0.7|0.5' tome:r=8",
     )
     compare.add_argument("what", metavar="WHAT", nargs="+", help=f"{WHAT}; key=1|2|3 is a sweep")
     add_model_options(compare)
@@ -46,6 +47,12 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
     compare.add_argument("--rounds", type=positive, default=5, metavar="N", help="default: 5")
     compare.add_argument(
         "--out", default="compare", metavar="DIR", help="folder to write; default: compare"
+    )
+    compare.add_argument(
+        "--seeds",
+        action="store_true",
+        help="also summarise runs that differ in their seed alone: mean, standard deviation, "
+        "interval of the mean",
     )
     add_trust(compare)
 
@@ -68,7 +75,14 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         preprocessing=preprocessing(args),
         trust=args.trust,
+        seeds=args.seeds,
     )
+    for each in comparison.seeds:
+        print(
+            f"{each.what}, {len(each.rows)} seeds: top-1 {each.top1.mean:.2f} +- "
+            f"{each.top1.sd:.2f} %, saved {each.saved.mean:.1f} +- {each.saved.sd:.1f} % "
+            "(standard deviation)"
+        )
     print(
         f"hypervolume, %: MACs saved when 0 to {TOLERATED:g} points of top-1 may be lost, "
         "averaged; top-1 gained over dense is added:"
@@ -76,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     for method, covered in comparison.covered().items():
         print(f"  {method:46}{covered:8.2f}")
     print(
-        f"the tables are in {args.out}/table.md, .csv and .json, the picture in "
-        f"{args.out}/pareto.png"
+        f"the tables are in {args.out}/table.md, .csv, .json and .tex, the picture in "
+        f"{args.out}/pareto.png, all of it in {args.out}/report.html"
     )
     return 0

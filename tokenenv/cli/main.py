@@ -9,7 +9,19 @@ import traceback
 from types import ModuleType
 
 from tokenenv._version import __version__
-from tokenenv.cli import bench, compare, compress, envs, evaluate, methods, suite, train, watch
+from tokenenv.cli import (
+    bench,
+    compare,
+    compress,
+    envs,
+    evaluate,
+    explore,
+    methods,
+    show,
+    suite,
+    train,
+    watch,
+)
 from tokenenv.cli.options import Parser
 from tokenenv.cli.streams import leave_stream, sturdy_streams
 from tokenenv.errors import UserError
@@ -20,6 +32,8 @@ COMMANDS: dict[str, ModuleType] = {
     "compress": compress,
     "bench": bench,
     "compare": compare,
+    "show": show,
+    "explore": explore,
     "watch": watch,
     "suite": suite,
     "methods": methods,

@@ -19,7 +19,7 @@ _WIDTH = 320  # of a panel at least, which its text needs
 _GAP = 12
 _LINE = 20  # height of a line of text
 _BAR = 110  # length of the bar of a probability of 1
-_BARS = ((0, 114, 178), (213, 94, 0))  # blue and vermilion: distinct to colour-blind people, too
+BARS = ((0, 114, 178), (213, 94, 0))  # blue and vermilion: distinct to colour-blind people, too
 _MILLISECONDS, _LAST = 1200, 2600  # how long a frame stays, and the last one of an image
 
 Guess = tuple[str, float]
@@ -77,29 +77,46 @@ def _draw_panel(
     font = ImageFont.load_default(14)
     top = _GAP // 2
     for line in panel.heads:
-        draw.text((left, top), _fitting(line, font, width), INK, font)
+        draw.text((left, top), fitting(line, font, width), INK, font)
         top += _LINE
     large = enlarged(panel.pixels)
     drawn = reduced(large, panel.source, grid, merging=panel.merging)
     sheet.paste(Image.fromarray(drawn), (left, top + _GAP // 2))
     top += len(large) + _GAP
     for line in panel.feet:
-        draw.text((left, top), _fitting(line, font, width), INK, font)
+        draw.text((left, top), fitting(line, font, width), INK, font)
         top += _LINE
-    for (title, guesses), colour in zip(panel.guesses, _BARS, strict=False):
-        draw.text((left, top), _fitting(title, font, width), colour, font)
-        for name, probability in guesses:
-            top += _LINE
-            bar = round(_BAR * probability)
-            draw.rectangle((left, top + 4, left + bar, top + _LINE - 6), fill=colour)
-            percent = left + _BAR + 52
-            draw.text((percent, top), f"{100 * probability:.1f} %", INK, font, anchor="ra")
-            name = _fitting(name, font, width - _BAR - 62)
-            draw.text((percent + 10, top), name, INK, font)
-        top += _LINE
+    for (title, guesses), colour in zip(panel.guesses, BARS, strict=False):
+        top = draw_guesses(draw, title, guesses, colour, (left, top), width)
 
 
-def _fitting(line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+def draw_guesses(
+    draw: ImageDraw.ImageDraw,
+    title: str,
+    guesses: Sequence[Guess],
+    colour: tuple[int, int, int],
+    place: tuple[int, int],
+    width: int,
+) -> int:
+    """Write a title, and below it a bar for each class; returns where the next line starts.
+
+    ``place``: left and top, pixels.
+    """
+    font = ImageFont.load_default(14)
+    left, top = place
+    draw.text((left, top), fitting(title, font, width), colour, font)
+    for name, probability in guesses:
+        top += _LINE
+        bar = round(_BAR * probability)
+        draw.rectangle((left, top + 4, left + bar, top + _LINE - 6), fill=colour)
+        percent = left + _BAR + 52
+        draw.text((percent, top), f"{100 * probability:.1f} %", INK, font, anchor="ra")
+        name = fitting(name, font, width - _BAR - 62)
+        draw.text((percent + 10, top), name, INK, font)
+    return top + _LINE
+
+
+def fitting(line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     """The line, cut off with dots where it is wider than ``width`` pixels."""
     if font.getlength(line) <= width:
         return line

@@ -132,6 +132,15 @@ class Policy(Method):
         """``(B, A)`` int64 actions, in the current order of the tokens."""
         raise NotImplementedError
 
+    def chances(self, observation: Observation) -> Tensor | None:
+        """Probability with which each agent chooses to remove something, for pictures.
+
+        Returns:
+            ``(B, A)`` in the order of :meth:`act`, or ``(B, 1)`` where one agent decides first
+            whether anything is removed; None if the policy decides without probabilities.
+        """
+        return None
+
     def macs(self, agents: Tensor, removed: Tensor) -> Tensor:
         """Multiply-adds of computing the actions of one decision.
 

@@ -27,6 +27,8 @@ _HATCH = np.array((165, 173, 186), np.uint8)  # lines over it: a kept token may 
 _HATCH_STEP = 8  # pixels from line to line
 _EMPTY = (244, 245, 247)  # a decision not yet taken
 _EDGE = np.array((255, 140, 0), np.uint8)  # between merged tokens
+_TINT = np.array((88, 28, 160), np.float64)  # over a merged token, the stronger the larger it is
+_STRONGEST = 0.55  # of the tint, for a token of all patches
 _PER_ROW = 7  # panels beside each other
 _RIGHT, _WRONG = "#1a7f37", "#b3261e"
 
@@ -163,7 +165,7 @@ def save_token_pictures(
         rows: the images, at least one.
         grid: rows and columns of tokens.
         blocks: the decision blocks, as many as decisions in every row.
-        merging: whether to outline tokens and to give merged ones their mean colour.
+        merging: as for :func:`reduced`.
     """
     columns = len(blocks) + 1
     figure = new_figure(1.7 * columns + 1.6, 1.95 * len(rows) + 0.3)
@@ -202,9 +204,10 @@ def reduced(
         pixels: the image.
         source: ``(P,)`` the number of the token that stands for each patch, -1 for a pruned patch.
         grid: rows and columns of tokens.
-        merging: whether to outline tokens and to give merged ones their mean colour.
+        merging: whether to outline merged tokens, give them their mean colour, and shade them by
+            the number of their patches.
     """
-    drawn = outlined(pixels, source, grid) if merging else pixels
+    drawn = outlined(shaded(pixels, source, grid), source, grid) if merging else pixels
     return greyed(drawn, source >= 0, grid)
 
 
@@ -217,16 +220,30 @@ def greyed(pixels: Pixels, alive: NDArray[np.bool_], grid: tuple[int, int]) -> P
 
 
 def outlined(pixels: Pixels, source: NDArray[np.int64], grid: tuple[int, int]) -> Pixels:
-    """The image ``(H, W, 3)`` with a line between its tokens, and merged ones in their mean colour.
+    """The image ``(H, W, 3)`` with merged tokens in their mean colour and a line around them.
 
     ``source``: ``(P,)`` the number of the token that stands for each patch.
     """
+    _, number, patches = np.unique(source, return_inverse=True, return_counts=True)
+    several = _spread(patches[number.reshape(-1)] > 1, grid, pixels.shape[:2])
     token = _spread(source, grid, pixels.shape[:2])
     shown = group_means(pixels, source, grid)
     edge = np.zeros(token.shape, bool)
-    edge[1:] |= token[1:] != token[:-1]
-    edge[:, 1:] |= token[:, 1:] != token[:, :-1]
+    edge[1:] |= (token[1:] != token[:-1]) & (several[1:] | several[:-1])
+    edge[:, 1:] |= (token[:, 1:] != token[:, :-1]) & (several[:, 1:] | several[:, :-1])
     return np.where(edge[..., None], _EDGE, shown)
+
+
+def shaded(pixels: Pixels, source: NDArray[np.int64], grid: tuple[int, int]) -> Pixels:
+    """The image ``(H, W, 3)`` with a tint over merged tokens that rises with the log of their size.
+
+    A token of a single patch has none. ``source``: ``(P,)`` as for :func:`reduced`.
+    """
+    _, token, patches = np.unique(source, return_inverse=True, return_counts=True)
+    size = np.where(source >= 0, patches[token.reshape(-1)], 1)
+    depth = _STRONGEST * np.log(size) / max(np.log(len(source)), 1)
+    over = _spread(depth, grid, pixels.shape[:2])[..., None]
+    return ((1 - over) * pixels + over * _TINT).round().astype(np.uint8)
 
 
 def group_means(

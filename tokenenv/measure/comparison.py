@@ -8,12 +8,16 @@ import io
 import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenenv.errors import UserError
+from tokenenv.measure.classes import ClassRow
 from tokenenv.measure.evaluation import Evaluation
 from tokenenv.measure.paired import Difference
 from tokenenv.measure.speed import DENSE, Speed
+
+if TYPE_CHECKING:
+    from tokenenv.measure.seeds import SeedRow
 
 TOLERATED = 10.0
 """Top-1 below the dense model at which :func:`hypervolume` has its floor, percentage points."""
@@ -165,12 +169,16 @@ class Comparison:
         model: name of the dense model.
         data: name of the images.
         timing: device, precision, threads and rounds of the timing; empty if nothing was timed.
+        classes: the same images class by class.
+        seeds: summaries of runs that differ in their seed alone, if they were asked for.
     """
 
     rows: list[Row]
     model: str
     data: str
     timing: str = ""
+    classes: list[ClassRow] = field(default_factory=list)
+    seeds: list[SeedRow] = field(default_factory=list)
 
     @property
     def dense(self) -> Row:
@@ -199,6 +207,8 @@ class Comparison:
             "timing": self.timing,
             "note": "1 MAC = 1 FLOP, policy included; percent and percentage points",
             "rows": [asdict(row) | {"pareto": row.what in front} for row in self.rows],
+            "classes": [each.to_dict() for each in self.classes],
+            "seeds": [each.to_dict() for each in self.seeds],
             "hypervolume": {
                 "reference": {"saved": 0.0, "top1": self.dense.top1 - TOLERATED},
                 "percent": self.covered(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from textwrap import fill
 from typing import Any
 
 from tokenenv.game.figures import new_figure, png
@@ -11,6 +12,9 @@ from tokenenv.measure.comparison import Comparison, Row, methods, pareto_front, 
 
 _LABELLED = 24
 """Largest number of rows for which the values of a sweep are written beside its points."""
+
+_TITLE = 150
+"""Characters of a line of the title, which the picture has room for."""
 
 
 def picture(comparison: Comparison) -> bytes:
@@ -46,7 +50,7 @@ def picture(comparison: Comparison) -> bytes:
             for row, words in zip(group, swept([r.what for r in group]), strict=True):
                 by_cost.annotate(
                     words, (row.gmacs, row.top1), (5, -4), textcoords="offset points",
-                    fontsize=7, color=colour, va="top",
+                    fontsize=7, color=colour, va="top", path_effects=[_paper()],
                 )  # fmt: skip
     for axis, place in panels:
         axis.plot(place(dense), dense.top1, "*", color="k", ms=15, zorder=5, label="dense")
@@ -59,14 +63,19 @@ def picture(comparison: Comparison) -> bytes:
         by_time.set_xlabel(f"images per second, batch {batch}; more is better")
     else:
         by_time.text(0.5, 0.5, "not timed yet", transform=by_time.transAxes, ha="center")
-    figure.suptitle(
-        f"{comparison.model}, {dense.images} images of {comparison.data}"
-        + (f"; {comparison.timing}" if comparison.timing else ""),
-        fontsize=10,
-    )
+    title = f"{comparison.model}, {dense.images} images of {comparison.data}"
+    lines = [title, comparison.timing] if comparison.timing else [title]
+    figure.suptitle("\n".join(fill(line, _TITLE) for line in lines), fontsize=10)
     handles, labels = by_cost.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
     return png(figure)
+
+
+def _paper() -> Any:
+    """White around letters, so that lines behind them do not cross them out."""
+    from matplotlib.patheffects import withStroke
+
+    return withStroke(linewidth=2.5, foreground="w")
 
 
 def swept(whats: Sequence[str]) -> list[str]:
@@ -83,9 +92,10 @@ def _draw_method(
 ) -> None:
     frozen = group[0].frozen
     top1 = [row.top1 for row in group]
+    # No accuracy lies below 0 or above 100 %, even where the interval of a difference ends there.
     spread = [
-        [row.lost_high - row.lost for row in group],
-        [row.lost - row.lost_low for row in group],
+        [min(row.lost_high - row.lost, row.top1) for row in group],
+        [min(row.lost - row.lost_low, 100 - row.top1) for row in group],
     ]
     axis.errorbar(places, top1, spread, fmt="none", ecolor=colour, elinewidth=1, alpha=0.25)
     axis.plot(

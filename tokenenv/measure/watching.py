@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
-from tokenenv.data import ImageSource
+from tokenenv.data import Batch, ImageSource
 from tokenenv.data.labels import class_names
 from tokenenv.errors import UserError
 from tokenenv.game.animation import Guess, Panel, draw_frame, save_gif
-from tokenenv.game.cost import Cost
-from tokenenv.game.episode import Episode
 from tokenenv.game.policy import Method
 from tokenenv.game.render import Pixels, to_pixels
+from tokenenv.measure.episodes import Recorded, Step, record
 from tokenenv.measure.token_pictures import spread
 from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.dense import Dense
 
 BEFORE_AFTER = "before_after.gif"
 """Name of the animation in a run folder."""
-
-_GUESSES = 3
 
 
 def check_watchable(what: str, method: Method) -> None:
@@ -35,109 +34,116 @@ def check_watchable(what: str, method: Method) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Some images, and what the dense model and some methods make of them.
+
+    Attributes:
+        titles: for each image its lines in pictures: which image it is, and its class if known.
+        pixels: the images ``(H, W, 3)``, as the model gets them.
+        dense: ``(B, K)`` probabilities of the dense model.
+        names: maps a class to its name.
+        methods: the recorded episodes by what the methods are called.
+    """
+
+    titles: list[list[str]]
+    pixels: list[Pixels]
+    dense: NDArray[np.float32]
+    names: Callable[[int], str]
+    methods: dict[str, Recorded]
+
+    @property
+    def blocks(self) -> list[int | None]:
+        """None, for the time before all decisions, and each block in which a method decides."""
+        return [None, *sorted({b for each in self.methods.values() for b in each.blocks})]
+
+    def panel(self, image: int, what: str, block: int | None) -> Panel:
+        """The image under a method after its decisions up to ``block``."""
+        method = self.methods[what]
+        step = method.at(block)
+        known = (
+            ("dense model", guesses(self.dense[image], self.names)),
+            ("with the tokens left", guesses(step.probabilities[image], self.names)),
+        )
+        return Panel(
+            (what, *self.titles[image]), self.pixels[image], step.owners[image], method.merges,
+            feet(method, step, image), known,
+        )  # fmt: skip
+
+
 @torch.inference_mode()
-def episode_frames(
-    backbone: Backbone,
+def see(
+    backbone: Mapping[str, Backbone],
     dense: Dense,
     methods: Mapping[str, Method],
     source: ImageSource,
-    index: Tensor,
-) -> list[list[Pixels]]:
-    """Play methods deterministically on some images and draw each decision.
+    batch: Batch,
+) -> Seen:
+    """Play methods on the images of a batch, beside the dense model.
 
     Args:
-        backbone: the model that the methods run on.
-        dense: the dense model, whose classes are shown beside.
-        methods: by the title of their panels, which stand beside each other; all decide in as many
-            blocks.
-        source: the images.
-        index: ``(B,)`` which of them.
-
-    Returns:
-        For each image that can be read, its frames ``(H, W, 3)``: before the first decision, and
-        after each one.
+        backbone: the model that each method runs on.
+        dense: the dense model.
+        methods: by what they are called.
+        source: where the images are from.
+        batch: the images; a label below 0 is unknown.
     """
-    batch = source.batch(index)
-    if not len(batch.index):
-        return []
-    images = batch.images.to(backbone.device, backbone.dtype)
-    names = class_names(backbone.model)
-    heads = [
-        f"image {position}, true class: {names(label)}"
+    names = class_names(dense.model)
+    titles = [
+        [_title(source, position), *([f"true class: {names(label)}"] if label >= 0 else [])]
         for position, label in zip(batch.index.tolist(), batch.labels.tolist(), strict=True)
     ]
-    pixels = [to_pixels(image, dense.model) for image in batch.images]
-    known = _guesses(dense(images.to(dense.device, dense.dtype)), class_names(dense.model))
-    columns = []
-    for title, method in methods.items():
-        steps = _play(backbone, method, images)
-        column = [
-            [
-                Panel((title, heads[i]), pixels[i], owner[i], merging, feet[i],
-                      (("dense model", known[i]), ("with the tokens left", guesses[i])))
-                for owner, merging, feet, guesses in steps
-            ]
-            for i in range(len(pixels))
-        ]  # fmt: skip
-        columns.append(column)
-    return [
-        [draw_frame(panels, backbone.grid) for panels in zip(*of_image, strict=True)]
-        for of_image in zip(*columns, strict=True)
-    ]
+    logits = dense(batch.images.to(dense.device, dense.dtype))
+    played = {what: record(backbone[what], m, source, batch) for what, m in methods.items()}
+    return Seen(
+        titles=titles,
+        pixels=[to_pixels(image, dense.model) for image in batch.images],
+        dense=logits.float().softmax(1).cpu().numpy(),
+        names=names,
+        methods=played,
+    )
 
 
-def _play(backbone: Backbone, method: Method, images: Tensor) -> list[tuple]:
-    """For each step: owners ``(B, P)``, whether tokens are merged, lines and guesses per image."""
-    cost, names = Cost(backbone), class_names(backbone.model)
-    blocks = method.reduction.blocks
-    episode = Episode(backbone, method.reduction, images, execution="masked")
-    everyone = torch.arange(len(images), device=images.device)
-    owners, merged, feet, guesses = [], [], [], []
-    while True:
-        step = episode.step
-        when = "before the first decision"
-        if step:
-            where = "in" if method.reduction.between else "before"
-            when = f"decision {step} of {len(blocks)}, {where} block {blocks[step - 1]}"
-        left, saved = episode.counts[-1].tolist(), _saved(episode, method, cost).tolist()
-        feet.append(
-            [
-                (when, f"{n} of {backbone.patches} tokens left",
-                 f"{percent:.1f} % of the multiply-adds saved so far")
-                for n, percent in zip(left, saved, strict=True)
-            ]
-        )  # fmt: skip
-        owners.append(episode.tokens.owners.cpu().numpy())
-        merged.append(episode.tokens.merged)
-        guesses.append(_guesses(episode.finish(everyone), names))
-        if episode.done:
-            break
-        episode.act(method.next_action(episode))
-    merging = [any(merged)] * len(merged)
-    return list(zip(owners, merging, feet, guesses, strict=True))
+def _title(source: ImageSource, position: int) -> str:
+    return f"image {position}: {source.files[position]}"
 
 
-def _saved(episode: Episode, method: Method, cost: Cost) -> Tensor:
-    """``(B,)`` percent of the dense multiply-adds saved if no further decision were taken.
+def frames(seen: Seen) -> list[list[Pixels]]:
+    """For each image its frames ``(H, W, 3)``, the methods beside each other.
 
-    The decisions taken are counted, too.
+    There is one before the first decision, and one for each block in which a method decides.
     """
-    depth, count = episode.backbone.depth, episode.counts[-1] + episode.backbone.prefix
-    attended = episode.attended + [count] * (depth - len(episode.attended))
-    fed = episode.fed + [count] * (depth - len(episode.fed))
-    total = cost.backbone_macs(attended, fed)
-    total = total + cost.decision_macs(method, attended, fed, episode.step)
-    return 100 * (1 - total / cost.dense())
-
-
-def _guesses(logits: Tensor, names: Callable[[int], str]) -> list[list[Guess]]:
-    """The most probable classes of each image."""
-    found = logits.float().softmax(1).topk(min(_GUESSES, logits.shape[1]), 1)
-    rows = zip(found.indices.tolist(), found.values.tolist(), strict=True)
+    grids = [each.grid for each in seen.methods.values()]
     return [
-        [(names(label), probability) for label, probability in zip(*row, strict=True)]
-        for row in rows
+        [
+            draw_frame([seen.panel(image, what, block) for what in seen.methods], grids[0])
+            for block in seen.blocks
+        ]
+        for image in range(len(seen.pixels))
     ]
+
+
+def feet(method: Recorded, step: Step, image: int) -> tuple[str, str, str]:
+    """The lines below a picture: which decision it is, tokens left, multiply-adds saved."""
+    when = "before the first decision"
+    if step.block is not None:
+        number = method.blocks.index(step.block) + 1
+        where = "in" if method.between else "before"
+        when = f"decision {number} of {len(method.blocks)}, {where} block {step.block}"
+    rows, columns = method.grid
+    return (
+        when,
+        f"{step.tokens[image]} of {rows * columns} tokens left",
+        f"{method.saved(step)[image] + 0.0:.1f} % of the multiply-adds saved so far",
+    )
+
+
+def guesses(
+    probabilities: NDArray[np.float32], names: Callable[[int], str], count: int = 3
+) -> list[Guess]:
+    """The ``count`` most probable classes, of ``(K,)`` probabilities."""
+    order = np.argsort(-probabilities, kind="stable")[:count]
+    return [(names(int(label)), float(probabilities[label])) for label in order]
 
 
 def write_before_after(
@@ -147,7 +153,8 @@ def write_before_after(
 
     No file is written if none of the images can be read.
     """
-    methods = {"untrained": before, "trained": after}
-    episodes = episode_frames(backbone, backbone, methods, source, spread(source, 3))
-    if episodes:
-        save_gif(path, episodes)
+    batch = source.batch(spread(source, 3))
+    if len(batch.index):
+        methods = {"untrained": before, "trained": after}
+        on = dict.fromkeys(methods, backbone)
+        save_gif(path, frames(see(on, backbone, methods, source, batch)))
