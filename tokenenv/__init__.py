@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from tokenenv.api.compress import compress
     from tokenenv.api.evaluate import evaluate
     from tokenenv.api.latency import latency_table
+    from tokenenv.api.tune import tune
     from tokenenv.api.watch import watch
     from tokenenv.data import ImageSource, Preprocessing, open_source
     from tokenenv.deploy.compressed import CompressedViT, load_compressed
@@ -97,6 +98,7 @@ __all__ = [
     "register_system",
     "token_prune_v0",
     "train",
+    "tune",
     "watch",
 ]
 
@@ -118,6 +120,7 @@ _HOME = {
     "compress": "api.compress",
     "evaluate": "api.evaluate",
     "latency_table": "api.latency",
+    "tune": "api.tune",
     "watch": "api.watch",
     "Method": "game.policy",
     "Policy": "game.policy",

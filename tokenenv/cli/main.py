@@ -9,7 +9,18 @@ import traceback
 from types import ModuleType
 
 from tokenenv._version import __version__
-from tokenenv.cli import bench, compare, compress, envs, evaluate, methods, suite, train, watch
+from tokenenv.cli import (
+    bench,
+    compare,
+    compress,
+    envs,
+    evaluate,
+    methods,
+    suite,
+    train,
+    tune,
+    watch,
+)
 from tokenenv.cli.options import Parser
 from tokenenv.cli.streams import leave_stream, sturdy_streams
 from tokenenv.errors import UserError
@@ -20,6 +31,7 @@ COMMANDS: dict[str, ModuleType] = {
     "compress": compress,
     "bench": bench,
     "compare": compare,
+    "tune": tune,
     "watch": watch,
     "suite": suite,
     "methods": methods,
