@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,11 +14,10 @@ import torch
 from tqdm import tqdm
 
 from tokenenv.api.opening import each_once, open_candidates
+from tokenenv.api.tune_saving import save_model
 from tokenenv.api.tune_training import train_policy
 from tokenenv.data import ImageSource, Preprocessing, open_source
 from tokenenv.data.opening import SCENES, open_unlabelled
-from tokenenv.deploy.compressed import CONFIG, load_compressed
-from tokenenv.deploy.compressed import compress as compress_model
 from tokenenv.errors import UserError, check_keywords
 from tokenenv.game.checks import MOST_IMAGES, check_whole
 from tokenenv.game.latency import open_table
@@ -191,9 +189,16 @@ class _Tuning:
 
     def __init__(self, asked: Asked) -> None:
         self.asked = asked
-        opened = open_candidates(
-            ["keep-all", *asked.methods], asked.model, data=asked.data, trust=asked.trust
-        )
+        try:
+            opened = open_candidates(
+                ["keep-all", *asked.methods], asked.model, data=asked.data, trust=asked.trust
+            )
+        except UserError as error:
+            if "is not supported" not in str(error):
+                raise
+            raise UserError(
+                f"{error}. What works for every model of timm is to give it smaller images"
+            ) from error
         if not isinstance(opened.dense, Backbone):
             raise UserError("a model that reduces its own tokens can't be tuned: give its method")
         for each in opened.candidates:
@@ -210,6 +215,7 @@ class _Tuning:
                 "budget": asked.budget,
                 "batch": asked.batch,
                 "unlabelled": asked.unlabelled,
+                "compile": asked.compile,
                 "asked_dtype": asked.dtype,
                 "seed": asked.seed,
             },
@@ -226,7 +232,8 @@ class _Tuning:
         reference = self._reference(self.choosing)
         backbone = self._backbone(reference)
         table = open_table(backbone, asked.batch, budget=5.0)
-        search = Search(backbone, reference, self.state, table, asked.budget)
+        compiled = asked.compile and compiler_found()
+        search = Search(backbone, reference, self.state, table, asked.budget, compiled)
         own = self._own(backbone)
         best = list(own)
         if not asked.only_methods:
@@ -321,10 +328,9 @@ class _Tuning:
         asked, named = self.asked, {each.what: each for each in best}
         ladder = search.ladder(best)
         finalists = [named[what] for what in ladder]
-        compiled: Compiled = "all" if asked.compile else "none"
-        if asked.compile and not compiler_found():
+        compiled: Compiled = "all" if search.compiled else "none"
+        if asked.compile and not search.compiled:
             print("there is no C++ compiler: nothing is compiled")
-            compiled = "none"
         backbone = search.backbone
         images = search.reference.images(pool_size(asked.batch))
         images = images.to(backbone.device, backbone.dtype)
@@ -417,31 +423,3 @@ def _open_images(asked: Asked, model: Model, dense: Backbone) -> ImageSource:
             f"{math.ceil(needed / VERIFYING)} images or a larger budget"
         )
     return source
-
-
-def save_model(candidate: MethodCandidate, folder: Path, source: ImageSource) -> None:
-    """Write a candidate as a compressed model into a folder that holds other files already.
-
-    It is loaded again before its files take their names, and has to give the same logits.
-
-    Raises:
-        UserError: it can't be written, or the logits differ.
-    """
-    fast, place = compress_model(candidate.backbone.model, candidate.method), folder / ".model"
-    shutil.rmtree(place, ignore_errors=True)  # of a process that was killed
-    try:
-        fast.save(place)
-        loaded = load_compressed(place, candidate.backbone.device, trust=True)
-        images = source.batch(torch.arange(min(len(source), 64))).images
-        images = images.to(candidate.backbone.device, candidate.backbone.dtype)
-        with torch.inference_mode():
-            if not torch.allclose(fast(images), loaded(images), rtol=1e-3, atol=1e-4):
-                raise UserError(
-                    f"'{candidate.what}' gives other logits after loading than before: it is not "
-                    "written; compress it by your own code"
-                )
-        names = sorted((p.name for p in place.iterdir()), key=lambda name: name == CONFIG)
-        for name in names:  # the file that makes it a compressed model comes last
-            os.replace(place / name, folder / name)
-    finally:
-        shutil.rmtree(place, ignore_errors=True)

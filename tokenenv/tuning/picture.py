@@ -18,9 +18,9 @@ def picture(tuned: Tuned) -> bytes:
     dense = max(tuned.dense, key=lambda row: row.images_per_s)
     verified = {row.what for row in tuned.rows}
     points = [
-        (1e3 / dense.images_per_s / trial.speedup, tuned.expected[trial.what])
+        (1e3 / dense.images_per_s / trial.speed, tuned.expected[trial.what])
         for trial in tuned.tried
-        if trial.what in tuned.expected and trial.speedup and trial.what not in verified
+        if trial.what in tuned.expected and trial.what not in verified
     ]
     if points:
         axis.plot(*zip(*points, strict=True), "o", color="0.7", ms=4, label="tried")

@@ -37,6 +37,7 @@ def words_for(backbone: Backbone) -> list[str]:
         f"tome:r={max(1, round((1 - keep) * patches))},{plan},shuffle=0"
         for plan, keep in _kept(plans, "tome")
     ]
+    found += list(_single(backbone))
     found += [f"merge-above:similarity={cosine}" for cosine in (0.95, 0.925, 0.9, 0.875, 0.85)]
     found += [f"pitome:keep={keep}" for keep in (0.975, 0.95, 0.925, 0.9)]
     found += [f"pitome:keep={keep},{plans[0]}" for keep in (0.8, 0.7, 0.6)]
@@ -60,6 +61,20 @@ def _kept(plans: Iterable[str], name: str) -> Iterator[tuple[str, float]]:
             removed = 1 - keep ** len(plan.split("/"))
             if _LEAST <= removed <= _MOST and not (name == "zerotprune" and "/" in plan):
                 yield plan, keep
+
+
+def _single(backbone: Backbone) -> Iterator[str]:
+    """DiffRate with one decision, which is what pays at small batches, in one of the early blocks.
+
+    More tokens are removed at once than the greedy search takes in a step, which can't tell what
+    one large decision is worth from what the first tokens of it are.
+    """
+    for block in sorted({round(share * backbone.depth) for share in (0.17, 0.25, 0.33, 0.42)}):
+        for removed in (0.3, 0.375, 0.45, 0.525, 0.6):
+            for merged in (1.0, 0.7, 0.4):
+                total = round(removed * backbone.patches)
+                merge = round(merged * total)
+                yield f"diffrate:prune={total - merge},merge={merge},blocks={block}"
 
 
 def _sizes(backbone: Backbone) -> list[int]:

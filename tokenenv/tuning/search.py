@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from tokenenv.game.latency import LatencyTable, TimeCost, measure_decisions
-from tokenenv.game.policy import play
+from tokenenv.game.policy import lengths_known, play
 from tokenenv.measure.candidate import MethodCandidate, Run
 from tokenenv.measure.certify import Pairs
 from tokenenv.measure.speed import DENSE, fresh_batches, in_turns, pool_size
@@ -34,7 +34,10 @@ SURVIVORS = 12
 _TOGETHER, _ROUNDS, _LONG = 6, 3, 0.25
 """Candidates that are timed in turns with the dense model, timings of each, seconds of one."""
 
-_STEPS = tuple(i / 100 for i in range(5, 61, 5))
+_DAMAGE, _PER_POINT, _SEARCHED = 0.1, 0.04, 150.0
+"""When a path of rates ends: its divergence, nats, more for each point of budget; seconds."""
+
+_STEPS = tuple(i / 100 for i in range(6, 61, 3))
 """Shares of the time that rates are taken at from the greedy path."""
 
 
@@ -47,9 +50,12 @@ class Search:
         state: what is known already.
         table: the times of the backbone's parts at the batch size.
         budget: top-1 that may be lost, percentage points.
+        compiled: whether the best are compiled in the end. The eager clock then says little of
+            those that compile as one graph, whose decisions cost less: the table's limit ranks
+            them.
 
     Attributes:
-        backbone, reference, state, table, budget: as given.
+        backbone, reference, state, table, budget, compiled: as given.
         batch: images per pass on the clock.
     """
 
@@ -60,9 +66,11 @@ class Search:
         state: State,
         table: LatencyTable,
         budget: float,
+        compiled: bool = False,
     ) -> None:
         self.backbone, self.reference, self.state = backbone, reference, state
         self.table, self.budget, self.batch = table, budget, table.batch
+        self.compiled = compiled
 
     def halve(self, candidates: Sequence[MethodCandidate]) -> list[MethodCandidate]:
         """The candidates that are best in speed and divergence, tried on all choosing images.
@@ -113,7 +121,12 @@ class Search:
 
     def _time(self, candidates: Sequence[MethodCandidate]) -> None:
         """Time those that were not, a few at a time in turns with the dense model."""
-        due = [each for each in candidates if self._speedup(each) is None]
+        due = [
+            each
+            for each in candidates
+            if self._speedup(each) is None
+            and not (self.compiled and lengths_known(self.backbone, each.method))
+        ]
         if not due:
             return
         backbone = self.backbone
@@ -161,13 +174,15 @@ class Search:
         images = self.reference.images(count).to(backbone.device, backbone.dtype)
         dense = self.reference.log_probs[: len(images)].to(backbone.device)
         search, found = RateSearch(backbone, images, dense, cost), dict[float, str]()
+        begun = time.perf_counter()
         with _bar(round(100 * _STEPS[-1]), "schedules", "%") as bar, torch.inference_mode():
             for rates, outcome in search.path(step, sizes=(1, 2, 5), last=_STEPS[-1]):
                 bar.update(max(0, min(round(100 * outcome.saving), bar.total) - bar.n))
                 level = max((s for s in _STEPS if outcome.saving >= s), default=None)
                 if level is not None and level not in found:
                     found[level] = word_of(rates)
-                if outcome.damage > _HOPELESS:
+                late = time.perf_counter() - begun > _SEARCHED
+                if late or outcome.damage > _DAMAGE + _PER_POINT * self.budget:
                     break
         self.state.found["rates"] = list(found.values())
         self.state.save()
@@ -196,10 +211,6 @@ class Search:
         if not within:
             return [t.what for t in front[:1]]
         return list(dict.fromkeys([within[0], *within[-(most - 1) :]]))
-
-
-_HOPELESS = 0.5
-"""Divergence at which a path of rates ends, nats: a few percent of the predictions are left."""
 
 
 def _run(candidate: MethodCandidate) -> Run:
