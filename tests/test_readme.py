@@ -18,7 +18,7 @@ from agents.systems import SYSTEMS
 from tokenenv.cli.main import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/training.md", "docs/methods.md")
+PAGES = ("README.md", "docs/training.md", "docs/methods.md", "docs/tuning.md")
 
 
 def text(page: str) -> str:
