@@ -33,10 +33,9 @@ def words_for(backbone: Backbone) -> list[str]:
     for share in (0.02, 0.03, 0.04, 0.05, 0.06, 0.07):
         r = max(1, round(share * patches))
         found += [f"tome:r={r},shuffle=0", f"tome:r={r}"]
-    found += [
-        f"tome:r={max(1, round((1 - keep) * patches))},{plan},shuffle=0"
-        for plan, keep in _kept(plans, "tome")
-    ]
+    for plan in plans:
+        for removed in _REMOVED:
+            found += _merging(patches, plan, removed)
     found += list(_single(backbone))
     found += [f"merge-above:similarity={cosine}" for cosine in (0.95, 0.925, 0.9, 0.875, 0.85)]
     found += [f"pitome:keep={keep}" for keep in (0.975, 0.95, 0.925, 0.9)]
@@ -63,6 +62,19 @@ def _kept(plans: Iterable[str], name: str) -> Iterator[tuple[str, float]]:
                 yield plan, keep
 
 
+_REMOVED = (0.3, 0.36, 0.42, 0.48, 0.54, 0.6)
+"""Shares of the tokens that a few large decisions remove together."""
+
+
+def _merging(patches: int, plan: str, removed: float) -> Iterator[str]:
+    """ToMe with a few large decisions, of equal size or each two thirds of the one before."""
+    count = len(plan.split("/"))
+    for ratio in (1.0, 2 / 3)[: min(count, 2)]:
+        parts = [ratio**i for i in range(count)]
+        sizes = [max(1, round(removed * patches * part / sum(parts))) for part in parts]
+        yield f"tome:r={'/'.join(map(str, sizes))},{plan},shuffle=0"
+
+
 def _single(backbone: Backbone) -> Iterator[str]:
     """DiffRate with one decision, which is what pays at small batches, in one of the early blocks.
 
@@ -70,8 +82,8 @@ def _single(backbone: Backbone) -> Iterator[str]:
     one large decision is worth from what the first tokens of it are.
     """
     for block in sorted({round(share * backbone.depth) for share in (0.17, 0.25, 0.33, 0.42)}):
-        for removed in (0.3, 0.375, 0.45, 0.525, 0.6):
-            for merged in (1.0, 0.7, 0.4):
+        for removed in _REMOVED:
+            for merged in (1.0, 0.7):
                 total = round(removed * backbone.patches)
                 merge = round(merged * total)
                 yield f"diffrate:prune={total - merge},merge={merge},blocks={block}"
