@@ -136,6 +136,7 @@ def test_a_budget_out_of_range(budget: float) -> None:
         ({"limit": 20}, r"20 images .* too few .* at least 57 images or a larger budget"),
         ({"only_methods": True}, "leaves nothing to try"),
         ({"train": 60.0}, "train needs a folder"),
+        ({"train": -1.0, "out": "fast"}, "must be seconds from 0 on"),
         ({"methods": ["nonsense:x=1"]}, "is neither a run folder nor a policy"),
         ({"batch": 0}, "batch"),
         ({"dtype": "int8"}, "int8"),
@@ -148,6 +149,19 @@ def test_mistakes_are_told_in_one_line(words: dict[str, Any], message: str) -> N
     with pytest.raises(UserError, match=message) as caught:
         tune(**words)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("few")
+def test_a_device_that_fails_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a device named ``cpu:0``, which is none that the message takes for granted."""
+
+    def gone(self: Search, candidates: Any) -> None:
+        raise RuntimeError("CUDA error: device is lost\nmore lines")
+
+    monkeypatch.setattr(Search, "_time", gone)
+    with pytest.raises(UserError, match=r"device 'cpu:0' failed .* candidates were tried and are"):
+        tune(out="fast", device="cpu:0", only_methods=True, methods=["tome:r=3"])
+    assert Path("fast").is_dir()
 
 
 def test_one_class_says_little() -> None:

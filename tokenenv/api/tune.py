@@ -16,6 +16,7 @@ from tqdm import tqdm
 from tokenenv.api.opening import each_once, open_candidates
 from tokenenv.api.tune_saving import save_model
 from tokenenv.api.tune_training import train_policy
+from tokenenv.artefact import reason_of
 from tokenenv.data import ImageSource, Preprocessing, open_source
 from tokenenv.data.opening import SCENES, open_unlabelled
 from tokenenv.errors import UserError, check_keywords
@@ -123,6 +124,8 @@ def tune(
         check_dtype(dtype)
     if only_methods and not methods:
         raise UserError("only_methods leaves nothing to try: name methods, or leave it out")
+    if not 0 <= train < math.inf:
+        raise UserError(f"train={train} must be seconds from 0 on")
     if train and asked.folder is None:
         raise UserError("train needs a folder for the run: give out")
     if asked.folder is None:
@@ -132,10 +135,13 @@ def tune(
         try:
             return work.run()
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"{len(work.state.trials)} candidates were tried and are kept in "
-                f"'{asked.folder}'; the same command goes on"
-            ) from None
+            raise KeyboardInterrupt(work.kept()) from None
+        except RuntimeError as error:
+            if device == "cpu":
+                raise
+            raise UserError(
+                f"device '{device}' failed ({reason_of(error)}); {work.kept()}"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -234,13 +240,14 @@ class _Tuning:
         table = open_table(backbone, asked.batch, budget=5.0)
         compiled = asked.compile and compiler_found()
         search = Search(backbone, reference, self.state, table, asked.budget, compiled)
-        own = self._own(backbone)
-        best = list(own)
+        best = self._own(backbone)
         if not asked.only_methods:
             print("finding schedules by predicted time, then halving all candidates")
-            words = ["keep-all", *words_for(backbone), *search.rates()]
+            words = [*words_for(backbone), *search.rates()]
             best += search.halve(fitting(words, backbone, self.model.name))
-        best = search.complete(best)
+            best += fitting(["keep-all"], backbone, self.model.name)  # the dense model in stages
+        named = {each.what: each for each in best}
+        best = search.complete(list(named.values()))
         if asked.train:
             best += search.complete(self._train(search, best, backbone))
         tuned = self._verify(search, best)
@@ -248,6 +255,13 @@ class _Tuning:
         if asked.folder is not None:
             self._write(tuned, {each.what: each for each in best}, asked.folder)
         return tuned
+
+    def kept(self) -> str:
+        """What is not lost when the search ends early."""
+        return (
+            f"{len(self.state.trials)} candidates were tried and are kept in "
+            f"'{self.asked.folder}'; the same command goes on"
+        )
 
     def _reference(self, source: ImageSource) -> Reference:
         with tqdm(total=len(source), desc=DENSE, unit="image", leave=False, disable=None) as bar:

@@ -85,6 +85,9 @@ def _training_data(data: str | None, choosing: ImageSource) -> Iterator[Any]:
         return
     with TemporaryDirectory() as place:
         root = Path(place, "choosing")
+        for folder in Path(data).iterdir():  # which classes there are says what labels mean
+            if folder.is_dir():
+                (root / folder.name).mkdir(parents=True)
         for file in choosing.files:
             link = root / file
             link.parent.mkdir(parents=True, exist_ok=True)

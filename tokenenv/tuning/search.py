@@ -80,12 +80,13 @@ class Search:
         what is left on all.
         """
         count = len(candidates)
-        left = self._try(candidates, FIRST)
-        left = self._best(left, max(count // 2, 2 * SURVIVORS))
+        left = self._best(self._try(candidates, FIRST), max(count // 2, 2 * SURVIVORS))
+        print(f"{count} candidates on {FIRST} images and by the table of times: {len(left)} left")
         self._time(left)
         left = self._best(left, max(count // 4, SURVIVORS))
-        left = self._try(left, 4 * FIRST)
-        left = self._best(left, SURVIVORS)
+        print(f"on the clock: {len(left)} left")
+        left = self._best(self._try(left, 4 * FIRST), SURVIVORS)
+        print(f"on {4 * FIRST} images: {len(left)} left")
         return self._try(left, len(self.reference))
 
     def complete(self, candidates: Sequence[MethodCandidate]) -> list[MethodCandidate]:
