@@ -259,8 +259,8 @@ class _Tuning:
     def kept(self) -> str:
         """What is not lost when the search ends early."""
         return (
-            f"{len(self.state.trials)} candidates were tried and are kept in "
-            f"'{self.asked.folder}'; the same command goes on"
+            f"candidates tried so far: {len(self.state.trials)}, kept in '{self.asked.folder}'; "
+            "the same command goes on"
         )
 
     def _reference(self, source: ImageSource) -> Reference:

@@ -185,8 +185,9 @@ class Search:
                 late = time.perf_counter() - begun > _SEARCHED
                 if late or outcome.damage > _DAMAGE + _PER_POINT * self.budget:
                     break
-        self.state.found["rates"] = list(found.values())
-        self.state.save()
+        if found:  # else a busy machine had no time for the first ones: another run tries again
+            self.state.found["rates"] = list(found.values())
+            self.state.save()
         return list(found.values())
 
     def expected(self) -> dict[str, float]:
