@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenenv.measure.speed import Speed
 from tokenenv.tuning.trials import Trial
-from tokenenv.tuning.verdict import Row, recommend, sureness
+from tokenenv.tuning.verdict import Row, lost_words, recommend, sureness
 
 
 @dataclass(frozen=True, repr=False)
@@ -70,8 +70,8 @@ class Tuned:
         ]
         if second is not None:
             lines.append(
-                f"runner-up: {second.what}, {_speed(second.speed)}, lost "
-                f"{second.verified.pairs.lost:.2f} points (at most {second.bound:.2f}, "
+                f"runner-up: {second.what}, {_speed(second.speed)}, "
+                f"{lost_words(second.verified.pairs.lost)} points (at most {second.bound:.2f}, "
                 f"{'certified' if second.certified else 'not certified'})"
             )
         return "\n".join(lines)

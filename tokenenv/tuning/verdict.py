@@ -72,6 +72,11 @@ def recommend(rows: Sequence[Row], budget: float) -> tuple[Row | None, Row | Non
     return first, second
 
 
+def lost_words(points: float) -> str:
+    """Such as ``"lost 0.25"`` or ``"gained 0.25"``."""
+    return f"gained {-points:.2f}" if points < 0 else f"lost {points:.2f}"
+
+
 def sureness(row: Row, budget: float, labelled: bool) -> str:
     """How sure it is that a row keeps to the budget, in words."""
     pairs, n = row.verified.pairs, row.verified.images
@@ -83,8 +88,8 @@ def sureness(row: Row, budget: float, labelled: bool) -> str:
         )
     least = fewest_images(budget)
     said = (
-        f"not certified: on {n} images that took no part in choosing it lost {pairs.lost:.2f} "
-        f"points {measure}, and at most {row.bound:.2f} at 95 % confidence"
+        f"not certified: on {n} images that took no part in choosing it {lost_words(pairs.lost)} "
+        f"points {measure}, and it loses at most {row.bound:.2f} at 95 % confidence"
     )
     needed = images_to_certify(pairs, budget)
     if n < least:
