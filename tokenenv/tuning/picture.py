@@ -38,6 +38,7 @@ def picture(tuned: Tuned) -> bytes:
     axis.set_xlabel(f"ms per image at batch {tuned.batch}, {tuned.dtype}; less is better")
     measure = "top-1" if tuned.labelled else "predictions changed"
     axis.set_ylabel(f"{measure} lost, points, with the 95 % bound")
+    axis.margins(x=0.08)
     axis.set_xlim(left=0)
     axis.grid(alpha=0.3)
     axis.set_title(f"{tuned.model}, {tuned.data}", fontsize=10)
