@@ -4,92 +4,25 @@
     python examples/diffrate_search.py --model deit_tiny_patch16_224 --data imagenet/train \
         --images 64 --saving 35
 
-DiffRate (Chen et al., ICCV 2023) learns its rates by gradient. This search is greedy and needs
-neither gradients nor labels: in each step it prunes or merges ``--step`` more tokens in the block
-where the divergence from the dense model's predictions grows least per multiply-add saved, until
-the saving is reached. It prints words that ``tokenenv evaluate`` and ``compare`` take.
+The search is greedy (:mod:`tokenenv.tuning.rates`): in each step it prunes or merges ``--step``
+more tokens where the divergence from the dense model's predictions grows least per multiply-add
+saved. It prints a word that ``tokenenv evaluate`` and ``compare`` take. ``tokenenv tune`` runs the
+same search over time and chooses by accuracy.
 """
 
 from __future__ import annotations
 
 import argparse
-import heapq
-import math
-from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from tqdm import tqdm
 
-from tokenenv import Backbone, load_backbone, open_source
+from tokenenv import load_backbone, open_source
 from tokenenv.cli.options import positive
 from tokenenv.errors import run_script
 from tokenenv.game.cost import Cost
-from tokenenv.game.policy import play
-from tokenenv.reducers import DiffRate
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The effect of rates: mean KL divergence from the dense predictions, share of MACs saved."""
-
-    damage: float
-    saving: float
-
-
-@dataclass(frozen=True)
-class Search:
-    """The images that rates are tried on, and the dense model's predictions for them."""
-
-    backbone: Backbone
-    images: Tensor
-    dense: Tensor
-    cost: Cost
-
-    def outcome(self, rates: DiffRate) -> Outcome:
-        """The outcome of rates, from one pass over the images."""
-        policy = rates
-        episode = play(self.backbone, policy, self.images)
-        assert episode.logits is not None
-        log_probs = F.log_softmax(episode.logits.float(), -1)
-        damage = F.kl_div(log_probs, self.dense, reduction="batchmean", log_target=True)
-        macs = self.cost.of(episode, policy).mean().item()
-        return Outcome(damage.item(), 1 - macs / self.cost.dense())
-
-    def run(self, saving: float, step: int) -> DiffRate:
-        """The first rates on the greedy path that save ``saving`` of the multiply-adds.
-
-        The cost of a move mostly grows with the moves made before it. So only the move that was
-        cheapest when last tried is tried again, until the cheapest one was tried at the current
-        rates.
-        """
-        depth = self.backbone.depth
-        rates = DiffRate(tuple(range(depth)), (0,) * depth, (0,) * depth)
-        now, turn = self.outcome(rates), 0
-        # price when last tried (of equals the one that saves most), when that was, what came of it
-        kinds = ("prune", "merge")
-        moves = [(-math.inf, 0.0, -1, kind, block, now) for kind in kinds for block in range(depth)]
-        with tqdm(total=round(100 * saving, 1), unit="%", bar_format=_BAR) as bar:
-            while now.saving < saving:
-                if not moves:
-                    raise SystemExit(f"no rates save {100 * saving:.1f} %: ask for less")
-                *_, tried, kind, block, then = heapq.heappop(moves)
-                numbers = list(getattr(rates, kind))
-                numbers[block] += step
-                more = replace(rates, **{kind: tuple(numbers)})
-                if tried < turn:
-                    then = self.outcome(more)
-                    if then.saving > now.saving:
-                        price = (then.damage - now.damage) / (then.saving - now.saving)
-                        heapq.heappush(moves, (price, -then.saving, turn, kind, block, then))
-                    continue
-                now, rates, turn = then, more, turn + 1
-                heapq.heappush(moves, (-math.inf, 0.0, -1, kind, block, now))
-                bar.set_postfix(divergence=f"{now.damage:.4f}", refresh=False)
-                bar.update(min(100 * now.saving, bar.total) - bar.n)
-        return rates
-
+from tokenenv.tuning.rates import Outcome, RateSearch, word_of
 
 _BAR = "{l_bar}{bar}| {n:.1f} of {total:.1f} % saved [{elapsed}<{remaining}{postfix}]"
 
@@ -111,12 +44,16 @@ def main(argv: list[str] | None = None) -> None:
     source = open_source(args.data, backbone.model, split="train", limit=args.images)
     images = source.batch(torch.arange(len(source))).images
     dense = F.log_softmax(backbone(images).float(), -1)
-    search = Search(backbone, images, dense, Cost(backbone))
-    step = args.step or max(1, backbone.patches // 24)
-    rates = search.run(args.saving / 100, step)
+    search = RateSearch(backbone, images, dense, Cost(backbone))
+    with tqdm(total=round(args.saving, 1), unit="%", bar_format=_BAR) as bar:
+
+        def show(outcome: Outcome) -> None:
+            bar.set_postfix(divergence=f"{outcome.damage:.4f}", refresh=False)
+            bar.update(min(100 * outcome.saving, bar.total) - bar.n)
+
+        rates = search.run(args.saving / 100, args.step or max(1, backbone.patches // 24), show)
     found = search.outcome(rates)
-    words = ["/".join(map(str, numbers)) for numbers in (rates.prune, rates.merge)]
-    print(f"diffrate:prune={words[0]},merge={words[1]}")
+    print(word_of(rates))
     print(
         f"{100 * found.saving:.1f} % fewer MACs (1 MAC = 1 FLOP), divergence {found.damage:.4f} "
         f"nats on {len(images)} training images"

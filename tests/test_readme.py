@@ -27,6 +27,7 @@ PAGES = (
     "docs/methods.md",
     "docs/suite.md",
     "docs/training.md",
+    "docs/tuning.md",
 )
 
 

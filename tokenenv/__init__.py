@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from tokenenv.api.explore import explore
     from tokenenv.api.latency import latency_table
     from tokenenv.api.show import show
+    from tokenenv.api.tune import tune
     from tokenenv.api.watch import watch
     from tokenenv.data import ImageSource, Preprocessing, open_source
     from tokenenv.deploy.compressed import CompressedViT, load_compressed
@@ -101,6 +102,7 @@ __all__ = [
     "show",
     "token_prune_v0",
     "train",
+    "tune",
     "watch",
 ]
 
@@ -124,6 +126,7 @@ _HOME = {
     "explore": "api.explore",
     "show": "api.show",
     "latency_table": "api.latency",
+    "tune": "api.tune",
     "watch": "api.watch",
     "Method": "game.policy",
     "Policy": "game.policy",

@@ -31,6 +31,8 @@ class PolicyConfig(SystemConfig):
 
     Attributes:
         updates: rollouts of ``batch`` images, each followed by epochs of PPO.
+        minutes: if above 0, the time after which no further update is started; the training is then
+            shorter than ``updates``, and no longer the same on another machine.
         batch: images per rollout.
         repeats: how often each image is in a batch, see :class:`~agents.learners.ppo.PPOConfig`.
         blocks: decision blocks; empty: the default of the system.
@@ -52,6 +54,7 @@ class PolicyConfig(SystemConfig):
     """
 
     updates: int = 240
+    minutes: float = 0.0
     batch: int = 64
     repeats: int = 4
     blocks: tuple[int, ...] = ()

@@ -83,7 +83,9 @@ _PART: Check = (lambda v: 0 < v < 1, "between 0 and 1")
 _CHECKS: dict[str, Check] = {
     **dict.fromkeys(("updates", "batch", "repeats", "evaluate_every", "cost_batch"), _FROM_ONE),
     **dict.fromkeys(("epochs", "minibatches", "critic_width", "budget_step"), _FROM_ONE),
-    **dict.fromkeys(("alpha", "beta", "entropy", "calibrate", "critic_depth", "width"), _FROM_ZERO),
+    **dict.fromkeys(
+        ("minutes", "alpha", "beta", "entropy", "calibrate", "critic_depth", "width"), _FROM_ZERO
+    ),
     **dict.fromkeys(("lr", "critic_lr", "clip"), _POSITIVE),
     "penalty": (lambda v: 0 < v <= 1e6, "above 0 and at most 1e6"),
     "accumulate": _FROM_ONE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,7 @@ class PolicyTraining:
             target_saving=config.target_saving,
             target_drop=config.allowed_drop,
             saved=(self.cost or Cost).word,
+            most_seconds=60 * config.minutes or math.inf,
             config=request.description(self.source),
             workers=workers,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -89,6 +90,7 @@ class Trainer:
             :meth:`~agents.training.judgement.Judgement.beats`.
         config: the description of the run; resuming with a different one is an error.
         shown: name of the learner's number that the progress table shows.
+        most_seconds: time after which no further update is started, that before resuming included.
         workers: the processes that train together, each with a trainer. All of them judge, keep
             the best policy, and stop after the same update; the first prints and writes files.
 
@@ -114,13 +116,14 @@ class Trainer:
         target_drop: float = 0.0,
         shown: str = "reward",
         saved: str = "MACs",
+        most_seconds: float = math.inf,
         workers: Workers = ALONE,
     ) -> None:
         self.learner, self.order, self.judge, self.out = learner, order, judge, out
         self.updates, self.evaluate_every = updates, evaluate_every
         self.target_saving, self.target_drop = target_saving, target_drop
         self.config, self.shown, self.workers = config, shown, workers
-        self._saved = saved
+        self._saved, self.most_seconds = saved, most_seconds
         self.done = 0
         self.seconds = 0.0
         self.history: list[dict[str, float]] = []
@@ -137,7 +140,11 @@ class Trainer:
                 tqdm.write(f" update {self.shown:>8} kept  {self._saved} saved  top-1 lost")
             if not self.history:
                 self._evaluate(log, clock)
+            late = False
             while self.done < self.updates and not self.workers.agree(interrupted()):
+                late = self.workers.agree(clock.seconds() >= self.most_seconds)
+                if late:
+                    break
                 numbers = self.learner.update()
                 self.done += 1
                 self.history.append({"update": self.done, **numbers})
@@ -145,7 +152,9 @@ class Trainer:
                 bar.update()
                 if self.done % self.evaluate_every == 0 or self.done == self.updates:
                     self._evaluate(log, clock)
-            if self.done < self.updates:
+            if late and "saving" not in self.history[-1]:
+                self._evaluate(log, clock)
+            elif self.done < self.updates and not late:
                 self.stopped = True
                 self._save(clock)
 

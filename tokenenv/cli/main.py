@@ -20,6 +20,10 @@ from tokenenv.cli import (
     show,
     suite,
     train,
+    methods,
+    suite,
+    train,
+    tune,
     watch,
 )
 from tokenenv.cli.options import Parser
@@ -34,6 +38,7 @@ COMMANDS: dict[str, ModuleType] = {
     "compare": compare,
     "show": show,
     "explore": explore,
+    "tune": tune,
     "watch": watch,
     "suite": suite,
     "methods": methods,

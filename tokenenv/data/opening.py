@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -61,6 +62,20 @@ def open_source(
     return source if limit is None else source.subset(limit, seed)
 
 
+def open_unlabelled(folder: str, model: nn.Module) -> ImageSource:
+    """All images anywhere below a folder, without labels: all of them are 0.
+
+    Raises:
+        UserError: there is none.
+    """
+    root = Path(folder)
+    files = _image_files(root, ".")
+    if not files:
+        raise UserError(f"folder '{folder}' holds no image: give a folder of images")
+    store = PixelStore(_reader(root, files), Preprocess(model), threads=DECODE_THREADS)
+    return ImageSource(_folder_name(root), files, torch.zeros(len(files), dtype=torch.long), store)
+
+
 def _images_of(model: nn.Module) -> str:
     """The embedded images that a model is for."""
     from tokenenv.vit.load import SCENES_MODELS
@@ -100,15 +115,21 @@ def _open_folder(root: Path, model: nn.Module, split: Split) -> ImageSource:
             "one folder for each class"
         )
 
+    outputs = torch.tensor(map_classes(classes, model, f"folder '{root}'"))
+    labels = outputs.repeat_interleave(torch.tensor([len(group) for group in groups]))
+    store = PixelStore(_reader(root, files), Preprocess(model), threads=DECODE_THREADS)
+    return ImageSource(_folder_name(root), files, labels, store)
+
+
+def _reader(root: Path, files: list[str]) -> Callable[[int], Image.Image]:
+    """A function that reads the image at a position of ``files``, relative to ``root``."""
+
     def load(position: int) -> Image.Image:
         with Image.open(root / files[position]) as image:
             image.load()
             return image
 
-    outputs = torch.tensor(map_classes(classes, model, f"folder '{root}'"))
-    labels = outputs.repeat_interleave(torch.tensor([len(group) for group in groups]))
-    store = PixelStore(load, Preprocess(model), threads=DECODE_THREADS)
-    return ImageSource(_folder_name(root), files, labels, store)
+    return load
 
 
 def _part_of(root: Path, split: Split) -> Path:

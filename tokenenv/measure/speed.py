@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenenv.game.episode import Execution
@@ -19,6 +20,7 @@ from tokenenv.measure.evaluation import dense_macs
 from tokenenv.vit.dense import Dense
 
 DENSE = "dense"
+F = TypeVar("F", bound=Hashable)
 Compiled = Literal["none", "dense", "all"]
 """What is also timed as compiled by ``torch.compile``."""
 
@@ -140,20 +142,45 @@ def bench(
     passes = max(
         1, math.ceil(_SHORTEST / _seconds(runs[_Form(DENSE, False)], [next(fresh)], device))
     )
-    seconds: dict[_Form, list[float]] = {form: [] for form in runs}
-    for turn in range(rounds):
-        forms, batches = list(runs), [next(fresh) for _ in range(passes)]
-        start_at = turn % len(forms)
-        for form in forms[start_at:] + forms[:start_at]:
-            seconds[form].append(_seconds(runs[form], batches, device))
-            progress(1)
-    took = {form: np.array(values) for form, values in seconds.items()}
+    took = in_turns(runs, fresh, rounds, passes, device, progress)
     best = min((took[form] for form in took if form.what == DENSE), key=np.median)
     return [
         _speed(form, size, took, best, gmacs, peak[form], took_first[form], dense)
         for form in runs
         if not form.limit
     ]
+
+
+@torch.inference_mode()
+def in_turns(
+    runs: Mapping[F, Run],
+    fresh: Iterator[Tensor],
+    rounds: int,
+    passes: int,
+    device: torch.device,
+    progress: Callable[[int], object] = lambda n: None,
+) -> dict[F, NDArray[np.float64]]:
+    """Time forward passes in turns, in an order that changes from round to round.
+
+    Args:
+        runs: one forward pass each.
+        fresh: gives batches, of which all get the same ones in a round.
+        rounds: number of timings of each.
+        passes: batches in a row for a timing.
+        device: where they run.
+        progress: called with 1 after each timing.
+
+    Returns:
+        For each ``(rounds,)`` mean seconds of a pass.
+    """
+    seconds: dict[F, list[float]] = {form: [] for form in runs}
+    for turn in range(rounds):
+        forms, batches = list(runs), [next(fresh) for _ in range(passes)]
+        start_at = turn % len(forms)
+        for form in forms[start_at:] + forms[:start_at]:
+            seconds[form].append(_seconds(runs[form], batches, device))
+            progress(1)
+    return {form: np.array(values) for form, values in seconds.items()}
 
 
 def _forms(

@@ -19,7 +19,7 @@ from tokenenv.vit.tokens import Tokens
 class DiffRate(Reducer):
     """DiffRate (Chen et al., ICCV 2023) with given rates.
 
-    ``examples/diffrate_search.py`` finds rates for a model and a saving.
+    ``tokenenv tune`` and ``examples/diffrate_search.py`` find rates for a model.
 
     The visual tokens of a block are sorted by class attention, mean over the heads. The last
     ``prune`` of them are pruned. Of the rest, the last ``merge`` are each merged into the most

@@ -1,0 +1,43 @@
+"""Writing the recommended model beside the files of its search."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from tokenenv.data import ImageSource
+from tokenenv.deploy.compressed import CONFIG, load_compressed
+from tokenenv.deploy.compressed import compress as compress_model
+from tokenenv.errors import UserError
+from tokenenv.measure.candidate import MethodCandidate
+
+
+def save_model(candidate: MethodCandidate, folder: Path, source: ImageSource) -> None:
+    """Write a candidate as a compressed model into a folder that holds other files already.
+
+    It is loaded again before its files take their names, and has to give the same logits.
+
+    Raises:
+        UserError: it can't be written, or the logits differ.
+    """
+    fast, place = compress_model(candidate.backbone.model, candidate.method), folder / ".model"
+    shutil.rmtree(place, ignore_errors=True)  # of a process that was killed
+    try:
+        fast.save(place)
+        loaded = load_compressed(place, candidate.backbone.device, trust=True)
+        images = source.batch(torch.arange(min(len(source), 64))).images
+        images = images.to(candidate.backbone.device, candidate.backbone.dtype)
+        with torch.inference_mode():
+            if not torch.allclose(fast(images), loaded(images), rtol=1e-3, atol=1e-4):
+                raise UserError(
+                    f"'{candidate.what}' gives other logits after loading than before: it is not "
+                    "written; compress it by your own code"
+                )
+        names = sorted((p.name for p in place.iterdir()), key=lambda name: name == CONFIG)
+        for name in names:  # the file that makes it a compressed model comes last
+            os.replace(place / name, folder / name)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
