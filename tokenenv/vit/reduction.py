@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenenv.vit.layout import Packing
-from tokenenv.vit.packing import close_up, inverse, reorder, take
+from tokenenv.vit.packing import close_up, cut, inverse, reorder, take
 from tokenenv.vit.tokens import Tokens
 
 
@@ -122,7 +122,8 @@ def _propose(unit: Tensor, alive: Tensor | None, first: int) -> tuple[Tensor, Te
         score = torch.baddbmm(
             torch.where(alive[:, None, 1 - first :: 2], 0.0, -torch.inf), one, other
         )
-    if not score.shape[2]:  # a single token has no partner
+    # A single token has no partner. Where torch.export doesn't know the number, there may be one.
+    if isinstance(score.shape[2], torch.SymInt) or not score.shape[2]:
         score = F.pad(score, (0, 1), value=-torch.inf)
     best, choice = score.max(dim=2)
     if alive is not None:
@@ -163,7 +164,7 @@ def candidates_first(tokens: Tokens, match: Match) -> Tensor:
     """
     candidate = torch.zeros_like(tokens.alive).scatter(1, match.token, True)
     group = torch.where(tokens.alive, 2 - candidate.to(torch.uint8), 3)
-    group[:, : tokens.prefix] = 0
+    group = F.pad(group[:, tokens.prefix :], (tokens.prefix, 0))  # before them, in group 0
     if tokens.prefix:
         return torch.sort(group, dim=1, stable=True).indices
     score = torch.zeros_like(tokens.size).scatter(1, match.token, match.score)
@@ -193,8 +194,8 @@ def merge(
         match: candidate pairs, ``(B, A)`` each.
         accept: ``(B, A)`` bool, which pairs to merge; those with score -inf are never merged.
         weight: ``(B, N)`` non-negative weights of the mean; None for the tokens' sizes.
-        left: number of tokens left of every image if that is known, prefix included; only packed
-            tokens use it, which then need not read their lengths back.
+        left: number of tokens left of every image if that is known, prefix included. Packed tokens
+            then need not read their lengths back; padded ones that are shuffled are cut to it.
         shuffle: whether to order the tokens as :func:`candidates_first`.
 
     Returns:
@@ -222,7 +223,7 @@ def merge(
     merged = replace(merged, x=x.index_add(0, taker, step).view_as(tokens.x))
     if tokens.packing is not None:
         return close_up(merged, left, candidates_first(merged, match) if shuffle else None)[0]
-    return _shuffled(merged, match) if shuffle else merged
+    return _shuffled(merged, match, left) if shuffle else merged
 
 
 def _merge_some(
@@ -261,7 +262,7 @@ def _merge_some(
         step = _step(x, giver, taker, share)
     if packing is None:
         merged = replace(merged, x=x.index_add(0, taker, step).view_as(tokens.x))
-        return _shuffled(merged, match) if shuffle else merged
+        return _shuffled(merged, match, left) if shuffle else merged
     order = candidates_first(merged, match) if shuffle else None
     closed, place = close_up(merged, left, order)
     if place is not None:
@@ -290,8 +291,10 @@ def _without(tokens: Tokens, match: Match, accept: Tensor, alive: Tensor, size: 
     )
 
 
-def _shuffled(tokens: Tokens, match: Match) -> Tokens:
+def _shuffled(tokens: Tokens, match: Match, left: int | None) -> Tokens:
     order = candidates_first(tokens, match)
+    if left is not None:
+        return cut(tokens, order, left)
     return replace(reorder(tokens, order, order.shape[1]), x=take(tokens.x, order))
 
 
