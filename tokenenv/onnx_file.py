@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenenv.artefact import FAULTS, Unfit, check_fields, parse_json, reason_of
@@ -32,7 +33,8 @@ def check_packages(*names: str) -> None:
 def described(content: bytes, said: Mapping[str, Any], weights: Mapping[str, Tensor]) -> bytes:
     """An ONNX file with a description and the weights of the dense model.
 
-    Most weights are among the constants of the graph already; the others are added to them.
+    Most weights are among the constants of the graph already, matrices transposed; the others are
+    added to them.
 
     Args:
         content: the file.
@@ -43,24 +45,25 @@ def described(content: bytes, said: Mapping[str, Any], weights: Mapping[str, Ten
     from onnx import numpy_helper
 
     model = onnx.load_from_string(content)
-    places = {_digest(tensor): tensor.name for tensor in model.graph.initializer}
-    where = {}
+    held = model.graph.initializer
+    places = {_digest(numpy_helper.to_array(tensor)): tensor.name for tensor in held}
+    where, turned = {}, []
     for name, value in weights.items():
-        tensor = numpy_helper.from_array(value.detach().cpu().contiguous().numpy(), f"dense.{name}")
-        digest = _digest(tensor)
-        if digest not in places:
-            model.graph.initializer.append(tensor)
-            places[digest] = tensor.name
-        where[name] = places[digest]
+        values = value.detach().cpu().contiguous().numpy()
+        place = places.get(_digest(values))
+        if place is None and values.ndim == 2 and (place := places.get(_digest(values.T))):
+            turned.append(name)
+        if place is None:
+            place = places[_digest(values)] = f"dense.{name}"
+            held.append(numpy_helper.from_array(values, place))
+        where[name] = place
     entry = model.metadata_props.add()
-    entry.key, entry.value = _KEY, json.dumps({**said, "weights": where})
+    entry.key = _KEY
+    entry.value = json.dumps({**said, "weights": where, "transposed": turned})
     return bytes(model.SerializeToString())
 
 
-def _digest(tensor: Any) -> tuple[Any, ...]:
-    from onnx import numpy_helper
-
-    values = numpy_helper.to_array(tensor)
+def _digest(values: NDArray[Any]) -> tuple[Any, ...]:
     return values.shape, str(values.dtype), hashlib.sha256(values.tobytes()).digest()
 
 
@@ -81,13 +84,14 @@ def stored_weights(path: Path) -> dict[str, Tensor]:
     """
     from onnx import numpy_helper
 
-    model, said = _read(path, {"weights": dict[str, str]})
-    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    model, said = _read(path, {"weights": dict[str, str], "transposed": list[str]})
+    tensors, turned = {each.name: each for each in model.graph.initializer}, set(said["transposed"])
     try:
-        return {
+        found = {
             name: torch.from_numpy(numpy_helper.to_array(tensors[place]).copy())
             for name, place in said["weights"].items()
         }
+        return {name: t.T.contiguous() if name in turned else t for name, t in found.items()}
     except FAULTS as error:
         raise UserError(f"cannot read '{path}' ({reason_of(error)}): {_REMEDY}") from None
 

@@ -91,7 +91,7 @@ def graph_bytes(fast: CompressedViT, show: Show = lambda step: None) -> bytes:
     if batched and fast.execution != "masked":
         fast.execution = "padded"  # torch.export can't follow the host's choice of groups
     try:
-        content = _exported(fast, fast.backbone.image_shape, batched, show)
+        content = _exported(_whole_pass(fast), fast.backbone.image_shape, batched, show)
     except Exception as error:  # torch raises many kinds for what it can't trace or translate
         check_interrupt(error)
         kind = type(fast.policy).__name__
@@ -103,6 +103,27 @@ def graph_bytes(fast: CompressedViT, show: Show = lambda step: None) -> bytes:
     show("comparing its logits")
     _check_same(fast, OnnxModel(content, batched=batched))
     return content
+
+
+def _whole_pass(fast: CompressedViT) -> nn.Module:
+    """The module to export: the model, behind a smaller image if its method makes one."""
+    image = torch.zeros((1, *fast.backbone.image_shape))
+    with torch.no_grad():
+        small, _ = fast.policy.reduction.resize(fast.backbone, image)
+    return fast if small is fast.backbone else _Shrunk(fast, small.model)
+
+
+class _Shrunk(nn.Module):
+    """A smaller image, and the model for it, whose weights torch.export then finds."""
+
+    def __init__(self, fast: CompressedViT, small: nn.Module) -> None:
+        super().__init__()
+        self.model = CompressedViT(small, fast.policy, fast.execution)
+        self.__dict__["whole"] = fast.backbone  # not registered: its weights are not exported
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, x = self.model.policy.reduction.resize(self.whole, x)
+        return self.model(x)
 
 
 def with_description(fast: CompressedViT, content: bytes) -> bytes:
