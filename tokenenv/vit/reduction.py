@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenenv.vit import attention
 from tokenenv.vit.layout import Packing
 from tokenenv.vit.packing import close_up, cut, inverse, reorder, take
 from tokenenv.vit.tokens import Tokens
@@ -201,6 +202,8 @@ def merge(
     Returns:
         The tokens, with the merged candidates removed.
     """
+    if left is not None and attention.exporting() and _plain(tokens, left, shuffle):
+        return _merge_known(tokens, match, accept, weight, left, shuffle)
     # NaN counts as a pair: of values that overflowed as many are merged as was promised.
     accept = accept & (match.score != -torch.inf)
     # Counting the accepted pairs would wait for a GPU, and can't be compiled with the rest.
@@ -224,6 +227,39 @@ def merge(
     if tokens.packing is not None:
         return close_up(merged, left, candidates_first(merged, match) if shuffle else None)[0]
     return _shuffled(merged, match, left) if shuffle else merged
+
+
+def _plain(tokens: Tokens, left: int, shuffle: bool) -> bool:
+    """Whether :func:`_merge_known` can merge these tokens."""
+    apart = tokens.packing is not None or tokens.ragged or tokens.source is not None
+    removes = left < tokens.alive.shape[1]
+    return removes and not apart and (tokens.prefix > 0 or not shuffle)
+
+
+def _merge_known(
+    tokens: Tokens, match: Match, accept: Tensor, weight: Tensor | None, left: int, shuffle: bool
+) -> Tokens:
+    """:func:`merge` that cuts to the known number of tokens, in few operations, for ONNX."""
+    batch, count = tokens.alive.shape
+    # As in candidates_first; removed tokens come last, and so are known by their places.
+    usual, candidate = (2.0, 1.0) if shuffle else (0.0, 0.0)
+    group = F.pad(tokens.size.new_full((count - tokens.prefix,), usual), (tokens.prefix, 0))
+    group = group.expand(batch, count).scatter(1, match.token, torch.where(accept, 3.0, candidate))
+    order = torch.sort(group, dim=1, stable=True).indices
+    gone = order[:, left:]
+    partner = torch.zeros_like(order).scatter(1, match.token, match.partner).gather(1, gone)
+    moved = tokens.size.gather(1, gone)
+    size = tokens.size.scatter_add(1, partner, moved)
+    if weight is None:
+        share = moved / size.gather(1, partner)
+    else:
+        moving = weight.float().gather(1, gone)
+        total = weight.float().scatter_add(1, partner, moving)
+        share = moving / total.gather(1, partner).clamp(min=1e-12)
+    x, taker = tokens.rows, tokens.row(partner).flatten()
+    step = _step(x, tokens.row(gone).flatten(), taker, share.flatten())
+    x = x.index_add(0, taker, step).view_as(tokens.x)
+    return cut(replace(tokens, x=x, size=size, moved=True, merged=True), order, left)
 
 
 def _merge_some(
