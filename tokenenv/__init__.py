@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from tokenenv.data import ImageSource, Preprocessing, open_source
     from tokenenv.deploy.compressed import CompressedViT, load_compressed
     from tokenenv.deploy.onnx import export_onnx
+    from tokenenv.deploy.runtime import load_onnx
     from tokenenv.game import Game
     from tokenenv.game.build import build_game
     from tokenenv.game.policy import Method, Policy
@@ -89,6 +90,7 @@ __all__ = [
     "layer_prune_v0",
     "load_backbone",
     "load_compressed",
+    "load_onnx",
     "ltm",
     "open_source",
     "reducers",
@@ -139,6 +141,7 @@ _HOME = {
     "export_onnx": "deploy.onnx",
     "load_backbone": "vit.load",
     "load_compressed": "deploy.compressed",
+    "load_onnx": "deploy.runtime",
     "open_source": "data",
     "Preprocessing": "data",
 }

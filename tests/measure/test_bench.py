@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
 
 KEYS = {
     "what", "batch", "dtype", "compiled", "images_per_s", "speedup", "speedup_q25", "speedup_q75",
-    "gmacs", "gmacs_dense", "peak_mib", "slice_speedup", "realised_share", "compile_s",
+    "gmacs", "gmacs_dense", "peak_mib", "slice_speedup", "realised_share", "runtime", "compile_s",
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from tokenenv.measure.candidate import Candidate, MethodCandidate
 from tokenenv.measure.opening import images_to_time, named_model, text
 from tokenenv.measure.speed import Compiled, Speed, pool_size, timings
 from tokenenv.measure.speed import bench as time_all
+from tokenenv.onnx_file import ONNX
 from tokenenv.reducers import Resize
 from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.load import check_device, check_dtype
@@ -119,6 +120,8 @@ def bench(
     if threads is not None:
         torch.set_num_threads(check_threads(threads))
     whats, found = each_once(what), None
+    if any(isinstance(one, str) and one.endswith(ONNX) for one in whats):
+        dtype = dtype or "float32"  # files have no other
     for precision in _precisions(dtype, device):
         opened = open_candidates(
             whats,

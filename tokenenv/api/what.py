@@ -22,6 +22,8 @@ from agents.policies.words import code_of, folder_of, parse_policy, split_name
 from agents.training import Run
 from agents.training.run import CONFIG as RUN_CONFIG
 from agents.training.run import MODEL, REPORT
+from tokenenv.api.made_of import MadeOf
+from tokenenv.api.named_onnx import NamedOnnx
 from tokenenv.artefact import read_object
 from tokenenv.data import Preprocessing
 from tokenenv.deploy.compressed import CONFIG as COMPRESSED
@@ -35,6 +37,7 @@ from tokenenv.ltm.storage import load_ltm
 from tokenenv.measure.candidate import Candidate, MethodCandidate, ModelCandidate
 from tokenenv.measure.opening import Model
 from tokenenv.measure.state import fingerprint
+from tokenenv.onnx_file import ONNX
 from tokenenv.paths import path_text
 from tokenenv.storage import read_tensors
 from tokenenv.vit.backbone import Backbone
@@ -42,23 +45,6 @@ from tokenenv.vit.dense import Dense
 from tokenenv.vit.load import load_backbone
 
 _SAID = {"model": str, "weights": str | None}
-
-
-@dataclass(frozen=True)
-class MadeOf:
-    """The dense model that a method was trained on, or that a model was made from.
-
-    Attributes:
-        model: its timm name; None if unknown.
-        weights: a file, or None for timm's weights.
-        tuned: a file of weights that were fine-tuned from those; None for a frozen backbone.
-        preprocessing: what it was made with; None if unknown.
-    """
-
-    model: str | None = None
-    weights: str | None = None
-    tuned: str | None = None
-    preprocessing: Preprocessing | None = None
 
 
 class Named(Protocol):
@@ -124,6 +110,8 @@ def name_what(what: Any, trust: bool = False) -> Named:
         return NamedMethod(_title(method), method)
     if os.path.isdir(what):
         what = path_text(what, "WHAT")
+    if what.endswith(ONNX):
+        return NamedOnnx(what)
     folder, more = split_name(what)
     for config, kind, words in (
         (LTM_CONFIG, NamedLTM, "has LTM blocks"),
@@ -358,6 +346,8 @@ def no_method(named: Named) -> str:
     if isinstance(named, NamedLTM):
         loaded = f": tokenenv.ltm.load_ltm('{named.what}') gives it" if named.model is None else ""
         return f"'{named.what}' is a model already, whose tokens merge by themselves{loaded}"
+    if isinstance(named, NamedOnnx):
+        return f"'{named.what}' is a whole model: give the method it was made with"
     return f"'{named.what}' is compressed already: give the policy it was made with"
 
 

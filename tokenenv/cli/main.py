@@ -20,9 +20,6 @@ from tokenenv.cli import (
     show,
     suite,
     train,
-    methods,
-    suite,
-    train,
     tune,
     watch,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -37,7 +37,8 @@ def map_classes(names: Sequence[str | Sequence[str]], model: nn.Module, owner: s
     The first of these rules that fits is used: WordNet ids (``n01440764``) for an ImageNet head;
     whole numbers below the number of outputs; the model's own label names, or ImageNet's; and, if
     there are as many classes as outputs, their order. Names are compared without case, and ``_``
-    is a space.
+    is a space. The order is that of the names as they are given, or timm's natural order (``a2``
+    before ``a10``, without case) if timm's training script trained the model.
 
     Args:
         names: one name, or several synonyms, for each class, in the data set's own order.
@@ -75,7 +76,7 @@ def map_classes(names: Sequence[str | Sequence[str]], model: nn.Module, owner: s
         return _each_its_own([match.pop() for match in matches], first, owner)
 
     if len(names) == outputs:
-        return list(range(outputs))
+        return _timms_order(first) if _trained_by_timm(model) else list(range(outputs))
 
     unknown = [name for name, match in zip(first, matches, strict=True) if len(match) != 1]
     example = next((name for name in unknown if not _is_output(name, outputs)), unknown[0])
@@ -99,6 +100,49 @@ def _each_its_own(outputs: list[int], names: Sequence[str], owner: str) -> list[
     return outputs
 
 
+def name_outputs(model: nn.Module, names: Sequence[str]) -> None:
+    """Give a timm model the names of its outputs, in their order.
+
+    Raises:
+        UserError: there is not one name, different from the others, for each output.
+    """
+    outputs, told = head_outputs(model), cast(Any, model)
+    if len(names) != outputs or len(set(names)) != outputs or not all(names):
+        raise UserError(
+            f"{len(names)} class names ({len(set(names))} different) for a head of {outputs} "
+            "outputs: give one for each, in their order"
+        )
+    told.pretrained_cfg = {**(getattr(told, "pretrained_cfg", None) or {}), "label_names": names}
+
+
+def output_names(model: nn.Module) -> list[str] | None:
+    """The short name of each output, from the model or else from ImageNet; None if unknown."""
+    names = [_short(group) for group in _names_of_outputs(model, head_outputs(model))]
+    return names or None
+
+
+def own_names(model: nn.Module) -> bool:
+    """Whether :func:`output_names` are the model's own."""
+    cfg = getattr(model, "pretrained_cfg", None)
+    return bool(isinstance(cfg, Mapping) and cfg.get("label_names"))
+
+
+TIMMS_ORDER = "classes_in_timms_order"
+"""Key of a model's configuration that says that timm's training script numbered its classes."""
+
+
+def _trained_by_timm(model: nn.Module) -> bool:
+    cfg = getattr(model, "pretrained_cfg", None)
+    return bool(isinstance(cfg, Mapping) and cfg.get(TIMMS_ORDER))
+
+
+def _timms_order(names: Sequence[str]) -> list[int]:
+    from timm.utils.misc import natural_key
+
+    rank = {name: place for place, name in enumerate(sorted(names, key=natural_key))}
+    return [rank[name] for name in names]
+
+
 def class_names(model: nn.Module) -> Callable[[int], str]:
     """A function that maps a head output to its short name for pictures.
 
@@ -107,7 +151,7 @@ def class_names(model: nn.Module) -> Callable[[int], str]:
     Raises:
         UserError: the model has no classification head.
     """
-    names = [_short(group) for group in _names_of_outputs(model, head_outputs(model))]
+    names = output_names(model) or []
     return lambda index: names[index] if index < len(names) else str(index)
 
 

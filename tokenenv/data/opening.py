@@ -115,10 +115,13 @@ def _open_folder(root: Path, model: nn.Module, split: Split) -> ImageSource:
             "one folder for each class"
         )
 
-    outputs = torch.tensor(map_classes(classes, model, f"folder '{root}'"))
-    labels = outputs.repeat_interleave(torch.tensor([len(group) for group in groups]))
+    outputs = map_classes(classes, model, f"folder '{root}'")
+    counts = torch.tensor([len(group) for group in groups])
+    labels = torch.tensor(outputs).repeat_interleave(counts)
     store = PixelStore(_reader(root, files), Preprocess(model), threads=DECODE_THREADS)
-    return ImageSource(_folder_name(root), files, labels, store)
+    source = ImageSource(_folder_name(root), files, labels, store)
+    source.names = dict(zip(outputs, classes, strict=True))
+    return source
 
 
 def _reader(root: Path, files: list[str]) -> Callable[[int], Image.Image]:

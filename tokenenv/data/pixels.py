@@ -7,7 +7,8 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -189,6 +190,18 @@ class Preprocess:
         self._std = self._per_channel(config["std"])
         config["input_size"] = self.shape
         self._transform = create_transform(**config, is_training=False, normalize=False)
+
+    @classmethod
+    def by(cls, preprocessing: Preprocessing, channels: int) -> Preprocess:
+        """The transform that values describe, all of them given, without a model."""
+        values: dict[str, Any] = preprocessing.to_json()
+        size = preprocessing.sides or ()
+        config = values | {"input_size": (channels, *size)}
+        return cls(cast(Any, SimpleNamespace(pretrained_cfg=config, in_chans=channels)))
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """An image -> ``(C, H, W)`` float32 for the model."""
+        return self.normalise([self.pixels(image)])[0]
 
     def _per_channel(self, values: Sequence[float]) -> Tensor:
         tensor = torch.tensor(values, dtype=torch.float32)

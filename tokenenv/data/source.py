@@ -48,6 +48,7 @@ class ImageSource:
         labels: ``(n,)`` int64 indices into the model's head.
         classes: sorted unique head indices of the whole data set; a part of it has the same, so
             that accuracy restricted to these classes is comparable.
+        names: the data set's names of the classes, by head index; empty if it has none.
     """
 
     def __init__(self, name: str, files: list[str], labels: Tensor, store: PixelStore) -> None:
@@ -55,6 +56,7 @@ class ImageSource:
         self.files = files
         self.labels = labels
         self.classes = labels.unique()
+        self.names: dict[int, str] = {}
         self._store = store
         self._positions = list(range(len(files)))  # in the store
 
@@ -185,7 +187,7 @@ class ImageSource:
 
     def _seen_as(self, name: str, store: PixelStore) -> ImageSource:
         other = ImageSource(name, self.files, self.labels, store)
-        other.classes = self.classes
+        other.classes, other.names = self.classes, self.names
         other._positions = self._positions
         return other
 
@@ -193,7 +195,7 @@ class ImageSource:
         chosen = index.tolist()
         files = [self.files[i] for i in chosen]
         part = ImageSource(self.name, files, self.labels[index], self._store)
-        part.classes = self.classes
+        part.classes, part.names = self.classes, self.names
         part._positions = [self._positions[i] for i in chosen]
         return part
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from tokenenv.artefact import FAULTS, read_object, reason_of
-from tokenenv.data import Preprocessing
+from tokenenv.data.labels import output_names
+from tokenenv.data.pixels import Preprocess
+from tokenenv.deploy.about import KINDS, apply_description, describe_model
+from tokenenv.deploy.predict import Prediction, predict_files
 from tokenenv.deploy.protocol import TimmProtocol
 from tokenenv.errors import UserError, check_choice
 from tokenenv.game.episode import Episode, Execution
@@ -37,6 +41,7 @@ _KINDS = {
     "dtype": Literal[DTYPES],
     "execution": Execution | None,
     "checkpointed": bool | None,
+    **KINDS,
 }
 
 
@@ -97,14 +102,18 @@ class CompressedViT(TimmProtocol):
         model: the copy of the timm model.
         policy: the copy of the policy.
         execution: as given.
+        method: the method, as a user named it; empty if it was given as an object.
+        measured: what was measured of it, where and on which images, as JSON; empty if nothing was.
     """
 
     policy: Any
+    method: str = ""
 
     def __init__(self, model: nn.Module, policy: Method, execution: Execution | None) -> None:
         super().__init__()
         self.model = copy.deepcopy(model)
         self.execution = execution
+        self.measured: dict[str, Any] = {}
         # Not registered with nn.Module: it does not belong into state_dict() or parameters().
         self.__dict__["policy"] = copy.deepcopy(policy)
         self.policy.check_fit(self.backbone, self.backbone.architecture)
@@ -143,6 +152,44 @@ class CompressedViT(TimmProtocol):
             self.policy.eval()
         return self
 
+    @property
+    def preprocess(self) -> Preprocess:
+        """The model's transform: a PIL image -> ``(C, H, W)`` float32, normalised."""
+        return Preprocess(self.model)
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Names of the classes, in the order of the logits; None if nobody knows them."""
+        return output_names(self.model)
+
+    def predict(
+        self,
+        paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+        top: int = 1,
+        batch: int = 64,
+    ) -> list[Prediction]:
+        """Class names and probabilities of image files.
+
+        Args:
+            paths: one file or several.
+            top: how many classes to name of each image, the most probable first.
+            batch: images per pass.
+
+        Raises:
+            UserError: a file is no image; nothing is returned of the others.
+        """
+        like = self.backbone
+
+        def run(images: Tensor) -> Tensor:
+            return self(images.to(like.device, like.dtype))
+
+        return predict_files(run, self.preprocess, self.classes, paths, top, batch)
+
+    def description(self) -> dict[str, Any]:
+        """What an artefact says of the model, see :mod:`tokenenv.deploy.about`."""
+        method = self.method or type(self.policy).__name__
+        return describe_model(self.model, method, self.measured)
+
     def save(self, folder: str | Path) -> None:
         """Write the model's name, weights and policy as JSON and safetensors.
 
@@ -170,7 +217,7 @@ class CompressedViT(TimmProtocol):
             "dtype": str(self.backbone.dtype).removeprefix("torch."),
             "execution": self.execution,
             "checkpointed": self.backbone.family.checkpointed,
-            "preprocessing": Preprocessing.of(self.model).to_json(),
+            **self.description(),
         }
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         held = self.model.state_dict()
@@ -288,12 +335,14 @@ def load_compressed(
     import agents  # imported late: it reads policies back
 
     folder = as_path(folder, "folder")
-    model, execution = _load_model(folder, check_device(device))
-    return compress(model, agents.load(folder, trust), execution)
+    model, config = _load_model(folder, check_device(device))
+    fast = compress(model, agents.load(folder, trust), config.get("execution"))
+    fast.method, fast.measured = config.get("method") or "", config.get("measured") or {}
+    return fast
 
 
-def _load_model(folder: Path, device: torch.device) -> tuple[nn.Module, Execution | None]:
-    """The dense model of a saved compressed one, and how it runs.
+def _load_model(folder: Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+    """The dense model of a saved compressed one, and what the folder says of both.
 
     Raises:
         UserError: no such folder, or it is not complete.
@@ -304,12 +353,11 @@ def _load_model(folder: Path, device: torch.device) -> tuple[nn.Module, Executio
     try:
         options = check_options(config["options"])
         model: Any = load_model(config["model"], str(folder / WEIGHTS), options)
-        if (said := config.get("preprocessing")) is not None:
-            Preprocessing.from_json(said, folder / CONFIG).apply(model)
+        apply_description(config, model, folder / CONFIG)
         if config.get("checkpointed"):
             model.set_grad_checkpointing(True)
     except UserError:
         raise
     except FAULTS as error:
         raise UserError(f"{blame} ({CONFIG}: {reason_of(error)}): {remedy}") from None
-    return model.to(device, check_dtype(config["dtype"])), config.get("execution")
+    return model.to(device, check_dtype(config["dtype"])), config

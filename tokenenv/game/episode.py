@@ -133,7 +133,7 @@ class Episode:
             left: number of visual tokens that every image has afterwards if that is known; packed
                 execution then doesn't wait for the device to tell.
         """
-        if left is not None and self._packed:
+        if left is not None and self.execution != "masked":
             left += self.tokens.prefix
             self.moment = replace(self.moment, left=left)
         self.tokens = self._in_float32(lambda: self.reduction.apply(self.moment, action))
@@ -144,7 +144,7 @@ class Episode:
         if self._packed:
             self.tokens = packing.pack(self.tokens, left)
         elif self.execution != "masked":
-            self.tokens = packing.compact(self.tokens)
+            self.tokens = packing.compact(self.tokens, left)
         self.step += 1
         self._advance()
 

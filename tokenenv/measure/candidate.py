@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -35,16 +35,18 @@ class Timing(NamedTuple):
     Attributes:
         run: one forward pass of which only the logits are read.
         compiled: gives the same, compiled by ``torch.compile``: the whole pass if all its shapes
-            are known before, else what a block does to each token.
+            are known before, else what a block does to each token; None if torch doesn't run it.
         gmacs: 10^9 multiply-adds per image, decisions included (1 MAC = 1 FLOP).
         limit: the same for the dense model cut to the candidate's token counts, a lower bound of
             the time that these take; None for a model that merges its own tokens.
+        dense: forms of the dense model to time, too, by name, because this one runs like them.
     """
 
     run: Run
-    compiled: Callable[[], Run]
+    compiled: Callable[[], Run] | None
     gmacs: float
     limit: Run | None = None
+    dense: Mapping[str, Run] = {}
 
 
 class Candidate(Protocol):

@@ -174,11 +174,13 @@ def evaluate(
 
 
 def evaluate_model(
-    model: nn.Module,
+    model: Callable[[Tensor], Tensor],
     reference: Dense,
     source: ImageSource,
     *,
-    lengths: Sequence[int],
+    lengths: Sequence[float],
+    macs: float | None = None,
+    run_dense: Callable[[Tensor], Tensor] | None = None,
     batch_size: int = 64,
     restrict: bool = False,
     dense: Tensor | None = None,
@@ -191,6 +193,8 @@ def evaluate_model(
         reference: the dense model.
         source: the images.
         lengths: number of visual tokens left after each block.
+        macs: multiply-adds of one image; None: those that ``model``, a torch module, executes.
+        run_dense: runs the dense model; None: as ``reference`` does itself.
         batch_size: images per batch.
         restrict: predict only among the classes that occur in the source.
         dense: ``(len(source),)`` predictions of the dense model, if known.
@@ -199,12 +203,15 @@ def evaluate_model(
     Raises:
         UserError: no image is readable, or a logit is not finite.
     """
-    macs = torch.tensor([model_macs(model, source.shape)], dtype=torch.float64)
+    if macs is None:
+        assert isinstance(model, nn.Module)
+        macs = model_macs(model, source.shape)
+    work = torch.tensor([macs], dtype=torch.float64)
     tokens = torch.tensor([list(lengths)])
     return _side_by_side(
         model,
         lambda logits: _Outcome(
-            logits, macs.expand(len(logits)), tokens.expand(len(logits), len(lengths))
+            logits, work.expand(len(logits)), tokens.expand(len(logits), len(lengths))
         ),
         reference,
         source,
@@ -213,6 +220,7 @@ def evaluate_model(
         restrict=restrict,
         dense=dense,
         progress=progress,
+        run_dense=run_dense,
     )
 
 
@@ -280,8 +288,10 @@ def _side_by_side(
     restrict: bool,
     dense: Tensor | None,
     progress: Callable[[int], object],
+    run_dense: Callable[[Tensor], Tensor] | None = None,
 ) -> Evaluation:
     """Run the reduced and the dense model in turns; ``read`` works on the result untimed."""
+    run_dense = model if run_dense is None else run_dense
     device = model.device
     allowed = torch.ones(model.classes, dtype=torch.bool, device=device)
     if restrict:
@@ -302,7 +312,7 @@ def _side_by_side(
                 found = run(images)
                 seconds += _now(device) - start
             elif dense is None:
-                logits = model(images)
+                logits = run_dense(images)
                 dense_seconds += _now(device) - start
                 rows["dense"].append(_predicted(logits, source, allowed))
             else:

@@ -6,16 +6,21 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tokenenv.artefact import FAULTS, check_annotated, reason_of
 from tokenenv.data import Preprocessing, open_source
+from tokenenv.data.labels import TIMMS_ORDER
 from tokenenv.data.pixels import Preprocess
 from tokenenv.errors import UserError
 from tokenenv.ltm.model import check_family
 from tokenenv.paths import path_text
 from tokenenv.vit.backbone import Backbone
+from tokenenv.vit.checkpoint import training_arguments
 from tokenenv.vit.dense import Dense
 from tokenenv.vit.families import family_of
 from tokenenv.vit.load import (
@@ -41,6 +46,7 @@ class Model:
         dtype: precision of the computation, such as ``float32``.
         named: False if the user named no model and ``name`` is a default.
         preprocessing: replaces timm's.
+        timms_order: whether timm's training script numbered its classes.
     """
 
     name: str = EMBEDDED
@@ -49,6 +55,7 @@ class Model:
     dtype: str = "float32"
     named: bool = True
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    timms_order: bool = False
 
     def outline(self) -> Backbone | None:
         """The backbone without weights, on the meta device; None if timm can't make one.
@@ -108,6 +115,9 @@ class Model:
         if self.name in EMBEDDED_MODELS and self.preprocessing.over(before).sides != before.sides:
             raise UserError(f"the images of '{self.name}' have one size: leave --image-size out")
         self.preprocessing.apply(model)
+        if self.timms_order:
+            told: Any = model
+            told.pretrained_cfg = {**told.pretrained_cfg, TIMMS_ORDER: True}
 
     def _check_data(self, data: str | None, images: bool) -> None:
         if self.name in EMBEDDED_MODELS:
@@ -137,15 +147,45 @@ def named_model(
     dtype: str,
     preprocessing: Preprocessing | None,
 ) -> Model:
-    """The model that the arguments of a function name."""
+    """The model that the arguments of a function name.
+
+    A checkpoint of timm's training script names its model and the preprocessing itself, where the
+    user doesn't.
+    """
+    file, given = text(weights, "weights"), preprocessing or Preprocessing()
+    said: dict[str, Any] = {}
+    if file not in (None, RANDOM):
+        said = training_arguments(Path(str(file)))
+        given = given.over(_preprocessing_of(said, str(file)))
+    if name is None and isinstance(said.get("model"), str):
+        name = said["model"]
+        print(f"weights '{file}' are of '{name}', trained by timm's script")
     return Model(
         EMBEDDED if name is None else name,
-        text(weights, "weights"),
+        file,
         device,
         dtype,
         named=name is not None,
-        preprocessing=preprocessing or Preprocessing(),
+        preprocessing=given,
+        timms_order=bool(said),
     )
+
+
+def _preprocessing_of(said: dict[str, Any], file: str) -> Preprocessing:
+    """The preprocessing in the arguments of timm's training script."""
+    names = ("mean", "std", "crop_pct", "interpolation")
+    values = {name: said[name] for name in names if name in said}
+    size = said.get("input_size") or said.get("img_size")
+    if size is not None:
+        values["image_size"] = tuple(size[1:]) if isinstance(size, list | tuple) else size
+    try:
+        check_annotated(values, Preprocessing)
+        return Preprocessing(**values)
+    except FAULTS as error:
+        raise UserError(
+            f"preprocessing in the arguments that '{file}' holds: {reason_of(error)}; save its "
+            "state_dict() alone, and give --mean, --std and so on"
+        ) from None
 
 
 def text(path: str | os.PathLike[str] | None, name: str) -> str | None:

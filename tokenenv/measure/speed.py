@@ -37,13 +37,15 @@ class Speed:
         batch: images per forward pass.
         dtype: precision of the model.
         compiled: whether it ran through ``torch.compile``.
+        runtime: ``torch``, or what else the dense model ran in; an ONNX file's name tells itself.
         images_per_s: median over the rounds.
         speedup: time of the dense model in its fastest form over this one's in the same round,
             median.
         speedup_q25, speedup_q75: its quartiles.
         gmacs: 10^9 multiply-adds per image, policy included (1 MAC = 1 FLOP).
         gmacs_dense: those of the dense model.
-        peak_mib: peak memory of one forward pass without weights and images, MiB.
+        peak_mib: peak memory that torch allocates in one forward pass, without weights and images,
+            MiB; ONNX Runtime's is not known.
         slice_speedup: ``speedup`` of :func:`~tokenenv.measure.candidate.sliced` in its fastest
             form, the limit that these token counts set; None for a model that merges its own
             tokens.
@@ -66,6 +68,7 @@ class Speed:
     slice_speedup: float | None
     realised_share: float | None
     compile_s: float
+    runtime: str = "torch"
 
     @property
     def saved(self) -> float:
@@ -74,7 +77,9 @@ class Speed:
 
     @property
     def name(self) -> str:
-        """What it is and, if it was compiled, that it was."""
+        """What it is, and how it ran if that was not in torch's own way."""
+        if self.runtime != "torch":
+            return f"{self.what}, {self.runtime}"
         return f"{self.what}, compiled" if self.compiled else self.what
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,6 +93,7 @@ class _Form(NamedTuple):
     what: str
     compiled: bool
     limit: bool = False
+    runtime: str = "torch"
 
 
 @torch.inference_mode()
@@ -193,16 +199,19 @@ def _forms(
     """The forward passes to time, and the multiply-adds of each model, 10^9 per image."""
     if compiled != "none":
         torch.compiler.reset()  # the number of graphs per function is limited
+    timings = {each.what: each.timing(images, execution) for each in candidates}
     runs: dict[_Form, Run] = {_Form(DENSE, False): dense}
     gmacs = {DENSE: dense_macs(dense, images.shape[1:]) / 1e9}
     if compiled != "none":
         runs[_Form(DENSE, True)] = torch.compile(dense.model, dynamic=False)
-    for candidate in candidates:
-        timing, what = candidate.timing(images, execution), candidate.what
+    for timing in timings.values():
+        for runtime, run in timing.dense.items():
+            runs.setdefault(_Form(DENSE, False, runtime=runtime), run)
+    for what, timing in timings.items():
         gmacs[what], runs[_Form(what, False)] = timing.gmacs, timing.run
         if timing.limit is not None:
             runs[_Form(what, False, True)] = timing.limit
-        if compiled == "all":
+        if compiled == "all" and timing.compiled is not None:
             runs[_Form(what, True)] = timing.compiled()
             if timing.limit is not None:
                 runs[_Form(what, True, True)] = torch.compile(timing.limit, dynamic=False)
@@ -259,12 +268,13 @@ def _speed(
         slice_speedup=limit,
         realised_share=None if limit is None else middle / limit,
         compile_s=first,
+        runtime=form.runtime,
     )
 
 
 def timings(candidates: Sequence[Candidate], rounds: int, compiled: Compiled = "none") -> int:
     """Upper bound of the number of timings that :func:`bench` reports to ``progress``."""
-    forms = {"none": 1, "dense": 2, "all": 2}[compiled]
+    forms = {"none": 1, "dense": 2, "all": 2}[compiled]  # an ONNX file has one of dense, no limit
     return (forms + 2 * len(candidates) * (1 + (compiled == "all"))) * (rounds + 1)
 
 

@@ -142,6 +142,8 @@ class Reducer(Method, Reduction):
 
 def share_of(count: Tensor, keep: float | Tensor) -> Tensor:
     """``ceil(keep n)``, float64, for a tensor of token counts; rounded as in :func:`share`."""
+    if not isinstance(keep, Tensor):  # an ONNX export rounds a plain number to float32
+        keep = torch.tensor(keep, dtype=torch.float64, device=count.device)
     return (count.double() * keep - _ROUNDING).ceil()
 
 

@@ -24,12 +24,19 @@ def padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float 
     if mask is not None and added:
         mask = mask.to(q.dtype)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if added and isinstance(k.shape[2], torch.SymInt):
-        # The number of tokens depends on the image: torch 2.14 can't export the fused call, which
-        # compares it with 1 to decide whether the mask is broadcast.
-        score = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
-        return ((score + mask).softmax(-1) @ v).transpose(1, 2)
+    if not dropout and exporting():
+        # torch 2.14 can't export the fused call where the number of tokens depends on the image,
+        # and its ONNX form of it has three times as many operations.
+        score = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
+        if mask is not None:
+            score = score + mask if added else score.masked_fill(~mask, -torch.inf)
+        return (score.softmax(-1) @ v).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout).transpose(1, 2)
+
+
+def exporting() -> bool:
+    """Whether ``torch.export`` traces the model, so that operations count, not their memory."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
 def gated(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:

@@ -290,6 +290,9 @@ def _padded_portions(tokens: Tokens, mask: Tensor | None) -> Iterator[tuple[Tens
 
 
 def mean_head(values: Tensor) -> Tensor:
-    """Mean over the heads, ``(..., heads, dim)`` -> ``(..., dim)``; faster than ``mean(-2)``."""
+    """Mean over the heads, ``(..., heads, dim)`` -> ``(..., dim)``."""
+    if attention.exporting():
+        return values.mean(-2)
+    # Faster than mean(-2).
     first, *others = values.unbind(-2)
     return sum(others, first) / values.shape[-2]

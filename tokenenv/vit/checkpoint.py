@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tokenenv.errors import UserError
+from tokenenv.onnx_file import ONNX, stored_weights
 
 _KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Where checkpoints keep their weights; the first one found is taken, as timm takes it."""
@@ -30,7 +31,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Args:
         path: a ``.safetensors`` file, or what ``torch.save`` wrote: a state dict, or a training
             checkpoint with one under a key of timm's (``state_dict_ema``, ``model_ema``,
-            ``state_dict``, ``model``).
+            ``state_dict``, ``model``), or an ONNX file of ours.
 
     Raises:
         UserError: the file does not exist, can't be read without running code, or holds no state
@@ -38,6 +39,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise UserError(f"weights file '{path}' does not exist: check --weights")
+    if path.suffix == ONNX:
+        return stored_weights(path)
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -47,6 +50,24 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         except (OSError, SafetensorError) as error:
             raise _unreadable(path, error) from None
     return _state_dict(path, _load(path))
+
+
+def training_arguments(path: Path) -> dict[str, Any]:
+    """What a checkpoint of timm's training script was trained with; empty of any other file.
+
+    These are the script's options by name, such as ``model``, ``mean`` and ``crop_pct``, without
+    those that were not given. No code in the file is executed.
+    """
+    if path.suffix in (".safetensors", ONNX) or not path.is_file():
+        return {}
+    try:
+        held = _load(path)
+    except UserError:  # told when the weights are read
+        return {}
+    found = held.get("args") if isinstance(held, dict) else None
+    if not isinstance(found, argparse.Namespace):
+        return {}
+    return {name: value for name, value in vars(found).items() if value not in (None, "")}
 
 
 def without_prefixes(state: dict[str, Tensor], weights: str) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,23 +13,53 @@ from tokenenv.vit.layout import arrange, evenly
 from tokenenv.vit.tokens import Tokens
 
 
-def compact(tokens: Tokens) -> Tokens:
+def compact(tokens: Tokens, left: int | None = None) -> Tokens:
     """Cut out removed tokens; shorter images are padded to the longest of the batch.
 
     The kept tokens come first, in their order. The result is not ragged if all images have the
-    same length. Reads the lengths back from the device.
+    same length.
+
+    Args:
+        tokens: in the padded layout.
+        left: see :func:`pack`.
     """
-    if not (tokens.ragged and len(tokens.x)):
+    if not tokens.ragged or tokens.x.shape[0] == 0:
         return tokens
-    if len(tokens.x) == 1:
+    if left is not None:
+        return cut(tokens, kept_first(tokens), left)
+    if tokens.x.shape[0] == 1:
         return compact_one(tokens)
+    if torch.compiler.is_compiling():
+        return cut(tokens, kept_first(tokens), _longest(tokens), ragged=True)
     lengths = tokens.counts().tolist()
     shortest, longest = min(lengths), max(lengths)
     if shortest == tokens.x.shape[1]:
         return replace(tokens, ragged=False)
-    order = _kept_first(tokens)
+    return cut(tokens, kept_first(tokens), longest, ragged=shortest != longest)
+
+
+def cut(tokens: Tokens, order: Tensor, longest: int, *, ragged: bool = False) -> Tokens:
+    """The first ``longest`` tokens of each image in another order, in the padded layout.
+
+    Args:
+        tokens: ``(B, N)`` tokens.
+        order: ``(B, N)`` the old place of each new one, removed tokens last.
+        longest: number of tokens.
+        ragged: whether some of these may be removed ones.
+    """
     made = reorder(tokens, order, longest)
-    return replace(made, x=take(tokens.x, order[:, :longest]), ragged=shortest != longest)
+    if not ragged:  # known, and so not computed
+        kept = torch.ones((), dtype=torch.bool, device=order.device)
+        made = replace(made, alive=kept.expand(order.shape[0], longest))
+    return replace(made, x=take(tokens.x, order[:, :longest]), ragged=ragged)
+
+
+def _longest(tokens: Tokens) -> int:
+    """Number of kept tokens of the longest image, as a symbol that ``torch.export`` follows."""
+    longest: Any = tokens.counts().max().item()
+    torch._check(longest > 0)
+    torch._check(longest <= tokens.x.shape[1])
+    return longest
 
 
 def pack(tokens: Tokens, left: int | None = None) -> Tokens:
@@ -93,7 +124,7 @@ def close_up(
             kept = kept.index_select(0, (packing.nth + before[:, None]).flatten())
         rank = tokens.alive.cumsum(1) - 1
     else:
-        order = _kept_first(tokens) if order is None else order
+        order = kept_first(tokens) if order is None else order
         front = order[:, : packing.longest] if packing.nth is None else order.gather(1, packing.nth)
         kept = (front + torch.arange(batch, device=device)[:, None] * count).flatten()
         rank = inverse(order)
@@ -169,7 +200,7 @@ def reorder(tokens: Tokens, order: Tensor, longest: int) -> Tokens:
     )
 
 
-def _kept_first(tokens: Tokens) -> Tensor:
+def kept_first(tokens: Tokens) -> Tensor:
     """``(B, N)`` positions of the kept tokens in their order, then of the removed ones."""
     return torch.sort((~tokens.alive).to(torch.uint8), dim=1, stable=True).indices
 

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenenv.vit import attention
 from tokenenv.vit.layout import Packing
-from tokenenv.vit.packing import close_up, inverse, reorder, take
+from tokenenv.vit.packing import close_up, cut, inverse, reorder, take
 from tokenenv.vit.tokens import Tokens
 
 
@@ -122,7 +123,8 @@ def _propose(unit: Tensor, alive: Tensor | None, first: int) -> tuple[Tensor, Te
         score = torch.baddbmm(
             torch.where(alive[:, None, 1 - first :: 2], 0.0, -torch.inf), one, other
         )
-    if not score.shape[2]:  # a single token has no partner
+    # A single token has no partner. Where torch.export doesn't know the number, there may be one.
+    if isinstance(score.shape[2], torch.SymInt) or not score.shape[2]:
         score = F.pad(score, (0, 1), value=-torch.inf)
     best, choice = score.max(dim=2)
     if alive is not None:
@@ -163,7 +165,7 @@ def candidates_first(tokens: Tokens, match: Match) -> Tensor:
     """
     candidate = torch.zeros_like(tokens.alive).scatter(1, match.token, True)
     group = torch.where(tokens.alive, 2 - candidate.to(torch.uint8), 3)
-    group[:, : tokens.prefix] = 0
+    group = F.pad(group[:, tokens.prefix :], (tokens.prefix, 0))  # before them, in group 0
     if tokens.prefix:
         return torch.sort(group, dim=1, stable=True).indices
     score = torch.zeros_like(tokens.size).scatter(1, match.token, match.score)
@@ -193,13 +195,15 @@ def merge(
         match: candidate pairs, ``(B, A)`` each.
         accept: ``(B, A)`` bool, which pairs to merge; those with score -inf are never merged.
         weight: ``(B, N)`` non-negative weights of the mean; None for the tokens' sizes.
-        left: number of tokens left of every image if that is known, prefix included; only packed
-            tokens use it, which then need not read their lengths back.
+        left: number of tokens left of every image if that is known, prefix included. Packed tokens
+            then need not read their lengths back; padded ones that are shuffled are cut to it.
         shuffle: whether to order the tokens as :func:`candidates_first`.
 
     Returns:
         The tokens, with the merged candidates removed.
     """
+    if left is not None and attention.exporting() and _plain(tokens, left, shuffle):
+        return _merge_known(tokens, match, accept, weight, left, shuffle)
     # NaN counts as a pair: of values that overflowed as many are merged as was promised.
     accept = accept & (match.score != -torch.inf)
     # Counting the accepted pairs would wait for a GPU, and can't be compiled with the rest.
@@ -222,7 +226,40 @@ def merge(
     merged = replace(merged, x=x.index_add(0, taker, step).view_as(tokens.x))
     if tokens.packing is not None:
         return close_up(merged, left, candidates_first(merged, match) if shuffle else None)[0]
-    return _shuffled(merged, match) if shuffle else merged
+    return _shuffled(merged, match, left) if shuffle else merged
+
+
+def _plain(tokens: Tokens, left: int, shuffle: bool) -> bool:
+    """Whether :func:`_merge_known` can merge these tokens."""
+    apart = tokens.packing is not None or tokens.ragged or tokens.source is not None
+    removes = left < tokens.alive.shape[1]
+    return removes and not apart and (tokens.prefix > 0 or not shuffle)
+
+
+def _merge_known(
+    tokens: Tokens, match: Match, accept: Tensor, weight: Tensor | None, left: int, shuffle: bool
+) -> Tokens:
+    """:func:`merge` that cuts to the known number of tokens, in few operations, for ONNX."""
+    batch, count = tokens.alive.shape
+    # As in candidates_first; removed tokens come last, and so are known by their places.
+    usual, candidate = (2.0, 1.0) if shuffle else (0.0, 0.0)
+    group = F.pad(tokens.size.new_full((count - tokens.prefix,), usual), (tokens.prefix, 0))
+    group = group.expand(batch, count).scatter(1, match.token, torch.where(accept, 3.0, candidate))
+    order = torch.sort(group, dim=1, stable=True).indices
+    gone = order[:, left:]
+    partner = torch.zeros_like(order).scatter(1, match.token, match.partner).gather(1, gone)
+    moved = tokens.size.gather(1, gone)
+    size = tokens.size.scatter_add(1, partner, moved)
+    if weight is None:
+        share = moved / size.gather(1, partner)
+    else:
+        moving = weight.float().gather(1, gone)
+        total = weight.float().scatter_add(1, partner, moving)
+        share = moving / total.gather(1, partner).clamp(min=1e-12)
+    x, taker = tokens.rows, tokens.row(partner).flatten()
+    step = _step(x, tokens.row(gone).flatten(), taker, share.flatten())
+    x = x.index_add(0, taker, step).view_as(tokens.x)
+    return cut(replace(tokens, x=x, size=size, moved=True, merged=True), order, left)
 
 
 def _merge_some(
@@ -261,7 +298,7 @@ def _merge_some(
         step = _step(x, giver, taker, share)
     if packing is None:
         merged = replace(merged, x=x.index_add(0, taker, step).view_as(tokens.x))
-        return _shuffled(merged, match) if shuffle else merged
+        return _shuffled(merged, match, left) if shuffle else merged
     order = candidates_first(merged, match) if shuffle else None
     closed, place = close_up(merged, left, order)
     if place is not None:
@@ -290,8 +327,10 @@ def _without(tokens: Tokens, match: Match, accept: Tensor, alive: Tensor, size: 
     )
 
 
-def _shuffled(tokens: Tokens, match: Match) -> Tokens:
+def _shuffled(tokens: Tokens, match: Match, left: int | None) -> Tokens:
     order = candidates_first(tokens, match)
+    if left is not None:
+        return cut(tokens, order, left)
     return replace(reorder(tokens, order, order.shape[1]), x=take(tokens.x, order))
 
 
