@@ -1,5 +1,6 @@
 """Nobody decides, nothing changes; and what the stages refuse."""
 
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -12,6 +13,8 @@ from tokenenv.game.episode import EXECUTIONS, Episode
 from tokenenv.game.rules import LayerMerge, TokenPrune
 from tokenenv.vit import blocks, layout
 from tokenenv.vit.backbone import Backbone
+from tokenenv.vit.packing import compact, pack, unpack
+from tokenenv.vit.reduction import prune
 
 # One of each kind, narrowed and shortened so that the suite stays fast.
 SMALL = {"embed_dim": 64, "depth": 4, "num_heads": 4, "num_classes": 7, "img_size": 112}
@@ -242,3 +245,22 @@ def test_half_precision_stays_finite() -> None:
         episode = run(backbone, images, by_content, execution)
         assert episode.logits.dtype == torch.bfloat16
         assert episode.logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kept", ["all", "as many of every image", "a number of its own"])
+@pytest.mark.parametrize("merged", [False, True])
+@torch.no_grad()
+def test_a_whole_block_is_its_two_halves(backbone: Backbone, kept: str, merged: bool) -> None:
+    tokens = backbone.embed(image_for(backbone))
+    keep = torch.ones_like(tokens.visual_alive)
+    if kept != "all":
+        keep[:, 5:9] = False
+        keep[1, 2] = kept == "as many of every image"
+        tokens = prune(tokens, keep)
+    if merged:
+        tokens = replace(tokens, size=tokens.size * 2 * tokens.alive, merged=True)
+    for layout_of in (compact, pack):
+        before = layout_of(tokens)
+        halves, _ = backbone.attend(1, before, proportional=True)
+        whole = backbone.through(1, before, proportional=True)
+        assert_close(unpack(whole).x, unpack(backbone.feed(1, halves)).x)
