@@ -25,8 +25,6 @@ extensions = [
     "generated",  # docs/generated.py: pages from the registries and docstrings; formulas as MathML
 ]
 exclude_patterns = ["listing.md"]  # texts for the lists of other projects
-# Pages of optional features join a table of contents when they are there.
-suppress_warnings = ["toc.empty_glob"]
 
 html_theme = "furo"  # reads well on a phone, in the light and in the dark
 html_title = f"tokenenv {release}"
@@ -40,7 +38,8 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True  # attributes stand in the class's text alone, not as entries beside it
+# A plain list: as entries they would be mixed up with those of the same name of other classes.
+napoleon_custom_sections = [("Attributes", "params_style")]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
+import pydoc
 import re
 from collections.abc import Iterator
 from importlib import import_module
@@ -16,13 +17,19 @@ from typing import Any
 import gymnasium
 import latex2mathml.converter
 from docutils import nodes
+from sphinx import addnodes
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.util import logging
 
 import tokenenv
 from tokenenv.envs import ids
-from tokenenv.game.build import build_game
 from tokenenv.game.rewards import REWARDS
 from tokenenv.game.rules import RULES
+from tokenenv.suite import TASKS
+from tokenenv.vit.load import EMBEDDED
+
+logger = logging.getLogger(__name__)
 
 MARK = re.compile(r"^(?:%|\.\.) generated: (\w+) (\S+)$", re.MULTILINE)
 
@@ -30,7 +37,7 @@ MARK = re.compile(r"^(?:%|\.\.) generated: (\w+) (\S+)$", re.MULTILINE)
 def fill(app: Sphinx, docname: str, source: list[str]) -> None:
     """Replace the marks of a page, and links to folders that are pages here."""
     text = source[0].replace("(../examples/extend)", "(extend.md)")
-    makers = {"environment": environment, "names": names, "modules": modules}
+    makers = {"environment": environment, "tasks": tasks, "names": names, "modules": modules}
     source[0] = MARK.sub(lambda mark: makers[mark[1]](mark[2]), text)
 
 
@@ -54,7 +61,6 @@ def facts(env: Any) -> str:
     game = env.game
     fitting = [name for name, reward in REWARDS.items() if reward.fits(game.rules.token_agents)]
     blocks = ", ".join(map(str, game.rules.blocks))
-    model = inspect.signature(build_game).parameters["model"].default
     rows = {
         "agents that decide about an image": f"{game.agents} tokens"
         if game.rules.token_agents
@@ -64,7 +70,7 @@ def facts(env: Any) -> str:
         "observation space (Gymnasium)": f"`{env.observation_space}`",
         "global state": f"`({game.state_dim},)` float32",
         "rewards": ", ".join(f"`{name}`" for name in fitting),
-        "model and images": f"`{model}`, {game.source.name}",
+        "model and images": f"`{EMBEDDED}`, {game.source.name}",
     }
     lines = [f"| {name} | {value} |" for name, value in rows.items()]
     return "\n".join(["| by default | |", "|---|---|", *lines])
@@ -78,14 +84,15 @@ def shortened(space: Any) -> str:
 
 
 def gymnasium_face(entry: ids.EnvId, env: Any) -> str:
-    """The docstring of the environment's class, which is its page."""
-    return f"## Gymnasium\n\n{link(entry.env)}\n\n{lowered(type(env).__doc__, 1)}"
+    """The docstring of the environment's class, which is its page, its headings a level lower."""
+    page = re.sub(r"^(#+) ", r"#\1 ", inspect.cleandoc(type(env).__doc__ or ""), flags=re.M)
+    return f"## Gymnasium\n\n{link(entry.env)}\n\n{page}"
 
 
 def pettingzoo_face(entry: ids.EnvId) -> str:
     """The docstring of the module that holds the PettingZoo environments."""
     made = import_module(entry.parallel.split(":")[0]).parallel_env()
-    page = lowered(import_module(type(made).__module__).__doc__, 1)
+    page = inspect.cleandoc(import_module(type(made).__module__).__doc__ or "")
     agents = f"`{made.possible_agents[0]}` to `{made.possible_agents[-1]}`"
     space = made.action_space(made.possible_agents[0])
     return (
@@ -132,10 +139,15 @@ def link(path: str) -> str:
     return "{py:obj}`" + path.replace(":", ".") + "`"
 
 
-def lowered(page: str | None, by: int) -> str:
-    """A docstring that is a Markdown page, with its headings ``by`` levels lower."""
-    assert page
-    return re.sub(r"^(#+) ", rf"\1{'#' * by} ", inspect.cleandoc(page), flags=re.MULTILINE)
+def tasks(_: str) -> str:
+    """A table of the suite's tasks, Markdown."""
+    rows = [
+        f"| `{task.name}` | {task.level} | {task.description} | {task.agents} | {task.decisions} "
+        f"| {task.budget:,} | {task.seeds} |"
+        for task in TASKS
+    ]
+    head = "| task | level | | agents | decisions | episodes | seeds |"
+    return "\n".join([head, "|---" * 7 + "|", *rows])
 
 
 # API ----------------------------------------------------------------------------------------------
@@ -197,6 +209,28 @@ def leave_pages(
         lines[:] = ["Its page is among the :doc:`environments </environments/index>`.", ""]
 
 
+def find_home(
+    app: Sphinx, env: BuildEnvironment, node: addnodes.pending_xref, shown: nodes.Element
+) -> nodes.Element | None:
+    """Link a name that docstrings take from another module than the one it is described at."""
+    target = str(node.get("reftarget", ""))
+    if not target.startswith(("tokenenv.", "agents.")):
+        return None
+    try:
+        named = pydoc.locate(target)
+    except Exception:  # a module that needs an optional library
+        named = None
+    top = (f"tokenenv.{name}" for name in tokenenv.__all__ if getattr(tokenenv, name) is named)
+    home = f"{getattr(named, '__module__', '')}.{getattr(named, '__qualname__', '')}"
+    domain = env.domains["py"]
+    for name in (*top, home):
+        link = domain.resolve_xref(env, node["refdoc"], app.builder, "obj", name, node, shown)
+        if link is not None:
+            return link
+    logger.warning("'%s' is described nowhere", target, location=node)
+    return None
+
+
 # Formulas -----------------------------------------------------------------------------------------
 def as_mathml(writer: Any, node: nodes.math | nodes.math_block) -> None:
     """Write a formula as MathML, which browsers show without a script or a network."""
@@ -213,5 +247,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
         raise ValueError(f"pages of environments {sorted(pages)} for the ids {sorted(known)}")
     app.connect("source-read", fill)
     app.connect("autodoc-process-docstring", leave_pages)
+    app.connect("missing-reference", find_home)
     app.add_html_math_renderer("mathml", (as_mathml, None), (as_mathml, None))
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -19,6 +19,10 @@ from tokenenv.cli.main import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/training.md", "docs/methods.md")
+SITE = ("docs/index.md", "docs/concepts.md", "docs/suite.md", *sorted(
+    page.relative_to(ROOT).as_posix() for page in (ROOT / "docs/start").glob("*.md")
+))  # fmt: skip
+"""More pages whose commands and links are looked at; tests/docs runs the quick starts' Python."""
 
 
 def text(page: str) -> str:
@@ -121,7 +125,9 @@ def test_there_are_commands() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("words", [w for page in PAGES for w in commands(page)], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [w for page in (*PAGES, *SITE) for w in commands(page)], ids=" ".join
+)
 def test_commands_parse(words: list[str]) -> None:
     try:
         build_parser().parse_args(words[1:])
@@ -152,7 +158,7 @@ def test_what_the_changelog_says_is_imported_now_can_be() -> None:
     assert [name for name in names if find_spec(name) is None] == []
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", (*PAGES, *SITE))
 def test_links_lead_somewhere(page: str) -> None:
     links = re.findall(r"\]\(([^)#]+)\)", text(page))
     assert (

@@ -83,7 +83,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
 
         monkeypatch.setattr(Backbone, part, timed)
 
-    def through(self: Backbone, block: int, tokens: Tokens, *, proportional: bool = False) -> Tokens:
+    def through(
+        self: Backbone, block: int, tokens: Tokens, *, proportional: bool = False
+    ) -> Tokens:
         return self.feed(block, self.attend(block, tokens, proportional=proportional)[0])
 
     # Inside a whole block its halves are not called.
