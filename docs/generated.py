@@ -12,7 +12,7 @@ import pydoc
 import re
 from collections.abc import Iterator
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import gymnasium
 import latex2mathml.converter
@@ -220,10 +220,16 @@ def find_home(
         named = pydoc.locate(target)
     except Exception:  # a module that needs an optional library
         named = None
-    top = (f"tokenenv.{name}" for name in tokenenv.__all__ if getattr(tokenenv, name) is named)
+    if isinstance(named, TypeVar):
+        return None
     home = f"{getattr(named, '__module__', '')}.{getattr(named, '__qualname__', '')}"
+    top = [
+        home.replace(f"{value.__module__}.{value.__qualname__}", f"tokenenv.{name}")
+        for name in tokenenv.__all__
+        if inspect.isclass(value := getattr(tokenenv, name)) or inspect.isfunction(value)
+    ]
     domain = env.domains["py"]
-    for name in (*top, home):
+    for name in (home, *(name for name in top if name != home)):
         link = domain.resolve_xref(env, node["refdoc"], app.builder, "obj", name, node, shown)
         if link is not None:
             return link

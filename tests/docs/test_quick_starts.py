@@ -68,5 +68,5 @@ def test_a_quick_start_works_as_printed(
 def test_what_is_left_out_is_little() -> None:
     for page in PAGES:
         commands = [block for language, block in blocks(page) if language == "bash"]
-        assert sum(bool(ELSEWHERE.search(block)) for block in commands) < len(commands) / 2, page
+        assert sum(bool(ELSEWHERE.search(block)) for block in commands) <= len(commands) / 2, page
         assert any(language == "python" for language, _ in blocks(page)), page
