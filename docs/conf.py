@@ -43,6 +43,7 @@ napoleon_custom_sections = [("Attributes", "params_style")]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
-autodoc_mock_imports = ["benchmarl", "tensordict", "torchrl"]
+# Optional libraries, which the site is built without.
+autodoc_mock_imports = ["benchmarl", "sb3_contrib", "stable_baselines3", "tensordict", "torchrl"]
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True

@@ -25,7 +25,6 @@ from sphinx.util import logging
 import tokenenv
 from tokenenv.envs import ids
 from tokenenv.game.rewards import REWARDS
-from tokenenv.game.rules import RULES
 from tokenenv.suite import TASKS
 from tokenenv.vit.load import EMBEDDED
 
@@ -121,17 +120,10 @@ def library_faces(entry: ids.EnvId) -> Iterator[str]:
         ("BenchMARL", "benchmarl:GameTask", f"GameTask.{task}.get_task(config={{}})"),
     ):
         module, name = path.split(":")
-        if title == "stable-baselines3" and RULES[rules_of(entry)].token_agents:
-            continue  # one agent would choose among 2^P actions
         yield (
             f"## {title}\n\n{link(f'tokenenv.envs.{path}')}\n\n```python\nfrom tokenenv.envs."
             f"{module} import {name}\n\nmade = {code}\n```"
         )
-
-
-def rules_of(entry: ids.EnvId) -> str:
-    """The name of the rules of an environment."""
-    return ids.vector_class(entry.id).rules
 
 
 def link(path: str) -> str:
@@ -181,7 +173,7 @@ def modules(package: str) -> str:
 def section(name: str, top: dict[int, str]) -> str:
     """A module's section, with links to those of its names that ``import tokenenv`` has."""
     lines = [heading(name, "-"), f".. automodule:: {name}\n   :members:\n   :ignore-module-all:"]
-    if (name in MARKDOWN_MODULES) or name.endswith((".torchrl", ".benchmarl")):
+    if name in OPTIONAL_MODULES:
         return "\n\n".join(lines)
     held = vars(import_module(name))
     also = {n: top[id(value)] for n, value in held.items() if id(value) in top}
@@ -198,7 +190,7 @@ def heading(text: str, line: str) -> str:
     return f"{text}\n{line * len(text)}"
 
 
-MARKDOWN_MODULES = ("tokenenv.envs.token_prune_pettingzoo", "tokenenv.envs.layer_pettingzoo")
+OPTIONAL_MODULES = tuple(f"tokenenv.envs.{name}" for name in ("sb3", "torchrl", "benchmarl"))
 
 
 def leave_pages(
