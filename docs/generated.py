@@ -12,6 +12,7 @@ import pydoc
 import re
 from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 from typing import Any, TypeVar
 
 import gymnasium
@@ -36,7 +37,13 @@ MARK = re.compile(r"^(?:%|\.\.) generated: (\w+) (\S+)$", re.MULTILINE)
 def fill(app: Sphinx, docname: str, source: list[str]) -> None:
     """Replace the marks of a page, and links to folders that are pages here."""
     text = source[0].replace("(../examples/extend)", "(extend.md)")
-    makers = {"environment": environment, "tasks": tasks, "names": names, "modules": modules}
+    makers = {
+        "environment": environment,
+        "tasks": tasks,
+        "names": names,
+        "modules": modules,
+        "rest": rest,
+    }
     source[0] = MARK.sub(lambda mark: makers[mark[1]](mark[2]), text)
 
 
@@ -168,6 +175,17 @@ def modules(package: str) -> str:
     if hasattr(root, "__path__"):
         found += [m.name for m in pkgutil.walk_packages(root.__path__, f"{package}.")]
     return "\n\n".join(section(name, top) for name in found if "._" not in name)
+
+
+def rest(package: str) -> str:
+    """Sections for what lies in a package and has no page of its own; not the command line."""
+    texts = [page.read_text("utf-8") for page in Path(__file__).parent.glob("api/*.rst")]
+    paged = {mark[2] for text in texts for mark in MARK.finditer(text) if mark[1] == "modules"}
+    found = [m.name for m in pkgutil.iter_modules(import_module(package).__path__)]
+    left = [name for name in found if not name.startswith("_") and name != "cli"]
+    return "\n\n".join(
+        modules(f"{package}.{name}") for name in left if f"{package}.{name}" not in paged
+    )
 
 
 def section(name: str, top: dict[int, str]) -> str:

@@ -19,10 +19,6 @@ from tokenenv.cli.main import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/training.md", "docs/methods.md")
-SITE = ("docs/index.md", "docs/concepts.md", "docs/suite.md", *sorted(
-    page.relative_to(ROOT).as_posix() for page in (ROOT / "docs/start").glob("*.md")
-))  # fmt: skip
-"""More pages whose commands and links are looked at; tests/docs runs the quick starts' Python."""
 
 
 def text(page: str) -> str:
@@ -119,6 +115,12 @@ def test_python_blocks(
 
 
 # Commands -----------------------------------------------------------------------------------------
+SITE = ("docs/index.md", "docs/concepts.md", "docs/suite.md", *sorted(
+    page.relative_to(ROOT).as_posix() for page in (ROOT / "docs/start").glob("*.md")
+))  # fmt: skip
+"""More pages whose commands and links are looked at; tests/docs runs the quick starts."""
+
+
 def test_there_are_commands() -> None:
     assert {words[1] for words in commands("README.md")} >= {
         "train", "evaluate", "bench", "compare", "compress", "suite",
