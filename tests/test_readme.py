@@ -25,7 +25,6 @@ PAGES = (
     "docs/extending.md",
     "docs/games.md",
     "docs/methods.md",
-    "docs/suite.md",
     "docs/training.md",
     "docs/tuning.md",
 )
@@ -125,13 +124,21 @@ def test_python_blocks(
 
 
 # Commands -----------------------------------------------------------------------------------------
+SITE = ("docs/index.md", "docs/concepts.md", "docs/suite.md", *sorted(
+    page.relative_to(ROOT).as_posix() for page in (ROOT / "docs/start").glob("*.md")
+))  # fmt: skip
+"""More pages whose commands and links are looked at; tests/docs runs the quick starts."""
+
+
 def test_there_are_commands() -> None:
     assert {words[1] for words in commands("README.md")} >= {
         "train", "evaluate", "bench", "compare", "compress", "suite",
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("words", [w for page in PAGES for w in commands(page)], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [w for page in (*PAGES, *SITE) for w in commands(page)], ids=" ".join
+)
 def test_commands_parse(words: list[str]) -> None:
     try:
         build_parser().parse_args(words[1:])
@@ -162,7 +169,7 @@ def test_what_the_changelog_says_is_imported_now_can_be() -> None:
     assert [name for name in names if find_spec(name) is None] == []
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", (*PAGES, *SITE))
 def test_links_lead_somewhere(page: str) -> None:
-    links = re.findall(r"\]\(([^)#]+)\)", text(page))
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text(page))
     assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []

@@ -12,7 +12,7 @@ BODY_LINES = 60
 
 
 def files() -> Iterator[Path]:
-    for folder in ("tokenenv", "agents", "examples", "benchmarks", "tests"):
+    for folder in ("tokenenv", "agents", "examples", "benchmarks", "docs", "tests"):
         yield from sorted((ROOT / folder).rglob("*.py"))
 
 

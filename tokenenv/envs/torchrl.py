@@ -33,18 +33,21 @@ class TorchRLEnv(EnvBase):
     longer act observes zeros, and its only legal action is 0. An illegal action is replaced by 0
     and counted. With ``action="count"`` ``A`` is 1.
 
-    | Key | Shape | Meaning |
-    |---|---|---|
-    | `("agents", "observation")` | `(B, A, F + G)` float32 | what an agent observes; zeros at the end |
-    | `("agents", "action_mask")` | `(B, A, n)` bool | which of the `n` actions are legal |
-    | `("agents", "active_mask")` | `(B, A)` bool | whether the agent may act; at the end False, but in `TokenPrune-v0` whether its token is left |
-    | `("agents", "action")` | `(B, A)` int64 | 0 to `n - 1` |
-    | `("agents", "reward")` | `(B, A, 1)` float32 | the agent's reward |
-    | `"state"` | `(B, S)` float32 | the image's state, for a centralised critic; at the end that of the last decision |
-    | `("info", "tokens_left")` | `(B, 1)` int64 | visual tokens left |
-    | `("info", "illegal_actions")` | `(B, 1)` int64 | illegal actions in this episode |
-    | `("info", "correct")`, `("info", "dense_correct")` | `(B, 1)` bool | whether the reduced and the dense model predict the true class; False before the end |
-    | `"done"`, `"terminated"`, `"truncated"`, also under `"agents"` | `(B, 1)`, `(B, A, 1)` bool | all images and agents terminate together, nothing is truncated |
+    - ``("agents", "observation")``: ``(B, A, F + G)`` float32, what an agent observes; zeros at the
+      end
+    - ``("agents", "action_mask")``: ``(B, A, n)`` bool, which of the ``n`` actions are legal
+    - ``("agents", "active_mask")``: ``(B, A)`` bool, whether the agent may act; at the end False,
+      but in ``TokenPrune-v0`` whether its token is left
+    - ``("agents", "action")``: ``(B, A)`` int64, 0 to ``n - 1``
+    - ``("agents", "reward")``: ``(B, A, 1)`` float32, the agent's reward
+    - ``"state"``: ``(B, S)`` float32, the image's state, for a centralised critic; at the end that
+      of the last decision
+    - ``("info", "tokens_left")``: ``(B, 1)`` int64, visual tokens left
+    - ``("info", "illegal_actions")``: ``(B, 1)`` int64, illegal actions in this episode
+    - ``("info", "correct")``, ``("info", "dense_correct")``: ``(B, 1)`` bool, whether the reduced
+      and the dense model predict the true class; False before the end
+    - ``"done"``, ``"terminated"``, ``"truncated"``, also under ``"agents"``: ``(B, 1)``,
+      ``(B, A, 1)`` bool; all images and agents terminate together, nothing is truncated
 
     Args:
         id: a registered id, such as ``tokenenv/TokenPrune-v0``.
@@ -61,7 +64,7 @@ class TorchRLEnv(EnvBase):
         >>> check_env_specs(env)
         >>> env.rollout(3)["next", "agents", "reward"].shape
         torch.Size([4, 3, 64, 1])
-    """  # noqa: E501  (a table)
+    """
 
     def __init__(self, id: str, num_envs: int = 1, **game: Any) -> None:
         play = open_play(ids.vector_class(id).rules, None, game, num_envs, ("num_envs",))

@@ -9,15 +9,17 @@
 
 ``python examples/ltm_costs.py`` prints, at the default ratios (1 MAC = 1 FLOP, masks included):
 
-| model | ratio | GMACs dense | LTM | saved | paper | saved | M params | GMACs* |
-|---|---|---|---|---|---|---|---|---|
-| vit_small | 0.63 | 4.60 | 3.65 | 20.6% | 4.3 -> 3.7 | 14.0% | 22.05 -> 22.13 | 3.41 |
-| swin_tiny | 0.51 | 4.49 | 3.72 | 17.2% | 4.5 -> 3.8 | 15.6% | 28.29 -> 28.55 | 3.72 |
-| mobilevit_s | 0.15 | 1.52 | 1.21 | 20.4% | 1.4 -> 1.17 | 16.4% | 5.58 -> 5.67 | 1.15 |
-| mobilevit_xs | 0.15 | 0.77 | 0.64 | 16.6% | 0.7 -> 0.52 | 25.7% | 2.32 -> 2.37 | 0.61 |
-| efficientvit_b1 | 0.50 | 0.52 | 0.44 | 15.3% | 0.52 -> 0.44 | 15.4% | 9.10 -> 9.16 | 0.44 |
+===============  =====  ===========  ====  =====  ============  =====  ==============  ======
+model            ratio  GMACs dense  LTM   saved  paper         saved  M params        GMACs [*]
+===============  =====  ===========  ====  =====  ============  =====  ==============  ======
+vit_small        0.63   4.60         3.65  20.6%  4.3 -> 3.7    14.0%  22.05 -> 22.13  3.41
+swin_tiny        0.51   4.49         3.72  17.2%  4.5 -> 3.8    15.6%  28.29 -> 28.55  3.72
+mobilevit_s      0.15   1.52         1.21  20.4%  1.4 -> 1.17   16.4%  5.58 -> 5.67    1.15
+mobilevit_xs     0.15   0.77         0.64  16.6%  0.7 -> 0.52   25.7%  2.32 -> 2.37    0.61
+efficientvit_b1  0.50   0.52         0.44  15.3%  0.52 -> 0.44  15.4%  9.10 -> 9.16    0.44
+===============  =====  ===========  ====  =====  ============  =====  ==============  ======
 
-All at 224 pixels. *: without the matrix products of fused attention, which the paper's MobileViT
+All at 224 pixels. [*]: without the matrix products of fused attention, which the paper's MobileViT
 figures leave out (without them timm's models cost 1.40 and 0.70 at 224 pixels). The paper's 0.52
 for MobileViT-XS can't be reached here, because convolutions and the first attention of each stack
 run on all tokens.

@@ -1,6 +1,6 @@
 """The separable bound on the information bottleneck of merged tokens, and its loss.
 
-With soft cluster memberships ``phi`` of a block's merged tokens X~ and of the images X,
+With soft cluster memberships ``phi`` of a block's merged tokens X~ and of the images X::
 
     IB  = I(X~; X) - I(X~; Y)
     IBB = mean_i { sum_ab phi(X~_i, a) phi(X_i, b) log phi(X_i, b)

@@ -1,11 +1,13 @@
 """How LTM blocks are built into each timm family: its transformer stacks and what is merged.
 
-| family | stack | after attention tokens are merged | un-merged |
-|---|---|---|---|
-| ViT | all blocks | over the whole image | never; the head reads the merged tokens |
-| Swin | each stage | inside each (unshifted) window, for the MLP only | after each MLP |
-| MobileViT | each block's transformer | over the image, per pixel of a patch | after the stack |
-| EfficientViT | a stage's blocks | over the image; MBConv sees the merged grid | after the stack |
+- ViT: the stack is all blocks; merged over the whole image; never un-merged, the head reads the
+  merged tokens.
+- Swin: each stage; merged inside each (unshifted) window, for the MLP only; un-merged after each
+  MLP.
+- MobileViT: each block's transformer; merged over the image, per pixel of a patch; un-merged after
+  the stack.
+- EfficientViT: a stage's blocks; merged over the image, MBConv sees the merged grid; un-merged
+  after the stack.
 
 Swin's windows, shifts and relative positions belong to the full grid, so attention runs on it, and
 tokens are merged for the MLP only. A smaller grid for a whole stage would need other windows and
