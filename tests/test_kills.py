@@ -103,7 +103,8 @@ assert sum(KILLS.values()) == 20
 
 TIMES = {"seconds", "dense_seconds", "training_seconds", "images_per_s", "images_per_s_dense"}
 TIMES |= {"timing", "speeds"}
-UNEQUAL = ("events.out", "train.log", "batch-", "table.md", "table.csv", "pareto.png", LOCK)
+UNEQUAL = ("events.out", "train.log", "batch-", "table.md", "table.csv", "table.tex", "pareto.png")
+UNEQUAL += ("report.html", LOCK)
 """Starts of the names of files that hold times, or the course of a process."""
 
 

@@ -12,7 +12,7 @@ from command_line import write_digits
 
 import tokenenv
 from tokenenv.api import tune as module
-from tokenenv.api.tune import seconds_of
+from tokenenv.api.tune_inputs import seconds_of
 from tokenenv.cli.main import main
 from tokenenv.errors import UserError
 from tokenenv.tuning.search import Search
@@ -195,3 +195,69 @@ def test_durations(word: str, seconds: float) -> None:
 def test_no_durations(word: str) -> None:
     with pytest.raises(UserError, match="is no duration above 0"):
         seconds_of(word)
+
+
+@pytest.mark.usefixtures("few")
+def test_nothing_of_somebody_elses_is_overwritten() -> None:
+    Path("run").mkdir()
+    Path("run/policy.safetensors").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"'run' holds 'policy\.safetensors', which is of no"):
+        tune(out="run", methods=["tome:r=2"], only_methods=True)
+    assert Path("run/policy.safetensors").read_bytes() == b"mine"
+
+
+@pytest.mark.usefixtures("few")
+def test_unreadable_images_do_not_count(capsys: pytest.CaptureFixture) -> None:
+    write_digits(Path("photos"), 20)
+    folder = sorted(Path("photos").iterdir())[0]
+    for number in range(100):
+        (folder / f"bad{number}.png").write_text("no image")
+    with pytest.raises(UserError, match="are too few for a budget of 1 points"):
+        tune(data="photos", budget=1.0, limit=None, methods=["tome:r=2"], only_methods=True)
+    assert "skipped 100 unreadable images" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("few")
+def test_a_model_of_other_classes_is_not_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Reference, "top1", 9.0)
+    with pytest.raises(UserError, match=r"9\.00 % top-1 on 'digits:test', about what guessing"):
+        tune(methods=["tome:r=2"], only_methods=True)
+
+
+@pytest.mark.usefixtures("few")
+def test_a_model_says_its_method_and_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    test_the_artefact_is_the_candidate(monkeypatch)
+    fast, said = tokenenv.load_compressed("fast"), json.loads(Path("fast/tune.json").read_text())
+    assert fast.method == said["recommended"]
+    row = next(row for row in said["rows"] if row["verified"]["what"] == fast.method)
+    assert fast.measured["speedup"] == row["speed"]["speedup"] == 2.0
+    assert fast.measured["lost_at_most"] == row["bound"]
+
+
+@pytest.mark.usefixtures("few")
+def test_what_is_recommended_no_more_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    test_the_artefact_is_the_candidate(monkeypatch)
+    monkeypatch.setattr("tokenenv.measure.speed.in_turns", lambda runs, *a, **m: {
+        form: torch.tensor([1.0]).numpy() for form in runs
+    })  # fmt: skip
+    assert tune(out="fast", methods=["keep-all"], only_methods=True).recommended is None
+    assert not Path("fast/compressed.json").exists()
+    assert Path("fast/search.json").exists()
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda said: said["found"].update(rates=5), "'rates' is 5"),
+        (lambda said: said["found"].update(dtype="x"), "'dtype' is 'x'"),
+        (lambda said: said["trials"][0].update(wins=10**6), "counts more images"),
+    ],
+)
+def test_an_edited_search_is_refused(edit: Any, words: str) -> None:
+    tune(out="fast", methods=["tome:r=2"], only_methods=True)
+    said = json.loads(Path("fast/search.json").read_text())
+    edit(said)
+    Path("fast/search.json").write_text(json.dumps(said))
+    with pytest.raises(UserError, match=words):
+        tune(out="fast", methods=["tome:r=2"], only_methods=True)

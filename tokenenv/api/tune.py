@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,24 @@ import torch
 from tqdm import tqdm
 
 from tokenenv.api.opening import each_once, open_candidates
-from tokenenv.api.tune_saving import save_model
+from tokenenv.api.tune_inputs import (
+    VERIFYING,
+    Asked,
+    check_budget,
+    check_dense,
+    check_folder,
+    open_images,
+)
+from tokenenv.api.tune_saving import forget_model, save_model
 from tokenenv.api.tune_training import train_policy
 from tokenenv.artefact import reason_of
-from tokenenv.data import ImageSource, Preprocessing, open_source
-from tokenenv.data.opening import SCENES, open_unlabelled
+from tokenenv.data import ImageSource, Preprocessing
 from tokenenv.errors import UserError, check_keywords
 from tokenenv.game.checks import MOST_IMAGES, check_whole
 from tokenenv.game.latency import open_table
 from tokenenv.machine import compiler_found, describe_machine, fast_bfloat16
 from tokenenv.measure.candidate import MethodCandidate, Run
-from tokenenv.measure.opening import Model, named_model, text
+from tokenenv.measure.opening import named_model, text
 from tokenenv.measure.speed import (
     DENSE,
     Compiled,
@@ -47,10 +53,7 @@ from tokenenv.tuning.state import State
 from tokenenv.tuning.trials import Reference, Trial
 from tokenenv.tuning.verdict import Row, bound_of, certify
 from tokenenv.vit.backbone import Backbone
-from tokenenv.vit.load import SCENES_MODELS, check_dtype
-
-VERIFYING = 0.6
-"""Share of the images that verify; the others choose."""
+from tokenenv.vit.load import check_dtype
 
 SEEDS = 2**32
 
@@ -132,6 +135,7 @@ def tune(
     if asked.folder is None:
         return _Tuning(asked).run()
     with own_folder(asked.folder):
+        check_folder(asked.folder)
         work = _Tuning(asked)
         try:
             return work.run()
@@ -145,52 +149,6 @@ def tune(
             ) from error
 
 
-@dataclass(frozen=True)
-class Asked:
-    """The arguments of :func:`tune`, checked."""
-
-    model: Model
-    data: str | None
-    budget: float
-    batch: int
-    methods: tuple[Any, ...]
-    only_methods: bool
-    train: float
-    unlabelled: bool
-    compile: bool
-    limit: int | None
-    seed: int
-    folder: Path | None
-    dtype: str | None
-    trust: bool
-
-
-def check_budget(budget: float) -> float:
-    """``budget``, unchanged.
-
-    Raises:
-        UserError: it is no number above 0 and below 100.
-    """
-    if not (isinstance(budget, int | float) and 0 < budget < 100):
-        raise UserError(
-            f"budget={budget} must be a number of percentage points above 0 and below 100: such as "
-            "0.5"
-        )
-    return float(budget)
-
-
-def seconds_of(duration: str) -> float:
-    """Seconds of a duration such as ``90s``, ``15m`` or ``1.5h``.
-
-    Raises:
-        UserError: it has another form.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", duration)
-    if match is None or float(match[1]) == 0:
-        raise UserError(f"'{duration}' is no duration above 0: give 90s, 15m or 1h")
-    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
-
-
 class _Tuning:
     """A search in progress: opens everything, and goes from one stage to the next."""
 
@@ -198,7 +156,10 @@ class _Tuning:
         self.asked = asked
         try:
             opened = open_candidates(
-                ["keep-all", *asked.methods], asked.model, data=asked.data, trust=asked.trust
+                each_once(["keep-all", *asked.methods]),
+                asked.model,
+                data=asked.data,
+                trust=asked.trust,
             )
         except UserError as error:
             if "is not supported" not in str(error):
@@ -212,7 +173,7 @@ class _Tuning:
             if not isinstance(each, MethodCandidate):
                 raise UserError(f"'{each.what}' is a model and no method: time it by bench")
         self.model, self.dense = opened.model, opened.dense
-        self.source = _open_images(asked, self.model, self.dense)
+        self.source = open_images(asked, self.model, self.dense)
         self.choosing, self.verifying = self.source.split(VERIFYING, seed=asked.seed)
         self.state = State(
             asked.folder,
@@ -237,6 +198,9 @@ class _Tuning:
             f"{len(self.verifying)} verify"
         )
         reference = self._reference(self.choosing)
+        if not asked.unlabelled:
+            print(f"the dense model has {reference.top1:.2f} % top-1 on those that choose")
+            check_dense(reference.top1, self.source)
         backbone = self._backbone(reference)
         table = open_table(backbone, asked.batch, budget=5.0)
         compiled = asked.compile and compiler_found()
@@ -415,35 +379,8 @@ class _Tuning:
         write_bytes(folder / "tune.png", picture(tuned))
         print(f"tune.md, tune.json and tune.png are in {folder}")
         if tuned.recommended is not None:
-            save_model(named[tuned.recommended.what], folder, self.verifying)
+            measured = tuned.measured(tuned.recommended)
+            save_model(named[tuned.recommended.what], folder, self.verifying, measured)
             print(f"the model is in {folder}: tokenenv.load_compressed('{folder}')")
-
-
-def _open_images(asked: Asked, model: Model, dense: Backbone) -> ImageSource:
-    """The images to choose and to verify on.
-
-    Raises:
-        UserError: there are too few, or of one class only.
-    """
-    if asked.unlabelled and asked.data is not None and os.path.isdir(asked.data):
-        source = open_unlabelled(asked.data, dense.model)
-    else:
-        scenes = asked.data == SCENES or (asked.data is None and model.name in SCENES_MODELS)
-        split = "validation" if scenes else "test"
-        source = open_source(asked.data, dense.model, split=split)  # type: ignore[arg-type]
-    if asked.limit is not None:
-        source = source.subset(asked.limit, asked.seed)
-    if not asked.unlabelled and len(source.labels.unique()) == 1:
-        raise UserError(
-            f"all {len(source)} images of '{source.name}' are of one class, on which top-1 says "
-            "little: give images of the classes that the model will meet, or --unlabelled"
-        )
-    verifying, needed = round(VERIFYING * len(source)), math.ceil(100 / asked.budget)
-    if verifying < needed:
-        raise UserError(
-            f"{len(source)} images of '{source.name}' are too few for a budget of "
-            f"{asked.budget:g} points: {verifying} of them verify, and one is "
-            f"{100 / max(verifying, 1):.2f} points; give at least "
-            f"{math.ceil(needed / VERIFYING)} images or a larger budget"
-        )
-    return source
+        else:
+            forget_model(folder)

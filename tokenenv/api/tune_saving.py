@@ -5,25 +5,30 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tokenenv.data import ImageSource
-from tokenenv.deploy.compressed import CONFIG, load_compressed
+from tokenenv.deploy.compressed import CONFIG, POLICY, WEIGHTS, load_compressed
 from tokenenv.deploy.compressed import compress as compress_model
 from tokenenv.errors import UserError
 from tokenenv.measure.candidate import MethodCandidate
 
 
-def save_model(candidate: MethodCandidate, folder: Path, source: ImageSource) -> None:
+def save_model(
+    candidate: MethodCandidate, folder: Path, source: ImageSource, measured: dict[str, Any]
+) -> None:
     """Write a candidate as a compressed model into a folder that holds other files already.
 
-    It is loaded again before its files take their names, and has to give the same logits.
+    It says its method and what was ``measured``. It is loaded again before its files take their
+    names, and has to give the same logits.
 
     Raises:
         UserError: it can't be written, or the logits differ.
     """
     fast, place = compress_model(candidate.backbone.model, candidate.method), folder / ".model"
+    fast.method, fast.measured = candidate.what, measured
     shutil.rmtree(place, ignore_errors=True)  # of a process that was killed
     try:
         fast.save(place)
@@ -41,3 +46,9 @@ def save_model(candidate: MethodCandidate, folder: Path, source: ImageSource) ->
             os.replace(place / name, folder / name)
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+
+def forget_model(folder: Path) -> None:
+    """Remove the model of an earlier search in the same folder, which is recommended no more."""
+    for name in (CONFIG, WEIGHTS, POLICY):
+        (folder / name).unlink(missing_ok=True)

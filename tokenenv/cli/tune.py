@@ -71,7 +71,8 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``tokenenv tune``; returns the exit status."""
-    from tokenenv.api.tune import seconds_of, tune
+    from tokenenv.api.tune import tune
+    from tokenenv.api.tune_inputs import seconds_of
 
     tune(
         args.model,

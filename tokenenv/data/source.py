@@ -117,6 +117,19 @@ class ImageSource:
                 f"'{self.files[0]}' ({reason}); replace the files"
             )
 
+    def only_readable(self) -> ImageSource:
+        """The images that can be read, each of which is read once to see that.
+
+        Raises:
+            UserError: none is readable.
+        """
+        everything = torch.arange(len(self))
+        for index in everything.split(64):
+            self.check_readable()
+            self.batch(index)
+        self.check_readable()
+        return self._part(everything[self.readable(everything)])
+
     def subset(self, n: int, seed: int) -> ImageSource:
         """A random subset of ``n`` images, balanced over the classes as far as possible.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenenv.artefact import Unfit, check_fields
+from tokenenv.artefact import Unfit, Within, check_fields
 from tokenenv.data import ImageSource
 from tokenenv.deploy.onnx import dense_onnx
 from tokenenv.deploy.runtime import OnnxModel
@@ -18,7 +18,7 @@ from tokenenv.measure.candidate import Timing
 from tokenenv.measure.evaluation import Evaluation, evaluate_model
 from tokenenv.vit.dense import Dense
 
-COUNTED: dict[str, Any] = {"gmacs": float, "tokens": list[float]}
+COUNTED: dict[str, Any] = {"gmacs": Within(0.0, 1e9), "tokens": list[float]}
 """What of a file's ``measured`` is needed, and its kinds."""
 
 

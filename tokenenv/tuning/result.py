@@ -122,6 +122,24 @@ class Tuned:
             ],
         }
 
+    def measured(self, row: Row) -> dict[str, Any]:
+        """What the model of a row says was measured of it, as JSON."""
+        seen = row.verified
+        return {
+            "data": self.data,
+            "conditions": self.conditions,
+            "batch": self.batch,
+            "dtype": self.dtype,
+            "gmacs": row.speed.gmacs,
+            "images_per_s": row.speed.images_per_s,
+            "speedup": row.speed.speedup,
+            "images": seen.images,
+            "lost": seen.pairs.lost,
+            "lost_at_most": row.bound,
+            "certified": row.certified,
+            "agreement": seen.agreement,
+        }
+
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Head and lines of the table of dense forms and verified candidates."""
         head = [
@@ -152,7 +170,9 @@ class Tuned:
         parts = [
             f"# {self.model}: at most {self.budget:g} points, batch {self.batch}",
             self.summary().replace("\n", "\n\n"),
-            f"{self.data}; {self.conditions} (1 MAC = 1 FLOP, policy included). The speed-up is "
+            f"{self.data}; the dense model has {self.top1:.2f} % "
+            f"{'top-1' if self.labelled else 'agreement with itself'} on the images that choose; "
+            f"{self.conditions} (1 MAC = 1 FLOP, policy included). The speed-up is "
             "over the fastest form of the dense model. The expected loss is by divergence from the "
             f"dense model on the choosing images; lost and at most are on {seen} images that took "
             "no part in choosing, the bound at 95 % confidence (* not certified).",

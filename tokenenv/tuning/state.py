@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from tokenenv.artefact import Unfit, Within, check_fields, read_object
 from tokenenv.errors import UserError
 from tokenenv.storage import write_json
 from tokenenv.tuning.trials import Trial
+from tokenenv.vit.load import DTYPES
 
 STATE = "search.json"
 """Its name."""
@@ -16,6 +17,7 @@ STATE = "search.json"
 _REMEDY = "restore it, or give a new --out"
 _WITHIN: dict[Any, Any] = {int: Within(0, 2**53), float: Within(0.0, 1e12)}
 _TRIAL = {name: _WITHIN.get(kind, kind) for name, kind in get_type_hints(Trial).items()}
+_FOUND = {"dtype": Literal[DTYPES] | None, "rates": list[str] | None}
 _KINDS = {"conditions": dict, "trials": list[dict], "verified": list[dict], "found": dict}
 
 
@@ -56,7 +58,8 @@ class State:
             for name, trials in (("trials", self.trials), ("verified", self.verified)):
                 for fields in said[name]:
                     check_fields(fields, _TRIAL, closed=True)
-                    trials[fields["what"]] = Trial(**fields)
+                    trials[fields["what"]] = _consistent(Trial(**fields))
+            check_fields(said["found"], _FOUND, closed=True)
         except Unfit as error:
             raise UserError(f"cannot read '{path}' ({error}): {_REMEDY}") from None
         self.found = said["found"]
@@ -77,3 +80,9 @@ class State:
                 "found": self.found,
             },
         )
+
+
+def _consistent(trial: Trial) -> Trial:
+    if max(trial.agree, trial.wins + trial.losses) > trial.images:
+        raise Unfit(f"'{trial.what:.40}' counts more images than the {trial.images} it ran on")
+    return trial
