@@ -142,3 +142,23 @@ def test_arguments_of_a_checkpoint_that_cannot_be_are_one_line() -> None:
         preprocessing=Preprocessing(crop_pct=0.5),
     )  # fmt: skip
     assert fast.preprocess.used.crop_pct == 0.5  # the user's word counts
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("preprocessing", {"mean": ["x"]}, "preprocessing in '.*compressed.json': 'mean' is"),
+        ("preprocessing", {"image_size": True}, "'image_size' is True"),
+        ("preprocessing", {"colour": 1}, "unknown field 'colour'"),
+        ("classes", ["only one"], "'classes' in '.*compressed.json': 1 class names"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_field(
+    field: str, value: Any, words: str, tmp_path: Path
+) -> None:
+    model = tokenenv.load_backbone("digits_vit").model
+    tokenenv.compress(model, "tome:r=4").save(tmp_path / "fast")
+    path = tmp_path / "fast" / "compressed.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(UserError, match=words):
+        tokenenv.load_compressed(tmp_path / "fast")

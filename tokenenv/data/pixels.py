@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from tokenenv.artefact import Unfit, check_fields
 from tokenenv.errors import UserError, check_choice
 
 CACHE_BYTES = int(1.5 * 2**30)
@@ -26,6 +27,16 @@ DECODE_THREADS = min(8, os.cpu_count() or 1)
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 """timm's names of the filters that resize images."""
+
+
+_KINDS: dict[str, Any] = {
+    "mean": list[float] | None,
+    "std": list[float] | None,
+    "crop_pct": float | None,
+    "interpolation": str | None,
+    "image_size": int | list[int] | None,
+}
+"""The fields of a stored :class:`Preprocessing`, as ``check_fields`` takes them."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +113,9 @@ class Preprocessing:
             UserError: it is something else.
         """
         try:
+            check_fields(values, _KINDS, closed=True)
             return cls(**values)
-        except (TypeError, UserError) as error:
+        except (Unfit, UserError) as error:
             raise UserError(f"preprocessing in '{path}': {error}; restore it") from None
 
     def to_json(self) -> dict[str, Any]:

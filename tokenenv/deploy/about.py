@@ -10,6 +10,7 @@ from torch import nn
 from tokenenv._version import __version__
 from tokenenv.data import Preprocessing
 from tokenenv.data.labels import name_outputs, output_names
+from tokenenv.errors import UserError
 
 KINDS: dict[str, Any] = {
     "preprocessing": dict | None,
@@ -48,4 +49,7 @@ def apply_description(said: Mapping[str, Any], model: nn.Module, path: object) -
         Preprocessing.from_json(values, path).apply(model)
     names = said.get("classes")
     if names is not None and names != output_names(model):
-        name_outputs(model, names)
+        try:
+            name_outputs(model, names)
+        except UserError as error:
+            raise UserError(f"'classes' in '{path}': {error}") from None
