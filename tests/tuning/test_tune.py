@@ -230,8 +230,10 @@ def test_a_model_says_its_method_and_what_was_measured(monkeypatch: pytest.Monke
     fast, said = tokenenv.load_compressed("fast"), json.loads(Path("fast/tune.json").read_text())
     assert fast.method == said["recommended"]
     row = next(row for row in said["rows"] if row["verified"]["what"] == fast.method)
-    assert fast.measured["speedup"] == row["speed"]["speedup"] == 2.0
-    assert fast.measured["lost_at_most"] == row["bound"]
+    assert fast.measured["speed"][0]["speedup"] == row["speed"]["speedup"] == 2.0
+    assert fast.measured["top1_lost_at_most"] == row["bound"]
+    assert fast.measured["gmacs"] == pytest.approx(row["speed"]["gmacs"], rel=0.1)
+    assert len(fast.measured["tokens"]) == fast.backbone.depth  # as ONNX files need them
 
 
 @pytest.mark.usefixtures("few")
@@ -261,3 +263,16 @@ def test_an_edited_search_is_refused(edit: Any, words: str) -> None:
     Path("fast/search.json").write_text(json.dumps(said))
     with pytest.raises(UserError, match=words):
         tune(out="fast", methods=["tome:r=2"], only_methods=True)
+
+
+@pytest.mark.usefixtures("few")
+def test_a_random_method_can_be_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenenv.measure.speed.in_turns", lambda runs, *a, **m: {
+        form: torch.tensor([1.0 if form.what == "dense" else 0.5]).numpy() for form in runs
+    })  # fmt: skip
+    monkeypatch.setattr("tokenenv.tuning.search.in_turns", lambda runs, *a, **m: {
+        name: torch.tensor([1.0 if name == "dense" else 0.5]).numpy() for name in runs
+    })  # fmt: skip
+    found = tune(out="fast", budget=30.0, methods=["random:keep=0.9"], only_methods=True)
+    assert found.recommended is not None and found.recommended.what == "random:keep=0.9"
+    assert tokenenv.load_compressed("fast").method == "random:keep=0.9"

@@ -58,7 +58,7 @@ def measure(
     size = pool_size(max(batches))
     if data is None:
         images, origin = images_to_time(backbone, backbone.architecture, None, size)
-        found, numbers = None, _counted(fast, images)
+        found, numbers = None, counted(fast, images)
     else:
         source = open_source(text(data, "data"), backbone.model, split="test", limit=limit)
         _name_classes(fast, source)
@@ -96,7 +96,7 @@ class Measured(NamedTuple):
 
 
 @torch.inference_mode()
-def _counted(fast: CompressedViT, images: Tensor) -> dict[str, Any]:
+def counted(fast: CompressedViT, images: Tensor) -> dict[str, Any]:
     """Multiply-adds and tokens of images, means."""
     backbone, policy = fast.backbone, copy.deepcopy(fast.policy)
     episode, cost = play(backbone, policy, images, fast.execution), Cost(backbone)
@@ -117,7 +117,7 @@ def read_class_names(path: str | os.PathLike[str]) -> list[str]:
     """The names of classes in a text file, one a line, in the order of the outputs.
 
     Raises:
-        UserError: the file can't be read, or holds none.
+        UserError: the file can't be read.
     """
     file = as_path(path, "classes")
     try:
@@ -130,7 +130,6 @@ def read_class_names(path: str | os.PathLike[str]) -> list[str]:
     return [name for name in names if name]
 
 
-@torch.inference_mode()
 def check_saved(fast: CompressedViT, folder: str | os.PathLike[str]) -> None:
     """Load a saved model and compare its logits with those of the model in memory.
 
@@ -138,14 +137,21 @@ def check_saved(fast: CompressedViT, folder: str | os.PathLike[str]) -> None:
         UserError: they differ.
     """
     images, _ = images_to_time(fast.backbone, fast.backbone.architecture, None, 4)
-    twin, again = (
-        copy.deepcopy(fast),
-        load_compressed(as_path(folder, "folder"), fast.backbone.device, trust=True),
-    )
-    first = twin(images)
-    drawn = not torch.equal(first, twin(images))  # a random method
-    if not drawn and not torch.allclose(first, again(images), atol=1e-3, rtol=1e-2):
+    if not as_loaded(fast, folder, images):
         raise UserError(f"'{folder}' gives other logits than the model that was saved: remove it")
+
+
+@torch.inference_mode()
+def as_loaded(fast: CompressedViT, folder: str | os.PathLike[str], images: Tensor) -> bool:
+    """Whether the model saved in a folder gives the logits of ``fast``, unless these are random.
+
+    ``images``: ``(B, C, H, W)`` of the model's device and type.
+    """
+    twin = copy.deepcopy(fast)
+    again = load_compressed(as_path(folder, "folder"), fast.backbone.device, trust=True)
+    first = twin(images)
+    drawn = not torch.equal(first, twin(images))
+    return drawn or torch.allclose(first, again(images), atol=1e-3, rtol=1e-2)
 
 
 @check_keywords

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from tokenenv.api.compress import as_loaded, counted
 from tokenenv.data import ImageSource
-from tokenenv.deploy.compressed import CONFIG, POLICY, WEIGHTS, load_compressed
+from tokenenv.deploy.compressed import CONFIG, POLICY, WEIGHTS
 from tokenenv.deploy.compressed import compress as compress_model
 from tokenenv.errors import UserError
 from tokenenv.measure.candidate import MethodCandidate
@@ -28,19 +29,17 @@ def save_model(
         UserError: it can't be written, or the logits differ.
     """
     fast, place = compress_model(candidate.backbone.model, candidate.method), folder / ".model"
-    fast.method, fast.measured = candidate.what, measured
+    images = source.batch(torch.arange(min(len(source), 64))).images
+    images = images.to(candidate.backbone.device, candidate.backbone.dtype)
+    fast.method, fast.measured = candidate.what, counted(fast, images) | measured
     shutil.rmtree(place, ignore_errors=True)  # of a process that was killed
     try:
         fast.save(place)
-        loaded = load_compressed(place, candidate.backbone.device, trust=True)
-        images = source.batch(torch.arange(min(len(source), 64))).images
-        images = images.to(candidate.backbone.device, candidate.backbone.dtype)
-        with torch.inference_mode():
-            if not torch.allclose(fast(images), loaded(images), rtol=1e-3, atol=1e-4):
-                raise UserError(
-                    f"'{candidate.what}' gives other logits after loading than before: it is not "
-                    "written; compress it by your own code"
-                )
+        if not as_loaded(fast, place, images):
+            raise UserError(
+                f"'{candidate.what}' gives other logits after loading than before: it is not "
+                "written; compress it by your own code"
+            )
         names = sorted((p.name for p in place.iterdir()), key=lambda name: name == CONFIG)
         for name in names:  # the file that makes it a compressed model comes last
             os.replace(place / name, folder / name)

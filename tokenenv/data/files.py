@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import nn
 
 from tokenenv.data.labels import map_classes
-from tokenenv.data.pixels import DECODE_THREADS, PixelStore, Preprocess
+from tokenenv.data.pixels import DECODE_THREADS, PixelStore, Preprocess, image_reader
 from tokenenv.data.source import ImageSource
 from tokenenv.errors import UserError
 
@@ -38,13 +37,8 @@ def open_files(files: Sequence[str], model: nn.Module) -> ImageSource:
         if not Path(file).is_file():
             raise UserError(f"there is no file '{file}': give the path of an image")
 
-    def load(position: int) -> Image.Image:
-        with Image.open(files[position]) as image:
-            image.load()
-            return image
-
     labels = torch.tensor([_label(Path(file).resolve().parent.name, model) for file in files])
-    store = PixelStore(load, Preprocess(model), threads=DECODE_THREADS)
+    store = PixelStore(image_reader(files), Preprocess(model), threads=DECODE_THREADS)
     source = ImageSource("the files given", [Path(file).name for file in files], labels, store)
     source.batch(torch.arange(len(source)))
     for position, reason in sorted(source.unreadable.items()):

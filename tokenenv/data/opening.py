@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from tokenenv.data.labels import head_outputs, map_classes
-from tokenenv.data.pixels import DECODE_THREADS, PixelStore, Preprocess
+from tokenenv.data.pixels import DECODE_THREADS, PixelStore, Preprocess, image_reader
 from tokenenv.data.source import ImageSource
 from tokenenv.data.splits import Split
 from tokenenv.errors import UserError, check_choice
@@ -72,7 +71,7 @@ def open_unlabelled(folder: str, model: nn.Module) -> ImageSource:
     files = _image_files(root, ".")
     if not files:
         raise UserError(f"folder '{folder}' holds no image: give a folder of images")
-    store = PixelStore(_reader(root, files), Preprocess(model), threads=DECODE_THREADS)
+    store = PixelStore(image_reader(files, root), Preprocess(model), threads=DECODE_THREADS)
     return ImageSource(_folder_name(root), files, torch.zeros(len(files), dtype=torch.long), store)
 
 
@@ -118,21 +117,10 @@ def _open_folder(root: Path, model: nn.Module, split: Split) -> ImageSource:
     outputs = map_classes(classes, model, f"folder '{root}'")
     counts = torch.tensor([len(group) for group in groups])
     labels = torch.tensor(outputs).repeat_interleave(counts)
-    store = PixelStore(_reader(root, files), Preprocess(model), threads=DECODE_THREADS)
+    store = PixelStore(image_reader(files, root), Preprocess(model), threads=DECODE_THREADS)
     source = ImageSource(_folder_name(root), files, labels, store)
     source.names = dict(zip(outputs, classes, strict=True))
     return source
-
-
-def _reader(root: Path, files: list[str]) -> Callable[[int], Image.Image]:
-    """A function that reads the image at a position of ``files``, relative to ``root``."""
-
-    def load(position: int) -> Image.Image:
-        with Image.open(root / files[position]) as image:
-            image.load()
-            return image
-
-    return load
 
 
 def _part_of(root: Path, split: Split) -> Path:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -235,6 +236,17 @@ class Preprocess:
         """Undo :meth:`normalise` for one image ``(C, H, W)``: uint8 pixels, on the CPU."""
         levels = (image.detach().float().cpu() * self._std + self._mean) * 255
         return levels.round().clamp(0, 255).to(torch.uint8)
+
+
+def image_reader(files: Sequence[str], root: str | Path = "") -> Callable[[int], Image.Image]:
+    """A function that reads the image at a position of ``files``, relative to ``root``."""
+
+    def load(position: int) -> Image.Image:
+        with Image.open(Path(root, files[position])) as image:
+            image.load()
+            return image
+
+    return load
 
 
 class PixelStore:

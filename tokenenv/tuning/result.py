@@ -123,21 +123,19 @@ class Tuned:
         }
 
     def measured(self, row: Row) -> dict[str, Any]:
-        """What the model of a row says was measured of it, as JSON."""
-        seen = row.verified
+        """What the model of a row says was measured of it, as JSON; on the verifying images."""
+        seen, speed = row.verified, row.speed.to_dict()
+        kept = ("batch", "images_per_s", "speedup", "speedup_q25", "speedup_q75")
         return {
-            "data": self.data,
-            "conditions": self.conditions,
-            "batch": self.batch,
-            "dtype": self.dtype,
-            "gmacs": row.speed.gmacs,
-            "images_per_s": row.speed.images_per_s,
-            "speedup": row.speed.speedup,
+            "data": f"{seen.images} images of {self.data}",
+            "machine": self.conditions,
+            "speed": [{name: speed[name] for name in kept}],
             "images": seen.images,
-            "lost": seen.pairs.lost,
-            "lost_at_most": row.bound,
+            "top1_change": -seen.pairs.lost,
+            "top1_lost_at_most": row.bound,
             "certified": row.certified,
             "agreement": seen.agreement,
+            "labelled": self.labelled,
         }
 
     def table(self) -> tuple[list[str], list[list[str]]]:

@@ -111,14 +111,8 @@ class Search:
         """At most ``count`` of them: those with a prospect, by layers of the front."""
         named = {candidate.what: candidate for candidate in candidates}
         trials = [self.state.trials[what] for what in named]
-        hopeful = [trial for trial in trials if trial.speed > 1 and not self._hopeless(trial.pairs)]
+        hopeful = [t for t in trials if t.speed > 1 and not hopeless(t.pairs, self.budget)]
         return [named[trial.what] for trial in front_first(hopeful)[:count]]
-
-    def _hopeless(self, pairs: Pairs) -> bool:
-        """Whether even the least loss that the images allow (at 95 %) is over the budget."""
-        share = pairs.lost / 100
-        spread = math.sqrt(max((pairs.wins + pairs.losses) / pairs.images - share**2, 0.0))
-        return pairs.lost - 164.5 * spread / math.sqrt(pairs.images) > self.budget
 
     def _time(self, candidates: Sequence[MethodCandidate]) -> None:
         """Time those that were not, a few at a time in turns with the dense model."""
@@ -213,6 +207,13 @@ class Search:
         if not within:
             return [t.what for t in front[:1]]
         return list(dict.fromkeys([within[0], *within[-(most - 1) :]]))
+
+
+def hopeless(pairs: Pairs, budget: float) -> bool:
+    """Whether even the least loss that the images allow (at 95 %) is over the budget, points."""
+    share = pairs.lost / 100
+    spread = math.sqrt(max((pairs.wins + pairs.losses) / pairs.images - share**2, 0.0))
+    return pairs.lost - 164.5 * spread / math.sqrt(pairs.images) > budget
 
 
 def _run(candidate: MethodCandidate) -> Run:

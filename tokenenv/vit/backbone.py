@@ -256,7 +256,7 @@ class Backbone(Dense):
         return self.feed(block, tokens)
 
     def warn_of_unheard(self) -> None:
-        """Warn of hooks that no stage can call, see :func:`tokenenv.vit.hooks.warn_of_unheard`."""
+        """Warn of hooks that no stage can call, see :mod:`tokenenv.vit.hooks`."""
         self._watch.warn_of_unheard(self.model, self.blocks)
 
     def _run(self, part: Callable[[Tokens], R], tokens: Tokens) -> R:

@@ -33,17 +33,31 @@ def watched(modules: Iterable[nn.Module | None]) -> bool:
 
 
 class Watch:
-    """Remembers that nothing is :func:`watched`, until a hook is registered anywhere."""
+    """Remembers what it found of hooks, until one is registered anywhere."""
 
     def __init__(self) -> None:
         self._unseen: tuple[int, ...] = ()
         self._heard: tuple[int, ...] = ()
 
     def warn_of_unheard(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
-        """:func:`warn_of_unheard`, unless no hook was registered anywhere since it found none."""
+        """Warn of hooks that no stage can call; Python shows the warning once.
+
+        Args:
+            model: the model.
+            blocks: its transformer blocks.
+        """
         now = (RemovableHandle.next_id, *map(id, blocks))
-        if now != self._heard and not warn_of_unheard(model, blocks):
+        if now == self._heard:
+            return
+        if not (_unheard(model) or any(map(_unheard_in_block, blocks))):
             self._heard = now
+            return
+        warnings.warn(
+            "some hooks of this model don't fire, as it runs in stages: those on attn_drop, on "
+            "patch_drop and on the container of the blocks, and backward hooks of the model, of "
+            "blocks and of their attention; hook other layers, or call the dense model",
+            stacklevel=4,
+        )
 
     def sees(self, blocks: Iterable[nn.Module], norm: nn.Module | None) -> bool:
         """Whether one of ``blocks``, the final ``norm``, or a module inside one is watched."""
@@ -103,27 +117,6 @@ def _check_looked(module: nn.Module, told: Any, x: Tensor, what: str) -> None:
             "stages takes no such change: let the hook return None, or put it on a layer inside, "
             "such as a block's mlp"
         )
-
-
-def warn_of_unheard(model: nn.Module, blocks: Iterable[nn.Module]) -> bool:
-    """Warn of hooks that no stage can call; Python shows the warning once.
-
-    Args:
-        model: the model.
-        blocks: its transformer blocks.
-
-    Returns:
-        Whether there are such hooks.
-    """
-    unheard = _unheard(model) or any(map(_unheard_in_block, blocks))
-    if unheard:
-        warnings.warn(
-            "some hooks of this model don't fire, as it runs in stages: those on attn_drop, on "
-            "patch_drop and on the container of the blocks, and backward hooks of the model, of "
-            "blocks and of their attention; hook other layers, or call the dense model",
-            stacklevel=4,
-        )
-    return unheard
 
 
 def _unheard(model: Any) -> bool:
