@@ -235,9 +235,14 @@ class ActorPolicy(Trainable):
         return cls(rules, widths, **config)
 
 
-@cache
+@torch.compiler.assume_constant_result
 def _log_odds(probability: float) -> float:
     """Log-odds of a probability, as float32 has them."""
+    return _logit(probability)
+
+
+@cache
+def _logit(probability: float) -> float:
     return torch.logit(torch.tensor(probability)).item()
 
 

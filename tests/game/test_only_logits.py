@@ -135,14 +135,3 @@ def test_a_pass_of_known_lengths_is_one_graph() -> None:
     with torch.inference_mode():
         assert_close(graph(images), fast(images), atol=1e-4, rtol=0)
     torch.compiler.reset()
-
-
-@needs_compiler
-def test_a_pass_of_other_lengths_compiles_in_parts() -> None:
-    backbone = family_model("deit")
-    policy = parse_policy("merge-above:similarity=0.4", backbone.depth)
-    fast = tokenenv.compress(backbone.model, policy)
-    images = image_for(backbone, 3)
-    with torch.inference_mode():
-        assert_close(torch.compile(fast)(images), fast(images), atol=1e-4, rtol=0)
-    torch.compiler.reset()

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from helpers import needs_compiler
 from timm.models.vision_transformer import Block, ParallelScalingBlock, ResPostBlock
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -163,20 +162,6 @@ def test_smaller_images(both: None, kind: type[nn.Module]) -> None:
     small = torch.nn.functional.interpolate(images(), (64, 64), mode="bicubic", antialias=True)
     assert episode.logits is not None
     assert_close(episode.logits, by_hand(small), atol=1e-5, rtol=0)
-
-
-@needs_compiler
-@torch.inference_mode()
-def test_families_of_the_same_widths_are_compiled_apart(both: None) -> None:
-    made = []
-    for kind in (Block, ResPostBlock):
-        backbone = Backbone(model_of(kind))
-        plain = play(backbone, policy("tome:r=5"), images(), "padded").logits
-        backbone.compiled = True
-        made.append(backbone._parts)
-        assert made[-1].compiled and made[-1] is backbone._parts
-        assert_close(play(backbone, policy("tome:r=5"), images(), "padded").logits, plain)
-    assert made[0] is not made[1]
 
 
 def test_attention_drops_in_training_only() -> None:

@@ -21,6 +21,7 @@ from tokenenv.deploy.protocol import TimmProtocol
 from tokenenv.errors import UserError, check_choice
 from tokenenv.game.episode import Episode, Execution
 from tokenenv.game.policy import DuckPolicy, Method, as_method, lengths_known, play
+from tokenenv.game.segments import Segments
 from tokenenv.own import same_place
 from tokenenv.paths import as_path
 from tokenenv.storage import check_new, new_folder
@@ -89,9 +90,10 @@ class CompressedViT(TimmProtocol):
 
     ``torch.compile`` compiles the whole pass as one graph, for one batch size, if the method leaves
     as many tokens of every image (ToMe, EViT, DiffRate, top-k ...). Of other methods it compiles
-    what a block does to each token, once for all lengths and blocks; the attention kernel and the
-    decisions are not compiled. Nothing is in ``train`` mode, where the probability of stochastic
-    depth differs from block to block.
+    what lies between two decisions, for all lengths, see :class:`~tokenenv.game.segments.Segments`;
+    such passes run padded. Those are not compiled where gradients are wanted. Nothing is in
+    ``train`` mode, where the probability of stochastic depth differs from block to block. The
+    layers must stay the same after the first compiled pass.
 
     Args:
         model: as for :func:`compress`.
@@ -140,8 +142,7 @@ class CompressedViT(TimmProtocol):
         if x.shape[0] == 0:
             return self.model(x)
         given = hooks.entering(self.model, x)
-        logits = self._play(x, only_logits=True).logits
-        assert logits is not None
+        logits = self._logits(x)
         hooks.leaving(self.model, given, logits)
         return logits
 
@@ -276,28 +277,41 @@ class CompressedViT(TimmProtocol):
         *,
         only_logits: bool = False,
     ) -> Episode:
-        compiled = torch.compiler.is_dynamo_compiling()
-        if compiled and not self.training and lengths_known(self.backbone, self.policy):
-            return play(
-                self.backbone,
-                self.policy,
-                x,
-                self.execution,
-                only_logits=only_logits,
-                after_block=after_block,
-            )
-        return self._play_outside(x, compiled, after_block, only_logits)
+        if self._one_graph:
+            return self._played(x, after_block, only_logits)
+        return self._outside(x, after_block, only_logits)
+
+    @property
+    def _one_graph(self) -> bool:
+        """Whether torch compiles the whole pass now."""
+        compiled = torch.compiler.is_dynamo_compiling() and not self.training
+        return compiled and lengths_known(self.backbone, self.policy)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        compiled = torch.compiler.is_dynamo_compiling() and not self.training
+        if compiled and not torch.is_grad_enabled() and not self._one_graph:
+            return self._segmented(x)
+        logits = self._play(x, only_logits=True).logits
+        assert logits is not None
+        return logits
 
     # Token counts depend on the data: a trace of the whole pass would recompile at each decision.
     @torch.compiler.disable
-    def _play_outside(
-        self,
-        x: Tensor,
-        compiled: bool,
-        after_block: Callable[[int, Tokens], object] | None,
-        only_logits: bool,
+    def _segmented(self, x: Tensor) -> Tensor:
+        known, backbone = self.__dict__.get("_segments"), self.backbone
+        if known is None or known.backbone is not backbone:
+            known = self.__dict__["_segments"] = Segments(backbone, self.policy)
+        return known(x)
+
+    @torch.compiler.disable
+    def _outside(
+        self, x: Tensor, after_block: Callable[[int, Tokens], object] | None, only_logits: bool
     ) -> Episode:
-        self.backbone.compiled = compiled and not self.training
+        return self._played(x, after_block, only_logits)
+
+    def _played(
+        self, x: Tensor, after_block: Callable[[int, Tokens], object] | None, only_logits: bool
+    ) -> Episode:
         return play(
             self.backbone,
             self.policy,
@@ -311,6 +325,7 @@ class CompressedViT(TimmProtocol):
         """Move or convert the model, and move the policy to its device."""
         super()._apply(fn, recurse)
         self._place_policy()
+        self.__dict__.pop("_segments", None)  # whose graphs are for one type and device
         return self
 
     def _place_policy(self) -> None:

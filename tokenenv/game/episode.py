@@ -85,17 +85,53 @@ class Episode:
             if backbone.watched:  # hooks expect (B, N, D), and all blocks to run
                 execution, only_logits = "padded" if execution == "packed" else execution, False
         tokens = backbone.embed(images, trace=reduction.traces or not only_logits)
-        self.backbone, self.reduction, self.execution = backbone, reduction, execution
         self.after_block = after_block
         # torch.export can't follow the host's choice of groups; it traces a single image.
         self._packed = execution == "packed" and (known or not torch.compiler.is_compiling())
-        self.tokens = packing.end_to_end(tokens) if self._packed else tokens
+        count = tokens.counts()
+        self._begin(backbone, reduction, execution, tokens, (count - tokens.prefix,), only_logits)
+        if self._packed:
+            self.tokens = packing.end_to_end(tokens)
+        self._advance()
+
+    @classmethod
+    def resumed(
+        cls, backbone: Backbone, reduction: Reduction, tokens: Tokens, counts: tuple[Tensor, ...]
+    ) -> Episode:
+        """The episode of padded tokens from the last decision on, for which only logits are read.
+
+        Args:
+            backbone: the model.
+            reduction: what reduces its tokens.
+            tokens: the tokens after that decision.
+            counts: as the attribute of that name.
+        """
+        made = cls.__new__(cls)
+        made.after_block, made._packed, made._given = None, False, tokens.x
+        made._begin(backbone, reduction, "padded", tokens, counts, only_logits=True)
+        made.step = len(counts) - 1
+        block = reduction.blocks[made.step - 1]
+        made._half = 2 * block + int(reduction.between)
+        made._advance()
+        return made
+
+    def _begin(
+        self,
+        backbone: Backbone,
+        reduction: Reduction,
+        execution: Execution,
+        tokens: Tokens,
+        counts: tuple[Tensor, ...],
+        only_logits: bool,
+    ) -> None:
+        """Set the attributes of a pass that stands before its first block."""
+        self.backbone, self.reduction, self.execution = backbone, reduction, execution
+        self.tokens, self.counts = tokens, counts
+        self._count = counts[-1] + tokens.prefix
         self.step = 0
         self.logits: Tensor | None = None
         self.attended: list[Tensor] = []
         self.fed: list[Tensor] = []
-        self._count = tokens.counts()
-        self.counts: tuple[Tensor, ...] = (self._count - tokens.prefix,)
         self._context = Context()
         self._half = 0
         self._short = only_logits and backbone.reads_prefix
@@ -103,7 +139,6 @@ class Episode:
         last = backbone.depth - 1
         if self._short and reduction.keeps_prefix and reduction.between and last in self._blocks:
             self._blocks = self._blocks[:-1]  # it would change nothing that the head reads
-        self._advance()
 
     @property
     def done(self) -> bool:

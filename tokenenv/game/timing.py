@@ -104,7 +104,6 @@ class Stopwatch(Backbone):
 
     def __init__(self, backbone: Backbone, clock: Clock = time.perf_counter) -> None:
         super().__init__(backbone.model, freeze=False, proven=True, family=type(backbone.family))
-        self.compiled = backbone.compiled
         self._clock, self._count, self._end = clock, 0, 0.0
         self._finishing = False
         self.events: list[Event] = []

@@ -14,6 +14,7 @@ from tokenenv.data import ImageSource
 from tokenenv.game.cost import Cost
 from tokenenv.game.episode import Execution
 from tokenenv.game.policy import Method, lengths_known, play
+from tokenenv.game.segments import Segments
 from tokenenv.ltm.model import LTM
 from tokenenv.measure.evaluation import (
     Evaluation,
@@ -35,7 +36,7 @@ class Timing(NamedTuple):
     Attributes:
         run: one forward pass of which only the logits are read.
         compiled: gives the same, compiled by ``torch.compile``: the whole pass if all its shapes
-            are known before, else what a block does to each token; None if torch doesn't run it.
+            are known before, else from each decision to the next; None if torch doesn't run it.
         gmacs: 10^9 multiply-adds per image, decisions included (1 MAC = 1 FLOP).
         limit: the same for the dense model cut to the candidate's token counts, a lower bound of
             the time that these take; None for a model that merges its own tokens.
@@ -133,9 +134,7 @@ class MethodCandidate:
         def compiled() -> Run:
             if lengths_known(backbone, self.method):
                 return torch.compile(run(), dynamic=False)
-            player, method = copy.copy(backbone), copy.deepcopy(self.method)
-            player.compiled = True
-            return lambda images: play(player, method, images, execution, only_logits=True).logits
+            return Segments(backbone, copy.deepcopy(self.method))
 
         return Timing(
             run(),

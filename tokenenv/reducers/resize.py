@@ -88,7 +88,6 @@ def smaller(backbone: Backbone, size: int) -> Backbone:
         made = known[size] = Backbone(
             family.resized(size), freeze=False, proven=True, family=type(family)
         )
-    made.compiled = backbone.compiled
     made.model.train(backbone.model.training)
     _place_positions(made, backbone)
     return made

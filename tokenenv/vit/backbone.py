@@ -75,9 +75,6 @@ class Backbone(Dense):
             would leave out; the message names the reason.
     """
 
-    compiled = False
-    """Whether the parts of a block run through ``torch.compile``, one graph for all lengths."""
-
     def __init__(
         self,
         model: nn.Module,
@@ -188,7 +185,9 @@ class Backbone(Dense):
         want = Wanted(matrix, keys or matrix, mean_keys, value_norms, cls_attention)
         drop = self.family.attention_drop(block)
         seen = mask if packing is None else bias
-        ran = self._run(lambda now: blocks.attend(self._parts, b, now, seen, want, drop), tokens)
+        ran = self._run(
+            lambda now: blocks.attend(self.family.parts, b, now, seen, want, drop), tokens
+        )
         if not any(want):
             return tokens.with_x(ran.x), Context()
 
@@ -222,8 +221,8 @@ class Backbone(Dense):
         bias = tokens.size_bias if proportional else None
         if bias is None and tokens.packing is None:
             bias = tokens.key_mask
-        x = blocks.attend_prefix(self._parts, block, tokens, bias)
-        return self.classify(replace(tokens, x=self._parts.feed(block, x), packing=None))
+        x = blocks.attend_prefix(self.family.parts, block, tokens, bias)
+        return self.classify(replace(tokens, x=self.family.parts.feed(block, x), packing=None))
 
     def attend_gated(self, block: int, tokens: Tokens, keep: Tensor) -> Tokens:
         """:meth:`attend` that removes tokens by a differentiable factor, for training.
@@ -238,7 +237,7 @@ class Backbone(Dense):
     def feed(self, block: int, tokens: Tokens) -> Tokens:
         """MLP and its residual of block ``block``."""
         b = self.blocks[block]
-        return tokens.with_x(self._run(lambda now: blocks.feed(self._parts, b, now), tokens))
+        return tokens.with_x(self._run(lambda now: blocks.feed(self.family.parts, b, now), tokens))
 
     def through(self, block: int, tokens: Tokens, *, proportional: bool = False) -> Tokens:
         """Block ``block`` as a whole, :meth:`attend` and :meth:`feed` of it.
@@ -249,7 +248,7 @@ class Backbone(Dense):
             proportional: as for :meth:`attend`.
         """
         if not (tokens.ragged or (proportional and tokens.merged) or torch.is_grad_enabled()):
-            x = blocks.through(self._parts, self.blocks[block], tokens)
+            x = blocks.through(self.family.parts, self.blocks[block], tokens)
             if x is not None:
                 return tokens.with_x(x)
         tokens, _ = self.attend(block, tokens, proportional=proportional)
@@ -270,15 +269,6 @@ class Backbone(Dense):
     def watched(self) -> bool:
         """Whether hooks look at blocks or at the final norm, so that these have to run whole."""
         return self._watch.sees(self.blocks, getattr(self.model, "norm", None))
-
-    @property
-    def _parts(self) -> blocks.Parts:
-        if not self.compiled:
-            return self.family.parts
-        return blocks.compiled_parts(
-            self.family.parts,
-            (type(self.family), self.dim, self.family.heads(0)[0], self.dtype, self.device.type),
-        )
 
     def attention_dim(self, block: int) -> int:
         """Width of all heads together in block ``block``."""

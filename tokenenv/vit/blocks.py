@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Hashable, Iterator
-from functools import cache
-from types import FunctionType
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,34 +17,11 @@ from tokenenv.vit.tokens import Tokens
 
 
 class Parts(NamedTuple):
-    """The token-wise parts of a block, for ``(B, N, D)`` and ``(R, D)`` tokens.
-
-    ``enter``, ``leave`` and ``feed`` are those of a :class:`~tokenenv.vit.families.Family`;
-    ``compiled`` says whether they were compiled by ``torch.compile``.
-    """
+    """The token-wise parts of a family's blocks, for ``(B, N, D)`` and ``(R, D)`` tokens."""
 
     enter: Callable[[Any, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
     leave: Callable[[Any, Tensor, Tensor, Tensor], Tensor]
     feed: Callable[[Any, Tensor], Tensor]
-    compiled: bool = False
-
-
-@cache
-def compiled_parts(parts: Parts, kind: tuple[Hashable, ...]) -> Parts:
-    """``parts`` compiled by ``torch.compile``, for one ``kind`` of blocks.
-
-    Each kind gets its own copies of the functions, because torch limits the number of graphs that
-    it compiles per function.
-    """
-
-    def compiled(part: Any) -> Any:
-        copy = FunctionType(
-            part.__code__.replace(), part.__globals__, part.__name__, part.__defaults__,
-            part.__closure__,
-        )  # fmt: skip
-        return torch.compile(copy, dynamic=True)
-
-    return Parts(compiled(parts.enter), compiled(parts.leave), compiled(parts.feed), compiled=True)
 
 
 class Wanted(NamedTuple):
@@ -272,7 +247,7 @@ def _in_portions(parts: Parts, block: Any, tokens: Tokens) -> bool:
     autograd graph would keep all that memory anyway. Nor where hooks look: they expect the batch.
     """
     x = tokens.x
-    if parts.compiled or x.device.type != "cpu" or block.training:
+    if x.device.type != "cpu" or block.training:
         return False
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
