@@ -32,14 +32,17 @@ FEW = ["tome:r=6,blocks=2/5", "evit:keep=0.5,blocks=4", "merge-above:similarity=
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few candidates, and a clock on which ONNX Runtime takes half the time, less for methods."""
+    """Few candidates, and a clock on which ONNX Runtime takes half the time; methods take less."""
     monkeypatch.setattr(module, "words_for", lambda backbone: FEW)
     monkeypatch.setattr(Search, "rates", lambda self: [])
 
     def seconds(form: Any) -> Any:
         what, runtime = getattr(form, "what", form), getattr(form, "runtime", "")
-        time = 0.25 if "through" in what else 0.5 if "ONNX" in what + runtime else 1.0
-        return np.full(7, time)
+        if "through" in what:
+            return np.full(7, 0.25)
+        if "ONNX" in what + runtime:
+            return np.full(7, 0.5)
+        return np.full(7, 1.0 if what in ("dense", "float32") else 0.8)
 
     quick = lambda runs, *rest, **more: {form: seconds(form) for form in runs}  # noqa: E731
     monkeypatch.setattr(tune_onnx, "in_turns", quick)
@@ -92,12 +95,22 @@ def test_the_recommendation_is_over_dense_onnx_and_its_file_is_written(
 
 @needs_onnx
 @pytest.mark.usefixtures("few")
-def test_a_recommendation_in_torch_can_be_exported(capsys: pytest.CaptureFixture[str]) -> None:
-    quick = {"only_methods": True, "methods": ["tome:r=2,blocks=2"]}
+def test_a_recommendation_in_torch_can_be_exported(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick: dict[str, Any] = {"only_methods": True, "methods": ["tome:r=2,blocks=2"]}
     found = tune(export="fast.onnx", **quick)
-    assert found.recommended is None  # the clock of this test has no speed-up in torch
-    assert "fast.onnx is not written: nothing is recommended" in capsys.readouterr().out
-    assert not Path("fast.onnx").exists()
+    assert found.recommended is not None and found.recommended.speed.runtime == "torch"
+    assert "fast.onnx is the model in float32" in capsys.readouterr().out
+    said = tokenenv.load_onnx("fast.onnx").said
+    assert said["method"] == "tome:r=2,blocks=2"
+    assert said["measured"]["speed"][0]["runtime"] == "torch"
+    monkeypatch.setattr("tokenenv.measure.speed.in_turns", lambda runs, *rest, **more: {
+        form: np.ones(7) for form in runs
+    })  # fmt: skip
+    assert tune(export="slow.onnx", **quick).recommended is None
+    assert "slow.onnx is not written: nothing is recommended" in capsys.readouterr().out
+    assert not Path("slow.onnx").exists()
 
 
 def test_the_runtime_that_is_far_ahead_is_tried_alone(
