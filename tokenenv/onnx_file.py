@@ -97,6 +97,8 @@ def stored_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _read(path: Path, kinds: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    if not path.exists():
+        raise UserError(f"cannot read '{path}' (FileNotFoundError): {_REMEDY}")
     check_packages("onnx")
     import onnx
 

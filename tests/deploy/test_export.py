@@ -76,7 +76,7 @@ def test_torch_export_follows_both_ways(spec: str) -> None:
     "spec",
     [
         "pitome:keep=0.5", "pitome:keep=0.9,blocks=2/3", "diffrate:prune=4,merge=4,blocks=1/2/3/9",
-        "ats:tokens=40,blocks=2/3", "tome:r=4,blocks=2/3",
+        "ats:tokens=40,blocks=2/3", "ats:tokens=1,blocks=2", "tome:r=4,blocks=2/3",
     ],
 )  # fmt: skip
 def test_published_methods_are_exported(spec: str) -> None:
@@ -101,6 +101,7 @@ def test_random_methods_draw_anew_once_they_are_exported(spec: str) -> None:
     [
         (RuntimeError("Could not guard on\n  u0"), "RuntimeError: Could not guard on u0"),
         (NotImplementedError(), "NotImplementedError"),
+        (RuntimeError("\x1b[96mThis is step 3\x1b[0m"), "RuntimeError: This is step 3)"),
     ],
 )
 def test_what_torch_cannot_export_is_one_line_and_no_half_folder(
@@ -128,6 +129,19 @@ def test_the_command_writes_what_load_compressed_reads(capsys: pytest.CaptureFix
     back = tokenenv.load_compressed("a/fast")
     with torch.inference_mode():
         assert torch.equal(back(images(3)), compressed("tome:r=4")(images(3)))
+
+
+def test_a_missing_onnx_file_is_told_before_a_missing_package(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert "cannot read 'gone.onnx' (FileNotFoundError)" in mistake("evaluate gone.onnx", capfd)
+    Path("there.onnx").touch()
+    assert "ONNX needs the package 'onnx'" in mistake("evaluate there.onnx", capfd)
+
+
+def test_a_long_name_is_cut(capfd: pytest.CaptureFixture[str]) -> None:
+    assert len(mistake(f"compress tome:r=2 --model {'x' * 3000} --out fast", capfd)) < 300
 
 
 def test_mistakes(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

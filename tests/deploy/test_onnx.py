@@ -49,6 +49,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[tokenenv.Compres
     [
         ("evit:keep=0.6,blocks=2/4/6", None),  # 24 of 40: a share that float32 rounds up
         ("resize:size=6", None),
+        pytest.param("ats:tokens=40,blocks=2/3", "padded", marks=pytest.mark.slow),
         pytest.param("merge-above:similarity=0.8,blocks=3", "padded", marks=pytest.mark.slow),
         pytest.param("merge-above:similarity=0.8,blocks=3/7", "masked", marks=pytest.mark.slow),
     ],

@@ -19,13 +19,22 @@ from tokenenv.tuning.state import STATE
 from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.load import SCENES_MODELS
 
+MODEL = "model.onnx"
+"""The recommended model's file if it runs in ONNX Runtime."""
+
 VERIFYING = 0.6
 """Share of the images that verify; the others choose."""
 
 TABLES = ("tune.md", "tune.json", "tune.png")
 """Files that a search writes."""
 
-_OTHERS = ("config.json", "checkpoint.safetensors", "policy.safetensors", "model.safetensors")
+_OTHERS = (
+    MODEL,
+    "config.json",
+    "checkpoint.safetensors",
+    "policy.safetensors",
+    "model.safetensors",
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,8 @@ class Asked:
     folder: Path | None
     dtype: str | None
     trust: bool
+    runtime: str
+    export: Path | None
 
 
 def check_budget(budget: float) -> float:

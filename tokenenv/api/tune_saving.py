@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tokenenv.api.compress import as_loaded, counted
+from tokenenv.api.tune_inputs import MODEL
 from tokenenv.data import ImageSource
 from tokenenv.deploy.compressed import CONFIG, POLICY, WEIGHTS
 from tokenenv.deploy.compressed import compress as compress_model
@@ -40,6 +41,7 @@ def save_model(
                 f"'{candidate.what}' gives other logits after loading than before: it is not "
                 "written; compress it by your own code"
             )
+        (folder / MODEL).unlink(missing_ok=True)  # of another method; written anew if need be
         names = sorted((p.name for p in place.iterdir()), key=lambda name: name == CONFIG)
         for name in names:  # the file that makes it a compressed model comes last
             os.replace(place / name, folder / name)
@@ -49,5 +51,5 @@ def save_model(
 
 def forget_model(folder: Path) -> None:
     """Remove the model of an earlier search in the same folder, which is recommended no more."""
-    for name in (CONFIG, WEIGHTS, POLICY):
+    for name in (CONFIG, WEIGHTS, POLICY, MODEL):
         (folder / name).unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from tokenenv.cli.options import (
     WHAT,
@@ -12,7 +13,9 @@ from tokenenv.cli.options import (
     positive,
     preprocessing,
     seed,
+    writable_file,
 )
+from tokenenv.errors import UserError
 
 
 def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -61,11 +64,17 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
         help="precision of the candidates (default: float32, or bfloat16 where that is faster and "
         "within the budget)",
     )  # fmt: skip
+    tune.add_argument(
+        "--runtime", choices=("torch", "onnx", "auto"), default="torch",
+        help="onnx: the best methods and the dense model run in ONNX Runtime (pip install "
+        "tokenenv[export]); auto: in whichever is faster, or both; default: torch",
+    )  # fmt: skip
     tune.add_argument("--limit", type=positive, metavar="N", help="at most N images")
     tune.add_argument("--seed", type=seed, default=0, metavar="S", help="default: 0")
     tune.add_argument(
         "--out", metavar="DIR", required=True, help="folder of the model and the tables"
     )
+    tune.add_argument("--export", metavar="FILE", help="write the recommended model as ONNX there")
     add_trust(tune)
 
 
@@ -74,23 +83,28 @@ def run(args: argparse.Namespace) -> int:
     from tokenenv.api.tune import tune
     from tokenenv.api.tune_inputs import seconds_of
 
-    tune(
-        args.model,
-        weights=args.weights,
-        data=args.data,
-        budget=args.budget,
-        batch=args.batch,
-        methods=args.methods,
-        only_methods=args.only_methods,
-        train=0.0 if args.train is None else seconds_of(args.train),
-        unlabelled=args.unlabelled,
-        compile=args.compile,
-        limit=args.limit,
-        seed=args.seed,
-        out=args.out,
-        device=args.device,
-        dtype=args.dtype,
-        preprocessing=preprocessing(args),
-        trust=args.trust,
-    )
+    if args.export and Path(args.export).resolve() == Path(args.out).resolve():
+        raise UserError("--out is a folder and --export a file: give them different names")
+    with writable_file(args.export, "--export"):
+        tune(
+            args.model,
+            weights=args.weights,
+            data=args.data,
+            budget=args.budget,
+            batch=args.batch,
+            methods=args.methods,
+            only_methods=args.only_methods,
+            train=0.0 if args.train is None else seconds_of(args.train),
+            unlabelled=args.unlabelled,
+            compile=args.compile,
+            limit=args.limit,
+            seed=args.seed,
+            out=args.out,
+            device=args.device,
+            dtype=args.dtype,
+            preprocessing=preprocessing(args),
+            trust=args.trust,
+            runtime=args.runtime,
+            export=args.export,
+        )
     return 0

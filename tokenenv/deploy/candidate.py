@@ -18,6 +18,9 @@ from tokenenv.measure.candidate import Timing
 from tokenenv.measure.evaluation import Evaluation, evaluate_model
 from tokenenv.vit.dense import Dense
 
+RUNTIME = "ONNX Runtime"
+"""What tables call it."""
+
 COUNTED: dict[str, Any] = {"gmacs": Within(0.0, 1e9), "tokens": list[float]}
 """What of a file's ``measured`` is needed, and its kinds."""
 
@@ -33,6 +36,8 @@ class OnnxCandidate:
         what, frozen, key, group: see :class:`~tokenenv.measure.candidate.Candidate`.
         model: the model.
         dense: the dense model, in torch.
+        exported: the dense model in ONNX Runtime if it is there already; else it is exported when
+            it is first used.
 
     Raises:
         UserError: the file doesn't say what was counted.
@@ -44,6 +49,7 @@ class OnnxCandidate:
     frozen: bool = True
     key: str = ""
     group: str = ""
+    exported: OnnxModel | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -56,8 +62,8 @@ class OnnxCandidate:
 
     @cached_property
     def dense_run(self) -> OnnxModel:
-        """The dense model in ONNX Runtime; exported when it is first used."""
-        return dense_onnx(self.dense.model)
+        """The dense model in ONNX Runtime."""
+        return self.exported or dense_onnx(self.dense.model)
 
     def parameters(self) -> int:
         """Number of parameters of the dense model, whose weights it has."""
@@ -79,4 +85,11 @@ class OnnxCandidate:
     def timing(self, images: Tensor, execution: Execution | None) -> Timing:
         """See :meth:`~tokenenv.measure.candidate.Candidate.timing`."""
         gmacs = self.model.said["measured"]["gmacs"]
-        return Timing(self.model, None, gmacs, dense={"ONNX Runtime": self.dense_run})
+        return Timing(
+            self.model,
+            None,
+            gmacs,
+            dense={RUNTIME: self.dense_run},
+            dtype="float32",
+            runtime=RUNTIME,
+        )

@@ -6,6 +6,8 @@ import contextlib
 import copy
 import io
 import logging
+import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -63,10 +65,20 @@ def export_onnx(fast: CompressedViT, path: str | Path, show: Show = lambda step:
     Raises:
         UserError: the file can't be written; as :func:`onnx_bytes`.
     """
-    path = as_path(path, "path")
-    if path.is_dir() or not path.parent.is_dir():  # before a minute of work
-        raise UserError(f"cannot write '{path}': give the name of a file in a folder that exists")
+    path = check_target(path)  # before a minute of work
     write_bytes(path, onnx_bytes(fast, show))
+
+
+def check_target(path: str | os.PathLike[str]) -> Path:
+    """The path of a file to write.
+
+    Raises:
+        UserError: it is a folder, or in none.
+    """
+    path = as_path(path, "path")
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"cannot write '{path}': give the name of a file in a folder that exists")
+    return path
 
 
 def onnx_bytes(fast: CompressedViT, show: Show = lambda step: None) -> bytes:
@@ -95,9 +107,8 @@ def graph_bytes(fast: CompressedViT, show: Show = lambda step: None) -> bytes:
     except Exception as error:  # torch raises many kinds for what it can't trace or translate
         check_interrupt(error)
         kind = type(fast.policy).__name__
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(
-            f"torch can't export a policy of class {kind} ({reason[:200]}): take another policy, "
+            f"torch can't export a policy of class {kind} ({_cause(error)}): take another policy, "
             "or try execution='masked', which fixes the shapes and saves nothing"
         ) from error
     show("comparing its logits")
@@ -141,15 +152,33 @@ def dense_onnx(model: nn.Module) -> OnnxModel:
     """A timm model with all its tokens in ONNX Runtime, for batches of any size.
 
     Raises:
-        UserError: a package is missing.
+        UserError: a package is missing, or torch can't export it.
     """
     check_export()
     model = copy.deepcopy(model).float().cpu().eval()
     for module in model.modules():
         if getattr(module, "fused_attn", False):  # whose ONNX form has more operations
             module.fused_attn = False  # type: ignore[assignment]
-    shape = (model.in_chans, *model.patch_embed.img_size)  # type: ignore[union-attr, misc]
-    return OnnxModel(_exported(model, shape, True, lambda step: None), batched=True)
+    try:
+        shape = (model.in_chans, *model.patch_embed.img_size)  # type: ignore[union-attr, misc]
+        content = _exported(model, shape, True, lambda step: None)
+    except Exception as error:  # as in graph_bytes
+        check_interrupt(error)
+        raise UserError(
+            f"torch can't export the dense model ({_cause(error)}): leave ONNX out"
+        ) from error
+    return OnnxModel(content, batched=True)
+
+
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def _cause(error: Exception) -> str:
+    """Why torch can't export something: the first cause, in one line without colours."""
+    while isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    words = " ".join(_ESCAPES.sub("", str(error)).split())
+    return f"{type(error).__name__}: {words[:200]}" if words else type(error).__name__
 
 
 def _exported(model: nn.Module, shape: tuple[int, ...], batched: bool, show: Show) -> bytes:

@@ -40,7 +40,10 @@ class Timing(NamedTuple):
         gmacs: 10^9 multiply-adds per image, decisions included (1 MAC = 1 FLOP).
         limit: the same for the dense model cut to the candidate's token counts, a lower bound of
             the time that these take; None for a model that merges its own tokens.
-        dense: forms of the dense model to time, too, by name, because this one runs like them.
+        dense: forms of the dense model in float32 to time, too, by name, because this one runs like
+            them.
+        dtype: precision of this one; None: the dense model's.
+        runtime: what it runs in.
     """
 
     run: Run
@@ -48,6 +51,8 @@ class Timing(NamedTuple):
     gmacs: float
     limit: Run | None = None
     dense: Mapping[str, Run] = {}
+    dtype: str | None = None
+    runtime: str = "torch"
 
 
 class Candidate(Protocol):

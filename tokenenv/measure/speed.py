@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenenv.game.episode import Execution
-from tokenenv.measure.candidate import Candidate, Run
+from tokenenv.measure.candidate import Candidate, Run, Timing
 from tokenenv.measure.evaluation import dense_macs
 from tokenenv.vit.dense import Dense
 
@@ -37,7 +38,7 @@ class Speed:
         batch: images per forward pass.
         dtype: precision of the model.
         compiled: whether it ran through ``torch.compile``.
-        runtime: ``torch``, or what else the dense model ran in; an ONNX file's name tells itself.
+        runtime: ``torch``, or what else it ran in.
         images_per_s: median over the rounds.
         speedup: time of the dense model in its fastest form over this one's in the same round,
             median.
@@ -77,8 +78,8 @@ class Speed:
 
     @property
     def name(self) -> str:
-        """What it is, and how it ran if that was not in torch's own way."""
-        if self.runtime != "torch":
+        """What it is, and how it ran if that was in another way than torch's own."""
+        if self.runtime != "torch" and self.what == DENSE:  # others are named by it
             return f"{self.what}, {self.runtime}"
         return f"{self.what}, compiled" if self.compiled else self.what
 
@@ -94,6 +95,7 @@ class _Form(NamedTuple):
     compiled: bool
     limit: bool = False
     runtime: str = "torch"
+    dtype: str | None = None  # None: the dense model's
 
 
 @torch.inference_mode()
@@ -106,6 +108,7 @@ def bench(
     rounds: int = 7,
     compiled: Compiled = "none",
     execution: Execution | None = None,
+    dense_forms: Mapping[str, Run] = {},
     progress: Callable[[int], object] = lambda n: None,
 ) -> list[Speed]:
     """Time the dense model, each candidate and each one's limit in turns, on fresh batches.
@@ -126,6 +129,7 @@ def bench(
         rounds: number of timings of each, after two untimed passes.
         compiled: what is also timed as compiled by ``torch.compile``: ``none``, the ``dense`` model
             or ``all``. The speed-up is over the fastest form of the dense model.
+        dense_forms: other forms of the dense model in float32 to time, by their runtime.
         execution: how methods run, see :class:`~tokenenv.game.episode.Episode`; None: the
             device's default.
         progress: called with the number of timings done since the last call.
@@ -135,7 +139,7 @@ def bench(
     """
     device, size = dense.device, batch or len(images)
     images = images[: pool_size(size)]
-    runs, gmacs = _forms(dense, candidates, images, compiled, execution)
+    runs, gmacs = _forms(dense, candidates, images, compiled, execution, dense_forms)
     fresh = fresh_batches(images, size)
     peak, took_first = {}, {}
     for form, run in runs.items():
@@ -195,20 +199,23 @@ def _forms(
     images: Tensor,
     compiled: Compiled,
     execution: Execution | None,
+    dense_forms: Mapping[str, Run],
 ) -> tuple[dict[_Form, Run], dict[str, float]]:
     """The forward passes to time, and the multiply-adds of each model, 10^9 per image."""
     if compiled != "none":
         torch.compiler.reset()  # the number of graphs per function is limited
+        # It warns of a CUDA toolkit on a machine without a GPU.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     timings = {each.what: each.timing(images, execution) for each in candidates}
     runs: dict[_Form, Run] = {_Form(DENSE, False): dense}
     gmacs = {DENSE: dense_macs(dense, images.shape[1:]) / 1e9}
     if compiled != "none":
         runs[_Form(DENSE, True)] = torch.compile(dense.model, dynamic=False)
-    for timing in timings.values():
-        for runtime, run in timing.dense.items():
-            runs.setdefault(_Form(DENSE, False, runtime=runtime), run)
+    for forms in (dense_forms, *(timing.dense for timing in timings.values())):
+        for runtime, run in forms.items():
+            runs.setdefault(_Form(DENSE, False, runtime=runtime, dtype="float32"), run)
     for what, timing in timings.items():
-        gmacs[what], runs[_Form(what, False)] = timing.gmacs, timing.run
+        gmacs[what], runs[_plain(what, timing)] = timing.gmacs, timing.run
         if timing.limit is not None:
             runs[_Form(what, False, True)] = timing.limit
         if compiled == "all" and timing.compiled is not None:
@@ -216,6 +223,10 @@ def _forms(
             if timing.limit is not None:
                 runs[_Form(what, True, True)] = torch.compile(timing.limit, dynamic=False)
     return runs, gmacs
+
+
+def _plain(what: str, timing: Timing) -> _Form:
+    return _Form(what, False, runtime=timing.runtime, dtype=timing.dtype)
 
 
 def pool_size(batch: int) -> int:
@@ -256,7 +267,7 @@ def _speed(
     return Speed(
         what=form.what,
         batch=batch,
-        dtype=str(dense.dtype).removeprefix("torch."),
+        dtype=form.dtype or str(dense.dtype).removeprefix("torch."),
         compiled=form.compiled,
         images_per_s=batch / np.median(took[form]).item(),
         speedup=middle,

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from tokenenv.reducers.base import Reducer, check_numbers
-from tokenenv.vit import reduction
+from tokenenv.vit import attention, reduction
 from tokenenv.vit.backbone import Context
 from tokenenv.vit.tokens import Tokens
 
@@ -59,7 +59,11 @@ class ATS(Reducer):
         count, device = self.tokens[step], running.device
         quantile = (torch.arange(count, device=device, dtype=torch.float64) + 0.5) / count
         # The first token at which the sum reaches the quantile: never a removed one, which adds 0.
-        drawn = torch.searchsorted(running, quantile * running[:, -1, None])
+        wanted = quantile * running[:, -1, None]
+        if attention.exporting():  # ONNX has no searchsorted
+            drawn = (running[:, None] < wanted[..., None]).sum(2)
+        else:
+            drawn = torch.searchsorted(running, wanted)
         drawn = drawn.clamp(max=running.shape[1] - 1)
         stays = torch.zeros_like(tokens.visual_alive).scatter(1, drawn, True)
         return reduction.prune(tokens, stays)

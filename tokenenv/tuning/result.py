@@ -63,7 +63,7 @@ class Tuned:
         if best is None:
             return self._nothing()
         lines = [
-            f"take {best.what} in {self.dtype}{', compiled' if best.speed.compiled else ''}: "
+            f"take {best.what} in {best.speed.dtype}{', compiled' if best.speed.compiled else ''}: "
             f"{_speed(best.speed)} over the fastest dense form at batch {self.batch}"
             f"{self._over_given(best.speed)}",
             sureness(best, self.budget, self.labelled),
@@ -77,9 +77,10 @@ class Tuned:
         return "\n".join(lines)
 
     def _nothing(self) -> str:
+        fastest = max(self.dense, key=lambda row: row.images_per_s)
         start = (
-            f"nothing faster than the dense model ({self.dtype}) was found here that loses at most "
-            f"{self.budget:g} points"
+            f"nothing faster than the dense model ({fastest.dtype}, {fastest.runtime}) was found "
+            f"here that loses at most {self.budget:g} points"
         )
         if not self.rows:
             return start
@@ -125,7 +126,9 @@ class Tuned:
     def measured(self, row: Row) -> dict[str, Any]:
         """What the model of a row says was measured of it, as JSON; on the verifying images."""
         seen, speed = row.verified, row.speed.to_dict()
-        kept = ("batch", "images_per_s", "speedup", "speedup_q25", "speedup_q75")
+        kept = (
+            "batch", "images_per_s", "speedup", "speedup_q25", "speedup_q75", "dtype", "runtime",
+        )  # fmt: skip
         return {
             "data": f"{seen.images} images of {self.data}",
             "machine": self.conditions,

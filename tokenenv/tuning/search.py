@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from tokenenv.game.latency import LatencyTable, TimeCost, measure_decisions
 from tokenenv.game.policy import lengths_known, play
-from tokenenv.measure.candidate import MethodCandidate, Run
+from tokenenv.measure.candidate import Candidate, MethodCandidate, Run
 from tokenenv.measure.certify import Pairs
 from tokenenv.measure.speed import DENSE, fresh_batches, in_turns, pool_size
 from tokenenv.reducers import DiffRate
@@ -53,9 +53,10 @@ class Search:
         compiled: whether the best are compiled in the end. The eager clock then says little of
             those that compile as one graph, whose decisions cost less: the table's limit ranks
             them.
+        clock: whether candidates are timed in torch; else the table's limit ranks them all.
 
     Attributes:
-        backbone, reference, state, table, budget, compiled: as given.
+        backbone, reference, state, table, budget, compiled, clock: as given.
         batch: images per pass on the clock.
     """
 
@@ -67,10 +68,11 @@ class Search:
         table: LatencyTable,
         budget: float,
         compiled: bool = False,
+        clock: bool = True,
     ) -> None:
         self.backbone, self.reference, self.state = backbone, reference, state
         self.table, self.budget, self.batch = table, budget, table.batch
-        self.compiled = compiled
+        self.compiled, self.clock = compiled, clock
 
     def halve(self, candidates: Sequence[MethodCandidate]) -> list[MethodCandidate]:
         """The candidates that are best in speed and divergence, tried on all choosing images.
@@ -84,7 +86,7 @@ class Search:
         print(f"{count} candidates on {FIRST} images and by the table of times: {len(left)} left")
         self._time(left)
         left = self._best(left, max(count // 4, SURVIVORS))
-        print(f"on the clock: {len(left)} left")
+        print(f"{'on the clock' if self.clock else 'by the same'}: {len(left)} left")
         left = self._best(self._try(left, 4 * FIRST), SURVIVORS)
         print(f"on {4 * FIRST} images: {len(left)} left")
         return self._try(left, len(self.reference))
@@ -119,7 +121,8 @@ class Search:
         due = [
             each
             for each in candidates
-            if self._speedup(each) is None
+            if self.clock
+            and self._speedup(each) is None
             and not (self.compiled and lengths_known(self.backbone, each.method))
         ]
         if not due:
@@ -189,7 +192,7 @@ class Search:
         full = [t for t in self.state.trials.values() if t.images == len(self.reference)]
         return dict(zip((t.what for t in full), expected_losses(full), strict=True))
 
-    def ladder(self, candidates: Sequence[MethodCandidate], most: int = 4) -> list[str]:
+    def ladder(self, candidates: Sequence[Candidate], most: int = 4) -> list[str]:
         """The candidates to verify, from the safest on, each faster than the one before.
 
         They are those that are expected to stay within the budget, the ``most - 1`` fastest and the

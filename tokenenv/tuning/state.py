@@ -17,7 +17,11 @@ STATE = "search.json"
 _REMEDY = "restore it, or give a new --out"
 _WITHIN: dict[Any, Any] = {int: Within(0, 2**53), float: Within(0.0, 1e12)}
 _TRIAL = {name: _WITHIN.get(kind, kind) for name, kind in get_type_hints(Trial).items()}
-_FOUND = {"dtype": Literal[DTYPES] | None, "rates": list[str] | None}
+_FOUND = {
+    "dtype": Literal[DTYPES] | None,
+    "rates": list[str] | None,
+    "runtime": Literal["torch", "onnx", "both"] | None,
+}
 _KINDS = {"conditions": dict, "trials": list[dict], "verified": list[dict], "found": dict}
 
 

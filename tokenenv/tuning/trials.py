@@ -145,25 +145,44 @@ class Reference:
             table: of the backbone's times, for the limit; None leaves that as it is.
         """
         method, backbone = copy.deepcopy(candidate.method), candidate.backbone
-        total, found, limits = trial.divergence * trial.images, trial, list[float]()
+        found, limits = trial, list[float]()
         for part in torch.arange(trial.images, min(count, len(self))).split(_BATCH):
             images = self.source.batch(self.index[part]).images
             episode = play(backbone, method, images.to(backbone.device, backbone.dtype))
             assert episode.logits is not None
             logits = episode.logits.float().cpu()
-            if not logits.isfinite().all():
-                raise UserError(f"'{trial.what}' gives values that are not finite")
-            log_probs, dense = logits.log_softmax(-1), self.log_probs[part]
-            total += F.kl_div(log_probs, dense, reduction="sum", log_target=True).item()
-            reduced, before = logits.argmax(1), self.predictions[part]
-            wins, losses, images_seen = found.pairs + Pairs.of(self.labels[part], before, reduced)
-            agree = found.agree + int((reduced == before).sum())
-            found = replace(found, wins=wins, losses=losses, images=images_seen, agree=agree)
+            found = self._counted(found, logits)
             if table is not None:
                 seconds = table.backbone_seconds(episode.backbone, episode.attended, episode.fed)
                 limits.append(_dense_seconds(table, candidate) / seconds.mean().item())
         limit = float(np.mean(limits)) if limits else trial.limit
-        return replace(found, divergence=total / found.images, limit=limit)
+        return replace(found, limit=limit)
+
+    @torch.inference_mode()
+    def extend_run(self, trial: Trial, run: Callable[[Tensor], Tensor], count: int) -> Trial:
+        """:meth:`extend` for anything that runs; ``run``: images ``(B, C, H, W)`` -> logits."""
+        for part in torch.arange(trial.images, min(count, len(self))).split(_BATCH):
+            logits = run(self.source.batch(self.index[part]).images).float().cpu()
+            trial = self._counted(trial, logits)
+        return trial
+
+    def _counted(self, trial: Trial, logits: Tensor) -> Trial:
+        """The trial with the next images, of which ``logits (n, classes)`` are given."""
+        if not logits.isfinite().all():
+            raise UserError(f"'{trial.what}' gives values that are not finite")
+        part = slice(trial.images, trial.images + len(logits))
+        log_probs, dense = logits.log_softmax(-1), self.log_probs[part]
+        total = F.kl_div(log_probs, dense, reduction="sum", log_target=True).item()
+        reduced, before = logits.argmax(1), self.predictions[part]
+        wins, losses, images = trial.pairs + Pairs.of(self.labels[part], before, reduced)
+        return replace(
+            trial,
+            images=images,
+            divergence=(trial.divergence * trial.images + total) / images,
+            agree=trial.agree + int((reduced == before).sum()),
+            wins=wins,
+            losses=losses,
+        )
 
 
 def _dense_seconds(table: LatencyTable, candidate: MethodCandidate) -> float:

@@ -210,11 +210,11 @@ def check_name(name: str, check: Callable[[nn.Module], object] = family_of) -> N
     base = name.split(".")[0]
     if not timm.is_model(base):
         raise UserError(
-            f"unknown model '{name}': timm.list_models('*vit*') lists timm's"
+            f"unknown model '{name:.80}': timm.list_models('*vit*') lists timm's"
             f"{did_you_mean(base, timm.list_models())}"
         )
     if name != base and name not in (known := timm.list_pretrained(f"{base}.*")):
-        raise UserError(f"unknown model '{name}': choose from {', '.join([base, *known])}")
+        raise UserError(f"unknown model '{name:.80}': choose from {', '.join([base, *known])}")
     # On the meta device no weights are allocated. If timm can't do that, loading checks it later.
     with contextlib.suppress(RuntimeError), torch.device("meta"):
         check(timm.create_model(base, **_with_head(timm, base)))
