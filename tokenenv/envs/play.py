@@ -6,6 +6,7 @@ import functools
 import operator
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -107,6 +108,12 @@ class Play:
         """Restore what :meth:`__getstate__` gave, with a lock of its own."""
         vars(self).update(state)
         self.busy = threading.RLock()
+
+    def clone(self, game: Game) -> Play:
+        """The same with a clone of its game; each of the two goes on by itself."""
+        twin = copy(self)
+        twin.game, twin._now, twin._sources = game, dict(self._now), list(self._sources)
+        return twin
 
     @property
     def action_space(self) -> spaces.Discrete | spaces.MultiDiscrete:

@@ -13,11 +13,12 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokenenv.envs.cloning import Clonable
 from tokenenv.envs.play import RENDER_MODES, check_time_limit, in_turn, open_play
 from tokenenv.errors import check_choice
 
 
-class GameVectorEnv(gym.vector.VectorEnv[Any, Any, Any], EzPickle):
+class GameVectorEnv(Clonable, gym.vector.VectorEnv[Any, Any, Any], EzPickle):
     """One batched game of ``num_envs`` images; each image is one environment of the vector.
 
     Subclasses name the rules. All images end together, and the next ones start in the same step
