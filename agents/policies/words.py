@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 from agents.policies import POLICY, SHIPPED, load, shipped
-from agents.policies.beam import Beam, BeamMerge, BeamPrune
+from agents.policies.beam import BeamMerge, BeamPrune
 from agents.policies.heuristics import (
     KeepAll,
     MergeAbove,
@@ -251,7 +251,7 @@ def _tome(words: Words, depth: int) -> Policy:
     return MergeStrongest(pairs, r)
 
 
-def _beam(kind: type[Beam], words: Words, rules: LayerMerge | TokenPrune) -> Policy:
+def _beam(kind: Callable[..., Policy], words: Words, rules: LayerMerge | TokenPrune) -> Policy:
     given = {name: words.whole(name) for name in ("width", "tries") if words.has(name)}
     return kind(words.number("price"), **given, rules=rules)
 
