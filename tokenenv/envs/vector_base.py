@@ -139,7 +139,7 @@ class GameVectorEnv(Clonable, gym.vector.VectorEnv[Any, Any, Any], EzPickle):
         return self._out(self._play.legal.flatten(1))
 
     def render(self) -> tuple[Any, ...] | None:
-        """One picture or text per image; None in human mode, where they are printed."""
+        """One picture or text per image; None in human mode."""
         frames = tuple(self._play.draw(row) for row in range(self.num_envs))
         return None if self.render_mode == "human" else frames
 
