@@ -1,18 +1,19 @@
 """Agent-steps per second of the environments, of other libraries' games, and of the bare ViT.
 
     python benchmarks/env_speed.py
+    python benchmarks/env_speed.py --model scenes_vit --batch 64
     python benchmarks/env_speed.py --device cuda --batch 64,256,1024
     OMP_NUM_THREADS=2 python benchmarks/env_speed.py --json speed.json
 
 An agent-step is one action of one active agent. Everything is measured in one process, in rounds in
 which each contestant plays in turn; printed are the median and the quartiles over the rounds. The
-game is the embedded one, and the dense model's logits of all images are computed in advance, as
-after the first epoch of training. The contestants:
+game is an embedded one, digits unless ``--model`` says otherwise, and the dense model's logits of
+all images are computed in advance, as after the first epoch of training. The contestants:
 
 - bare ViT, the upper limit: timm's model on the same images under inference_mode. Its agent-steps
   are those of the game below it in the time of one forward pass, as if the game cost nothing.
 - tensor game: all tokens are kept, so that as much is computed as in the bare ViT. Three decisions,
-  or "every block": ``blocks=range(12)``, without the attention feature, which block 0 doesn't have.
+  or "every block": all blocks, without the attention feature, which block 0 doesn't have.
 - VectorEnv, TorchRLEnv: all tokens are kept.
 - tensor game, random: random keep or prune, for comparison with the naive loop; with three
   decisions, and with one in every block.
@@ -22,7 +23,7 @@ after the first epoch of training. The contestants:
   simple_spread, three agents, random actions made in advance.
 
 Then it prints how the cost grows with the images in a batch, and with the tokens (64, 256, 1,024
-agents: larger images of the embedded ViT, random weights), compared with the bare ViT.
+agents: larger images of ``digits_vit``, random weights), compared with the bare ViT.
 """
 
 from __future__ import annotations
@@ -44,10 +45,12 @@ from tokenenv import Backbone, Game, ImageSource, build_game, load_backbone, ope
 from tokenenv.envs.token_prune_pettingzoo import parallel_env
 from tokenenv.envs.token_prune_vector import TokenPruneVectorEnv
 from tokenenv.errors import run_script
-from tokenenv.vit.load import check_dtype
+from tokenenv.vit.load import EMBEDDED, EMBEDDED_MODELS, check_dtype
 
 ID = "tokenenv/TokenPrune-v0"
 EVERY_BLOCK = ("token", "position", "progress")
+DENSE: dict[ImageSource, Any] = {}
+"""What the dense model says of the images of a source."""
 
 
 class Contestant(NamedTuple):
@@ -61,6 +64,7 @@ class Contestant(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default=EMBEDDED, choices=EMBEDDED_MODELS)
     parser.add_argument("--batch", default="1,8,64,256,1024", help="images at once, by commas")
     parser.add_argument("--tokens", default="8,16,32", help="sides of the square images, by commas")
     parser.add_argument("--rounds", type=int, default=9)
@@ -84,13 +88,13 @@ def main() -> None:
         except OSError as error:
             parser.error(f"--json {args.json}: {error.strerror}")
     print(
-        f"digits_vit, {args.device}, {args.dtype}, {torch.get_num_threads()} threads, "
+        f"{args.model}, {args.device}, {args.dtype}, {torch.get_num_threads()} threads, "
         f"{args.rounds} rounds"
     )
     torch.manual_seed(0)
-    backbone = load_backbone(device=args.device, dtype=args.dtype)
+    backbone = load_backbone(args.model, device=args.device, dtype=args.dtype)
     limit = 8 if args.quick else None
-    source = open_source("digits", backbone.model, split="train", limit=limit)
+    source = open_source(None, backbone.model, split="train", limit=limit)
     often = {"blocks": tuple(range(backbone.depth)), "features": EVERY_BLOCK}
     single = [
         naive("naive loop", backbone, source),
@@ -111,7 +115,8 @@ def main() -> None:
     tokens = [of_side(side, args) for side in sides]
     if args.json:
         made = {
-            "device": args.device, "dtype": args.dtype, "threads": torch.get_num_threads(),
+            "model": args.model, "device": args.device, "dtype": args.dtype,
+            "threads": torch.get_num_threads(),
             "rounds": args.rounds, "torch": torch.__version__, "rows": rows, "images": images,
             "tokens": tokens,
         }  # fmt: skip
@@ -148,9 +153,17 @@ def of_batch(
 
 def opened(backbone: Backbone, source: ImageSource, batch: int, **kwargs: Any) -> Game:
     game = build_game(model=backbone, data=source, batch_size=batch, **kwargs)
+    prepare(game)
+    return game
+
+
+def prepare(game: Game) -> None:
+    """The dense model's logits of all images, computed once for all games of a source."""
+    if game.source in DENSE:
+        game.answers.add(*DENSE[game.source])
     for _ in game.prepare():
         pass
-    return game
+    DENSE[game.source] = game.answers.export()
 
 
 def bare(backbone: Backbone, game: Game, name: str) -> Contestant:
@@ -207,8 +220,7 @@ def torchrl(backbone: Backbone, source: ImageSource, batch: int) -> Callable[[],
     from tokenenv.envs.torchrl import TorchRLEnv
 
     env = TorchRLEnv(ID, batch, model=backbone, data=source)
-    for _ in env.game.prepare():
-        pass
+    prepare(env.game)
     env.set_seed(0)
     keep = torch.ones(batch, env.game.agents, dtype=torch.long, device=backbone.device)
 
@@ -250,8 +262,7 @@ def petting_zoo(backbone: Backbone, source: ImageSource) -> Contestant:
 
 
 def prepared(env: Any, play: Callable[[], int]) -> Callable[[], int]:
-    for _ in env.game.prepare():
-        pass
+    prepare(env.game)
     env.reset(seed=0)
     return play
 
@@ -375,8 +386,7 @@ def of_side(side: int, args: argparse.Namespace) -> dict[str, float]:
     backbone = backbone.to(args.device, check_dtype(args.dtype))
     source = open_source("digits", backbone.model, split="train", limit=16)
     game = build_game(model=backbone, data=source, batch_size=8)
-    for _ in game.prepare():
-        pass
+    prepare(game)
     both = [bare(backbone, game, "bare ViT"), Contestant("game", 8, 8, keeping(game))]
     measured = measure(both, args.rounds, args.seconds, args.device)
     dense, whole = (

@@ -12,7 +12,18 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize(
     "name",
-    ["evaluate", "bench", "compare", "compress", "show", "explore", "watch", "train", "build_game"],
+    [
+        "evaluate",
+        "bench",
+        "compare",
+        "compress",
+        "show",
+        "explore",
+        "watch",
+        "record",
+        "train",
+        "build_game",
+    ],
 )
 def test_an_unknown_keyword(name: str) -> None:
     arguments = {"compress": ("digits_vit", "tome:r=4"), "build_game": (), "train": ("rl4evit",)}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from agents.policies.actor import ActorPolicy
+from agents.policies.beam import BeamMerge, BeamPrune
 from agents.policies.dynamicvit import DynamicViTPolicy
 from agents.policies.gated import GatedPolicy
 from agents.policies.heuristics import (
@@ -56,8 +57,8 @@ class Stored(Protocol):
 POLICIES: dict[str, type[Stored]] = {
     cls.__name__: cls
     for cls in (
-        ActorPolicy, DynamicViTPolicy, GatedPolicy, KeepAll, MergeAbove, MergeRandom,
-        MergeStrongest, RandomPrune, TopK,
+        ActorPolicy, BeamMerge, BeamPrune, DynamicViTPolicy, GatedPolicy, KeepAll, MergeAbove,
+        MergeRandom, MergeStrongest, RandomPrune, TopK,
     )
 }  # fmt: skip
 """Classes of policies by name, as files have it."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 from agents.policies import POLICY, SHIPPED, load, shipped
+from agents.policies.beam import BeamMerge, BeamPrune
 from agents.policies.heuristics import (
     KeepAll,
     MergeAbove,
@@ -250,6 +251,11 @@ def _tome(words: Words, depth: int) -> Policy:
     return MergeStrongest(pairs, r)
 
 
+def _beam(kind: Callable[..., Policy], words: Words, rules: LayerMerge | TokenPrune) -> Policy:
+    given = {name: words.whole(name) for name in ("width", "tries") if words.has(name)}
+    return kind(words.number("price"), **given, rules=rules)
+
+
 WORDS: dict[str, Word] = {
     "keep-all": Word(
         "prunes nothing; the dense model run as a game",
@@ -280,6 +286,17 @@ WORDS: dict[str, Word] = {
     "merge-above": Word(
         "merge-above:similarity=0.9[,blocks=0/1/2]: merges all pairs at least so similar",
         lambda words, depth: MergeAbove(_pairs(words, depth), words.number("similarity")),
+    ),
+    "beam-merge": Word(
+        "beam-merge:price=1[,width=4][,tries=5][,blocks=0/1/2]: an oracle: plans with the model, "
+        "by beam search, how many pairs merge, for the least KL to the dense one + price x MACs; "
+        "the search is not counted",
+        lambda words, depth: _beam(BeamMerge, words, _pairs(words, depth)),
+    ),
+    "beam-prune": Word(
+        "beam-prune:price=1[,width=4][,tries=5][,blocks=3/6/9]: the same for how many tokens are "
+        "pruned, those of least class attention first",
+        lambda words, depth: _beam(BeamPrune, words, _tokens(words, depth)),
     ),
 }
 """Heuristic policies by name; for reducers see :data:`tokenenv.reducers.REDUCERS`."""

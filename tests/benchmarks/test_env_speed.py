@@ -36,19 +36,27 @@ def test_mistakes_are_met_before_anything_is_measured(
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_every_contestant_plays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("model", "agents", "blocks"), [("digits_vit", 64, 12), ("scenes_vit", 144, 8)]
+)
+def test_every_contestant_plays(
+    model: str, agents: int, blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = script()
     monkeypatch.setattr(module, "others", lambda: [])
     result = tmp_path / "speed.json"
-    monkeypatch.setattr(sys, "argv", ["env_speed", "--quick", "--json", str(result)])
+    monkeypatch.setattr(
+        sys, "argv", ["env_speed", "--quick", "--model", model, "--json", str(result)]
+    )
     module.main()
     made = json.loads(result.read_text())
     rows = {(row["name"], row["batch"]): row for row in made["rows"]}
     for row in rows.values():
         assert 0 < row["low"] <= row["median"] <= row["high"]
-    # Agent-steps of an image: 64 tokens, three decisions or one in each block.
-    for name, steps in (("tensor game", 192), ("tensor game, every block", 768)):
+    # Agent-steps of an image: all tokens, three decisions or one in each block.
+    several = {"tensor game": 3 * agents, "tensor game, every block": blocks * agents}
+    for name, steps in several.items():
         row = rows[name, 2]
         assert row["median"] / row["images_per_second"] == pytest.approx(steps, rel=1e-6)
-    assert rows["naive loop, one image", 1]["median"] < 192 * 1e5
+    assert rows["naive loop, one image", 1]["median"] < 3 * agents * 1e5
     assert made["tokens"][0]["agents"] == 64 and made["images"]["bare ViT"]["1"] == 1.0

@@ -15,7 +15,7 @@ import torch
 from gymnasium.envs.registration import load_env_creator
 from helpers import PLAYS, play_env, play_parallel, same, small
 
-from tokenenv.envs.ids import IDS, EnvId
+from tokenenv.envs.ids import IDS, PRESETS, EnvId
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -252,3 +252,17 @@ def test_unseeded_environments_differ(entry: EnvId, face: str) -> None:
         return drawn
 
     assert images(make(entry, face)) != images(make(entry, face))
+
+
+# 13 ----------------------------------------------------------------------------------------------
+def test_a_preset_is_its_environment_with_other_defaults() -> None:
+    (large,) = PRESETS
+    env = gym.make(large.id, max_cycles=1)
+    observation, _ = env.reset(seed=0)
+    assert observation.shape[0] == 576 and env.unwrapped.game.backbone.classes == 10
+    same_env = gym.make(large.of, model="scenes_vit_patch2", max_cycles=1)
+    assert same(same_env.reset(seed=0)[0], observation)
+    assert gym.make_vec(large.id, num_envs=2).single_action_space.shape == (576,)
+    if hasattr(pettingzoo, "make"):
+        assert len(pettingzoo.make("parallel", large.id).possible_agents) == 576
+    assert gym.make(large.id, **small()).action_space.shape == (64,)

@@ -14,6 +14,7 @@ from helpers import PATCHES, backbone, choices, small, source
 
 from agents.policies.words import parse_policy
 from tokenenv.data.pixels import Preprocess
+from tokenenv.envs import drawing
 from tokenenv.envs.token_prune_gym import TokenPruneEnv
 from tokenenv.game import render
 from tokenenv.measure import token_pictures as run_report
@@ -95,3 +96,81 @@ def test_pictures_of_a_run_show_what_left(
     # Merged tokens are outlined, with the patches that became one.
     assert len(drawn) == (6 if what.startswith("tome") else 0)
     assert (tmp_path / "tokens.png").stat().st_size > 1000
+
+
+# Frames of environments ---------------------------------------------------------------------------
+def test_a_frame_says_the_class_the_reward_and_what_the_models_see(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[Any] = []
+    captioned = drawing.captioned
+    monkeypatch.setattr(drawing, "captioned", lambda *a: told.append(a[1:]) or captioned(*a))
+    env = TokenPruneEnv(render_mode="rgb_array", **small())
+    env.reset(seed=0)
+    game, total, over = env.game, 0.0, False
+    env.render()
+    for action in choices(0, keep=0.5):
+        _, reward, over, _, _ = env.step(action)
+        total += reward
+        env.render()
+        if over:
+            break
+    assert len(told) == 1 + env.max_cycles
+    label = str(int(game.labels[0]))
+    assert told[0][0] == f"true class: {label}   reward so far: 0.000"
+    assert told[-1][0] == f"true class: {label}   reward so far: {total:.3f}"
+    for logits, (title, classes) in zip(
+        (game.dense[0], game.episode.logits[0]), told[-1][1], strict=True
+    ):
+        best = logits.softmax(0).topk(3)
+        assert title in ("dense model", "with the tokens left")
+        assert [name for name, _ in classes] == [str(i) for i in best.indices.tolist()]
+        np.testing.assert_allclose([p for _, p in classes], best.values.numpy(), rtol=1e-5)
+    dense = dict(told[0][1][1][1])  # nothing is removed yet
+    for name, probability in told[0][1][0][1]:
+        assert dense[name] == pytest.approx(probability, abs=1e-4)
+
+
+def test_what_agents_said_is_a_colour() -> None:
+    pixels = np.full((192, 192, 3), 100, np.uint8)
+    chance = np.full(16, np.nan, np.float32)
+    chance[:3] = 0.0, 0.5, 1.0
+    drawn = render.tinted(pixels, chance, (4, 4)).astype(float)
+    weight = render._SAID
+    for patch, colour in enumerate((render.BARS[0], (255, 255, 255), render.BARS[1])):
+        expected = (1 - weight) * 100 + weight * np.array(colour)
+        assert np.abs(drawn[20, 48 * patch + 20] - expected).max() < 1
+    assert (drawn[:, 144:] == 100).all() and (drawn[48:] == 100).all()
+
+
+def test_human_mode_shows_a_window_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown: list[Any] = []
+
+    class Fake:
+        def __init__(self, title: str) -> None:
+            assert title == "tokenenv"
+
+        def show(self, frame: Any) -> None:
+            shown.append(frame)
+
+    monkeypatch.setattr(drawing, "Window", Fake)
+    env = TokenPruneEnv(render_mode="human", **small(max_cycles=1))
+    env.reset(seed=0)
+    env.step(next(choices(0)))
+    assert len(shown) == 2 and shown[0].shape == shown[1].shape
+    assert not np.array_equal(*shown) and capsys.readouterr().out == ""
+
+
+def test_without_a_display_human_mode_says_why_there_is_no_window(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    env = TokenPruneEnv(render_mode="human", **small(max_cycles=1))
+    env.reset(seed=0)
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith("no window (matplotlib draws with 'agg', which has no windows")
+    assert lines[0].startswith("image")
+    env.step(next(choices(0)))
+    assert "no window" not in capsys.readouterr().out

@@ -101,6 +101,29 @@ def test_torchrl_seed_decides_whole_episodes() -> None:
     assert not torch.equal(one["state"], third["state"])
 
 
+@GAME
+def test_a_torchrl_clone_repeats_what_the_original_does(
+    id: str, rules: str, kwargs: dict[str, Any]
+) -> None:
+    env = torchrl_env(id, **kwargs)
+
+    def go_on(env: Any, data: Any, seed: int) -> list[Any]:
+        generator, heard, data = torch.Generator().manual_seed(seed), [], data.clone()
+        for _ in range(env.game.steps + 2):  # into the next episode
+            legal = data["agents", "action_mask"].flatten(0, 1).float()
+            action = torch.multinomial(legal, 1, generator=generator).reshape(3, env.game.agents)
+            done, data = env.step_and_maybe_reset(data.set(("agents", "action"), action))
+            heard += [done["next"], data]
+        return heard
+
+    env.set_seed(0)
+    data = env.reset()
+    clone, other = env.clone(), env.clone()
+    go_on(other, data, 1)
+    one, two = go_on(env, data, 2), go_on(clone, data, 2)
+    assert all((a == b).all() for a, b in zip(one, two, strict=True))
+
+
 def test_torchrl_action_masks() -> None:
     env = torchrl_env(TOKENS)
     from torchrl.envs import ActionMask, TransformedEnv

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from PIL import Image
 import tokenenv
 from tokenenv.game import render
 from tokenenv.game.animation import Panel, draw_frame, save_gif
+from tokenenv.measure.episodes import Recorded, Step
+from tokenenv.measure.watching import Seen, frames, reward_line
 
 GRID = (4, 4)
 
@@ -61,6 +64,35 @@ def test_merged_patches_are_one_area_shaded_by_their_number() -> None:
     owners[2:8] = 0  # eight of sixteen
     larger = render.reduced(pixels, owners, GRID, merging=True)
     assert np.abs(larger[20, 20] - 3 * weight * render._TINT).max() < 1.01
+
+
+def test_the_reward_so_far_and_what_agents_said() -> None:
+    def step(block: int | None, reward: list[float] | None, chance: list[float] | None) -> Step:
+        def one(values: list[float] | None) -> np.ndarray | None:
+            return None if values is None else np.array([values], np.float32)
+
+        nothing = np.zeros((1, 4))
+        return Step(
+            block, np.arange(4)[None], np.array([4]), np.array([1.0]), nothing, one(chance),
+            one(reward),
+        )  # fmt: skip
+
+    nobody = float("nan")
+    steps = [
+        step(None, None, None),
+        step(1, [1.0, 2.0, nobody, nobody], [0.1, 0.9, nobody, nobody]),
+        step(4, [0.5, 0.5, 0.5, 0.5], [0.3, nobody, nobody, nobody]),
+    ]
+    method = Recorded((2, 2), True, False, 2.0, "dora", steps)
+    lines = [reward_line(method, each, 0) for each in steps]
+    assert lines == [f"reward so far: {total} (dora)" for total in ("0.000", "1.500", "2.000")]
+    pixels = [np.zeros((8, 8, 3), np.uint8)]
+    seen = Seen([["image"]], pixels, np.full((1, 3), 1 / 3), str, {"a": method})
+    assert np.isnan(seen.panel(0, "a", None).chance).all()
+    np.testing.assert_array_equal(seen.panel(0, "a", 4).chance, steps[2].chance[0])
+    assert len({frame.shape for frame in frames(seen)[0]}) == 1
+    silent = replace(method, steps=[replace(each, chance=None) for each in steps])
+    assert replace(seen, methods={"a": silent}).panel(0, "a", 4).chance is None
 
 
 def test_long_names_stay_in_their_panel() -> None:

@@ -297,6 +297,14 @@ def test_every_task_says_what_it_is(task: Task) -> None:
         assert task.random == task.random.strip() and len(opened.test) == task.test_images
 
 
+def test_the_large_scenes_are_a_task_of_576_agents() -> None:
+    opened = open_task(find_task("scenes-large-prune-v1"))
+    envs = opened.make_vec(2, output="torch")
+    seen, _ = envs.reset(seed=0)
+    assert seen.shape[1] == opened.spec.agents == opened.backbone.patches == 576
+    assert envs.max_cycles == opened.spec.decisions and opened.spec.blocks == (0, 1, 3)
+
+
 def test_the_large_digits_keep_their_accuracy() -> None:
     backbone = load_backbone("digits_vit_16")
     source = open_source("digits", backbone.model, split="test", limit=200)

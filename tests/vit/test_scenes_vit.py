@@ -51,6 +51,27 @@ def test_accuracy_on_test_scenes(model: nn.Module) -> None:
     assert abs(share - accuracy) < 4 * (share * (1 - share) / 1500) ** 0.5
 
 
+def test_the_large_model_has_the_small_ones_tokens_and_others_between(model: nn.Module) -> None:
+    large = timm.create_model("scenes_vit_patch2", pretrained=True).eval()
+    assert large.patch_embed.grid_size == (24, 24)
+    images = torch.randn(2, 1, 48, 48, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        few, many = model.patch_embed.proj(images), large.patch_embed.proj(images)
+    torch.testing.assert_close(many[:, :, ::2, ::2], few, atol=1e-6, rtol=1e-5)
+    backbone = load_backbone("scenes_vit_patch2")
+    assert (backbone.patches, backbone.architecture) == (576, "scenes_vit_patch2")
+
+
+def test_the_large_model_sees_as_much_as_the_small_one(model: nn.Module) -> None:
+    large = timm.create_model("scenes_vit_patch2", pretrained=True).eval()
+    source = open_source(None, large, split="validation").subset(200, seed=1)
+    assert source.name.startswith("scenes")
+    batch = source.batch(torch.arange(len(source)))
+    with torch.inference_mode():
+        found = torch.cat([large(part).argmax(1) for part in batch.images.split(25)])
+    assert (found == batch.labels).float().mean().item() >= 0.93  # 0.978 on all 1,000
+
+
 def test_the_weights_are_small_and_halves() -> None:
     assert WEIGHTS.stat().st_size <= 2 * 2**20
     with safe_open(WEIGHTS, "pt") as file:

@@ -70,14 +70,20 @@ def add_execution(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_model_options(parser: argparse.ArgumentParser, *, images: bool = True) -> None:
-    """Add ``--model``, ``--weights``, ``--device`` and, where ``images`` are read, ``--data``."""
+def add_model_options(
+    parser: argparse.ArgumentParser, *, images: bool = True, preprocessing: bool = True
+) -> None:
+    """Add ``--model``, ``--weights``, ``--device`` and, where ``images`` are read, ``--data``.
+
+    ``preprocessing``: whether to add the options that :func:`preprocessing` reads.
+    """
     parser.add_argument(
         "--model",
         metavar="NAME",
         help="any timm ViT, or one that comes with weights and images of its own: digits_vit (the "
         "default) and digits_vit_16, digits as 64 or 256 tokens, and scenes_vit, digits among "
-        "clutter as 144; for LTM also a Swin, MobileViT or EfficientViT",
+        "clutter as 144, or scenes_vit_patch2 as 576; for LTM also a Swin, MobileViT or "
+        "EfficientViT",
     )
     parser.add_argument(
         "--weights",
@@ -90,13 +96,15 @@ def add_model_options(parser: argparse.ArgumentParser, *, images: bool = True) -
             metavar="DIR",
             help="folder of class/image, or a torchvision data set such as CIFAR10:ROOT",
         )
+    parser.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda ...; default: cpu")
+    if not preprocessing:
+        return
     own = parser.add_argument_group("preprocessing", "in place of what timm says of the model")
     own.add_argument("--mean", type=float, nargs="+", metavar="M", help="of 1 or 3 channels")
     own.add_argument("--std", type=float, nargs="+", metavar="S", help="of 1 or 3 channels")
     own.add_argument("--crop-pct", type=float, metavar="P", help="centre crop, as a share")
     own.add_argument("--interpolation", metavar="NAME", help="bilinear, bicubic ...")
     own.add_argument("--image-size", type=positive, metavar="N", help="side, pixels")
-    parser.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda ...; default: cpu")
 
 
 def preprocessing(args: argparse.Namespace) -> Preprocessing:

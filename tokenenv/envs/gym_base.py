@@ -11,10 +11,11 @@ from gymnasium import spaces
 from gymnasium.utils import EzPickle
 from numpy.typing import NDArray
 
+from tokenenv.envs.cloning import Clonable
 from tokenenv.envs.play import RENDER_MODES, check_time_limit, in_turn, one_image, open_play
 
 
-class GameEnv(gym.Env[NDArray[np.float32], Any], EzPickle):
+class GameEnv(Clonable, gym.Env[NDArray[np.float32], Any], EzPickle):
     """A game with one image at a time. Subclasses name the rules and describe the game.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import gymnasium
 import pettingzoo
@@ -67,10 +67,37 @@ IDS = (
 )
 
 
+@dataclass(frozen=True)
+class Preset:
+    """An id for an environment of :data:`IDS` with other defaults.
+
+    Attributes:
+        id: as of :class:`EnvId`.
+        of: the id of the environment.
+        summary: one line on what is different.
+        defaults: arguments of :func:`~tokenenv.game.build.build_game`, in place of its own.
+    """
+
+    id: str
+    of: str
+    summary: str
+    defaults: dict[str, Any]
+
+
+PRESETS = (
+    Preset(
+        id="tokenenv/TokenPruneLarge-v0",
+        of="tokenenv/TokenPrune-v0",
+        summary="the same with 576 agents, on digits among clutter",
+        defaults={"model": "scenes_vit_patch2"},
+    ),
+)
+
+
 def listing() -> str:
     """Every id with its summary, one line each."""
-    width = max(len(entry.id) for entry in IDS)
-    return "\n".join(f"{entry.id:<{width}}  {entry.summary}" for entry in IDS)
+    width = max(len(entry.id) for entry in (*IDS, *PRESETS))
+    return "\n".join(f"{entry.id:<{width}}  {entry.summary}" for entry in (*IDS, *PRESETS))
 
 
 def vector_class(id: str) -> type[GameVectorEnv]:
@@ -88,11 +115,18 @@ def vector_class(id: str) -> type[GameVectorEnv]:
 
 
 def register() -> None:
-    """Register :data:`IDS` with Gymnasium, and with PettingZoo from 1.27, its first registry."""
+    """Register all ids with Gymnasium, and with PettingZoo from 1.27, its first registry."""
     for entry in IDS:
-        gymnasium.register(entry.id, entry.env, vector_entry_point=entry.vector_env)
-        if hasattr(pettingzoo, "register"):
-            if entry.parallel:
-                pettingzoo.register("parallel", entry.id, entry.parallel)
-            if entry.aec:
-                pettingzoo.register("aec", entry.id, entry.aec)
+        _register(entry.id, entry, {})
+        for preset in PRESETS:
+            if preset.of == entry.id:
+                _register(preset.id, entry, preset.defaults)
+
+
+def _register(id: str, entry: EnvId, defaults: dict[str, Any]) -> None:
+    gymnasium.register(id, entry.env, vector_entry_point=entry.vector_env, kwargs=defaults)
+    if hasattr(pettingzoo, "register"):
+        if entry.parallel:
+            pettingzoo.register("parallel", id, entry.parallel, kwargs=defaults)
+        if entry.aec:
+            pettingzoo.register("aec", id, entry.aec, kwargs=defaults)

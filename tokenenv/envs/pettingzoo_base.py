@@ -9,10 +9,10 @@ from gymnasium.utils import EzPickle, seeding
 from pettingzoo import AECEnv
 from pettingzoo.utils import wrappers
 
-from tokenenv.envs.play import Play
+from tokenenv.envs.cloning import Clonable, separate
 
 
-class SeededPlay:
+class SeededPlay(Clonable):
     """Seeds the order of the images at ``reset``, as ``gymnasium.Env`` does.
 
     Attributes:
@@ -20,7 +20,6 @@ class SeededPlay:
         np_random_seed: that seed; before the first ``reset`` both are drawn at random on reading.
     """
 
-    _play: Play
     _np_random: tuple[np.random.Generator, int] | None = None
 
     @property
@@ -60,6 +59,10 @@ class OrderedEnv(wrappers.OrderEnforcingWrapper, EzPickle):
     def __init__(self, env: AECEnv[str, Any, Any]) -> None:
         EzPickle.__init__(self, env)
         super().__init__(wrappers.AssertOutOfBoundsWrapper(env))
+
+    def clone(self) -> OrderedEnv:
+        """As :meth:`tokenenv.envs.cloning.Clonable.clone`, in the same wrappers."""
+        return separate(self)
 
     def __str__(self) -> str:
         """The environment's own name, as PettingZoo's wrappers give it."""

@@ -6,6 +6,7 @@ import functools
 import operator
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -14,9 +15,10 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokenenv.envs import drawing
 from tokenenv.envs.chosen import chosen_batch
 from tokenenv.errors import UserError, check_choice
-from tokenenv.game import Game, render
+from tokenenv.game import Game
 from tokenenv.game.build import build_game, check_arguments
 from tokenenv.game.checks import MOST_IMAGES, check_whole
 from tokenenv.game.rules import RULES, Observation
@@ -97,16 +99,23 @@ class Play:
         self._now: dict[str, Tensor] = {}
         self._seeded = False
         self._sources: list[Tensor] = []
+        self._screen = drawing.Screen()
         self.busy = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the lock, which belongs to this object's threads."""
-        return {key: value for key, value in vars(self).items() if key != "busy"}
+        """All but the lock, which belongs to this object's threads, and the window."""
+        return {k: v for k, v in vars(self).items() if k not in ("busy", "_screen")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`__getstate__` gave, with a lock of its own."""
         vars(self).update(state)
-        self.busy = threading.RLock()
+        self.busy, self._screen = threading.RLock(), drawing.Screen()
+
+    def clone(self, game: Game) -> Play:
+        """The same with a clone of its game; each of the two goes on by itself."""
+        twin = copy(self)
+        twin.game, twin._now, twin._sources = game, dict(self._now), list(self._sources)
+        return twin
 
     @property
     def action_space(self) -> spaces.Discrete | spaces.MultiDiscrete:
@@ -166,7 +175,13 @@ class Play:
         seen = self.game.reset(chosen_batch(self.game.stream, options, self.game.repeats))
         wrong = torch.zeros_like(seen.active[:, 0])
         illegal = torch.zeros_like(seen.active, dtype=torch.int64)
-        self._now = {"illegal": illegal, "correct": wrong, "dense_correct": wrong}
+        nothing = torch.zeros_like(wrong, dtype=torch.float32)
+        self._now = {
+            "illegal": illegal,
+            "correct": wrong,
+            "dense_correct": wrong,
+            "return": nothing,
+        }
         self._sources = []
         observation = self._take(seen)
         self._show()
@@ -200,6 +215,7 @@ class Play:
         if self.render_mode is not None:
             self._sources.append(self.game.episode.tokens.owners)
         reward = transition.reward.clone()
+        now["return"] = now["return"] + reward.sum(1)
         over = transition.observation is None
         if transition.observation is not None:
             observation = self._take(transition.observation)
@@ -225,18 +241,13 @@ class Play:
                 f"render_mode is None: choose from {', '.join(RENDER_MODES)} at creation"
             )
         self._check_started()
-        game = self.game
-        image = render.to_pixels(game.images[row], game.backbone.model)
-        show = render.token_picture if self.render_mode == "rgb_array" else render.token_text
-        source = np.zeros((0, game.backbone.patches), dtype=np.int64)
-        if self._sources:
-            source = torch.stack([after[row] for after in self._sources]).cpu().numpy()
-        merged = source if game.rules.merges else None
-        frame = show(image, source >= 0, game.backbone.grid, game.rules.blocks, merged)
+        total = self._now["return"]
         if self.render_mode == "human":
-            print(frame)
+            self._screen.show(self.game, self._sources, total, row)
             return None
-        return frame
+        if self.render_mode == "rgb_array":
+            return drawing.frame(self.game, self._sources, total, row)
+        return drawing.words(self.game, self._sources, row)
 
     def _take(self, seen: Observation) -> Tensor:
         assert seen.state is not None

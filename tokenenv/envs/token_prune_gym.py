@@ -139,7 +139,7 @@ class TokenPruneEnv(GameEnv):
     | `device` | **str** | `"cpu"` | where to put a model given by name |
     | `dtype` | **str** | `"float32"` | its precision: also `"bfloat16"`, `"float16"` |
     | `execution` | **str** | `None` | `"masked"`, `"padded"`, `"packed"`; None: by device |
-    | `render_mode` | **str** | `None` | `"human"` (printed), `"rgb_array"`, `"ansi"` |
+    | `render_mode` | **str** | `None` | `"human"` (a window), `"rgb_array"`, `"ansi"` |
 
     ## Vectorized environment
 

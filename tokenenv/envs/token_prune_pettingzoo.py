@@ -96,6 +96,7 @@ from numpy.typing import NDArray
 from pettingzoo import AECEnv, ParallelEnv
 from pettingzoo.utils.conversions import parallel_to_aec_wrapper
 
+from tokenenv.envs.cloning import separate
 from tokenenv.envs.pettingzoo_base import OrderedEnv, SeededPlay
 from tokenenv.envs.play import RENDER_MODES, check_by_agent, in_turn, open_play
 from tokenenv.errors import UserError, check_choice
@@ -299,6 +300,10 @@ class TokenPruneAECEnv(parallel_to_aec_wrapper, EzPickle):
         EzPickle.__init__(self, **kwargs)
         super().__init__(parallel_env(**kwargs))
         self.agents: list[str] = []
+
+    def clone(self) -> TokenPruneAECEnv:
+        """As :meth:`tokenenv.envs.cloning.Clonable.clone`."""
+        return separate(self)
 
 
 def raw_env(**kwargs: Any) -> AECEnv[str, Any, Any]:

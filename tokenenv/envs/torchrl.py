@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tokenenv.envs import ids
+from tokenenv.envs.cloning import Clonable
 from tokenenv.envs.play import in_turn, open_play
 from tokenenv.errors import UserError
 
@@ -26,7 +27,7 @@ GROUP = "agents"
 """The group of all agents, as TorchRL's multi-agent environments name it."""
 
 
-class TorchRLEnv(EnvBase):
+class TorchRLEnv(Clonable, EnvBase):
     """A batched game of ``B`` images with ``A`` agents each, as a TorchRL environment.
 
     All tensors stay on the game's device. The number of agents is fixed: an agent that may no

@@ -13,11 +13,12 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokenenv.envs.cloning import Clonable
 from tokenenv.envs.play import RENDER_MODES, check_time_limit, in_turn, open_play
 from tokenenv.errors import check_choice
 
 
-class GameVectorEnv(gym.vector.VectorEnv[Any, Any, Any], EzPickle):
+class GameVectorEnv(Clonable, gym.vector.VectorEnv[Any, Any, Any], EzPickle):
     """One batched game of ``num_envs`` images; each image is one environment of the vector.
 
     Subclasses name the rules. All images end together, and the next ones start in the same step
@@ -138,7 +139,7 @@ class GameVectorEnv(gym.vector.VectorEnv[Any, Any, Any], EzPickle):
         return self._out(self._play.legal.flatten(1))
 
     def render(self) -> tuple[Any, ...] | None:
-        """One picture or text per image; None in human mode, where they are printed."""
+        """One picture or text per image; None in human mode."""
         frames = tuple(self._play.draw(row) for row in range(self.num_envs))
         return None if self.render_mode == "human" else frames
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,14 +12,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from tokenenv.errors import UserError
-from tokenenv.game.render import INK, PAPER, Pixels, enlarged, reduced
+from tokenenv.game.render import BARS, INK, PAPER, Pixels, enlarged, reduced, tinted
 from tokenenv.storage import write_bytes
 
 _WIDTH = 320  # of a panel at least, which its text needs
 _GAP = 12
 _LINE = 20  # height of a line of text
 _BAR = 110  # length of the bar of a probability of 1
-BARS = ((0, 114, 178), (213, 94, 0))  # blue and vermilion: distinct to colour-blind people, too
 _MILLISECONDS, _LAST = 1200, 2600  # how long a frame stays, and the last one of an image
 
 Guess = tuple[str, float]
@@ -37,6 +36,8 @@ class Panel:
         merging: whether the method merges tokens.
         feet: lines below the image.
         guesses: titles, each with its most probable classes.
+        chance: ``(P,)`` probability with which the agent of each patch chose to remove it, NaN
+            where none acted; a second picture shows it. None: the method has no probabilities.
     """
 
     heads: Sequence[str]
@@ -45,6 +46,7 @@ class Panel:
     merging: bool
     feet: Sequence[str]
     guesses: Sequence[tuple[str, Sequence[Guess]]]
+    chance: NDArray[np.float32] | None = None
 
 
 def draw_frame(panels: Sequence[Panel], grid: tuple[int, int]) -> Pixels:
@@ -58,7 +60,10 @@ def draw_frame(panels: Sequence[Panel], grid: tuple[int, int]) -> Pixels:
     height, width = enlarged(first.pixels).shape[:2]
     width = max(width, _WIDTH)
     lines = len(first.heads) + len(first.feet) + sum(1 + len(g) for _, g in first.guesses)
-    size = (len(panels) * (width + _GAP) + _GAP, lines * _LINE + height + 3 * _GAP)
+    high = lines * _LINE + height + 3 * _GAP
+    if any(panel.chance is not None for panel in panels):
+        high += height + _LINE + _GAP
+    size = (len(panels) * (width + _GAP) + _GAP, high)
     sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
     for number, panel in enumerate(panels):
@@ -86,8 +91,40 @@ def _draw_panel(
     for line in panel.feet:
         draw.text((left, top), fitting(line, font, width), INK, font)
         top += _LINE
-    for (title, guesses), colour in zip(panel.guesses, BARS, strict=False):
-        top = draw_guesses(draw, title, guesses, colour, (left, top), width)
+    for (title, classes), colour in zip(panel.guesses, BARS, strict=False):
+        top = draw_guesses(draw, title, classes, colour, (left, top), width)
+    if panel.chance is not None:
+        line = "agents: keep (blue) to remove (orange)"
+        draw.text((left, top), fitting(line, font, width), INK, font)
+        said = tinted(large, panel.chance, grid)
+        sheet.paste(Image.fromarray(said), (left, top + _LINE + _GAP // 2))
+
+
+def guesses(
+    probabilities: NDArray[np.float32], names: Callable[[int], str], count: int = 3
+) -> list[Guess]:
+    """The ``count`` most probable classes, of ``(K,)`` probabilities."""
+    order = np.argsort(-probabilities, kind="stable")[:count]
+    return [(names(int(label)), float(probabilities[label])) for label in order]
+
+
+def captioned(picture: Pixels, line: str, known: Sequence[tuple[str, Sequence[Guess]]]) -> Pixels:
+    """A picture ``(H, W, 3)`` with a line below it, and below that classes beside each other.
+
+    ``known``: titles, each with its most probable classes.
+    """
+    height, width = picture.shape[:2]
+    rows = 1 + max(len(classes) for _, classes in known)
+    size = (width, height + (1 + rows) * _LINE + 2 * _GAP)
+    sheet = Image.new("RGB", size, PAPER)
+    sheet.paste(Image.fromarray(picture))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    draw.text((_GAP, height), fitting(line, font, width - 2 * _GAP), INK, font)
+    column = (width - _GAP) // len(known)
+    for i, ((title, classes), colour) in enumerate(zip(known, BARS, strict=False)):
+        place = (_GAP + i * column, height + _LINE + _GAP // 2)
+        draw_guesses(draw, title, classes, colour, place, column - _GAP)
+    return np.asarray(sheet)
 
 
 def draw_guesses(

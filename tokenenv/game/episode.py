@@ -16,6 +16,7 @@ from tokenenv.game.rules.base import Rules
 from tokenenv.game.rules.observation import Observation
 from tokenenv.vit import hooks, packing
 from tokenenv.vit.backbone import Backbone, Context
+from tokenenv.vit.reduction import Match
 from tokenenv.vit.tokens import Tokens
 
 R = TypeVar("R")
@@ -190,6 +191,30 @@ class Episode:
         self.counts = (*self.counts, self._count - self.tokens.prefix)
         self.step += 1
         self._advance()
+
+    def select(self, rows: Tensor) -> Episode:
+        """An episode of some of the images, at the decision that is due, that goes on by itself.
+
+        Args:
+            rows: ``(b,)`` indices of the images; one may be there several times.
+        """
+        twin, moment = self.copy(), self.moment
+        twin.tokens = packing.unpack(self.tokens).select(rows)
+        twin.attended = [count[rows] for count in self.attended]
+        twin.fed = [count[rows] for count in self.fed]
+        twin.counts = tuple(count[rows] for count in self.counts)
+        twin._count = self._count[rows]
+        known = {name: value for name, value in vars(moment.context).items() if value is not None}
+        twin._context = Context(**{name: value[rows] for name, value in known.items()})
+        match = moment.match
+        twin.moment = Moment(
+            twin.tokens,
+            self.step,
+            twin._context,
+            twin.counts,
+            None if match is None else Match(*(part[rows] for part in match)),
+        )
+        return twin
 
     def finish(self, rows: Tensor) -> Tensor:
         """The logits of some images if no further token were removed.

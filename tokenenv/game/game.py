@@ -83,7 +83,8 @@ class Game:
         images, labels, index: ``(B, C, H, W)``, ``(B,)``, and ``(B,)`` positions in the source.
         dense: ``(B, K)`` float32 logits of the dense model.
         answers: what the dense model said of all images played so far.
-        on_reset: called with the number of episodes before they start; does nothing unless set.
+        on_reset: called with the number of episodes before they start, or are restored or cloned
+            before their end; does nothing unless set.
         history: after each decision so far, ``(B, P)`` bool, which patches have a token.
         counts: ``(B,)`` visual tokens before the first decision and after each one so far.
 
@@ -239,7 +240,8 @@ class Game:
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a state; from there the same actions give the same results, bit for bit.
 
-        A snapshot can be restored any number of times. :attr:`on_reset` stays as it is.
+        A snapshot can be restored any number of times. :attr:`on_reset` stays as it is, and is told
+        of the episodes that are played a second time.
 
         Raises:
             UserError: the snapshot is of a game with another model, rules, images or execution.
@@ -253,6 +255,22 @@ class Game:
         values = _separate(snapshot.values) | {"on_reset": self.on_reset}
         vars(self).clear()
         vars(self).update(values)
+        self._tell_of_repeats()
+
+    def clone(self) -> Game:
+        """A game in the same state that goes on by itself.
+
+        It shares the model, the images and :attr:`on_reset`, which is told of the episodes that are
+        now played twice. No tensor is copied.
+        """
+        twin = copy(self)
+        vars(twin).update(_separate(vars(self)))
+        twin._tell_of_repeats()
+        return twin
+
+    def _tell_of_repeats(self) -> None:
+        if self.episode is not None and not self.episode.done:
+            self.on_reset(self.batch_size)
 
     @property
     def counts(self) -> tuple[Tensor, ...]:

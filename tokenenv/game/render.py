@@ -22,6 +22,8 @@ _PANEL = 192  # a smaller image is shown at least this large, in pixels
 _GAP = 10
 _HEAD, _FOOT = 24, 22
 PAPER, INK, _FAINT = (255, 255, 255), (32, 32, 32), (150, 150, 150)
+BARS = ((0, 114, 178), (213, 94, 0))  # blue and vermilion: distinct to colour-blind people, too
+_SAID = 0.65  # of these colours over an image, for what agents said
 _GONE = np.array((220, 223, 228), np.uint8)  # a pruned token
 _HATCH = np.array((165, 173, 186), np.uint8)  # lines over it: a kept token may be grey, too
 _HATCH_STEP = 8  # pixels from line to line
@@ -244,6 +246,19 @@ def shaded(pixels: Pixels, source: NDArray[np.int64], grid: tuple[int, int]) -> 
     depth = _STRONGEST * np.log(size) / max(np.log(len(source)), 1)
     over = _spread(depth, grid, pixels.shape[:2])[..., None]
     return ((1 - over) * pixels + over * _TINT).round().astype(np.uint8)
+
+
+def tinted(pixels: Pixels, chance: NDArray[np.float32], grid: tuple[int, int]) -> Pixels:
+    """The image ``(H, W, 3)`` under colours from blue, 0, over white to vermilion, 1.
+
+    ``chance``: ``(P,)``; patches where it is NaN are left as they are.
+    """
+    low, high = (np.array(colour, np.float64) for colour in BARS)
+    share = np.nan_to_num(np.abs(2 * chance - 1))[:, None]
+    colours = 255 + share * (np.where(chance[:, None] > 0.5, high, low) - 255)
+    spread = np.stack([_spread(part, grid, pixels.shape[:2]) for part in colours.T], 2)
+    acted = _SAID * _spread(~np.isnan(chance), grid, pixels.shape[:2])[..., None]
+    return ((1 - acted) * pixels + acted * spread).round().astype(np.uint8)
 
 
 def group_means(

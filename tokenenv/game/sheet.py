@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from tokenenv.game.animation import BARS, Guess, draw_guesses, fitting
-from tokenenv.game.render import INK, PAPER, Pixels
+from tokenenv.game.animation import Guess, draw_guesses, fitting
+from tokenenv.game.render import BARS, INK, PAPER, Pixels
 
 _GAP, _LINE = 14, 20
 _PER_ROW = 7  # panels beside each other

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tokenenv.data import Batch, ImageSource
 from tokenenv.data.labels import class_names
 from tokenenv.errors import UserError
-from tokenenv.game.animation import Guess, Panel, draw_frame, save_gif
+from tokenenv.game.animation import Panel, draw_frame, guesses, save_gif
 from tokenenv.game.policy import Method
 from tokenenv.game.render import Pixels, to_pixels
 from tokenenv.measure.episodes import Recorded, Step, record
@@ -65,9 +65,13 @@ class Seen:
             ("dense model", guesses(self.dense[image], self.names)),
             ("with the tokens left", guesses(step.probabilities[image], self.names)),
         )
+        chance = None
+        if any(each.chance is not None for each in method.steps):
+            nobody = np.full(step.owners.shape[1], np.nan, np.float32)
+            chance = nobody if step.chance is None else step.chance[image]
         return Panel(
             (what, *self.titles[image]), self.pixels[image], step.owners[image], method.merges,
-            feet(method, step, image), known,
+            (*feet(method, step, image), reward_line(method, step, image)), known, chance,
         )  # fmt: skip
 
 
@@ -138,12 +142,13 @@ def feet(method: Recorded, step: Step, image: int) -> tuple[str, str, str]:
     )
 
 
-def guesses(
-    probabilities: NDArray[np.float32], names: Callable[[int], str], count: int = 3
-) -> list[Guess]:
-    """The ``count`` most probable classes, of ``(K,)`` probabilities."""
-    order = np.argsort(-probabilities, kind="stable")[:count]
-    return [(names(int(label)), float(probabilities[label])) for label in order]
+def reward_line(method: Recorded, step: Step, image: int) -> str:
+    """What the image's agents got up to a step, their mean; empty without agents."""
+    if not method.reward:
+        return ""
+    given = [each.reward for each in method.steps[: method.steps.index(step) + 1]]
+    total = sum(float(np.nanmean(each[image])) for each in given if each is not None)
+    return f"reward so far: {total + 0.0:.3f} ({method.reward})"
 
 
 def write_before_after(

@@ -184,6 +184,13 @@ TASKS += [
     replace(_task(f"{stem}-v0"), name=f"{stem}-v1", front="hull", **changed)
     for stem, changed in _SECOND
 ]
+TASKS.append(
+    replace(
+        _task("scenes-prune-v1"), name="scenes-large-prune-v1", level="hard",
+        model="scenes_vit_patch2", agents=576, budget=6400, low=0.06, high=0.2,
+        description="576 agents on a digit among clutter, four for each of scenes-prune's",
+    )
+)  # fmt: skip
 
 
 def register_task(task: Task) -> Task:

@@ -20,7 +20,7 @@ from tokenenv.vit.families import family_of
 
 EMBEDDED = "digits_vit"
 DIGITS_MODELS = (EMBEDDED, "digits_vit_16")
-SCENES_MODELS = ("scenes_vit",)
+SCENES_MODELS = ("scenes_vit", "scenes_vit_patch2")
 EMBEDDED_MODELS = (*DIGITS_MODELS, *SCENES_MODELS)
 """Names of the models whose weights, and images, come with the package."""
 
