@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from site_modules import site_module
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("learner", "method", "engineer")
-ELSEWHERE = re.compile(r"deit_|runs/mine")
-"""What a block names that needs weights from the network, or a long training."""
+PAGES, ELSEWHERE = (getattr(site_module("notebooks"), name) for name in ("PAGES", "ELSEWHERE"))
 
 
 def blocks(page: str) -> list[tuple[str, str]]:

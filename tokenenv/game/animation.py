@@ -19,7 +19,7 @@ _WIDTH = 320  # of a panel at least, which its text needs
 _GAP = 12
 _LINE = 20  # height of a line of text
 _BAR = 110  # length of the bar of a probability of 1
-BARS = ((0, 114, 178), (213, 94, 0))  # blue and vermilion: distinct to colour-blind people, too
+BARS = ((0, 103, 163), (176, 71, 0))  # blue and vermilion: distinct to colour-blind people, too
 _MILLISECONDS, _LAST = 1200, 2600  # how long a frame stays, and the last one of an image
 
 Guess = tuple[str, float]
