@@ -3,7 +3,7 @@
 With names only those: ``python docs/pictures.py environments scenes``. Pictures of measured figures
 (docs/plots.py) come with their tables (docs/measured.py), which are written into the pages. The
 others are drawn from generated scenes; no picture shows an image of a data set. ``before_after``
-trains for one to three minutes, ``systems`` longer, the others take seconds.
+and ``systems`` train for minutes, the others take seconds.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ METHODS = (
     "mstm:keep=0.5,blocks=1/2/4", "pitome:keep=0.85", "diffrate:prune=8,merge=8",
 )  # fmt: skip
 SYSTEMS = ("rl4evit", "dora", "dora-prune", "evit", "mstm", "dynamicvit", "rl4evit-finetune")
+SHORT = {"images": 2000, "updates": 20, "evaluate_every": 10}
 SCENE = 3
 """Which test scene all methods reduce."""
 
@@ -77,11 +78,11 @@ def methods() -> None:
 
 
 def systems() -> None:
-    """What each trained system leaves of the same scene."""
+    """What each system leaves of the same scene after a short training."""
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # the pictures name the runs
         for name in SYSTEMS:
-            settings = {"policy": "runs/rl4evit"} if name == "rl4evit-finetune" else {}
+            settings = SHORT | ({"policy": "runs/rl4evit"} if name == "rl4evit-finetune" else {})
             tokenenv.train(name, model="scenes_vit", out=f"runs/{name}", **settings)
         save_ends("systems", [f"runs/{name}" for name in SYSTEMS])
 
