@@ -36,7 +36,7 @@ MARK = re.compile(r"^(?:%|\.\.) generated: (\w+) (\S+)$", re.MULTILINE)
 
 def fill(app: Sphinx, docname: str, source: list[str]) -> None:
     """Replace the marks of a page, and links to folders that are pages here."""
-    text = source[0].replace("(../examples/extend)", "(extend.md)")
+    text = source[0].replace("(../examples/extend)", "(extending.md#examples)")
     makers = {
         "environment": environment,
         "tasks": tasks,

@@ -1,25 +1,33 @@
-"""Make the pictures of the documentation again, from generated scenes: ``python docs/pictures.py``.
+"""Make the pictures and tables of the documentation again: ``python docs/pictures.py``.
 
-``before_after`` trains for one to three minutes, the others take seconds. With names only those:
-``python docs/pictures.py environments methods``. No picture shows an image of a data set.
+With names only those: ``python docs/pictures.py environments scenes``. Pictures of measured figures
+(docs/plots.py) come with their tables (docs/measured.py), which are written into the pages. The
+others are drawn from generated scenes; no picture shows an image of a data set. ``before_after``
+and ``systems`` train for minutes, the others take seconds.
 """
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import gymnasium
+import measured
 import numpy as np
+import plots
 from PIL import Image
 
 import tokenenv
 from tokenenv.envs.ids import IDS
 from tokenenv.game.animation import save_gif
+from tokenenv.storage import write_bytes
 
-PICTURES = Path(__file__).parent / "pictures"
+PICTURES = Path(__file__).resolve().parent / "pictures"
 
 METHODS = (
     "cls-attention:keep=0.5,blocks=1/2/4", "norm:keep=0.5,blocks=1/2/4",
@@ -27,15 +35,18 @@ METHODS = (
     "evit:keep=0.5,blocks=1/2/4", "tome:r=16", "random-merge:r=16", "merge-above:similarity=0.9",
     "mstm:keep=0.5,blocks=1/2/4", "pitome:keep=0.85", "diffrate:prune=8,merge=8",
 )  # fmt: skip
+SYSTEMS = ("rl4evit", "dora", "dora-prune", "evit", "mstm", "dynamicvit", "rl4evit-finetune")
+SHORT = {"images": 2000, "updates": 20, "evaluate_every": 10}
 SCENE = 3
 """Which test scene all methods reduce."""
 
 
 def before_after() -> None:
-    """The untrained start beside the policy that ``tokenenv train`` makes of it."""
+    """The untrained start beside the policy that ``tokenenv train`` makes of it; its training."""
     with tempfile.TemporaryDirectory() as folder:
         run = tokenenv.train("rl4evit", model="scenes_vit", out=Path(folder) / "run")
         shutil.copy(run.folder / "before_after.gif", PICTURES / "before_after.gif")
+        shutil.copy(run.folder / "curve.png", PICTURES / "training.png")
 
 
 def environments() -> None:
@@ -63,15 +74,53 @@ def random_action(env: gymnasium.Env, choose: np.random.Generator) -> object:
 
 def methods() -> None:
     """What each method leaves of one scene in the end, with what it saves."""
-    last = [
-        tokenenv.watch(what, index=[SCENE], model="scenes_vit").episodes[0][-1] for what in METHODS
-    ]
-    rows = [np.concatenate(last[i : i + 3], axis=1) for i in range(0, len(last), 3)]
-    sheet = Image.fromarray(np.concatenate(rows))
-    sheet.quantize(64).save(PICTURES / "methods.png", optimize=True)
+    save_ends("methods", METHODS)
 
+
+def systems() -> None:
+    """What each system leaves of the same scene after a short training."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)  # the pictures name the runs
+        for name in SYSTEMS:
+            settings = SHORT | ({"policy": "runs/rl4evit"} if name == "rl4evit-finetune" else {})
+            tokenenv.train(name, model="scenes_vit", out=f"runs/{name}", **settings)
+        save_ends("systems", [f"runs/{name}" for name in SYSTEMS])
+
+
+def save_ends(name: str, whats: Sequence[str]) -> None:
+    """A sheet, three in a row, of what methods leave of the scene."""
+    last = [
+        tokenenv.watch(what, index=[SCENE], model="scenes_vit").episodes[0][-1] for what in whats
+    ]
+    width, height = (max(frame.shape[axis] for frame in last) for axis in (1, 0))
+    sheet = Image.new("RGB", (3 * width, -(-len(last) // 3) * height), "white")
+    for number, frame in enumerate(last):
+        sheet.paste(Image.fromarray(frame), (number % 3 * width, number // 3 * height))
+    sheet.quantize(64).save(PICTURES / f"{name}.png", optimize=True)
+
+
+def show() -> None:
+    """Two methods block by block, as in docs/exploring.md, whose code this is."""
+    page = (PICTURES.parent / "exploring.md").read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        exec(re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)[0], {})
+        shutil.copy("show.png", PICTURES / "show.png")
+
+
+def write_tables() -> None:
+    """Write all tables of measured figures into their pages."""
+    for page in measured.PAGES:
+        write_bytes(page, measured.filled(page.read_text(encoding="utf-8")).encode())
+
+
+MAKERS = (before_after, environments, methods, systems, show)
 
 if __name__ == "__main__":
-    makers = {f.__name__: f for f in (before_after, environments, methods)}
-    for name in sys.argv[1:] or makers:
-        makers[name]()
+    makers = {f.__name__: f for f in MAKERS}
+    for name in sys.argv[1:] or [*makers, *plots.PLOTS]:
+        if name in plots.PLOTS:
+            plots.save(PICTURES / f"{name}.png", name)
+            write_tables()
+        else:
+            makers[name]()

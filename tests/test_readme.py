@@ -21,10 +21,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
     "README.md",
     "docs/commands.md",
+    "docs/deploying.md",
     "docs/exploring.md",
     "docs/extending.md",
     "docs/games.md",
     "docs/methods.md",
+    "docs/reproducing.md",
+    "docs/scaling.md",
     "docs/training.md",
     "docs/tuning.md",
 )
@@ -124,7 +127,7 @@ def test_python_blocks(
 
 
 # Commands -----------------------------------------------------------------------------------------
-SITE = ("docs/index.md", "docs/concepts.md", "docs/suite.md", *sorted(
+SITE = ("docs/index.md", "docs/concepts.md", "docs/results.md", "docs/suite.md", *sorted(
     page.relative_to(ROOT).as_posix() for page in (ROOT / "docs/start").glob("*.md")
 ))  # fmt: skip
 """More pages whose commands and links are looked at; tests/docs runs the quick starts."""

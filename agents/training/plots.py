@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from agents.training.judgement import Judgement
-from tokenenv.game.figures import new_figure, png
+from tokenenv.game.figures import PALETTE, new_figure, png
 from tokenenv.storage import write_bytes
 
 CURVE = "curve.png"
@@ -14,6 +14,7 @@ CURVE = "curve.png"
 
 _NAMES = {"reward": "reward per agent and episode", "loss": "loss"}
 _KEPT = {"reward": "decisions that keep, %", "loss": "tokens left at the end, %"}
+_START = "untrained, at the final saving"
 _LOST = "top-1 lost, points"
 
 
@@ -45,14 +46,16 @@ def plot_history(
     figure = new_figure(9.5, 5.8)
     figure.suptitle(title, fontsize=11)
     axes = figure.subplots(2, 2, sharex=True)
-    for axis, rows, key, factor, style, where, label in (
-        (axes[0, 0], rollouts, shown, 1, "C0-", "training images", _NAMES[shown]),
-        (axes[0, 1], rollouts, "keep", 100, "C0-", "training images", _KEPT[shown]),
-        (axes[1, 0], judged, "saving", 1, "C2.-", "held-back images", f"{saved} saved, %"),
-        (axes[1, 1], judged, "drop", 1, "C3.-", "held-back images", _LOST),
+    for axis, rows, key, factor, where, label in (
+        (axes[0, 0], rollouts, shown, 1, "training images", _NAMES[shown]),
+        (axes[0, 1], rollouts, "keep", 100, "training images", _KEPT[shown]),
+        (axes[1, 0], judged, "saving", 1, "held-back images", f"{saved} saved, %"),
+        (axes[1, 1], judged, "drop", 1, "held-back images", _LOST),
     ):
-        values = [factor * row[key] for row in rows]
-        axis.plot([r["update"] for r in rows], values, style, lw=1.2, label="policy in training")
+        axis.plot(
+            [row["update"] for row in rows], [factor * row[key] for row in rows],
+            "-" if rows is rollouts else ".-", color=PALETTE[1], lw=1.2, label="policy in training",
+        )  # fmt: skip
         axis.set_title(where, fontsize=10)
         axis.set_ylabel(label, fontsize=9)
         axis.grid(alpha=0.3)
@@ -61,7 +64,7 @@ def plot_history(
         axes[1, 0].axhline(target_saving, color="0.4", ls="--", lw=1, label="wanted")
     if untrained is not None:
         for axis, value in ((axes[1, 0], untrained.saving), (axes[1, 1], untrained.drop)):
-            axis.axhline(value, color="C1", ls=":", lw=1.5, label="untrained, at the final saving")
+            axis.axhline(value, color=PALETTE[2], ls=":", lw=1.5, label=_START)
     for axis in axes[1]:
         axis.set_xlabel("update")
         axis.legend(fontsize=8)

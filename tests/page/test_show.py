@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,7 @@ def test_probabilities_of_the_dense_model_are_its_own() -> None:
         ("tome:r=8 text.png --out a.png", "'text.png' can't be read as an image"),
         ("tome:r=8 folder --out a.png", "'folder' is a folder: give the image files in it"),
         ("tome:r=8 nothing.png --out a.png", "there is no file 'nothing.png'"),
+        ("tome:r=8 pipe.png --out a.png", "'pipe.png' is no regular file"),
         ("tome:r=8 one.png --out a.svg", "ends with none of .png, .gif, .html"),
         ("resize:size=4 one.png --out a.png", "takes no decisions about tokens"),
         ("tome:r=8 one.png --against resize:size=4 --out a.png", "takes no decisions about tokens"),
@@ -119,6 +121,7 @@ def test_mistakes(arguments: str, words: str, capfd: pytest.CaptureFixture[str])
     Path("text.png").write_text("not an image")
     Path("folder").mkdir()
     Path("folder/a.png").write_text("a file")
+    os.mkfifo("pipe.png")
     assert words in mistake(f"show {arguments}", capfd)
     assert not Path("a.png").exists()
 

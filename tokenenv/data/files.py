@@ -34,8 +34,10 @@ def open_files(files: Sequence[str], model: nn.Module) -> ImageSource:
     for file in files:
         if Path(file).is_dir():
             raise UserError(f"'{file}' is a folder: give the image files in it")
-        if not Path(file).is_file():
+        if not Path(file).exists():
             raise UserError(f"there is no file '{file}': give the path of an image")
+        if not Path(file).is_file():
+            raise UserError(f"'{file}' is no regular file: give the path of an image")
 
     labels = torch.tensor([_label(Path(file).resolve().parent.name, model) for file in files])
     store = PixelStore(image_reader(files), Preprocess(model), threads=DECODE_THREADS)

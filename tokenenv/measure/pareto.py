@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from textwrap import fill
 from typing import Any
 
-from tokenenv.game.figures import new_figure, png
+from tokenenv.game.figures import PALETTE, new_figure, png
 from tokenenv.measure.comparison import Comparison, Row, methods, pareto_front, tuning
 
 _LABELLED = 24
@@ -40,9 +40,7 @@ def picture(comparison: Comparison) -> bytes:
         [row.gmacs for row in front], [row.top1 for row in front],
         where="pre", color="0.8", lw=5, zorder=0, label="Pareto front",
     )  # fmt: skip
-    looks = zip(
-        groups.items(), itertools.cycle(f"C{i}" for i in range(10)), itertools.cycle("os^DvPXp<>h")
-    )
+    looks = zip(groups.items(), itertools.cycle(PALETTE), itertools.cycle("os^DvPXp<>h"))
     for (name, group), colour, mark in looks:
         for axis, place in panels:
             _draw_method(axis, name, group, [place(row) for row in group], colour, mark)

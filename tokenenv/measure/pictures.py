@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from tokenenv.game.figures import new_figure, png
+from tokenenv.game.figures import line_colour, new_figure, png
 from tokenenv.measure.speed import DENSE, Speed
 
 
@@ -27,7 +27,7 @@ def speed_picture(rows: Sequence[Speed], model: str) -> bytes:
         for row in rows:
             if row.what == DENSE or row.dtype != dtype:
                 continue
-            colour, saved = f"C{batches.index(row.batch)}", row.saved
+            colour, saved = line_colour(batches.index(row.batch)), row.saved
             if row.slice_speedup is not None:
                 axis.plot([saved, saved], [row.speedup, row.slice_speedup], ":", color=colour, lw=1)
                 axis.plot(saved, row.slice_speedup, "_", color=colour, ms=14, mew=2)
@@ -39,7 +39,7 @@ def speed_picture(rows: Sequence[Speed], model: str) -> bytes:
         axis.grid(alpha=0.3)
     last = axes[-1]
     for number, batch in enumerate(batches):
-        last.plot([], [], color=f"C{number}", lw=4, label=f"batch {batch}")
+        last.plot([], [], color=line_colour(number), lw=4, label=f"batch {batch}")
     last.plot([], [], "_", color="0.3", ms=14, mew=2, label="limit: the model sliced")
     for name in names:
         last.plot([], [], marks[name], color="0.3", ms=6, label=name)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tokenenv.game.figures import new_figure, png
+from tokenenv.game.figures import line_colour, new_figure, png
 from tokenenv.suite.report import Report, Row
 from tokenenv.suite.results import RANDOM
 from tokenenv.suite.score import Front, Interval
@@ -28,7 +28,7 @@ def picture(report: Report) -> bytes:
     figure = new_figure(12, 4.4 * height)
     panels = figure.subplots(height, 2, squeeze=False, width_ratios=(3, 2))
     learners = list(dict.fromkeys(row.learner for row in report.rows))
-    colours = {learner: f"C{i % 10}" for i, learner in enumerate(learners)}
+    colours = {learner: line_colour(i) for i, learner in enumerate(learners)}
     colours[RANDOM] = "0.45"
     for task, (left, right) in zip(tasks, panels, strict=False):
         _draw_fronts(left, report, task, colours)

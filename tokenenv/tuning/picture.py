@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenenv.game.figures import new_figure, png
+from tokenenv.game.figures import line_colour, new_figure, png
 from tokenenv.tuning.result import Tuned
 
 
@@ -30,7 +30,7 @@ def picture(tuned: Tuned) -> bytes:
         reach = [[0.0], [max(row.bound - lost, 0.0)]]
         role = " (recommended)" if row is best else " (runner-up)" if row is second else ""
         axis.errorbar(
-            time, lost, reach, fmt="os^Dv*XP"[number % 8], color=f"C{number}", capsize=3,
+            time, lost, reach, fmt="os^Dv*XP"[number % 8], color=line_colour(number), capsize=3,
             ms=9 if row is best else 6, label=f"{_short(row.speed.name)}{role}",
         )  # fmt: skip
     axis.plot(1e3 / dense.images_per_s, 0, "*", color="k", ms=15, label=f"{dense.name}")
