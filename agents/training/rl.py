@@ -42,6 +42,9 @@ from tokenenv.vit.backbone import Backbone
 LATENCY = "latency.json"
 """The file of a run folder with the predicted times of a run with ``cost=time``."""
 
+UNTRAINED = "untrained"
+"""The folder in a run folder with the policy before training, set for the same saving."""
+
 
 class PolicyTraining:
     """A training run of a policy. Every process builds one; only the first writes the report.
@@ -170,6 +173,7 @@ class PolicyTraining:
         """
         out, trainer, policy = self.out, self.trainer, self.policy
         policy.save(out / POLICY)
+        self.start.save(out / UNTRAINED / POLICY)
         result = evaluate_with_bar(self.backbone, policy, final, cost=self.cost)
         dense = torch.zeros(len(final), dtype=torch.long)
         dense[result.index] = result.dense
