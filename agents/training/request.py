@@ -65,6 +65,18 @@ class Request:
             )
         return source.subset(self.images, self.seed)
 
+    def divide(self, source: ImageSource) -> tuple[ImageSource, ImageSource]:
+        """The images to train on, and those held back: a share, but no more than ``held_most``.
+
+        ``source``: both together.
+
+        Raises:
+            UserError: a part would be empty.
+        """
+        config: Any = self.config
+        share = min(config.held_back, config.held_most / len(source))
+        return source.split(share, seed=self.seed)
+
     def final_images(self, backbone: Dense, held_back: ImageSource) -> ImageSource:
         """The images of the report: the test part of embedded images, else the held-back images."""
         if self.data in (None, *EMBEDDED_DATA):

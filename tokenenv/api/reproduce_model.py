@@ -363,14 +363,13 @@ class Judge:
 
     def __init__(self, one: OneModel, study: Study) -> None:
         request = make_request(study.system, **one.arguments(study))
-        config: Any = request.config
         folder = one.run_folder(study, 0)
         opened = open_candidates([str(folder)], request.model, data=request.data)
         if not isinstance(opened.dense, Backbone):
             raise UserError(f"methods without training don't run on '{one.name}'")
         self.backbone: Backbone = opened.dense
         images = request.training_images(self.backbone)
-        held = images.split(config.held_back, seed=request.seed)[1]
+        held = request.divide(images)[1]
         tries = one.asked.tier.tries
         self.source: ImageSource = held if tries is None else held.subset(tries, 0)
         self.dense = dense_predictions(self.backbone, self.source)

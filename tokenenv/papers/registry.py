@@ -104,7 +104,7 @@ DORA = Paper(
                     "batch": 256 * 4,
                     "critic_width": 256,
                     "critic_depth": 2,
-                    "held_back": 0.0816,
+                    "held_most": 10_240,
                     "target_drop": 0.0005,
                     "evaluate_every": 8,
                 }
@@ -151,7 +151,7 @@ DORA_PRUNE = Paper(
                     "critic_depth": 2,
                     "width": 128,
                     "penalty": 30.0,
-                    "held_back": 0.0816,
+                    "held_most": 10_240,
                     "target_drop": 0.01,
                     "evaluate_every": 8,
                 }
