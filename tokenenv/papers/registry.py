@@ -38,16 +38,14 @@ RL4EVIT = Paper(
     claims.RL4EVIT,
     {
         "smoke": Tier(
-            ("scenes_vit",),
-            limit=1000,
+            ("digits_vit",),
             parts=("paper", "baseline"),
             settings={
-                "RL4EViT": {"updates": 40},
-                "RL4EViT, fine-tuned": {"updates": 40, "evaluate_every": 20},
-                "DynamicViT": {"updates": 40, "evaluate_every": 20},
+                "RL4EViT": {"updates": 30},
+                "RL4EViT, fine-tuned": {"updates": 30, "evaluate_every": 15},
+                "DynamicViT": {"updates": 30, "evaluate_every": 15},
             },
             rounds=3,
-            tries=300,
         ),
         "small": Tier((DEIT_T,), settings={"RL4EViT, fine-tuned": {"updates": 400}}),
         # One epoch of the policy and one of fine-tuning, in batches of 64 and 128 images. 34 %
