@@ -58,6 +58,12 @@ class Workers:
         dist.all_reduce(said, dist.ReduceOp.MAX)
         return bool(said.item())
 
+    def union(self, numbers: list[int]) -> list[int]:
+        """The numbers that any of the processes passes, sorted, each once; there are few."""
+        if not self.agree(bool(numbers)):
+            return []
+        return sorted({number for each in self.gather(numbers) for number in each})
+
     def sum(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The sum of each tensor over the processes, in one exchange; added in float64."""
         if self.count == 1:

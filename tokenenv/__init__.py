@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from tokenenv.api.evaluate import evaluate
     from tokenenv.api.explore import explore
     from tokenenv.api.latency import latency_table
+    from tokenenv.api.reproduce import reproduce
     from tokenenv.api.show import show
     from tokenenv.api.tune import tune
     from tokenenv.api.watch import watch
@@ -102,6 +103,7 @@ __all__ = [
     "register_reward",
     "register_rules",
     "register_system",
+    "reproduce",
     "show",
     "token_prune_v0",
     "train",
@@ -127,6 +129,7 @@ _HOME = {
     "compress": "api.compress",
     "evaluate": "api.evaluate",
     "explore": "api.explore",
+    "reproduce": "api.reproduce",
     "show": "api.show",
     "latency_table": "api.latency",
     "tune": "api.tune",

@@ -25,6 +25,12 @@ class UnknownArgument(UserError, TypeError):
     """A keyword argument that a function does not take; Python raises a ``TypeError`` for one."""
 
 
+def why(error: Exception) -> str:
+    """An error on one line: the message of a :class:`UserError`, else name and message."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
 def check_interrupt(error: BaseException) -> None:
     """Raise ``KeyboardInterrupt`` if ``error`` arose from one, as code outside Python may do it."""
     seen: BaseException | None = error

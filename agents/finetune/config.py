@@ -63,6 +63,7 @@ class FineTuneConfig(SystemConfig):
         auto_augment: timm's name of a policy, such as rand-m9-mstd0.5-inc1; empty: none.
         amp: mixed precision; ``auto``: bfloat16 on a GPU that has it, else float16, none on a CPU.
         held_back: share of the training images held back to select the best weights.
+        held_most: largest number of these images.
         evaluate_every: updates between evaluations on these.
 
     Raises:
@@ -90,6 +91,7 @@ class FineTuneConfig(SystemConfig):
     auto_augment: str = ""
     amp: Literal["auto", "off", "bfloat16", "float16"] = "auto"
     held_back: float = 0.1
+    held_most: int = 1000
     evaluate_every: int = 100
 
     any_family: ClassVar[bool] = False

@@ -46,6 +46,7 @@ class PolicyConfig(SystemConfig):
         lr, entropy, epochs, minibatches, gamma, lam, clip: of PPO: learning rate, entropy
             coefficient, epochs and minibatches per rollout, discount, GAE lambda, clip range.
         held_back: share of the training images on which policies are compared, not trained.
+        held_most: largest number of these images.
         evaluate_every: updates between two such comparisons.
         calibrate: bisection steps for the policy's threshold at the end; 0 leaves it at 0.5.
 
@@ -70,6 +71,7 @@ class PolicyConfig(SystemConfig):
     lam: float = 0.95
     clip: float = 0.2
     held_back: float = 0.15
+    held_most: int = 1000
     evaluate_every: int = 20
     calibrate: int = 7
 

@@ -82,6 +82,7 @@ _NOT_ALL: Check = (lambda v: 0 <= v < 1, "from 0 to below 1")
 _PART: Check = (lambda v: 0 < v < 1, "between 0 and 1")
 _CHECKS: dict[str, Check] = {
     **dict.fromkeys(("updates", "batch", "repeats", "evaluate_every", "cost_batch"), _FROM_ONE),
+    "held_most": _FROM_ONE,
     **dict.fromkeys(("epochs", "minibatches", "critic_width", "budget_step"), _FROM_ONE),
     **dict.fromkeys(
         ("minutes", "alpha", "beta", "entropy", "calibrate", "critic_depth", "width"), _FROM_ZERO

@@ -63,7 +63,7 @@ class FineTuning:
         )
         self.teacher: Dense = open_teacher(request.data)
         self.source = request.training_images(self.teacher)
-        fit, held_back = self.source.split(config.held_back, seed=request.seed)
+        fit, held_back = request.divide(self.source)
         check_batch(config, len(fit), workers.count)
         torch.manual_seed(request.seed)
         student = config.student(self.teacher, request.model.name)
@@ -116,7 +116,6 @@ class FineTuning:
             f"held back to compare weights{together}; Ctrl-C stops early and keeps the best"
         )
         self.judge.prepare()
-        held_back.check_readable()
         config = write_config(self.out, self.request, self.trainer)
         with events(self.out, self.trainer) as log:
             self.trainer.run(log)

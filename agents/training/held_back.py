@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from tqdm import tqdm
 
 from agents.finetune.student import Trainee
 from agents.training.judgement import Judgement
@@ -49,9 +49,17 @@ class HeldBack:
     def __len__(self) -> int:
         return len(self._share)
 
-    def prepare(self, progress: Callable[[int], object] = lambda n: None) -> None:
-        """Predict with the dense model; ``progress``: called with the number of images done."""
-        self._dense = dense_predictions(self.backbone, self._share, progress=progress)
+    def prepare(self) -> None:
+        """Predict with the dense model, with a progress bar.
+
+        Raises:
+            UserError: no image is readable.
+        """
+        with tqdm(
+            total=len(self), unit="image", desc="dense model", leave=False, disable=None
+        ) as bar:
+            self._dense = dense_predictions(self.backbone, self._share, progress=bar.update)
+        self.source.check_readable()
 
     def __call__(self, policy: Method) -> Judgement:
         """Saving, loss and drop of the deterministic policy on all held-back images."""

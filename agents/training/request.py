@@ -9,15 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from agents.systems.registry import System
-from agents.systems.settings import SystemConfig
+from agents.systems.registry import SHOWN, SHOWN_ON, System, find_system
+from agents.systems.settings import SystemConfig, preset, with_settings
 from agents.training.run import Run
-from tokenenv.data import ImageSource, open_source
+from tokenenv.data import ImageSource, Preprocessing, open_source
 from tokenenv.data.opening import EMBEDDED_DATA
 from tokenenv.errors import UserError
-from tokenenv.measure.opening import Model
+from tokenenv.game.checks import check_whole
+from tokenenv.measure.opening import Model, named_model, text
+from tokenenv.paths import as_path
 from tokenenv.vit.dense import Dense
 from tokenenv.vit.load import RANDOM
+
+SEEDS = 2**32
+"""Seeds are below this number."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,18 @@ class Request:
             )
         return source.subset(self.images, self.seed)
 
+    def divide(self, source: ImageSource) -> tuple[ImageSource, ImageSource]:
+        """The images to train on, and those held back: a share, but no more than ``held_most``.
+
+        ``source``: both together.
+
+        Raises:
+            UserError: a part would be empty.
+        """
+        config: Any = self.config
+        share = min(config.held_back, config.held_most / len(source))
+        return source.split(share, seed=self.seed)
+
     def final_images(self, backbone: Dense, held_back: ImageSource) -> ImageSource:
         """The images of the report: the test part of embedded images, else the held-back images."""
         if self.data in (None, *EMBEDDED_DATA):
@@ -94,3 +111,38 @@ class Training(Protocol):
 
     def run(self) -> Run:
         """Train until the last update or Ctrl-C, and write the report."""
+
+
+def make_request(
+    system: str | None = None,
+    *,
+    model: str | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    data: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    images: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: str = "float32",
+    preprocessing: Preprocessing | None = None,
+    resume: bool = False,
+    **settings: Any,
+) -> Request:
+    """Check the arguments of :func:`agents.training.train`, which describes them.
+
+    Raises:
+        UserError: an argument is wrong.
+    """
+    found = find_system(SHOWN if system is None else system)
+    if system is None and model is None and data is None:
+        model = SHOWN_ON
+    return Request(
+        system=found,
+        config=with_settings(preset(found.config, model), settings),
+        model=named_model(model, weights, device, dtype, preprocessing),
+        data=text(data, "data"),
+        out=None if out is None else as_path(out, "out"),
+        images=None if images is None else check_whole("images", images, 1),
+        seed=check_whole("seed", seed, 0, SEEDS),
+        resume=resume,
+    )

@@ -42,6 +42,9 @@ from tokenenv.vit.backbone import Backbone
 LATENCY = "latency.json"
 """The file of a run folder with the predicted times of a run with ``cost=time``."""
 
+UNTRAINED = "untrained"
+"""The folder in a run folder with the policy before training, set for the same saving."""
+
 
 class PolicyTraining:
     """A training run of a policy. Every process builds one; only the first writes the report.
@@ -60,11 +63,13 @@ class PolicyTraining:
         self.request, self.config, self.workers, self.out = request, config, workers, out
         self.backbone = request.model.open_backbone(request.data)
         self.source = request.training_images(self.backbone)
-        self.fit, held_back = self.source.split(config.held_back, seed=request.seed)
+        self.fit, held_back = request.divide(self.source)
         check_batch(config, len(self.fit), workers.count)
         torch.manual_seed(request.seed)
         self.game = config.game(self.backbone, self.fit)
-        self.game.share(workers.rank, workers.count, request.seed)
+        self.game.share(workers.rank, workers.count, request.seed, workers.union)
+        # A resumed run has to compute what the run before it would have.
+        self.game.answers.kept = False
         self.policy = config.policy(self.game, request.model.name)
         self.start = copy.deepcopy(self.policy)
         self.cost = training_cost(
@@ -97,7 +102,7 @@ class PolicyTraining:
     def run(self) -> Run:
         """Train, choose the best policy and its threshold, and report."""
         self._print_start()
-        run_dense_model(self.game, self.judge, self.workers)
+        self.judge.prepare()
         config = write_config(self.out, self.request, self.trainer)
         with events(self.out, self.trainer) as log:
             self.trainer.run(log)
@@ -170,6 +175,7 @@ class PolicyTraining:
         """
         out, trainer, policy = self.out, self.trainer, self.policy
         policy.save(out / POLICY)
+        self.start.save(out / UNTRAINED / POLICY)
         result = evaluate_with_bar(self.backbone, policy, final, cost=self.cost)
         dense = torch.zeros(len(final), dtype=torch.long)
         dense[result.index] = result.dense
@@ -283,18 +289,3 @@ def check_batch(config: PolicyConfig, images: int, processes: int) -> None:
             f"batch={batch} takes {batch // repeats} images and there are {images} to train on: "
             f"use --set batch={repeats * images} or less"
         )
-
-
-def run_dense_model(game: Game, judge: HeldBack, workers: Workers) -> None:
-    """Compute the dense model's outputs for every image once, and share them among processes."""
-    total = len(game.source) // workers.count + len(judge)
-    with tqdm(total=total, unit="image", desc="dense model", leave=False, disable=None) as bar:
-        for done in game.prepare():
-            bar.update(done)
-        judge.prepare(bar.update)
-    if workers.count > 1:
-        for unreadable, found in workers.gather((game.source.unreadable, game.answers.export())):
-            game.source.unreadable.update(unreadable)
-            game.answers.add(*found)
-    game.source.check_readable()
-    judge.source.check_readable()

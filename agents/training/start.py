@@ -8,19 +8,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from agents.systems.registry import SHOWN, SHOWN_ON, find_system
-from agents.systems.settings import preset, with_settings
-from agents.training.request import Request
+from agents.training.request import make_request
 from agents.training.run import Run
 from agents.training.run_folder import resumable, run_folder
 from agents.workers import join
 from tokenenv.data import Preprocessing
-from tokenenv.game.checks import check_whole
-from tokenenv.measure.opening import named_model, text
-from tokenenv.paths import as_path
-
-SEEDS = 2**32
-"""Seeds are below this number."""
 
 
 def train(
@@ -77,19 +69,10 @@ def train(
                 run = tokenenv.train("rl4evit", seed=seed, updates=20, hidden=[64, 64])
             print(run.report["top1"], run.policy.threshold)
     """
-    found = find_system(SHOWN if system is None else system)
-    if system is None and model is None and data is None:
-        model = SHOWN_ON
-    request = Request(
-        system=found,
-        config=with_settings(preset(found.config, model), settings),
-        model=named_model(model, weights, device, dtype, preprocessing),
-        data=text(data, "data"),
-        out=None if out is None else as_path(out, "out"),
-        images=None if images is None else check_whole("images", images, 1),
-        seed=check_whole("seed", seed, 0, SEEDS),
-        resume=resume,
-    )
+    request = make_request(
+        system, model=model, weights=weights, data=data, out=out, images=images, seed=seed,
+        device=device, dtype=dtype, preprocessing=preprocessing, resume=resume, **settings,
+    )  # fmt: skip
     with (
         join(device) as (workers, place),
         workers.quiet(),

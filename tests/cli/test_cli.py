@@ -125,7 +125,7 @@ def test_a_run_folder_holds_what_is_promised(run: Path) -> None:
     assert len(events) == 1
     assert names - events == {
         "config.json", "policy.safetensors", "report.json", "curve.png", "tokens.png",
-        "before_after.gif", "checkpoint.safetensors",
+        "before_after.gif", "checkpoint.safetensors", "untrained",
     }  # fmt: skip
     with Image.open(run / "before_after.gif") as image:
         assert image.n_frames == 3 * (2 + 1)  # images; decisions, and the frame before them
@@ -156,7 +156,7 @@ def test_a_dora_run_holds_what_is_promised_and_evaluates_to_its_report(
     names = {path.name for path in Path("r").iterdir()}
     assert {name for name in names if not name.startswith("events.out.tfevents")} == {
         "config.json", "policy.safetensors", "report.json", "curve.png", "tokens.png",
-        "before_after.gif", "checkpoint.safetensors",
+        "before_after.gif", "checkpoint.safetensors", "untrained",
     }  # fmt: skip
     config, report = (json.loads(Path("r", n).read_text()) for n in ("config.json", "report.json"))
     assert (config["system"], config["model"], config["blocks"]) == (system, "digits_vit", [1, 4])

@@ -18,7 +18,7 @@ from tokenenv.api.opening import Opened, each_once, open_candidates
 from tokenenv.api.series import series_of
 from tokenenv.data import ImageSource, Preprocessing, open_source
 from tokenenv.data.labels import class_names
-from tokenenv.errors import UserError, check_keywords
+from tokenenv.errors import UserError, check_keywords, why
 from tokenenv.game.checks import MOST_IMAGES, MOST_ROUNDS, check_whole
 from tokenenv.machine import describe_machine
 from tokenenv.measure.candidate import Candidate
@@ -125,12 +125,12 @@ def compare(
             work.time()
         except KeyboardInterrupt:
             if work.done:
-                _write(work.comparison(), folder)
+                write_comparison(work.comparison(), folder)
             raise KeyboardInterrupt(
                 f"{len(work.done)} of {len(whats)} rows are evaluated; the same command goes on"
             ) from None
         comparison = work.comparison()
-        _write(comparison, folder)
+        write_comparison(comparison, folder)
     return comparison
 
 
@@ -144,8 +144,8 @@ def _each(what: Any) -> list[Any]:
     return [plain(one) for one in expand(what)] if isinstance(what, str) else [what]
 
 
-def _write(comparison: Comparison, folder: Path | None) -> None:
-    """Write tables and picture to ``folder``, if there is one."""
+def write_comparison(comparison: Comparison, folder: Path | None) -> None:
+    """Write tables, picture and page to ``folder``, if there is one."""
     if folder is None:
         return
     tables = comparison.as_markdown()
@@ -163,9 +163,20 @@ def _write(comparison: Comparison, folder: Path | None) -> None:
 class Work:
     """A comparison in progress.
 
+    Args:
+        opened: the models.
+        source: the images.
+        state: what was measured before.
+        rounds: number of timings of each.
+        batches: batch sizes to time.
+        series: the name of each candidate's series, by its own.
+        restrict: predict only among the classes of the images.
+        go_on: whether a candidate that fails is left out, and noted in :attr:`failed`.
+
     Attributes:
         done: evaluations by the name of the candidate.
         times: rows by batch size.
+        failed: reasons by the name of the candidate.
     """
 
     def __init__(
@@ -176,9 +187,14 @@ class Work:
         rounds: int,
         batches: list[int],
         series: Mapping[str, str] | None = None,
+        *,
+        restrict: bool = False,
+        go_on: bool = False,
     ) -> None:
         self.opened, self.source, self.state = opened, source, state
         self.rounds, self.batches, self.series = rounds, batches, series or {}
+        self.restrict, self.go_on = restrict, go_on
+        self.failed: dict[str, str] = {}
         self.done: dict[str, Evaluation] = {}
         self.times: dict[int, list[Speed]] = {}
 
@@ -202,10 +218,9 @@ class Work:
             for number, candidate in enumerate(missing, passes - len(missing)):
                 bar.update(number * images - bar.n)  # unreadable images were not counted
                 bar.set_description(candidate.what)
-                result = candidate.evaluate(
-                    self.opened.dense, self.source, batch_size=_BATCH, dense=dense,
-                    progress=bar.update,
-                )  # fmt: skip
+                result = self._evaluate(candidate, dense, bar)
+                if result is None:
+                    continue
                 if not torch.equal(torch.where(dense >= 0)[0], result.index):
                     raise UserError(
                         f"other images of '{self.source.name}' can be read than in the rows "
@@ -218,6 +233,20 @@ class Work:
                 if best:
                     bar.set_postfix_str(f"within a point: {best.what} saves {best.saved:.1f} %")
 
+    def _evaluate(self, candidate: Candidate, dense: Tensor, bar: tqdm[Any]) -> Evaluation | None:
+        """The evaluation of one candidate; None if it failed and the others shall go on."""
+        try:
+            return candidate.evaluate(
+                self.opened.dense, self.source, batch_size=_BATCH, dense=dense,
+                restrict=self.restrict, progress=bar.update,
+            )  # fmt: skip
+        except Exception as error:
+            if not self.go_on:
+                raise
+            self.failed[candidate.what] = why(error)
+            tqdm.write(f"  {candidate.what:46} failed: {self.failed[candidate.what]}")
+            return None
+
     def _dense(self, bar: tqdm[Any]) -> Tensor:
         """``(len(source),)`` predictions of the dense model; -1: unreadable."""
         if self.done:
@@ -225,14 +254,16 @@ class Work:
             return torch.full((len(self.source),), -1).index_put((known.index,), known.dense)
         bar.set_description(DENSE)
         return dense_predictions(
-            self.opened.dense, self.source, batch_size=_BATCH, progress=bar.update
-        )
+            self.opened.dense, self.source, batch_size=_BATCH, restrict=self.restrict,
+            progress=bar.update,
+        )  # fmt: skip
 
     def time(self) -> None:
         """Fill :attr:`times`: from the saved state where possible, else by timing."""
         if not self.batches:
             return
-        dense, candidates = self.opened.dense, self.opened.candidates
+        dense = self.opened.dense
+        candidates = [each for each in self.opened.candidates if each.what in self.done]
         readable = next(iter(self.done.values())).index
         count = pool_size(max(self.batches))
         images = self.source.batch(readable[:count]).images.to(dense.device, dense.dtype)

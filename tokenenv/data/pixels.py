@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +24,9 @@ CACHE_BYTES = int(1.5 * 2**30)
 
 DECODE_THREADS = min(8, os.cpu_count() or 1)
 """Number of threads that decode image files; Pillow releases the GIL while it decodes."""
+
+AHEAD_BYTES = 2**28
+"""Bytes of images that one data set decodes ahead of their use."""
 
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
@@ -270,6 +273,38 @@ class PixelStore:
         self._threads = threads
         self._cache: dict[int, Tensor] = {}
         self._room = CACHE_BYTES
+        self._coming: dict[int, Future[Tensor | None]] = {}
+        self._pool: ThreadPoolExecutor | None = None
+        self._process = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without threads, which neither a copy nor another process has."""
+        return {**vars(self), "_coming": {}, "_pool": None}
+
+    def expect(self, positions: list[int]) -> None:
+        """Start to decode in the background what will be read next, as far as it fits.
+
+        What was expected before and not read is forgotten. Images are decoded as :meth:`read`
+        would, so that what it returns stays the same.
+        """
+        if self._threads == 1:
+            return
+        pool, before = self._workers(), self._coming
+        most = AHEAD_BYTES // math.prod(self.preprocess.shape)
+        unknown = [p for p in positions if p not in self._cache and p not in self.unreadable]
+        self._coming = {
+            p: before.pop(p) if p in before else pool.submit(self._decode, p)
+            for p in unknown[:most]
+        }
+        for forgotten in before.values():
+            forgotten.cancel()
+
+    def _workers(self) -> ThreadPoolExecutor:
+        """The threads of this process; those of one that it was forked from don't run here."""
+        if self._pool is None or self._process != os.getpid():
+            self._coming, self._process = {}, os.getpid()
+            self._pool = ThreadPoolExecutor(self._threads)
+        return self._pool
 
     def read(self, positions: list[int]) -> list[Tensor | None]:
         """``(C, H, W)`` uint8 for each position; None if the image is unreadable."""
@@ -284,11 +319,11 @@ class PixelStore:
         return [self._cache.get(p, fresh.get(p)) for p in positions]
 
     def _decode_all(self, positions: list[int]) -> list[Tensor | None]:
-        if self._threads == 1 or len(positions) < 2:
+        if self._threads == 1:
             return [self._decode(position) for position in positions]
-        # One pool per call, because threads kept between calls would not survive a fork.
-        with ThreadPoolExecutor(self._threads) as pool:
-            return list(pool.map(self._decode, positions))
+        pool, coming = self._workers(), self._coming
+        found = [coming.pop(p) if p in coming else pool.submit(self._decode, p) for p in positions]
+        return [future.result() for future in found]
 
     def _decode(self, position: int) -> Tensor | None:
         try:
@@ -313,6 +348,10 @@ class AlteredPixels(PixelStore):
         self._clean = clean
         self._alter = alter
 
+    def expect(self, positions: list[int]) -> None:
+        """Decode what is not cached; it is altered when it is read."""
+        self._clean.expect([p for p in positions if p not in self._cache])
+
     def _decode_all(self, positions: list[int]) -> list[Tensor | None]:
         images = zip(self._clean.read(positions), positions, strict=True)
         return [None if image is None else self._alter(image, p) for image, p in images]
@@ -326,6 +365,10 @@ class AugmentedPixels(PixelStore):
         self.unreadable = clean.unreadable
         self._clean = clean
         self._augment = augment
+
+    def expect(self, positions: list[int]) -> None:
+        """Decode; images are augmented when they are read."""
+        self._clean.expect(positions)
 
     def read(self, positions: list[int]) -> list[Tensor | None]:
         """``(C, H, W)`` uint8 for each position; None if the image is unreadable."""

@@ -96,6 +96,10 @@ class ImageSource:
         images = self._store.preprocess.normalise([image for image in pixels if image is not None])
         return Batch(images, self.labels[kept], kept)
 
+    def expect(self, index: Tensor) -> None:
+        """Start to decode images at positions ``index (B,)``, which will be read soon."""
+        self._store.expect([self._positions[i] for i in index.tolist()])
+
     def readable(self, index: Tensor) -> Tensor:
         """``(B,)`` bool, False for images at ``index (B,)`` that are known to be unreadable."""
         bad = self._store.unreadable

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor
 from tokenenv.artefact import Unfit, Within, check_fields
 from tokenenv.data.source import Batch, ImageSource
 from tokenenv.errors import UserError
+
+Agree = Callable[[list[int]], list[int]]
+"""A function that unites positions over processes."""
 
 _STATE = dict.fromkeys(("seed", "epoch", "position", "images"), Within(0, 2**53))
 
@@ -21,8 +24,10 @@ class Stream:
     Every batch holds exactly ``batch_size`` readable images; it may span two epochs.
 
     In data-parallel training each process reads its part of every batch. The parts in order of
-    rank are the batch that a single process would read. All processes must know the unreadable
-    images in advance, because skipping one shifts all that follow.
+    rank are the batch that a single process would read. As skipping an unreadable image shifts all
+    that follow, the processes tell each other of those that they find, and read such a batch anew.
+
+    While a batch is used, the next one is decoded in the background.
 
     Args:
         source: the images.
@@ -30,6 +35,8 @@ class Stream:
         seed: seed of the order.
         rank: which part of each batch to read, from 0.
         of: number of parts. If it does not divide ``batch_size``, some parts have one image more.
+        agree: called for every batch with the positions of this part's images that can't be read;
+            returns those of all parts. None: all images have to be readable.
 
     Attributes:
         source: as above.
@@ -39,7 +46,13 @@ class Stream:
     """
 
     def __init__(
-        self, source: ImageSource, batch_size: int, seed: int, rank: int = 0, of: int = 1
+        self,
+        source: ImageSource,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        of: int = 1,
+        agree: Agree | None = None,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch size {batch_size} is too small; use at least 1")
@@ -49,6 +62,7 @@ class Stream:
         self._batch_size = batch_size
         self._seed = seed
         self._part = slice(batch_size * rank // of, batch_size * (rank + 1) // of)
+        self._agree, self._lost = agree, set[int]()
         self._position = 0
         self._shuffle(epoch=0)
 
@@ -64,8 +78,12 @@ class Stream:
             UserError: none of the source's images is readable; or, with several parts, an image
                 is unreadable that was not known to be.
         """
-        if self.part_size < self._batch_size:
-            return self._next_part()
+        batch = self._next_part() if self.part_size < self._batch_size else self._next_whole()
+        ahead = self._order[self._position : self._position + self._batch_size]
+        self.source.expect(ahead[self._part])
+        return batch
+
+    def _next_whole(self) -> Batch:
         parts: list[Batch] = []
         missing = self._batch_size
         while missing:
@@ -103,22 +121,39 @@ class Stream:
         return Batch(*(torch.cat(field) for field in zip(*parts, strict=True)))
 
     def _next_part(self) -> Batch:
+        while True:
+            before = self._epoch, self._position
+            mine = self._known(self._batch_size)[self._part]
+            batch = self.source.batch(mine)
+            lost = sorted(set(mine.tolist()) - set(batch.index.tolist()))
+            if lost and self._agree is None:
+                raise UserError(
+                    f"image '{self.source.files[lost[0]]}' can no longer be read: put it back, or "
+                    "take it away and start anew"
+                )
+            found = self._agree(lost) if self._agree is not None else []
+            if not found:
+                return batch
+            self._lost.update(found)
+            if len(self._lost) == len(self.source):
+                raise UserError(
+                    f"none of the {len(self.source)} images of '{self.source.name}' is readable, "
+                    f"for example '{self.source.files[0]}'; replace the files"
+                )
+            if before[0] != self._epoch:
+                self._shuffle(before[0])
+            self._position = before[1]
+
+    def _known(self, count: int) -> Tensor:
+        """The next ``count`` positions of images that no part has found unreadable."""
         known: list[Tensor] = []
-        missing = self._batch_size
-        while missing:
-            self.source.check_readable()
-            index = self._ahead(missing)
-            known.append(index[self.source.readable(index)])
-            missing -= len(known[-1])
-        mine = torch.cat(known)[self._part]
-        batch = self.source.batch(mine)
-        if len(batch.index) < len(mine):
-            lost = (set(mine.tolist()) - set(batch.index.tolist())).pop()
-            raise UserError(
-                f"image '{self.source.files[lost]}' can no longer be read: put it back, or take "
-                "it away and start anew"
-            )
-        return batch
+        while count:
+            index = self._ahead(count)
+            if self._lost:
+                index = index[[position not in self._lost for position in index.tolist()]]
+            known.append(index)
+            count -= len(index)
+        return torch.cat(known)
 
     def _ahead(self, count: int) -> Tensor:
         """The next positions of the order, at most ``count``, at least one."""

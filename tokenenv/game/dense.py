@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from copy import copy
 
 import torch
@@ -10,6 +9,9 @@ from torch import Tensor
 
 from tokenenv.game.reduction import Reduction
 from tokenenv.vit.backbone import Backbone
+
+KEPT_BYTES = 2**28
+"""Bytes of the dense model's outputs that one game keeps."""
 
 
 class DenseAnswers:
@@ -19,13 +21,19 @@ class DenseAnswers:
         backbone: the model.
         reduction: says in which blocks decisions are due.
 
+    What was computed is kept while it fits into :data:`KEPT_BYTES`.
+
     Attributes:
         trail: whether summary tokens are kept, too; see :meth:`keep_trail`.
+        kept: whether anything is kept; else every call runs the model. Rounding depends on which
+            images share a batch, so only without it do the outputs for a batch depend on nothing
+            that was asked before.
     """
 
     def __init__(self, backbone: Backbone, reduction: Reduction) -> None:
         self.backbone, self.reduction = backbone, reduction
-        self.trail = False
+        self.trail, self.kept = False, True
+        self._room = KEPT_BYTES
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __len__(self) -> int:
@@ -40,6 +48,7 @@ class DenseAnswers:
     def clear(self) -> None:
         """Forget the outputs of all images."""
         self._known.clear()
+        self._room = KEPT_BYTES
 
     def keep_trail(self, trail: bool) -> None:
         """Keep summary tokens from now on if ``trail``; outputs without them are forgotten."""
@@ -59,13 +68,22 @@ class DenseAnswers:
             last decision and after the last block. T is the number of decisions, or 0 without
             :attr:`trail`.
         """
+        if not self.kept:
+            own, summaries = self._run(images)
+            return own.float(), summaries.float()
         keys = index.tolist()
         missing = [i for i, key in enumerate(keys) if key not in self._known]
+        fresh: dict[int, tuple[Tensor, Tensor]] = {}
         if missing:
-            fresh = self._run(images[missing])
-            for i, *row in zip(missing, *(t.float().unbind(0) for t in fresh), strict=True):
-                self._known[keys[i]] = (row[0], row[1])
-        logits, trail = zip(*(self._known[key] for key in keys), strict=True)
+            outputs = zip(*(t.float().unbind(0) for t in self._run(images[missing])), strict=True)
+            fresh = dict(zip((keys[i] for i in missing), outputs, strict=True))
+        for key, row in fresh.items():
+            size = sum(each.nbytes for each in row)
+            if size <= self._room:
+                self._room -= size
+                self._known[key] = row
+        rows = [fresh.get(key) or self._known[key] for key in keys]
+        logits, trail = zip(*rows, strict=True)
         return torch.stack(logits), torch.stack(trail)
 
     def _run(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,17 +101,6 @@ class DenseAnswers:
             tokens = backbone.feed(block, tokens)
         trail.append(backbone.summary(tokens))
         return backbone.classify(tokens), torch.stack(trail, 1)
-
-    def export(self) -> tuple[list[int], list[Tensor]]:
-        """Positions of all known images, and their outputs: CPU tensors with a row per image."""
-        rows = zip(*self._known.values(), strict=True)
-        return list(self._known), [torch.stack(column).cpu() for column in rows]
-
-    def add(self, keys: Sequence[int], columns: Sequence[Tensor]) -> None:
-        """Add what :meth:`export` of another game with the same source returned."""
-        on_device = [column.to(self.backbone.device) for column in columns]
-        for key, logits, trail in zip(keys, *on_device, strict=True):
-            self._known[key] = (logits, trail)
 
 
 CONFIDENCE_DIM = 3

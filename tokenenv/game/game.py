@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tokenenv.data import Batch, ImageSource, Stream
+from tokenenv.data.stream import Agree
 from tokenenv.errors import UserError
 from tokenenv.game.dense import CONFIDENCE_DIM, DenseAnswers, confidence
 from tokenenv.game.episode import Episode, Execution, default_execution
@@ -58,7 +59,8 @@ class Game:
     ignored. All images of the batch end together after :attr:`steps` decisions. A step has no
     Python loop over images or agents and, with masked execution, no host-device sync before the end
     of an episode; :meth:`reset` looks up each image. What the dense model computes for an image is
-    kept on the device: its logits, and its summary token at each decision if the reward needs it.
+    kept on the device while it fits into 256 MiB: its logits, and its summary token at each
+    decision if the reward needs it.
 
     Args:
         backbone: the frozen model.
@@ -121,6 +123,7 @@ class Game:
             )
         self.repeats = repeats
         self._per_batch, self._part = batch_size // repeats, (0, 1)
+        self._agree: Agree | None = None
         self.answers = DenseAnswers(backbone, rules)
         self.on_reset: Callable[[int], object] = lambda episodes: None
         self._prepared = False
@@ -133,19 +136,19 @@ class Game:
             # Rounding of dense logits depends on which images share a batch. Logits kept from
             # before the seed would make what follows depend on what was played before.
             self.answers.clear()
-        self.stream = Stream(self.source, self._per_batch, seed, *self._part)
+        self.stream = Stream(self.source, self._per_batch, seed, *self._part, self._agree)
         self.batch_size = self.stream.part_size * self.repeats
 
-    def share(self, rank: int, of: int, seed: int) -> None:
+    def share(self, rank: int, of: int, seed: int, agree: Agree | None = None) -> None:
         """Play only part ``rank`` of ``of`` of every batch, for data-parallel training.
 
         Together the processes play the batches that a single one would play from ``seed``; see
-        :class:`~tokenenv.data.Stream` for unreadable images.
+        :class:`~tokenenv.data.Stream` for ``agree`` and unreadable images.
 
         Raises:
             UserError: a batch has fewer different images than there are processes.
         """
-        self._part = (rank, of)
+        self._part, self._agree = (rank, of), agree
         self.seed(seed)
 
     # Not inference_mode: a learner's autograd must be able to save the observations.
@@ -348,14 +351,9 @@ class Game:
         return self.answers(index, images)
 
     def prepare(self, batch_size: int = 64) -> Iterator[int]:
-        """Run the dense model on the whole source in advance; yields numbers of images done.
-
-        After :meth:`share` it runs on this process's share of the batches only; the processes
-        then exchange their results through :attr:`answers`.
-        """
+        """Run the dense model on the whole source in advance; yields numbers of images done."""
         self._prepared = True
-        rank, of = self._part
-        for index in torch.arange(len(self.source)).split(batch_size)[rank::of]:
+        for index in torch.arange(len(self.source)).split(batch_size):
             batch = self.source.batch(index)
             if len(batch.index):
                 with torch.no_grad():

@@ -230,21 +230,28 @@ def dense_predictions(
     source: ImageSource,
     *,
     batch_size: int = 64,
+    restrict: bool = False,
     progress: Callable[[int], object] = lambda n: None,
 ) -> Tensor:
     """``(len(source),)`` class that the dense model predicts for each image; -1: unreadable.
 
-    ``progress``: called with the number of images done after each batch.
+    Args:
+        model: the dense model.
+        source: the images.
+        batch_size: images per batch.
+        restrict: predict only among the classes that occur in the source.
+        progress: called with the number of images done after each batch.
 
     Raises:
         UserError: a logit is not finite.
     """
+    allowed = _allowed(model, source, restrict)
     found = torch.full((len(source),), -1)
     for index in torch.arange(len(source)).split(batch_size):
         batch = source.batch(index)
         if len(batch.index):
             images = batch.images.to(model.device, model.dtype)
-            found[batch.index] = _predicted(model(images), source)
+            found[batch.index] = _predicted(model(images), source, allowed)
             progress(len(batch.index))
     return found
 
@@ -293,10 +300,7 @@ def _side_by_side(
     """Run the reduced and the dense model in turns; ``read`` works on the result untimed."""
     run_dense = model if run_dense is None else run_dense
     device = model.device
-    allowed = torch.ones(model.classes, dtype=torch.bool, device=device)
-    if restrict:
-        allowed[:] = False
-        allowed[source.classes.to(device)] = True
+    allowed = _allowed(model, source, restrict)
     rows: dict[str, list[Tensor]] = {
         name: [] for name in ("labels", "dense", "reduced", "losses", "macs", "lengths", "index")
     }
@@ -332,6 +336,14 @@ def _side_by_side(
     return Evaluation(
         **table, dense_macs=dense_macs, seconds=seconds, dense_seconds=dense_seconds or None
     )
+
+
+def _allowed(model: Dense, source: ImageSource, restrict: bool) -> Tensor:
+    """``(classes,)`` bool, the outputs that may be predicted: all, or the source's classes."""
+    allowed = torch.full((model.classes,), not restrict, device=model.device)
+    if restrict:
+        allowed[source.classes.to(model.device)] = True
+    return allowed
 
 
 def _predicted(logits: Tensor, source: ImageSource, allowed: Tensor | None = None) -> Tensor:

@@ -45,6 +45,8 @@ def page_of_comparison(comparison: Comparison) -> dict[str, Any]:
         "methods": [],
         "images": [],
         "note": "",
+        "tables": [],
+        "notes": [],
     }
 
 
@@ -87,6 +89,8 @@ def page_of_images(
         "rows": [],
         "classes": [],
         "seeds": [],
+        "tables": [],
+        "notes": [],
         **_images(seen, labels, files),
         "note": f"Measured time of an image, one at a time: {times}." if speeds else "",
     }

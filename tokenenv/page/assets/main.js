@@ -5,7 +5,7 @@ byId("about").textContent = data.about;
 byId("note").textContent = data.note;
 byId("timing").textContent = data.timing ? `On the clock: ${data.timing}.` : "";
 
-const parts = { images: data.images.length, costs: data.rows.length, methods: data.rows.length, classes: data.classes.length };
+const parts = { images: data.images.length, papers: data.tables.length, costs: data.rows.length, methods: data.rows.length, classes: data.classes.length };
 for (const [part, there] of Object.entries(parts)) {
   byId(part).hidden = !there;
   document.querySelector(`nav [data-part=${part}]`).hidden = !there;
@@ -46,4 +46,5 @@ if (parts.methods) {
 }
 byId("seeds").hidden = !data.seeds.length;
 if (data.seeds.length) seedTable();
+if (parts.papers) paperTables();
 if (parts.classes) classTable();

@@ -37,6 +37,18 @@ function seedTable() {
     make("thead", {}, make("tr", {}, ...heads.map((head) => make("th", { scope: "col" }, head)))), make("tbody", {}, ...rows));
 }
 
+/** The tables of a paper with ours, ready as text, and what has to be known about them. */
+function paperTables() {
+  for (const table of data.tables) {
+    const rows = table.rows.map(([first, ...cells]) => make("tr", {}, make("th", { scope: "row" }, first), ...cells.map((cell) => make("td", {}, cell))));
+    byId("paper-tables").append(make("h3", {}, table.title), make("p", { class: "soft" }, table.note),
+      make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": table.title }, make("table", {},
+        make("caption", { class: "skip" }, table.title),
+        make("thead", {}, make("tr", {}, ...table.heads.map((head) => make("th", { scope: "col" }, head)))), make("tbody", {}, ...rows))));
+  }
+  byId("paper-notes").append(...data.notes.map((note) => make("li", {}, note)));
+}
+
 /** Marks the row of a method and moves the focus to it. */
 function pickRow(row) {
   for (const other of byId("method-table").querySelectorAll(".picked")) other.classList.remove("picked");
