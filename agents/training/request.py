@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +34,7 @@ class Request:
         images: number of images of ``data`` to use; None: all.
         seed: of everything drawn at random.
         resume: whether to continue the run in ``out``.
+        after_update: see :class:`~agents.training.trainer.Trainer`.
     """
 
     system: System
@@ -43,6 +45,7 @@ class Request:
     images: int | None = None
     seed: int = 0
     resume: bool = False
+    after_update: Callable[[int, Any], object] | None = None
 
     def training_images(self, backbone: Dense) -> ImageSource:
         """The images to train on and to hold back.

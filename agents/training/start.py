@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def train(
     dtype: str = "float32",
     preprocessing: Preprocessing | None = None,
     resume: bool = False,
+    after_update: Callable[[int, Any], object] | None = None,
     **settings: Any,
 ) -> Run:
     """Train a system and write a run folder; the same as ``tokenenv train``.
@@ -59,6 +61,8 @@ def train(
         dtype: precision of the models: ``float32``, ``bfloat16`` or ``float16``.
         preprocessing: replaces timm's for the model; kept in the run's ``config.json``.
         resume: continue the run in ``out``.
+        after_update: called before the first update and after each with the number of updates done
+            and the policy as it is then, which it must not change.
         **settings: settings of the system, see ``tokenenv train SYSTEM --list-settings``. A tuple
             may also be given as a list, or in the command line's form, such as ``"64/64"``.
 
@@ -89,6 +93,7 @@ def train(
         images=None if images is None else check_whole("images", images, 1),
         seed=check_whole("seed", seed, 0, SEEDS),
         resume=resume,
+        after_update=after_update,
     )
     with (
         join(device) as (workers, place),
