@@ -30,7 +30,7 @@ def page() -> str:
     stored = [task for task in TASKS if references(task.name)]
     stored.sort(key=lambda task: task.name.endswith("-v0"))
     report = make_report([])
-    return "\n\n".join([HEAD.rstrip(), *(report.table(task) for task in stored)]) + "\n"
+    return "\n\n".join([HEAD.rstrip(), *(report.tables(task) for task in stored)]) + "\n"
 
 
 if __name__ == "__main__":

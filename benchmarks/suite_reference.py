@@ -6,19 +6,20 @@
         --learner untrained --learner dora --learner sb3-ppo
     python benchmarks/suite_reference.py suite
 
-A task's file is replaced as a whole, because scores are relative to its random and heuristic
-learners.
+Stored results of learners that the folder does not have are kept, if they can be compared with its
+results: scores are relative to those of the learners random and heuristic.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from tokenenv.storage import write_bytes
-from tokenenv.suite.report import make_yardstick
-from tokenenv.suite.results import REFERENCE, find_results, read_result
+from tokenenv.suite.report import make_report
+from tokenenv.suite.results import REFERENCE, find_results, read_result, references
 from tokenenv.suite.tasks import TASKS
 
 
@@ -33,7 +34,11 @@ def main() -> None:
         rows = [result for result in results if result.task == task.name]
         if not rows:
             continue
-        make_yardstick(task, rows)  # raises if the task has no yardstick
+        new = {row.learner for row in rows}
+        rows += [
+            replace(row, reference=False) for row in references(task.name) if row.learner not in new
+        ]
+        make_report(rows)  # raises if they can't be compared or there is no yardstick
         lines = ",\n".join(json.dumps(row.as_json()) for row in rows)
         path = REFERENCE / f"{task.name}.json"
         write_bytes(path, f"[\n{lines}\n]\n".encode())

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ import torch
 import agents
 from agents.policies.words import folder_of
 from agents.systems.dora import DoraConfig
+from agents.systems.registry import settings_of
 from agents.training.held_back import HeldBack
 from agents.training.judgement import calibrate
 from tokenenv import load_backbone, open_source
@@ -37,11 +37,9 @@ def as_trained(what: str) -> DoraConfig:
     said = json.loads(path.read_text()) if path and path.is_file() else {}
     if said.get("system") != "dora":
         raise UserError(f"'{what}' is no run of dora with its config.json: give one, or a shipped")
-    known = {field.name for field in fields(DoraConfig)}
-    settings = {key: value for key, value in said.items() if key in known}
-    return DoraConfig(
-        **{key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()}
-    )
+    config = settings_of(said)
+    assert isinstance(config, DoraConfig)
+    return config
 
 
 def main() -> None:

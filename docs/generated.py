@@ -208,7 +208,10 @@ def heading(text: str, line: str) -> str:
     return f"{text}\n{line * len(text)}"
 
 
-OPTIONAL_MODULES = tuple(f"tokenenv.envs.{name}" for name in ("sb3", "torchrl", "benchmarl"))
+OPTIONAL_MODULES = (
+    *(f"tokenenv.envs.{name}" for name in ("sb3", "torchrl", "benchmarl")),
+    "tokenenv.suite.benchmarl",
+)
 
 
 def leave_pages(

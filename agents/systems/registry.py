@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from agents.systems.settings import SystemConfig, check_config
 from tokenenv.errors import UserError, did_you_mean
@@ -127,3 +127,18 @@ def find_system(word: str) -> System:
     check_config(own.object)
     place, _, name = word.rpartition(":")
     return System(f"{Path(place).name}:{name}", own.object, origin=own.origin)
+
+
+def settings_of(described: dict[str, Any]) -> SystemConfig:
+    """The settings of a run of a system of this package, as its ``config.json`` describes them.
+
+    Raises:
+        UserError: it names no such system.
+    """
+    name = described.get("system")
+    if name not in SYSTEMS:
+        raise UserError(f"system {name!r:.60} is none of {', '.join(SYSTEMS)}: give a run of one")
+    cls = SYSTEMS[name].config
+    known = {field.name for field in dataclasses.fields(cls)}
+    given = {key: value for key, value in described.items() if key in known}
+    return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in given.items()})

@@ -87,6 +87,7 @@ class FineTuning:
                 "processes": workers.count,
             },
             shown="loss",
+            after_update=request.after_update,
             workers=workers,
         )
         if request.resume:

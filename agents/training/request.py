@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +39,7 @@ class Request:
         images: number of images of ``data`` to use; None: all.
         seed: of everything drawn at random.
         resume: whether to continue the run in ``out``.
+        after_update: see :class:`~agents.training.trainer.Trainer`.
     """
 
     system: System
@@ -48,6 +50,7 @@ class Request:
     images: int | None = None
     seed: int = 0
     resume: bool = False
+    after_update: Callable[[int, Any], object] | None = None
 
     def training_images(self, backbone: Dense) -> ImageSource:
         """The images to train on and to hold back.
@@ -126,6 +129,7 @@ def make_request(
     dtype: str = "float32",
     preprocessing: Preprocessing | None = None,
     resume: bool = False,
+    after_update: Callable[[int, Any], object] | None = None,
     **settings: Any,
 ) -> Request:
     """Check the arguments of :func:`agents.training.train`, which describes them.
@@ -145,4 +149,5 @@ def make_request(
         images=None if images is None else check_whole("images", images, 1),
         seed=check_whole("seed", seed, 0, SEEDS),
         resume=resume,
+        after_update=after_update,
     )

@@ -94,6 +94,7 @@ class PolicyTraining:
             saved=(self.cost or Cost).word,
             most_seconds=60 * config.minutes or math.inf,
             config=request.description(self.source),
+            after_update=request.after_update,
             workers=workers,
         )
         if request.resume:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def train(
     dtype: str = "float32",
     preprocessing: Preprocessing | None = None,
     resume: bool = False,
+    after_update: Callable[[int, Any], object] | None = None,
     **settings: Any,
 ) -> Run:
     """Train a system and write a run folder; the same as ``tokenenv train``.
@@ -51,6 +53,8 @@ def train(
         dtype: precision of the models: ``float32``, ``bfloat16`` or ``float16``.
         preprocessing: replaces timm's for the model; kept in the run's ``config.json``.
         resume: continue the run in ``out``.
+        after_update: called before the first update and after each with the number of updates done
+            and the policy as it is then, which it must not change.
         **settings: settings of the system, see ``tokenenv train SYSTEM --list-settings``. A tuple
             may also be given as a list, or in the command line's form, such as ``"64/64"``.
 
@@ -71,7 +75,8 @@ def train(
     """
     request = make_request(
         system, model=model, weights=weights, data=data, out=out, images=images, seed=seed,
-        device=device, dtype=dtype, preprocessing=preprocessing, resume=resume, **settings,
+        device=device, dtype=dtype, preprocessing=preprocessing, resume=resume,
+        after_update=after_update, **settings,
     )  # fmt: skip
     with (
         join(device) as (workers, place),

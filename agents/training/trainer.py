@@ -47,6 +47,9 @@ _STOPS = (signal.SIGINT, signal.SIGTERM)
 Log = Callable[[int, dict[str, float]], object]
 """A function that is called with the number of updates done and numbers by name."""
 
+AfterUpdate = Callable[[int, Any], object]
+"""A function that is called with the number of updates done and the policy as it is then."""
+
 
 class Learner(Protocol):
     """Improves a policy, one update at a time."""
@@ -91,6 +94,8 @@ class Trainer:
         config: the description of the run; resuming with a different one is an error.
         shown: name of the learner's number that the progress table shows.
         most_seconds: time after which no further update is started, that before resuming included.
+        after_update: called in the first process before the first update and after each; it must
+            not change the policy.
         workers: the processes that train together, each with a trainer. All of them judge, keep
             the best policy, and stop after the same update; the first prints and writes files.
 
@@ -117,6 +122,7 @@ class Trainer:
         shown: str = "reward",
         saved: str = "MACs",
         most_seconds: float = math.inf,
+        after_update: AfterUpdate | None = None,
         workers: Workers = ALONE,
     ) -> None:
         self.learner, self.order, self.judge, self.out = learner, order, judge, out
@@ -124,6 +130,7 @@ class Trainer:
         self.target_saving, self.target_drop = target_saving, target_drop
         self.config, self.shown, self.workers = config, shown, workers
         self._saved, self.most_seconds = saved, most_seconds
+        self._after_update = None if workers.rank else after_update
         self.done = 0
         self.seconds = 0.0
         self.history: list[dict[str, float]] = []
@@ -139,6 +146,7 @@ class Trainer:
             if self.done < self.updates:
                 tqdm.write(f" update {self.shown:>8} kept  {self._saved} saved  top-1 lost")
             if not self.history:
+                self._look()
                 self._evaluate(log, clock)
             late = False
             while self.done < self.updates and not self.workers.agree(interrupted()):
@@ -149,6 +157,7 @@ class Trainer:
                 self.done += 1
                 self.history.append({"update": self.done, **numbers})
                 log(self.done, numbers)
+                self._look()
                 bar.update()
                 if self.done % self.evaluate_every == 0 or self.done == self.updates:
                     self._evaluate(log, clock)
@@ -157,6 +166,10 @@ class Trainer:
             elif self.done < self.updates and not late:
                 self.stopped = True
                 self._save(clock)
+
+    def _look(self) -> None:
+        if self._after_update is not None:
+            self._after_update(self.done, self.learner.policy)
 
     def _evaluate(self, log: Log, clock: _Clock) -> None:
         """Judge the policy, keep it if it is the best so far, print a line, save a checkpoint.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,16 @@ def spoils(task, seed):
 def half(task, seed):
     task.game(batch_size=4, dtype="bfloat16").reset()
     return keeps(0.5, task, seed)
-def keeps(keep, task, seed): return agents.parse_policy(f"random:keep={keep}", 12)
+def keeps(keep, task, seed): return agents.parse_policy(f"norm:keep={keep}", 12)
+def peeks(task, seed):
+    len(task.test)
+    return keeps(0.5, task, seed)
+def peeks_and_goes_on(task, seed):
+    try:
+        task.test.batch(0)
+    except Exception:
+        return keeps(0.5, task, seed)
+def draws(task, seed): return agents.parse_policy("random:keep=0.5", 12)
 partial = functools.partial(keeps, 0.5)
 """
 
@@ -116,6 +126,9 @@ def own_learners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("greedy", "plays 400 episodes of 'tiny-prune-v0', whose budget is 256"),
         ("broken", "not finite or negative"),
         ("ruleless", "return a policy, with rules, act and macs"),
+        ("peeks", "looks at the test images of 'tiny-prune-v0'"),
+        ("peeks_and_goes_on", "looks at the test images of 'tiny-prune-v0'"),
+        ("draws", "does not act alike in different executions"),
         ("spoils", "changed the weights of 'digits_vit', which stay frozen"),
         ("missing", "can't be imported"),
         ("number", "'number' is 5, no function"),
@@ -126,6 +139,24 @@ def test_mistakes_of_a_learner_of_your_own(
 ) -> None:
     command = f"suite run tiny-prune-v0 --learner own_learners:{function} --seeds 0"
     assert words in mistake(command, capfd)
+
+
+def test_a_learner_whose_library_is_missing(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    missing = ("benchmarl", "stable_baselines3")
+    monkeypatch.setattr(
+        "importlib.util.find_spec",
+        lambda name, *rest: None if name in missing else found(name, *rest),
+    )
+    command = "suite run tiny-prune-v0 --learner random --learner benchmarl:qmix --seeds 0"
+    assert "needs benchmarl: pip install 'tokenenv[benchmarl]'" in mistake(command, capfd)
+    assert not kept()  # before the first learner runs
+    command = "suite run tiny-merge-v0 --learner sb3:ppo --seeds 0"
+    assert "needs stable_baselines3: pip install 'tokenenv[sb3]'" in mistake(command, capfd)
+    command = "suite run tiny-merge-v0 --learner benchmarl:mappo"
+    assert "learner 'benchmarl:mappo'" in mistake(command, capfd)
 
 
 def test_a_learner_that_is_no_plain_function(own_learners: None) -> None:

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import trim_mean
+from scipy.stats import mannwhitneyu, trim_mean
 
 from tokenenv.errors import UserError
 from tokenenv.suite.score import (
     Front,
     aggregate,
     front,
+    improvement,
     interquartile_mean,
     normalised,
     oracle_front,
@@ -161,6 +162,32 @@ def test_the_interval_covers_what_it_should() -> None:
 
 _SIMULATED = np.random.default_rng(2).normal([0.2, 0.6], 0.1, (20_000, 12, 2))
 _EXPECTED = float(interquartile_mean(_SIMULATED.reshape(20_000, -1)).mean())
+
+
+@given(
+    st.lists(st.integers(0, 5), min_size=1, max_size=6),
+    st.lists(st.integers(0, 5), min_size=1, max_size=6),
+)
+@settings(max_examples=20)
+def test_the_probability_of_improvement_is_mann_whitneys(first: Any, second: Any) -> None:
+    statistic = mannwhitneyu(first, second).statistic / (len(first) * len(second))
+    found = improvement([first], [second])
+    assert found.iqm == pytest.approx(statistic)
+    assert improvement([second], [first]).iqm == pytest.approx(1 - statistic)
+    if len(first) == len(second) == 1:
+        assert math.isnan(found.low)
+    else:
+        assert 0 <= found.low <= found.high <= 1
+
+
+def test_learners_are_told_apart_where_they_differ() -> None:
+    low, high = [0.1, 0.12, 0.14, 0.11, 0.13], [0.2, 0.21, 0.22, 0.23, 0.24]
+    assert improvement([high], [low]) == (1.0, 1.0, 1.0)
+    alike = improvement([[0.1, 0.3, 0.2, 0.4, 0.5]], [[0.15, 0.25, 0.35, 0.45, 0.2]])
+    assert alike.low < 0.5 < alike.high
+    # Over two tasks the mean of both, and a single seed of one learner is taken as it is.
+    assert improvement([high, low], [low, high]).iqm == 0.5
+    assert improvement([high], [[0.215]]).iqm == pytest.approx(0.6)
 
 
 def test_rliable_says_the_same() -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokenenv.cli.options import Parser, add_dtype, add_trust, seeds, writable_file
+from tokenenv.cli.options import Parser, add_dtype, add_trust, positive, seeds, writable_file
 from tokenenv.errors import UserError
 from tokenenv.paths import as_path
 
@@ -51,6 +51,13 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     run.add_argument("--seeds", type=seeds, metavar="S,S", help="default: those of the task")
     run.add_argument("--out", default="suite", metavar="DIR", help="default: suite")
+    run.add_argument(
+        "--evaluate-every",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="also measure the policies in training, once in N episodes, for a curve of the score",
+    )
     validate = actions.add_parser(
         "validate",
         help="run a stored result again and say whether it is the same",
@@ -114,7 +121,8 @@ def run(args: argparse.Namespace) -> int:
 def _means(args: argparse.Namespace) -> Means:
     from tokenenv.suite.learners import Means
 
-    return Means(args.weights, args.data, args.device, args.dtype, args.trust)
+    every = getattr(args, "evaluate_every", 0)
+    return Means(args.weights, args.data, args.device, args.dtype, every, args.trust)
 
 
 def _validate(args: argparse.Namespace) -> int:
@@ -156,10 +164,10 @@ def _listing() -> str:
         )
     lines.append("learners:")
     for learner in BUILT_IN:
-        lines.append(f"  {learner.name:12} {learner.summary}")
-    lines.append("  NAME or DIR  a shipped policy or a run folder, as it is")
+        lines.append(f"  {learner.name:15} {learner.summary}")
+    lines.append("  NAME or DIR     a shipped policy or a run folder, as it is")
     lines.append(
-        "  MODULE:NAME  your own function(task, seed), or FILE.py:NAME; see "
+        "  MODULE:NAME     your own function(task, seed), or FILE.py:NAME; see "
         "examples/suite_own_learner.py"
     )
     return "\n".join(lines)

@@ -32,7 +32,7 @@ class GameTaskClass(TaskClass):
         """A function that creates the environment for ``num_envs`` images with this config."""
 
         def make() -> EnvBase:
-            env = TorchRLEnv(_IDS[self.name], num_envs, **({"device": device} | self.config))
+            env = TorchRLEnv(IDS[self.name], num_envs, **({"device": device} | self.config))
             if seed is not None:
                 env.set_seed(seed)
             return env
@@ -121,11 +121,12 @@ class GameTask(Task):
         return GameTaskClass(name=self.name, config=config or {})
 
 
-_IDS = {
+IDS = {
     "TOKEN_PRUNE": "tokenenv/TokenPrune-v0",
     "LAYER_MERGE": "tokenenv/LayerMerge-v0",
     "LAYER_PRUNE": "tokenenv/LayerPrune-v0",
 }
+"""Registered ids by the names of BenchMARL's tasks."""
 
 
 def _group(spec: Composite, name: str) -> Composite:

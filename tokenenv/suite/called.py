@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,10 @@ from tokenenv.game.policy import Policy
 class CalledPolicy(Policy):
     """Calls a function with the observations that the environments give; see :func:`policy_from`.
 
+    If the function gives two numbers for each agent, they count as log-odds of its two actions, up
+    to a constant, and the second is chosen where its probability is above :attr:`threshold`; at 0.5
+    that is the higher number's action.
+
     Args:
         call: the function.
         game: the game of the environment.
@@ -28,6 +33,17 @@ class CalledPolicy(Policy):
     def __init__(self, call: Callable[[Tensor], Any], game: Game, macs: float) -> None:
         self.rules, self.call, self.own_macs = game.rules, call, macs
         self.trained_on, self.actions = game.backbone.architecture, game.actions
+        self.threshold = 0.5 if self._weighs(game) else None
+
+    def _weighs(self, game: Game) -> bool:
+        """Whether the function gives two numbers for an agent, tried with observations of zeros."""
+        width = game.agent_dim + game.shared_dim
+        if game.rules.by_count or self.actions != 2:
+            return False
+        with torch.no_grad():
+            answer = self.call(torch.zeros(1, game.agents, width, device=game.backbone.device))
+        answer = torch.as_tensor(answer)
+        return answer.is_floating_point() and answer.shape == (1, game.agents, 2)
 
     def next_action(self, episode: Episode) -> Tensor:
         """``(B, a)`` actions in the tokens' order; the function sees the agents in roster order."""
@@ -54,7 +70,10 @@ class CalledPolicy(Policy):
         """
         answer = torch.as_tensor(self.call(shown))
         if answer.is_floating_point() and answer.shape == (*shown.shape[:-1], self.actions):
-            return answer.argmax(-1)
+            if self.threshold is None:
+                return answer.argmax(-1)
+            odds = math.log(self.threshold) - math.log1p(-self.threshold)
+            return (answer[..., 1] - answer[..., 0] > odds).long()
         whole = not answer.is_floating_point() and answer.shape == shown.shape[:-1]
         if whole and ((answer >= 0) & (answer < self.actions)).all():
             return answer.long()
@@ -76,9 +95,10 @@ def policy_from(trained: Any, game: Game, *, macs: float | None = None) -> Polic
         trained: one of these. A function or an ``nn.Module`` that maps float32 observations ``(B,
             A, W)`` as the vector environment gives them, ``(B, W)`` where one agent counts, to
             int64 actions ``(B, A)`` or ``(B,)``, or to a number for each action, of which the
-            highest counts; of TorchRL's actors that is the network inside. Or a learner of
-            stable-baselines3; on a game of token agents one that was trained with their
-            observations ``(W,)`` one by one, as SuperSuit gives them.
+            highest counts; where agents have two actions, such a policy has a threshold, at
+            several of which the suite measures it. Of TorchRL's actors that is the network inside.
+            Or a learner of stable-baselines3; on a game of token agents one that was trained with
+            their observations ``(W,)`` one by one, as SuperSuit gives them.
         game: the game that it was trained on: ``env.unwrapped.game``, or ``.game`` of a vector
             environment.
         macs: multiply-adds of one agent's decision; None: counted from the linear layers.

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from agents.policies import POLICY, load
+from agents.policies import POLICY, load, load_policy
 from agents.policies.words import folder_of, parse_policy
 from agents.systems.registry import SYSTEMS
 from agents.systems.settings import preset, with_settings
@@ -41,6 +43,7 @@ class Means:
         data: photographs to learn from, for tasks without images of their own.
         device: such as ``cpu`` or ``cuda``.
         dtype: precision of the model.
+        evaluate_every: episodes between two stages of a learner's curve; 0: no curve.
         trust: whether a user's own code that a run folder's policy names may be run.
     """
 
@@ -48,6 +51,7 @@ class Means:
     data: str | None = None
     device: str = "cpu"
     dtype: str = "float32"
+    evaluate_every: int = 0
     trust: bool = False
 
 
@@ -69,6 +73,8 @@ class Learner:
         learnt_in: precision of a learner that does not; empty: that of the games it opens.
         code: fingerprint of a user's own code, so that results of other code are not reused.
         settings: the settings that it trains with on a task; results hold them.
+        library: module that it needs and that the package does not; empty: none.
+        extra: the extra that installs it.
     """
 
     name: str
@@ -80,9 +86,15 @@ class Learner:
     learnt_in: str = "float32"
     code: str = ""
     settings: Callable[[Task], dict[str, Any]] = lambda task: {}
+    library: str = ""
+    extra: str = ""
 
     def check(self, task: Task) -> None:
-        """Raise :class:`UserError` if the learner can't play the task's game."""
+        """Raise :class:`UserError` if it can't play the task's game or its library is missing."""
+        if self.library and importlib.util.find_spec(self.library) is None:
+            raise UserError(
+                f"learner '{self.name}' needs {self.library}: pip install 'tokenenv[{self.extra}]'"
+            )
         if self.rules and task.rules not in self.rules:
             fits = ", ".join(
                 one.name for one in BUILT_IN if task.rules in (one.rules or (task.rules,))
@@ -93,6 +105,10 @@ class Learner:
             )
 
 
+_FORMER = {"sb3-ppo": "sb3:ppo"}
+"""Names of earlier versions, which older results have."""
+
+
 def find_learner(name: str) -> Learner:
     """A learner by name.
 
@@ -100,7 +116,7 @@ def find_learner(name: str) -> Learner:
         UserError: it is unknown, or a user's own can't be imported or is no function.
     """
     for learner in BUILT_IN:
-        if learner.name == name:
+        if learner.name == _FORMER.get(name, name):
             return learner
     folder = folder_of(name)
     if folder is not None:
@@ -235,6 +251,7 @@ def _trained(name: str, system: str, summary: str, rules: str, **changed: Any) -
                 device=means.device,
                 dtype=means.dtype,
                 resume=(folder / CHECKPOINT).is_file(),
+                after_update=_keep_stages(opened, folder, settings(task, system, **changed).batch),
                 **vars(settings(task, system, **changed)),
             )
         if run.stopped:
@@ -245,6 +262,22 @@ def _trained(name: str, system: str, summary: str, rules: str, **changed: Any) -
         return {"system": system, **vars(settings(task, system, **changed))}
 
     return Learner(name, learn, summary, (rules,), trains=True, settings=used)
+
+
+def _keep_stages(opened: OpenTask, folder: Path, batch: int) -> Callable[[int, Any], None]:
+    """A function that keeps the stages of a training, in files, so that a resumed run has all."""
+    for path in sorted(folder.glob("stage-*.safetensors")):
+        opened.keep_stage(partial(load_policy, path), episodes=int(path.stem.partition("-")[2]))
+
+    def after_update(updates: int, policy: Any) -> None:
+        def frozen() -> Any:
+            path = folder / f"stage-{updates * batch:010d}.safetensors"
+            policy.save(path)
+            return load_policy(path)
+
+        opened.keep_stage(frozen, episodes=updates * batch)
+
+    return after_update
 
 
 def _untrained(opened: OpenTask, seed: int, *_: Any) -> Policies:
@@ -269,6 +302,31 @@ def _sb3(name: str, algorithm: str, summary: str) -> Learner:
         summary,
         ("layer_merge", "layer_prune"),
         trains=True,
+        library="stable_baselines3",
+        extra="sb3",
+    )
+
+
+def _benchmarl(algorithm: str, summary: str) -> Learner:
+    def learn(opened: OpenTask, seed: int, folder: Path, means: Means) -> Policies:
+        from tokenenv.suite import benchmarl
+
+        return {"policy": benchmarl.learn(algorithm, opened, seed, folder, means.dtype)}
+
+    def used(task: Task) -> dict[str, Any]:
+        from tokenenv.suite import benchmarl
+
+        return benchmarl.settings(algorithm, task)
+
+    return Learner(
+        f"benchmarl:{algorithm}",
+        learn,
+        summary,
+        ("token_prune",),
+        trains=True,
+        settings=used,
+        library="benchmarl",
+        extra="benchmarl",
     )
 
 
@@ -296,8 +354,12 @@ BUILT_IN = (
         reward="alpha_beta", beta=0.1, closed_loop=False,
     ),
     _trained("dora", "dora", "DORA's preset, PPO", "layer_merge"),
-    _sb3("sb3-ppo", "ppo", "stable-baselines3's PPO on counts (extra sb3)"),
+    _sb3("sb3:ppo", "ppo", "stable-baselines3's PPO on counts (extra sb3)"),
     _sb3("sb3:a2c", "a2c", "its A2C"),
     _sb3("sb3:dqn", "dqn", "its DQN"),
+    _benchmarl("mappo", "BenchMARL's MAPPO (extra benchmarl)"),
+    _benchmarl("ippo", "its IPPO"),
+    _benchmarl("qmix", "its QMIX"),
+    _benchmarl("vdn", "its VDN"),
 )  # fmt: skip
 """The built-in learners; each stays within the task's budget."""

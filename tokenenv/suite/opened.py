@@ -25,6 +25,7 @@ from tokenenv.game.build import build_game, build_rules
 from tokenenv.game.policy import Method, Policy
 from tokenenv.measure import evaluation
 from tokenenv.suite.results import Point, hits
+from tokenenv.suite.stages import Stages
 from tokenenv.suite.tasks import POINTS, Task
 from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.load import check_dtype, load_backbone
@@ -49,6 +50,7 @@ class OpenTask:
         test: test images, on which policies are measured; not for training.
         played: episodes that were started in games made by :meth:`game`.
         learnt_in: the precisions of those games' models.
+        stages: the policies of :meth:`keep_stage`.
     """
 
     spec: Task
@@ -57,6 +59,7 @@ class OpenTask:
     test: ImageSource
     played: int = 0
     learnt_in: set[str] = field(default_factory=set)
+    stages: Stages = field(default_factory=Stages)
 
     def game(self, dtype: str = "float32", **options: Any) -> Game:
         """The task's game on the training images; every episode counts against the budget.
@@ -110,6 +113,43 @@ class OpenTask:
         env = parallel_env(**self._own(self.options, options))
         env.game.on_reset = self._count_ended()
         return env
+
+    def torchrl_env(self, num_envs: int = 64, dtype: str = "float32", **options: Any) -> Any:
+        """The task's TorchRL environment; as :meth:`make_vec`.
+
+        Args:
+            num_envs: images in one batch.
+            dtype: precision of the model, see :meth:`game`.
+            **options: arguments of :func:`~tokenenv.game.build.build_game`, but for model, images,
+                rules and blocks.
+
+        Raises:
+            UserError: TorchRL is not installed; when an episode starts: the budget is spent.
+        """
+        from tokenenv.envs.torchrl import TorchRLEnv  # says what to install
+
+        fixed = {**self.options, "model": self.model_in(dtype)}
+        env = TorchRLEnv(self.spec.environment, num_envs, **self._own(fixed, options))
+        env.game.on_reset = self._count_ended()
+        return env
+
+    def keep_stage(
+        self, frozen: Callable[[], Method], *, episodes: int | None = None, part: str = "policy"
+    ) -> None:
+        """Keep the policy in training for the learner's curve, where ``--evaluate-every`` asks.
+
+        To be called after every update, and once before the first. The policies that are kept are
+        measured after the training.
+
+        Args:
+            frozen: called where a stage is due: a policy that further training does not change,
+                such as ``lambda: copy.deepcopy(policy)``.
+            episodes: how many were played so far; None: those counted by the task.
+            part: which policy this is, if the learner returns several.
+        """
+        played = self.played if episodes is None else episodes
+        if played < self.spec.budget and self.stages.due(played, part):
+            self.stages.keep(played, part, frozen())
 
     def _own(self, fixed: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
         """A learner's arguments and those that the task fixes; features may be chosen anew."""

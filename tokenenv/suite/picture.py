@@ -21,16 +21,21 @@ def picture(report: Report) -> bytes:
 
     Left: each learner's front, the mean over its seeds, with the range from the lowest to the
     highest shaded. Right: interquartile means of the scores with 95 % intervals; 0 is random, 1
-    the oracle, and a hollow mark stands for a single seed. References are dashed or squares.
+    the oracle, and a hollow mark stands for a single seed. References are dashed or squares. If
+    stages of a training were measured, a third column has the scores over the episodes.
     """
     tasks = report.tasks
     height = len(tasks) + (len(tasks) > 1)
-    figure = new_figure(12, 4.4 * height)
-    panels = figure.subplots(height, 2, squeeze=False, width_ratios=(3, 2))
+    curves = any(row.curve for row in report.rows)
+    figure = new_figure(17 if curves else 12, 4.4 * height)
+    columns = (3, 2, 2.5) if curves else (3, 2)
+    panels = figure.subplots(height, len(columns), squeeze=False, width_ratios=columns)
     learners = list(dict.fromkeys(row.learner for row in report.rows))
     colours = {learner: line_colour(i) for i, learner in enumerate(learners)}
     colours[RANDOM] = "0.45"
-    for task, (left, right) in zip(tasks, panels, strict=False):
+    for task, (left, right, *more) in zip(tasks, panels, strict=False):
+        for axis in more:
+            _draw_curves(axis, report, task, colours)
         _draw_fronts(left, report, task, colours)
         rows = report.of(task)
         _draw_intervals(
@@ -39,7 +44,9 @@ def picture(report: Report) -> bytes:
         )
         right.set_title(f"{task.name}: score", fontsize=10)
     if len(tasks) > 1:
-        _draw_overall(panels[-1], report, colours)
+        _draw_overall(panels[-1][:2], report, colours)
+        for axis in panels[-1][2:]:
+            axis.set_axis_off()
     return png(figure, dpi=110)
 
 
@@ -100,6 +107,27 @@ def _draw_intervals(axis: Any, rows: Sequence[tuple[str, Interval, str, bool]]) 
     axis.axvline(0, color="0.6", lw=1, zorder=0)
     axis.set_xlabel("score, IQM and 95 % interval; random 0, oracle 1", fontsize=9)
     axis.grid(alpha=0.3, axis="x")
+
+
+def _draw_curves(axis: Any, report: Report, task: Task, colours: dict[str, str]) -> None:
+    """Scores over the episodes with their intervals shaded; nothing if no stage was measured."""
+    rows = [row for row in report.of(task) if row.curve]
+    if not rows:
+        axis.set_axis_off()
+        return
+    for row in rows:
+        episodes = [at for at, _ in row.curve]
+        middle, low, high = np.array([interval for _, interval in row.curve]).T
+        style = "s--" if row.reference else "o-"
+        colour = colours[row.learner]
+        axis.plot(episodes, middle, style, color=colour, ms=4, lw=1.6, label=row.label)
+        axis.fill_between(episodes, low, high, color=colour, alpha=0.15, lw=0)
+    axis.axhline(0, color="0.6", lw=1, zorder=0)
+    axis.set_title(f"{task.name}: score in training", fontsize=10)
+    axis.set_xlabel("episodes")
+    axis.set_ylabel("score, IQM and 95 % interval", fontsize=9)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="lower right")
 
 
 def _draw_overall(panels: Sequence[Any], report: Report, colours: dict[str, str]) -> None:

@@ -12,7 +12,15 @@ import numpy as np
 from tokenenv._version import __version__
 from tokenenv.errors import UserError
 from tokenenv.suite.results import HEURISTIC, RANDOM, Result, references, unpack_hits
-from tokenenv.suite.score import Front, Interval, aggregate, hull, normalised, oracle_front
+from tokenenv.suite.score import (
+    Front,
+    Interval,
+    aggregate,
+    hull,
+    improvement,
+    normalised,
+    oracle_front,
+)
 from tokenenv.suite.tasks import TASKS, Task, find_task
 
 _SAME = ("weights", "images", "files")
@@ -41,6 +49,8 @@ class Row:
         scores: the score of each result.
         interval: interquartile mean and interval of the scores.
         reference: whether the results come with the package.
+        curve: after how many episodes all seeds were measured, and the interval of their scores;
+            the last is :attr:`interval`. Empty if no stage of the training was measured.
     """
 
     task: Task
@@ -49,6 +59,7 @@ class Row:
     scores: tuple[float, ...]
     interval: Interval
     reference: bool
+    curve: tuple[tuple[int, Interval], ...] = ()
 
     @property
     def label(self) -> str:
@@ -93,14 +104,58 @@ class Report:
 
     def as_markdown(self) -> str:
         """Markdown: a table for each task, one over all tasks, and the notes."""
-        parts = [self.table(task) for task in self.tasks]
+        parts = [self.tables(task) for task in self.tasks]
         if len(self.tasks) > 1:
             parts.append(self._overall_table())
         parts += ["\n".join(f"- {note}" for note in self.notes)] if self.notes else []
         return "\n\n".join(parts) + "\n"
 
+    def tables(self, task: Task) -> str:
+        """The Markdown tables of one task: scores, which learner is better, curves."""
+        parts = [self.table(task), self._pairs_table(task), self._curves_table(task)]
+        return "\n\n".join(part for part in parts if part)
+
+    def _pairs_table(self, task: Task) -> str:
+        """How probably each learner's run is above a run of each lower one; empty for one row."""
+        rows = self.of(task)[::-1]
+        if len(rows) < 2:
+            return ""
+        lower = rows[1:]
+        lines = [
+            "Probability that a run of the row scores higher than a run of the column [95 % "
+            "interval]; above 0.5 it is told apart:",
+            "",
+            f"| | {' | '.join(f'`{row.label}`' for row in lower)} |",
+            f"|---|{'---|' * len(lower)}",
+        ]
+        for place, row in enumerate(rows[:-1]):
+            cells = [
+                _probability(improvement([row.scores], [other.scores])) if at >= place else ""
+                for at, other in enumerate(lower)
+            ]
+            lines.append(f"| `{row.label}` | {' | '.join(cells)} |")
+        return "\n".join(lines)
+
+    def _curves_table(self, task: Task) -> str:
+        """The scores over the episodes; empty without a curve."""
+        rows = [row for row in self.of(task) if row.curve]
+        if not rows:
+            return ""
+        episodes = sorted({at for row in rows for at, _ in row.curve})
+        lines = [
+            "Score after so many episodes, IQM [95 % interval]:",
+            "",
+            f"| learner | {' | '.join(f'{at:,}' for at in episodes)} |",
+            f"|---|{'---|' * len(episodes)}",
+        ]
+        for row in rows:
+            known = dict(row.curve)
+            cells = [_words(known[at]) if at in known else "" for at in episodes]
+            lines.append(f"| `{row.label}` | {' | '.join(cells)} |")
+        return "\n".join(lines)
+
     def table(self, task: Task) -> str:
-        """The Markdown table of one task."""
+        """The Markdown table of one task's scores."""
         yard, first = self.yardsticks[task.name], self.of(task)[0].results[0]
         middle = _costs(task)[1]
         costs = " / ".join(f"{100 * cost:g}" for cost in _costs(task))
@@ -250,7 +305,22 @@ def _rows(task: Task, results: Sequence[Result], yard: Yardstick) -> Iterable[Ro
         groups.setdefault((result.reference, result.learner), []).append(result)
     for (reference, learner), group in groups.items():
         scores = tuple(normalised(r.area, yard.random, yard.oracle_area) for r in group)
-        yield Row(task, learner, tuple(group), scores, aggregate([scores]), reference)
+        interval = aggregate([scores])
+        curve = _curve(task, group, yard, interval)
+        yield Row(task, learner, tuple(group), scores, interval, reference, curve)
+
+
+def _curve(
+    task: Task, group: Sequence[Result], yard: Yardstick, end: Interval
+) -> tuple[tuple[int, Interval], ...]:
+    """Intervals of the scores at the stages that all results have; ``end`` is that of the end."""
+    areas = [result.areas for result in group]
+    shared = sorted(set.intersection(*(set(known) for known in areas)) - {task.budget})
+    stages = [
+        (at, aggregate([[normalised(a[at], yard.random, yard.oracle_area) for a in areas]]))
+        for at in shared
+    ]
+    return (*stages, (task.budget, end)) if stages else ()
 
 
 def _conditions(result: Result) -> dict[str, Any]:
@@ -303,6 +373,11 @@ def _at_costs(row: Row) -> str:
 def _agreement(row: Row, cost: float) -> str:
     same = np.mean([result.agreement(cost) for result in row.results])
     return "unknown" if np.isnan(same) else f"{100 * same:.1f}"
+
+
+def _probability(interval: Interval) -> str:
+    value, low, high = interval
+    return f"{value:.2f}" if math.isnan(low) else f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _words(interval: Interval) -> str:

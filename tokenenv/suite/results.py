@@ -56,6 +56,19 @@ class Point:
     same: float | None = None
 
 
+@dataclass(frozen=True)
+class Stage:
+    """What a learner's policies of that stage reach on the test images.
+
+    Attributes:
+        episodes: how many had been played.
+        points: as in a :class:`Result`, without the single images' outcomes.
+    """
+
+    episodes: int
+    points: tuple[Point, ...]
+
+
 _POINT = {
     "knob": str,
     "macs": Within(0.0, 1e3),
@@ -81,6 +94,7 @@ class Result:
         points: one for each of its policies.
         made: versions of the libraries, number of threads, and the learner's settings; empty in
             older results.
+        curve: stages of the training, in their order; empty unless they were asked for.
         reference: whether it comes with the package.
     """
 
@@ -94,6 +108,7 @@ class Result:
     dense: str
     points: tuple[Point, ...]
     made: dict[str, Any] = field(default_factory=dict)
+    curve: tuple[Stage, ...] = ()
     reference: bool = field(default=False, compare=False)
 
     @property
@@ -109,7 +124,10 @@ class Result:
     @property
     def front(self) -> Front:
         """The front of the points, see :mod:`tokenenv.suite.score`."""
-        cost, top1 = [p.macs for p in self.points], [p.top1 for p in self.points]
+        return self._front_of(self.points)
+
+    def _front_of(self, points: tuple[Point, ...]) -> Front:
+        cost, top1 = [p.macs for p in points], [p.top1 for p in points]
         return front(cost, top1, self.dense_top1, 1 / self.classes, find_task(self.task).front)
 
     @property
@@ -117,6 +135,16 @@ class Result:
         """The area of the front over the task's range."""
         task = find_task(self.task)
         return self.front.area(task.low, task.high)
+
+    @property
+    def areas(self) -> dict[int, float]:
+        """The area of the front after how many episodes; at the end :attr:`area`."""
+        task = find_task(self.task)
+        found = {
+            stage.episodes: self._front_of(stage.points).area(task.low, task.high)
+            for stage in self.curve
+        }
+        return found | {task.budget: self.area}
 
     def saved(self, lost: float = 0.01) -> float:
         """The largest saving at a drop in top-1 of at most ``lost``, both shares.
@@ -140,6 +168,8 @@ class Result:
         """JSON of all fields but ``reference``, and their ``sha256``."""
         described: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         del described["reference"]
+        if not self.curve:
+            del described["curve"]
         return described | {"sha256": _digest(described)}
 
 
@@ -148,9 +178,11 @@ def _digest(described: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
+_STAGE = {"episodes": Within(0, _MOST), "points": list}
 _RESULT = {
     **get_type_hints(Result),
     "points": list,
+    "curve": list,
     "seed": Within(0, _MOST),
     "seconds": Within(0.0, 1e12),
     "classes": Within(1, _MOST),
@@ -166,15 +198,16 @@ def from_json(found: Any, where: Path) -> Result:
         UserError: a field is missing or invalid.
     """
     try:
-        found = {"made": {}, **_unsealed(found)}  # once there were none
+        found = {"made": {}, "curve": [], **_unsealed(found)}  # once there were none
         check_fields(found, _RESULT, closed=True)
-        for point in found["points"]:
-            check_fields({"same": None, **point}, _POINT, closed=True)
-        points = tuple(Point(**point) for point in found["points"])
+        for stage in found["curve"]:
+            check_fields(stage, _STAGE, closed=True)
+        curve = tuple(Stage(s["episodes"], _points(s["points"])) for s in found["curve"])
         conditions = {"learnt_in": "float32", **found["conditions"]}  # once there was no other
-        made = Result(**{**found, "points": points, "conditions": conditions})
+        read = {"points": _points(found["points"]), "curve": curve, "conditions": conditions}
+        made = Result(**{**found, **read})
         _check(made)
-        _ = made.area  # all numbers are finite
+        _ = made.areas  # all numbers are finite
         return made
     except FAULTS as error:
         if isinstance(error, UserError) and "task" in str(error):
@@ -183,6 +216,12 @@ def from_json(found: Any, where: Path) -> Result:
             f"'{where}' is no result of the suite ({reason_of(error)}): restore it, or remove "
             "it and run the learner again"
         ) from None
+
+
+def _points(found: list[Any]) -> tuple[Point, ...]:
+    for point in found:
+        check_fields({"same": None, **point}, _POINT, closed=True)
+    return tuple(Point(**point) for point in found)
 
 
 def _unsealed(found: Any) -> dict[str, Any]:
@@ -209,6 +248,9 @@ def _check(made: Result) -> None:
     """Raise Unfit for values, each of its kind, that no run of the suite has together."""
     if not 1 <= len(made.points) <= POINTS:
         raise Unfit(f"{len(made.points)} points, and 1 to {POINTS} are allowed")
+    at = [stage.episodes for stage in made.curve]
+    if at != sorted(set(at)) or not all(stage.points for stage in made.curve):
+        raise Unfit("the stages of its curve are not in their order, or one has no point")
     plan = made.learner in (RANDOM, HEURISTIC) and not made.seed
     for packed in (made.dense, *(point.right for point in made.points if point.right or plan)):
         if not re.fullmatch(f"[0-9a-f]{{{2 * math.ceil(made.images / 8)}}}", packed):

@@ -9,7 +9,7 @@ import re
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from tokenenv.measure.printing import report_skipped
 from tokenenv.measure.state import conditions, fingerprint
 from tokenenv.paths import as_path
 from tokenenv.storage import own_folder, write_json
+from tokenenv.suite.checks import HiddenImages, check_executions
 from tokenenv.suite.learners import Learner, Means, find_learner
 from tokenenv.suite.opened import (
     OpenTask,
@@ -31,7 +32,15 @@ from tokenenv.suite.opened import (
     read_points,
     sweep,
 )
-from tokenenv.suite.results import Result, check_conditions, read_result
+from tokenenv.suite.results import (
+    RANDOM,
+    Point,
+    Result,
+    Stage,
+    check_conditions,
+    read_result,
+)
+from tokenenv.suite.stages import Stages
 from tokenenv.suite.tasks import POINTS, Task, find_task
 
 
@@ -113,14 +122,16 @@ def _run_task(
     missing = []
     for each in todo:
         if each.path.is_file():
-            _print_result(_kept(each), "kept")
+            _print_result(_kept(each, means), "kept")
         else:
             missing.append(each)
     if missing:
         dense = dense_predictions(opened)
     for number, each in enumerate(missing, 1):
         # A run is only resumed under the same conditions.
-        digest = hashlib.sha256(json.dumps(each.conditions, sort_keys=True).encode()).hexdigest()
+        every = {"evaluate_every": means.evaluate_every} if means.evaluate_every else {}
+        same = json.dumps(each.conditions | every, sort_keys=True)
+        digest = hashlib.sha256(same.encode()).hexdigest()
         folder = out / "runs" / f"{each.path.stem}-{digest[:8]}"
         result = _run_one(opened, each, dense, folder, means)
         write_json(each.path, result.as_json())
@@ -153,7 +164,15 @@ def _run_one(
     learner, seed, now = todo.learner, todo.seed, todo.conditions
     task, start = opened.spec, time.perf_counter()
     opened.played, opened.learnt_in = 0, set()
-    policies = learner.learn(opened, seed, folder, means)
+    opened.stages = Stages(0 if learner.deterministic else means.evaluate_every)
+    hidden: Any = HiddenImages(task.name)
+    test, opened.test = opened.test, hidden
+    try:
+        policies = learner.learn(opened, seed, folder, means)
+    finally:
+        opened.test = test
+    if hidden.asked:
+        hidden.refuse()  # the learner went on after the refusal
     opened.check_budget()
     if fingerprint(opened.backbone.model.state_dict()) != now["weights"]:
         raise UserError(
@@ -162,16 +181,14 @@ def _run_one(
         )
     for policy in policies.values():
         opened.check_policy(policy)
-        policy.on(opened.backbone.device)
-    only = next(iter(policies.values()))
-    swept = len(policies) == 1 and only.adjustable
-    images = len(opened.test) * (POINTS if swept else len(policies))
+        if learner.name != RANDOM:
+            check_executions(opened, policy.on(opened.backbone.device))
     words = f"{learner.name} seed {seed}"
-    with tqdm(total=images, unit="image", desc=words, leave=False, disable=None) as bar:
-        if swept:
-            points = sweep(opened, only, dense, bar.update)
-        else:
-            points = read_points(opened, policies, dense, bar.update)
+    points = _measured(opened, policies, dense, words)
+    curve = tuple(
+        Stage(episodes, _without_images(_measured(opened, kept, dense, f"{words}, {episodes}")))
+        for episodes, kept in sorted(opened.stages.kept.items())
+    )
     result = Result(
         task.name,
         learner.name,
@@ -181,17 +198,40 @@ def _run_one(
         opened.backbone.classes,
         int((dense >= 0).sum()),
         dense_hits(opened, dense),
-        tuple(points),
-        {"versions": _versions(), "threads": torch.get_num_threads()}
-        | {"settings": learner.settings(task)},
+        points,
+        {"versions": _versions(learner), "threads": torch.get_num_threads()}
+        | {"settings": learner.settings(task)}
+        | ({"evaluate_every": opened.stages.every} if opened.stages.every else {}),
+        curve,
     )
-    _ = result.area  # raises for numbers that are not finite, before the result is written
+    _ = result.areas  # raises for numbers that are not finite, before the result is written
     return result
 
 
-def _versions() -> dict[str, str]:
+def _measured(
+    opened: OpenTask, policies: dict[str, Any], dense: torch.Tensor, words: str
+) -> tuple[Point, ...]:
+    """Points of a learner's policies on the test images, under a bar called ``words``."""
+    for policy in policies.values():
+        opened.check_policy(policy)
+        policy.on(opened.backbone.device)
+    only = next(iter(policies.values()))
+    swept = len(policies) == 1 and only.adjustable
+    images = len(opened.test) * (POINTS if swept else len(policies))
+    with tqdm(total=images, unit="image", desc=words, leave=False, disable=None) as bar:
+        if swept:
+            return tuple(sweep(opened, only, dense, bar.update))
+        return tuple(read_points(opened, policies, dense, bar.update))
+
+
+def _without_images(points: Sequence[Point]) -> tuple[Point, ...]:
+    """The points without the single images' outcomes, which would make files of curves large."""
+    return tuple(replace(point, right="") for point in points)
+
+
+def _versions(learner: Learner) -> dict[str, str]:
     """Versions of Python and of the libraries that results depend on."""
-    libraries = ("torch", "timm", "numpy")
+    libraries = ["torch", "timm", "numpy", *([learner.library] if learner.library else [])]
     return {"python": platform.python_version()} | {name: version(name) for name in libraries}
 
 
@@ -222,6 +262,7 @@ def replay(
     common = conditions(task.model, opened.backbone.model, opened.test)
     now = _conditions(opened, common, learner, means)
     check_conditions(stored, now, path)
+    means = replace(means, evaluate_every=stored.made.get("evaluate_every", 0))
     with tempfile.TemporaryDirectory() as folder:
         todo = _Todo(learner, stored.seed, path, now)
         again = _run_one(opened, todo, dense_predictions(opened), Path(folder), means)
@@ -235,16 +276,27 @@ def _differences(stored: Result, again: Result) -> list[str]:
     for key in sorted(here.keys() | there.keys()):
         if here.get(key) != there.get(key):
             found.append(f"{key}: {there.get(key)} stored, {here.get(key)} now")
-    if len(stored.points) != len(again.points):
-        found.append(f"{len(stored.points)} points stored, {len(again.points)} now")
-    for old, new in zip(stored.points, again.points, strict=False):
-        if old != new:
-            found.append(
-                f"{old.knob}: {100 * old.top1:.3f} % at a cost of {old.macs:.6f} stored, "
-                f"{new.knob}: {100 * new.top1:.3f} % at {new.macs:.6f} now"
-            )
+    found += _different_points(stored.points, again.points, "")
+    stages = [[stage.episodes for stage in result.curve] for result in (stored, again)]
+    if stages[0] != stages[1]:
+        found.append(f"the curve: stages after {stages[0]} episodes stored, {stages[1]} now")
+    for old, new in zip(stored.curve, again.curve, strict=False):
+        found += _different_points(old.points, new.points, f"after {old.episodes} episodes, ")
     if stored.dense != again.dense:
         found.append("the dense model's predictions")
+    return found
+
+
+def _different_points(stored: Sequence[Point], now: Sequence[Point], where: str) -> list[str]:
+    found = []
+    if len(stored) != len(now):
+        found.append(f"{where}{len(stored)} points stored, {len(now)} now")
+    for old, new in zip(stored, now, strict=False):
+        if old != new:
+            found.append(
+                f"{where}{old.knob}: {100 * old.top1:.3f} % at a cost of {old.macs:.6f} stored, "
+                f"{new.knob}: {100 * new.top1:.3f} % at {new.macs:.6f} now"
+            )
     return found
 
 
@@ -259,11 +311,12 @@ def _place(out: Path, task: Task, learner: Learner, seed: int) -> Path:
     return out / "results" / task.name / f"{task.name}-{name}-{seed}.json"
 
 
-def _kept(todo: _Todo) -> Result:
+def _kept(todo: _Todo, means: Means) -> Result:
     """An existing result.
 
     Raises:
-        UserError: it can't be read, or is of another learner or of other conditions.
+        UserError: it can't be read, is of another learner or of other conditions, or has no curve
+            and one is asked for.
     """
     path, learner = todo.path, todo.learner
     result = read_result(path)
@@ -272,6 +325,12 @@ def _kept(todo: _Todo) -> Result:
             f"'{path}' holds learner '{result.learner}', not '{learner.name}': give another --out"
         )
     check_conditions(result, todo.conditions, path)
+    every, asked = result.made.get("evaluate_every", 0), means.evaluate_every
+    if asked and every != asked and not learner.deterministic:
+        raise UserError(
+            f"'{path}' was made with --evaluate-every {every or 'left out'} and now it is {asked}: "
+            "remove it to run it again, or give another --out"
+        )
     return result
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from agents.policies.sb3 import SB3Policy
+from tokenenv.game import Game
 from tokenenv.game.rewards import Damage
 from tokenenv.suite.opened import OpenTask
 
@@ -50,10 +54,38 @@ def sb3_policies(
         reward = {"penalty": penalty, "damage": damage}
         envs = SB3VecEnv(opened.spec.environment, _IMAGES, reward_kwargs=reward, **options)
         game = envs.envs.game
-        learner = _made(algorithm, envs, game.steps, seed)
-        learner.learn(episodes * game.steps)
-        policies[f"penalty={penalty:g}"] = SB3Policy(learner, game)
+        learner, name = _made(algorithm, envs, game.steps, seed), f"penalty={penalty:g}"
+        keep = partial(_keep, opened, game, name, len(penalties))
+        learner.learn(episodes * game.steps, callback=_before_rollouts(keep))
+        policies[name] = SB3Policy(learner, game)
     return policies
+
+
+def _before_rollouts(call: Callable[[Any], None]) -> Any:
+    """A callback that calls a function with the learner before each of its rollouts."""
+    from stable_baselines3.common.callbacks import BaseCallback
+
+    class Before(BaseCallback):
+        def _on_rollout_start(self) -> None:
+            call(self.model)
+
+        def _on_step(self) -> bool:
+            return True
+
+    return Before()
+
+
+def _keep(opened: OpenTask, game: Game, name: str, parts: int, learner: Any) -> None:
+    """Keep a stage; with a part of its episodes done a policy is that far in the whole budget."""
+
+    def frozen() -> SB3Policy:
+        saved = io.BytesIO()
+        learner.save(saved)
+        saved.seek(0)
+        return SB3Policy(type(learner).load(saved, device="cpu"), game)
+
+    episodes = parts * learner.num_timesteps // game.steps
+    opened.keep_stage(frozen, episodes=episodes, part=name)
 
 
 def _made(algorithm: str, envs: Any, steps: int, seed: int) -> Any:

@@ -21,7 +21,8 @@ as all images count the same. Its front is taken as above and scores 1. The orac
 and the result of every plan, so scores near 1 are not expected; a learner with better policies
 than all plans could exceed 1.
 
-*Aggregate.* Interquartile mean over seeds and tasks, and a 95 % percentile interval from a
+*Aggregate.* Two learners are compared by the probability that a run of one scores higher than a run
+of the other. Interquartile mean over seeds and tasks, and a 95 % percentile interval from a
 bootstrap that resamples seeds within each task (Agarwal et al. 2021, "Deep reinforcement learning
 at the edge of the statistical precipice", section 4.3). ``A_random`` and ``A_oracle`` are fixed in
 the bootstrap. ``rliable``, that paper's package, is not used: its release (1.2.0) needs ``arch<8``,
@@ -173,7 +174,7 @@ def normalised(area: float, random: float, oracle: float) -> float:
 
 
 class Interval(NamedTuple):
-    """An interquartile mean and its 95 % interval, whose ends are NaN if there is none."""
+    """An interquartile mean, or another statistic, and its 95 % interval; NaN if there is none."""
 
     iqm: float
     low: float
@@ -199,6 +200,44 @@ def aggregate(scores: Sequence[Sequence[float]], seed: int = 0) -> Interval:
     means = interquartile_mean(np.concatenate(drawn, axis=1))
     low, high = np.percentile(means, [2.5, 97.5]).tolist()
     return Interval(mean, low, high)
+
+
+def improvement(
+    first: Sequence[Sequence[float]], second: Sequence[Sequence[float]], seed: int = 0
+) -> Interval:
+    """How probably a run of one learner scores higher than a run of another, a tie counting half.
+
+    The mean over tasks of the Mann-Whitney statistic of their seeds' scores, with a stratified
+    bootstrap interval: "probability of improvement" of Agarwal et al. 2021, section 4.3.
+
+    Args:
+        first: for each task the scores of one learner's seeds.
+        second: those of the other, on the same tasks.
+        seed: of the bootstrap.
+
+    Returns:
+        The probability, and its interval; none where both have a single seed on some task.
+    """
+    pairs = [
+        (np.asarray(a, float), np.asarray(b, float)) for a, b in zip(first, second, strict=True)
+    ]
+    found = float(np.mean([_higher(a, b) for a, b in pairs]))
+    if any(len(a) == len(b) == 1 for a, b in pairs):
+        return Interval(found, np.nan, np.nan)
+    rng = np.random.default_rng(seed)
+    drawn = [
+        _higher(*(x[rng.integers(len(x), size=(REPLICATES, len(x)))] for x in pair))
+        for pair in pairs
+    ]
+    low, high = np.percentile(np.mean(drawn, axis=0), [2.5, 97.5]).tolist()
+    return Interval(found, low, high)
+
+
+def _higher(first: Numbers, second: Numbers) -> Numbers:
+    """Share of pairs in which one of ``first (..., n)`` is above one of ``second (..., m)``."""
+    one, other = first[..., :, None], second[..., None, :]
+    share: Numbers = ((one > other) + 0.5 * (one == other)).mean((-2, -1))
+    return share
 
 
 def interquartile_mean(scores: Numbers) -> Numbers:
