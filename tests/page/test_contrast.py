@@ -9,9 +9,8 @@ import pytest
 from contrasts import GRAPHICS, TEXT, contrast, from_hex
 
 import tokenenv
-from tokenenv.game.render import BARS
 from tokenenv.game.figures import PALETTE, line_colour
-from tokenenv.game.render import INK, PAPER
+from tokenenv.game.render import BARS, INK, PAPER
 
 STYLE = (Path(tokenenv.__file__).parent / "page/assets/page.css").read_text(encoding="utf-8")
 GROUNDS = ("--paper", "--card", "--accent-soft")
