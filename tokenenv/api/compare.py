@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from agents.policies.words import plain
@@ -27,13 +26,15 @@ from tokenenv.measure.comparison import (
     Comparison,
     Row,
     best_row,
+    dense_exact_row,
     dense_row,
     expand,
+    in_nats,
     make_row,
     top1_change,
     tuning,
 )
-from tokenenv.measure.evaluation import Evaluation, dense_predictions
+from tokenenv.measure.evaluation import Evaluation, dense_logits
 from tokenenv.measure.latex import latex
 from tokenenv.measure.opening import named_model, text
 from tokenenv.measure.pareto import picture
@@ -65,6 +66,7 @@ def compare(
     preprocessing: Preprocessing | None = None,
     trust: bool = False,
     seeds: bool = False,
+    published_cost: bool = False,
 ) -> Comparison:
     """Evaluate methods on one model and the same images, then time them; as ``tokenenv compare``.
 
@@ -89,6 +91,10 @@ def compare(
         trust: see :func:`tokenenv.evaluate`.
         seeds: whether runs that differ in nothing but the seed, and words in nothing but
             ``seed=``, are also summarised: mean, standard deviation, interval of the mean.
+        published_cost: whether multiply-adds count the last block in full, as papers do. By default
+            they are those executed, of the last block what the head reads, if that is the class
+            token; a row ``dense, exact`` then shows what that saves without removing any token.
+            Savings are always of the dense model in full.
 
     Raises:
         UserError: an argument is wrong; the message names it and the remedy.
@@ -118,7 +124,7 @@ def compare(
         )
         print(f"preprocessing: {source.preprocessing}")
         print(_HEADER)
-        work = Work(opened, source, state, rounds, batches, series)
+        work = Work(opened, source, state, rounds, batches, series, published_cost)
         try:
             work.evaluate()
             report_skipped(source)
@@ -176,9 +182,11 @@ class Work:
         rounds: int,
         batches: list[int],
         series: Mapping[str, str] | None = None,
+        published: bool = False,
     ) -> None:
         self.opened, self.source, self.state = opened, source, state
         self.rounds, self.batches, self.series = rounds, batches, series or {}
+        self.published = published
         self.done: dict[str, Evaluation] = {}
         self.times: dict[int, list[Speed]] = {}
 
@@ -196,9 +204,14 @@ class Work:
         missing = [each for each in candidates if each.what not in self.done]
         if not missing:
             return
-        images, passes = len(self.source), len(missing) + (not self.done)
+        images, passes = len(self.source), len(missing) + 1
         with tqdm(total=passes * images, unit="image", leave=False, disable=None) as bar:
-            dense = self._dense(bar)
+            bar.set_description(DENSE)
+            dense = dense_logits(
+                self.opened.dense, self.source, batch_size=_BATCH, progress=bar.update
+            )
+            known = next(iter(self.done.values()), None)
+            readable = torch.where(~dense[:, 0].isnan())[0] if known is None else known.index
             for number, candidate in enumerate(missing, passes - len(missing)):
                 bar.update(number * images - bar.n)  # unreadable images were not counted
                 bar.set_description(candidate.what)
@@ -206,7 +219,7 @@ class Work:
                     self.opened.dense, self.source, batch_size=_BATCH, dense=dense,
                     progress=bar.update,
                 )  # fmt: skip
-                if not torch.equal(torch.where(dense >= 0)[0], result.index):
+                if not torch.equal(readable, result.index):
                     raise UserError(
                         f"other images of '{self.source.name}' can be read than in the rows "
                         "before: restore the files, or give a new --out"
@@ -217,16 +230,6 @@ class Work:
                 best = best_row(self._rows())
                 if best:
                     bar.set_postfix_str(f"within a point: {best.what} saves {best.saved:.1f} %")
-
-    def _dense(self, bar: tqdm[Any]) -> Tensor:
-        """``(len(source),)`` predictions of the dense model; -1: unreadable."""
-        if self.done:
-            known = next(iter(self.done.values()))
-            return torch.full((len(self.source),), -1).index_put((known.index,), known.dense)
-        bar.set_description(DENSE)
-        return dense_predictions(
-            self.opened.dense, self.source, batch_size=_BATCH, progress=bar.update
-        )
 
     def time(self) -> None:
         """Fill :attr:`times`: from the saved state where possible, else by timing."""
@@ -271,13 +274,18 @@ class Work:
         )
         rows = self._rows(speeds)
         return Comparison(
-            [dense_row(first, speeds.get(DENSE, ())), *rows],
+            [*self._dense_rows(first, speeds.get(DENSE, ())), *rows],
             model.name,
             self.source.name,
             timing if self.times else "",
             class_rows(self.done, class_names(self.opened.dense.model)),
             seed_rows(rows, self.series),
+            self.published,
         )
+
+    def _dense_rows(self, result: Evaluation, speeds: Sequence[Speed]) -> list[Row]:
+        dense, exact = dense_row(result, speeds), dense_exact_row(result)
+        return [dense] if self.published or not exact.saved else [dense, exact]
 
     def _rows(self, speeds: dict[str, list[Speed]] | None = None) -> list[Row]:
         finished = [each for each in self.opened.candidates if each.what in self.done]
@@ -285,17 +293,20 @@ class Work:
 
     def _row(self, candidate: Candidate, speeds: Sequence[Speed] = ()) -> Row:
         found = self.done[candidate.what]
+        if not self.published:
+            found = found.as_executed()
         return make_row(candidate.what, candidate.group, candidate.frozen, found, speeds)
 
 
 _HEADER = (
-    f"  {'':46}{'top-1 %':>9}{'top-1 change, pp [95 %]':>26}{'same %':>8}{'GMACs':>9}{'saved %':>9}"
+    f"  {'':46}{'top-1 %':>9}{'top-1 change, pp [95 %]':>26}{'same %':>8}{'nats':>9}{'GMACs':>9}"
+    f"{'saved %':>9}"
 )
 
 
 def _line(row: Row) -> str:
     mark = "" if row.frozen else f"  {tuning(row.frozen)}"
     return (
-        f"  {row.what:46}{row.top1:9.2f}{top1_change(row):>26}{row.agreement:8.1f}{row.gmacs:9.4f}"
-        f"{row.saved:9.1f}{mark}"
+        f"  {row.what:46}{row.top1:9.2f}{top1_change(row):>26}{row.agreement:8.1f}"
+        f"{in_nats(row):>9}{row.gmacs:9.4f}{row.saved:9.1f}{mark}"
     )
