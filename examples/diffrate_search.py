@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
 
         search = RateSearch(backbone, images, dense, Cost(backbone), passed=passed)
         rates = search.run(args.saving / 100, args.step or max(1, backbone.patches // 24), show)
-    found = search.outcome(rates)
+        found = search.outcome(rates)
     print(word_of(rates))
     print(
         f"{100 * found.saving:.1f} % fewer MACs (1 MAC = 1 FLOP), divergence {found.damage:.4f} "

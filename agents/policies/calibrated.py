@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from tokenenv.game.policy import Method, Policy, play
 from tokenenv.game.rules import LayerMerge, Observation
 from tokenenv.vit.backbone import Backbone
 
-MOST, LEAST = 512, 32
+MOST, LEAST = 256, 32
 """How many images are read at most, and at least."""
 
 _BATCH = 64
@@ -132,11 +133,19 @@ def calibration_images(backbone: Backbone, folder: str) -> Tensor:
     Raises:
         UserError: they can't be read, or there are fewer than :data:`LEAST`.
     """
-    source = open_source(folder or None, backbone.model, split="train", limit=MOST)
-    images = source.batch(torch.arange(len(source))).images
+    read = _READ.setdefault(backbone, {})
+    if folder not in read:
+        source = open_source(folder or None, backbone.model, split="train", limit=MOST)
+        read.clear()
+        read[folder] = source.batch(torch.arange(len(source))).images
+    images = read[folder]
     if len(images) < LEAST:
         raise UserError(
             f"images={folder}: {len(images)} images are too few to calibrate on, give {LEAST} or "
             "more"
         )
     return images.to(backbone.device, backbone.dtype)
+
+
+_READ: WeakKeyDictionary[Backbone, dict[str, Tensor]] = WeakKeyDictionary()
+"""The images read last for each model: a sweep calibrates many methods on the same ones."""
