@@ -45,14 +45,16 @@ def main(argv: list[str] | None = None) -> None:
     images = source.batch(torch.arange(len(source))).images
     dense = F.log_softmax(backbone(images).float(), -1)
     with tqdm(total=round(args.saving, 1), unit="%", bar_format=_BAR) as bar:
-        run = {"divergence": "", "images run": 0}
+        ran, damage = 0, 0.0
 
         def passed(count: int) -> None:
-            run["images run"] += count
-            bar.set_postfix(run)
+            nonlocal ran
+            ran += count
+            bar.set_postfix({"images run": ran, "divergence": f"{damage:.4f}"})
 
         def show(outcome: Outcome) -> None:
-            run["divergence"] = f"{outcome.damage:.4f}"
+            nonlocal damage
+            damage = outcome.damage
             bar.n = min(max(100 * outcome.saving, 0.0), bar.total)
             bar.refresh()
 
