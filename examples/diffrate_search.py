@@ -24,7 +24,7 @@ from tokenenv.errors import run_script
 from tokenenv.game.cost import Cost
 from tokenenv.tuning.rates import Outcome, RateSearch, word_of
 
-_BAR = "{l_bar}{bar}| {n:.1f} of {total:.1f} % saved [{elapsed}<{remaining}{postfix}]"
+_BAR = "{l_bar}{bar}| {n:.1f} of {total:.1f} % saved [{elapsed}{postfix}]"
 
 
 @torch.inference_mode()
@@ -44,15 +44,23 @@ def main(argv: list[str] | None = None) -> None:
     source = open_source(args.data, backbone.model, split="train", limit=args.images)
     images = source.batch(torch.arange(len(source))).images
     dense = F.log_softmax(backbone(images).float(), -1)
-    search = RateSearch(backbone, images, dense, Cost(backbone))
     with tqdm(total=round(args.saving, 1), unit="%", bar_format=_BAR) as bar:
+        ran, damage = 0, 0.0
+
+        def passed(count: int) -> None:
+            nonlocal ran
+            ran += count
+            bar.set_postfix({"images run": ran, "divergence": f"{damage:.4f}"})
 
         def show(outcome: Outcome) -> None:
-            bar.set_postfix(divergence=f"{outcome.damage:.4f}", refresh=False)
-            bar.update(min(100 * outcome.saving, bar.total) - bar.n)
+            nonlocal damage
+            damage = outcome.damage
+            bar.n = min(max(100 * outcome.saving, 0.0), bar.total)
+            bar.refresh()
 
+        search = RateSearch(backbone, images, dense, Cost(backbone), passed=passed)
         rates = search.run(args.saving / 100, args.step or max(1, backbone.patches // 24), show)
-    found = search.outcome(rates)
+        found = search.outcome(rates)
     print(word_of(rates))
     print(
         f"{100 * found.saving:.1f} % fewer MACs (1 MAC = 1 FLOP), divergence {found.damage:.4f} "

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from tokenenv.errors import UserError
+
+_OUTSIDE = re.compile(r",(?![^(]*\))")
+"""A comma outside of brackets."""
 
 _READERS = {bool: "flag", int: "whole", float: "number", str: "text"}
 """The method of :class:`Words` that reads a plain type."""
@@ -34,7 +38,7 @@ class Words:
     """
 
     def __init__(self, what: str, rest: str, usage: str) -> None:
-        pairs = [part.partition("=") for part in rest.split(",") if part]
+        pairs = [part.partition("=") for part in _OUTSIDE.split(rest) if part]
         if any(not sep or not value for _, sep, value in pairs):
             raise UserError(f"'{what}': arguments have the form key=value, separated by commas")
         self.what, self.usage = what, usage
@@ -50,15 +54,19 @@ class Words:
             )
 
     def blocks(self, default: tuple[int, ...]) -> tuple[int, ...]:
-        """Read ``blocks``: block indices separated by ``/``."""
+        """Read ``blocks``: block indices, or ranges such as ``3..11``, separated by ``/``."""
         text = self._left.pop("blocks", None)
         if text is None:
             return default
         try:
-            return tuple(int(part) for part in text.split("/"))
+            found: list[int] = []
+            for part in text.split("/"):
+                low, dots, high = part.partition("..")
+                found += range(int(low), int(high if dots else low) + 1)
+            return tuple(found)
         except ValueError:
             raise UserError(
-                f"'{self.what}': blocks={text} must be block indices such as 3/6/9"
+                f"'{self.what}': blocks={text} must be block indices such as 3/6/9 or 3..9"
             ) from None
 
     def seed(self) -> int:
@@ -87,6 +95,17 @@ class Words:
         text = self.text(key)
         low, two, high = text.partition("..")
         return (self._float(key, low), self._float(key, high)) if two else self._float(key, text)
+
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """Read numbers separated by ``/``."""
+        return tuple(self._float(key, text) for text in self.text(key).split("/"))
+
+    def inside(self, key: str, word: str) -> str | None:
+        """Read ``key=word(...)`` as what the brackets hold; None, and unread, of another form."""
+        text = self._left.get(key, "")
+        if not (text.startswith(f"{word}(") and text.endswith(")")):
+            return None
+        return self.text(key)[len(word) + 1 : -1]
 
     def wholes(self, key: str) -> tuple[int, ...]:
         """Read whole numbers separated by ``/``."""

@@ -203,30 +203,44 @@ def decreasing(r: int, blocks: int) -> tuple[int, ...]:
 
 @dataclass
 class MergeAbove(Heuristic):
-    """Merges the pairs whose keys have a cosine of at least ``similarity``, in every block."""
+    """Merges the pairs whose keys have a cosine of at least ``similarity``.
+
+    ``similarity`` is one number for all blocks, or one for each.
+    """
 
     rules: LayerMerge
-    similarity: float
+    similarity: float | tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if not -1.0 <= self.similarity <= 1.0:
-            raise UserError(f"similarity {self.similarity:g} is no cosine: give -1 to 1")
+        several = self._several
+        if len(several) != len(self.rules.blocks):
+            raise UserError(
+                f"similarity={'/'.join(f'{each:g}' for each in several)} gives {len(several)} "
+                f"numbers for {len(self.rules.blocks)} blocks: give one for all, or one for each"
+            )
+        for each in several:
+            if not -1.0 <= each <= 1.0:
+                raise UserError(f"similarity {each:g} is no cosine: give -1 to 1")
         self.rules = replace(self.rules, features=("similarity",), share=False)
 
     def next_action(self, episode: Episode) -> Tensor:
         """:meth:`act` by the similarities themselves, in fewer operations."""
         match = episode.moment.match
         assert match is not None
-        return scaled(match.score) >= self._least
+        return scaled(match.score) >= self._least(episode.step)
 
     def act(self, observation: Observation) -> Tensor:
         """``(B, A)`` int64, 1 for the pairs to merge."""
-        return (observation.feature("similarity")[..., 0] >= self._least).long()
+        return (observation.feature("similarity")[..., 0] >= self._least(observation.step)).long()
 
     @property
-    def _least(self) -> float:
-        """The threshold as the feature is scaled, and rounded alike."""
-        return scaled(torch.tensor(self.similarity)).item()
+    def _several(self) -> tuple[float, ...]:
+        given = self.similarity
+        return given if isinstance(given, tuple) else (given,) * len(self.rules.blocks)
+
+    def _least(self, step: int) -> float:
+        """The threshold of a decision as the feature is scaled, and rounded alike."""
+        return scaled(torch.tensor(self._several[step])).item()
 
 
 @dataclass

@@ -8,10 +8,11 @@ import os
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 from agents.policies import POLICY, SHIPPED, load, shipped
 from agents.policies.beam import BeamMerge, BeamPrune
+from agents.policies.calibrated import DToMe, MeanCounts
 from agents.policies.heuristics import (
     KeepAll,
     MergeAbove,
@@ -29,6 +30,8 @@ from tokenenv.game.rules import LayerMerge, TokenPrune
 from tokenenv.own import load_own, split_own
 from tokenenv.reducers import REDUCERS, Reducer
 from tokenenv.words import Words, is_readable
+
+N = TypeVar("N", int, float)
 
 
 class Word(NamedTuple):
@@ -242,18 +245,25 @@ def _tome(words: Words, depth: int) -> Policy:
     pairs = _pairs(
         words, depth, proportional=words.flag("proportional"), shuffle=words.flag("shuffle")
     )
+    run = words.inside("r", "mean")
+    if run is not None:
+        return MeanCounts(pairs, parse_policy(run, depth), words.text("images", ""))
     r: int | tuple[int, ...]
     if words.choice("schedule", "constant", "decreasing") == "decreasing":
         r = decreasing(check_pairs(words.whole("r")), len(pairs.blocks))
     else:
-        several = words.wholes("r")
-        r = several if len(several) > 1 else several[0]
+        r = _one_or_each(words.wholes("r"))
     return MergeStrongest(pairs, r)
 
 
 def _beam(kind: Callable[..., Policy], words: Words, rules: LayerMerge | TokenPrune) -> Policy:
     given = {name: words.whole(name) for name in ("width", "tries") if words.has(name)}
     return kind(words.number("price"), **given, rules=rules)
+
+
+def _one_or_each(numbers: tuple[N, ...]) -> N | tuple[N, ...]:
+    """A single number alone, which stands for all blocks."""
+    return numbers if len(numbers) > 1 else numbers[0]
 
 
 WORDS: dict[str, Word] = {
@@ -276,7 +286,8 @@ WORDS: dict[str, Word] = {
     "tome": Word(
         "tome:r=8[,blocks=0/1/2][,schedule=decreasing][,proportional=0][,shuffle=0]: merges the 8 "
         "most similar pairs in every block (ToMe); r=8/6/4 block by block; decreasing from 16 to "
-        "0; shuffle=0 keeps the order of the patches",
+        "0; shuffle=0 keeps the order of the patches; r=mean(RUN)[,images=DIR]: the mean counts of "
+        "another method on images",
         _tome,
     ),
     "random-merge": Word(
@@ -284,8 +295,18 @@ WORDS: dict[str, Word] = {
         lambda words, depth: MergeRandom(_pairs(words, depth), words.whole("r"), words.seed()),
     ),
     "merge-above": Word(
-        "merge-above:similarity=0.9[,blocks=0/1/2]: merges all pairs at least so similar",
-        lambda words, depth: MergeAbove(_pairs(words, depth), words.number("similarity")),
+        "merge-above:similarity=0.9[,blocks=0/1/2]: merges all pairs at least so similar; "
+        "similarity=0.9/0.8/0.8 block by block",
+        lambda words, depth: MergeAbove(
+            _pairs(words, depth), _one_or_each(words.numbers("similarity"))
+        ),
+    ),
+    "dtome": Word(
+        "dtome:r=8[,images=DIR][,blocks=3/4/5]: merge-above with a threshold for each block, such "
+        "that 8 pairs merge on average over the images (DToMe)",
+        lambda words, depth: DToMe(
+            _pairs(words, depth), _one_or_each(words.wholes("r")), words.text("images", "")
+        ),
     ),
     "beam-merge": Word(
         "beam-merge:price=1[,width=4][,tries=5][,blocks=0/1/2]: an oracle: plans with the model, "

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
 KEYS = {
     "model", "data", "images", "skipped", "top1", "top1_dense", "agreement", "gmacs",
     "gmacs_dense", "tokens", "images_per_s", "images_per_s_dense", "dtype", "predictions",
-    "preprocessing",
+    "preprocessing", "gmacs_executed", "gmacs_dense_executed", "divergence",
 }  # fmt: skip
 
 

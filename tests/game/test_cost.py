@@ -1,14 +1,19 @@
 """Multiply-adds: known totals, and the closed form against what is really executed."""
 
+import copy
+
 import pytest
 import timm
 import torch
 from helpers import executed_macs
+from torch.testing import assert_close
 
 from agents.policies.actor import ActorPolicy, Widths
 from agents.policies.gated import GatedPolicy
 from agents.policies.heuristics import MergeStrongest, TopK
+from agents.policies.words import parse_policy
 from tokenenv.game.cost import Cost, measured_macs
+from tokenenv.game.episode import Episode
 from tokenenv.game.policy import Method, play
 from tokenenv.game.rules import LayerMerge, LayerPrune, TokenPrune
 from tokenenv.vit.backbone import Backbone
@@ -169,3 +174,34 @@ def test_what_a_gate_costs_by_hand() -> None:
     assert closed == gate
     assert opened == gate + enter + encoder + budget + selector + ours
     assert opened == pytest.approx(57e6, rel=0.02)
+
+
+def everywhere(backbone: Backbone) -> list[Method]:
+    """Methods that decide in the last block, between its halves or before it, or not at all."""
+    last = backbone.depth - 1
+    words = [
+        "keep-all", "tome:r=5", f"random:keep=0.5,blocks=1/{last}", "pitome:keep=0.8",
+        f"norm:keep=0.6,blocks=2/{last}", "merge-above:similarity=0.2",
+    ]  # fmt: skip
+    return [learned(backbone), *(parse_policy(word, backbone.depth) for word in words)]
+
+
+def test_what_is_executed_is_what_torch_counts(backbone: Backbone) -> None:
+    """A pass for the logits leaves out of the last block what the head doesn't read."""
+    cost, image = Cost(backbone), torch.randn(1, 3, 96, 96)
+    for method in everywhere(backbone):
+        with torch.no_grad():
+            episode = play(backbone, copy.deepcopy(method), image, "padded")
+
+        def run(method: Method = method) -> Episode:
+            return play(backbone, copy.deepcopy(method), image, "padded", only_logits=True)
+
+        with torch.no_grad():
+            assert_close(run().logits, episode.logits, atol=1e-5, rtol=0)
+        executed = cost.executed(episode, method).item()
+        assert executed == pytest.approx(executed_macs(run), rel=1e-9)
+        assert (executed < cost.of(episode, method).item()) == backbone.reads_prefix
+    dense = play(backbone, parse_policy("keep-all", backbone.depth), image)
+    assert cost.executed(dense, parse_policy("keep-all", backbone.depth)).item() == pytest.approx(
+        cost.dense_executed()
+    )

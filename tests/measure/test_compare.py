@@ -32,7 +32,7 @@ FILES = {
     "state",
 }  # fmt: skip
 SMALL = "compare 'tome:r=3|6' random-merge:r=5 {} --limit 30 --batch 1,5 --rounds 1"
-WHATS = ["dense", "tome:r=3", "tome:r=6", "random-merge:r=5"]
+WHATS = ["dense", "dense, exact", "tome:r=3", "tome:r=6", "random-merge:r=5"]
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,12 @@ def test_the_folder_holds_what_evaluate_and_bench_say(capsys: pytest.CaptureFixt
     assert [row["what"] for row in table["rows"]] == WHATS  # each once
     assert (table["model"], table["data"]) == ("digits_vit", "digits:test")
     out = capsys.readouterr().out
-    for row in table["rows"]:
+    dense, exact = table["rows"][:2]
+    assert exact["speeds"] == [] and exact["saved"] > 0
+    assert exact | {"what": "dense", "method": "dense"} == dense | {
+        key: exact[key] for key in ("gmacs", "saved", "speeds", "pareto")
+    }
+    for row in (dense, *table["rows"][2:]):
         assert [speed["batch"] for speed in row["speeds"]] == [1, 5]
         assert row["images"] == 30 and row["frozen"]
         for speed in row["speeds"]:
@@ -68,22 +73,25 @@ def test_the_folder_holds_what_evaluate_and_bench_say(capsys: pytest.CaptureFixt
             continue
         assert main(["evaluate", row["what"], "--limit", "30", "--json", "r.json"]) == 0
         report = json.loads(Path("r.json").read_text())
-        assert (row["top1"], row["gmacs"]) == pytest.approx((report["top1"], report["gmacs"]))
+        for name, same in (("top1", "top1"), ("gmacs", "gmacs_executed")):
+            assert row[name] == pytest.approx(report[same])
+        assert exact["gmacs"] == report["gmacs_dense_executed"]
         assert row["agreement"] == report["agreement"]
+        assert row["divergence"] == pytest.approx(report["divergence"])
         assert row["lost"] == pytest.approx(report["top1_dense"] - report["top1"])
-        assert row["saved"] == pytest.approx(100 * (1 - report["gmacs"] / report["gmacs_dense"]))
+        assert row["saved"] == pytest.approx(100 * (1 - row["gmacs"] / report["gmacs_dense"]))
         assert f"{row['gmacs']:.4f}" in out
     with open("compare/table.csv", newline="") as file:
         assert [line["what"] for line in csv.DictReader(file)] == WHATS
     text = Path("compare/table.md").read_text()
     assert all(f"`{what}`" in text for what in WHATS)
     lines = Path("compare/table.tex").read_text().splitlines()
-    assert [line.split(" & ")[0] for line in lines[5:9]] == WHATS
-    assert all(line.endswith(r" \\") for line in lines[5:9])
+    assert [line.split(" & ")[0] for line in lines[5:10]] == WHATS
+    assert all(line.endswith(r" \\") for line in lines[5:10])
     with open("compare/classes.csv", newline="") as file:
         classes = list(csv.DictReader(file))
     assert sum(int(each["images"]) for each in classes) == 30
-    for row in table["rows"]:
+    for row in (dense, *table["rows"][2:]):
         right = sum(int(each["images"]) * float(each[row["what"]]) for each in classes)
         assert right / 30 == pytest.approx(row["top1"], abs=1e-2)
     report = Path("compare/report.html").read_text()
@@ -116,8 +124,8 @@ def test_after_ctrl_c_the_same_command_goes_on(
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == "tokenenv: interrupted; 1 of 3 rows are evaluated; the same command goes on"
     part = json.loads(Path("compare/table.json").read_text())
-    assert [row["what"] for row in part["rows"]] == WHATS[:2]
-    assert part["rows"][1]["speeds"] == [] and part["timing"] == ""
+    assert [row["what"] for row in part["rows"]] == WHATS[:3]
+    assert part["rows"][2]["speeds"] == [] and part["timing"] == ""
     assert {path.name for path in Path("compare").iterdir()} == FILES
 
     del asked[:]
@@ -151,6 +159,8 @@ def test_ctrl_c_while_timing_keeps_the_batch_sizes_done(
     table = compare(SMALL)
     assert next(calls) == 4  # batch 5 alone
     for before, after in zip(part["rows"], table["rows"], strict=True):
+        if after["what"] == "dense, exact":
+            continue
         assert after["speeds"][:1] == before["speeds"] and len(after["speeds"]) == 2
 
 
@@ -159,7 +169,7 @@ def test_further_rows_are_timed_with_the_others(monkeypatch: pytest.MonkeyPatch)
     asked = press_in_evaluation(monkeypatch, 0)
     table = compare(SMALL, "keep-all")
     assert len(asked) == 1
-    assert [len(row["speeds"]) for row in table["rows"]] == [2] * 5
+    assert [len(row["speeds"]) for row in table["rows"]] == [2, 0, 2, 2, 2, 2]
     rows = json.loads(Path("compare/state/batch-5.json").read_text())["rows"]
     assert len(rows) == 5
 
@@ -178,7 +188,7 @@ def test_a_fine_tuned_run_plays_on_its_own_backbone(capsys: pytest.CaptureFixtur
     tuned_run(Path("tuned"))
     tuned_run(Path("tome"))  # its name is taken: nobody asks for it
     table = compare("compare tuned tome:r=4 --limit 40 --batch 2 --rounds 1")
-    dense, tuned, tome = table["rows"]
+    dense, _, tuned, tome = table["rows"]
     assert (dense["frozen"], tuned["frozen"], tome["frozen"]) == (True, False, True)
     assert dense["top1"] > 90 and tome["top1"] > 90 and tuned["top1"] < 10
     assert tuned["agreement"] < 10 < 90 < tome["agreement"]
@@ -189,8 +199,8 @@ def test_a_fine_tuned_run_plays_on_its_own_backbone(capsys: pytest.CaptureFixtur
     # Trained on: evaluated anew, the other is not.
     save_file(load_file(WEIGHTS), "tuned/model.safetensors")
     again = compare("compare tuned tome:r=4 --limit 40 --batch 2 --rounds 1")
-    assert again["rows"][1]["top1"] == tome["top1"]
     assert again["rows"][2]["top1"] == tome["top1"]
+    assert again["rows"][3]["top1"] == tome["top1"]
 
 
 def test_the_sweep_of_a_runs_threshold() -> None:
@@ -204,7 +214,7 @@ def test_the_sweep_of_a_runs_threshold() -> None:
     Path("run").mkdir()
     policy.save(Path("run/policy.safetensors"))
     table = compare("compare 'run:threshold=0.2|0.5|0.9' --limit 20 --batch 2 --rounds 1")
-    saved = [row["saved"] for row in table["rows"][1:]]
+    saved = [row["saved"] for row in table["rows"][2:]]
     assert saved == sorted(saved, reverse=True) and len(set(saved)) == 3
     assert list(table["hypervolume"]["percent"]) == ["run"]
 
@@ -221,7 +231,7 @@ def test_runs_of_several_seeds_are_summarised(capsys: pytest.CaptureFixture[str]
     runs, random = table["seeds"]
     assert runs["what"] == "runs/dora" and runs["rows"] == [f"runs/dora-{i}" for i in range(3)]
     assert random["what"] == "random-merge:r=5" and len(random["rows"]) == 2
-    saved = [row["saved"] for row in table["rows"][1:4]]
+    saved = [row["saved"] for row in table["rows"][2:5]]
     mean, sd = sum(saved) / 3, statistics.stdev(saved)
     assert (runs["saved"]["mean"], runs["saved"]["sd"]) == pytest.approx((mean, sd))
     half = 4.302653 * sd / 3**0.5  # Student's t, 2 degrees of freedom
@@ -246,7 +256,7 @@ def test_unreadable_images_are_left_out(capsys: pytest.CaptureFixture[str]) -> N
     Path("images/3/bad.png").write_bytes(b"no picture")
     command = "compare 'tome:r=3|6' {} --data images --batch 2 --rounds 1"
     table = compare(command)
-    assert [row["images"] for row in table["rows"]] == [12] * 3
+    assert [row["images"] for row in table["rows"]] == [12] * 4
     assert "skipped 1 unreadable images" in capsys.readouterr().out
     Path("images/3/bad.png").write_bytes(next(Path("images/1").iterdir()).read_bytes())
     assert main(shlex.split(command.format("tome:r=1"))) == 2
@@ -326,3 +336,14 @@ def test_backbones_of_their_own_on_the_clock() -> None:
     dense, own, shared = bench.bench(backbone(), candidates, torch.randn(2, 1, 8, 8), rounds=1)
     assert own.gmacs < 0.5 * shared.gmacs < dense.gmacs
     assert own.gmacs_dense == shared.gmacs_dense == dense.gmacs
+
+
+def test_published_costs_count_the_last_block_in_full() -> None:
+    exact = compare(SMALL)
+    published = compare(SMALL, "--published-cost")  # the same folder: nothing runs again
+    assert [row["what"] for row in published["rows"]] == [w for w in WHATS if w != "dense, exact"]
+    free = exact["rows"][1]["saved"]
+    for one, other in zip(exact["rows"][2:], published["rows"][1:], strict=True):
+        assert one["what"] == other["what"] and one["top1"] == other["top1"]
+        assert other["saved"] < one["saved"] < other["saved"] + free
+    assert "the last block in full" in Path("compare/table.md").read_text()

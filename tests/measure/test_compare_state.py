@@ -24,8 +24,9 @@ def row(**changes: Any) -> Evaluation:
     values: dict[str, Any] = {
         "labels": whole, "dense": whole, "reduced": whole, "losses": torch.rand(3),
         "macs": torch.full((3,), 1e6, dtype=torch.float64), "lengths": torch.ones(3, 2).long(),
-        "dense_macs": 2e6, "index": torch.tensor([0, 2, 4]), "seconds": 0.5,
-        "dense_seconds": None,
+        "executed": torch.full((3,), 9e5, dtype=torch.float64), "divergence": torch.rand(3),
+        "dense_macs": 2e6, "dense_executed": 1.8e6, "index": torch.tensor([0, 2, 4]),
+        "seconds": 0.5, "dense_seconds": None,
     }  # fmt: skip
     return Evaluation(**values | changes)
 

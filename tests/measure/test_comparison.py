@@ -26,6 +26,7 @@ from tokenenv.measure.comparison import (
     Comparison,
     Row,
     best_row,
+    dense_exact_row,
     dense_row,
     expand,
     hypervolume,
@@ -238,8 +239,10 @@ def evaluation(reduced: list[int]) -> Evaluation:
         reduced=torch.tensor(reduced),
         losses=torch.zeros(n),
         macs=torch.tensor([1e9, 2e9] * (n // 2), dtype=torch.float64),
+        executed=torch.tensor([0.9e9, 1.8e9] * (n // 2), dtype=torch.float64),
         lengths=torch.ones(n, 3),
         dense_macs=3e9,
+        dense_executed=2.7e9,
         index=torch.arange(n),
         seconds=1.0,
         dense_seconds=None,
@@ -256,6 +259,10 @@ def test_a_row_by_hand() -> None:
     assert found.lost_low < found.lost < found.lost_high
     dense = dense_row(result)
     assert (dense.gmacs, dense.saved, dense.lost) == (3, 0, 0)
+    exact = dense_exact_row(result)
+    assert (exact.what, exact.gmacs, exact.top1) == ("dense, exact", 2.7, dense.top1)
+    assert exact.saved == pytest.approx(10)
+    assert make_row("m:k=1", "m", False, result.as_executed()).gmacs == pytest.approx(1.35)
     assert dense.top1 == pytest.approx(100 * 5 / 6)
 
 
@@ -293,7 +300,8 @@ def test_all_tables_say_the_same() -> None:
         assert (line["images_per_s_b1"], line["images_per_s_b8"]) == ("10", "20")
     text = found.as_markdown()
     assert (
-        "| `tome:r=8` | frozen | 78.00 | -2.00 [-3.00, -1.00] | 95.0 | 0.6000 | 40.0 | * |" in text
+        "| `tome:r=8` | frozen | 78.00 | -2.00 [-3.00, -1.00] | 95.0 | - | 0.6000 | 40.0 | * |"
+        in text
     )
     assert "| `runs/a\\|b` | fine-tuned | 79.50 |" in text
     assert "| `tome` | frozen | 2 | 34.00 |" in text

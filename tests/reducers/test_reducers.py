@@ -6,12 +6,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import plain_reducers
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import executed_macs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_reducers import cosine
 from test_backbone import family_model, image_for
 from torch import Tensor
 from torch.testing import assert_close
@@ -23,7 +25,18 @@ from tokenenv import UserError, load_backbone, open_source
 from tokenenv.game.cost import Cost
 from tokenenv.game.episode import EXECUTIONS, Episode
 from tokenenv.game.policy import play
-from tokenenv.reducers import ATS, DiffRate, EViT, PiToMe, Reducer, ZeroTPrune
+from tokenenv.reducers import (
+    ATC,
+    ATS,
+    MCTF,
+    DiffRate,
+    EViT,
+    PiToMe,
+    Reducer,
+    RepresentationShift,
+    ToFu,
+    ZeroTPrune,
+)
 from tokenenv.vit import reduction
 from tokenenv.vit.attention import matrix
 from tokenenv.vit.backbone import Backbone, Context
@@ -51,6 +64,7 @@ def some_tokens(seed: int) -> tuple[Tokens, Context]:
         cls_attention=attention[:, :, 0].mean(1),
         value_norms=rand(count),
         attention=attention,
+        embeddings=rand(count, 4) - 0.5,
     )
 
 
@@ -85,10 +99,6 @@ def image(tokens: Tokens, b: int) -> One:
         {i: float(tokens.size[b, i]) for i in living},
         {i: {p for p, owner in enumerate(source) if owner == i} for i in living},
     )
-
-
-def cosine(a: Tensor, b: Tensor) -> float:
-    return F.cosine_similarity(a.double(), b.double(), dim=0).item()
 
 
 def evit(one: One, about: dict[str, Tensor], reducer: EViT) -> None:
@@ -180,6 +190,11 @@ CASES: dict[str, tuple[ByHand, Callable[[float, int], Reducer]]] = {
         lambda keep, n: ZeroTPrune((3,), keep, 1.0, n + 1),
     ),
     "diffrate": (diffrate, lambda keep, n: DiffRate((3,), (n // 2,), (n,))),  # type: ignore[dict-item]
+    "tofu, early": (plain_reducers.tofu, lambda keep, n: ToFu((3,), (n,))),
+    "tofu, late": (plain_reducers.tofu, lambda keep, n: ToFu((3,), (n,), 3)),
+    "atc": (plain_reducers.atc, lambda keep, n: ATC((3,), keep)),
+    "mctf": (plain_reducers.mctf, lambda keep, n: MCTF((3,), (2 * n,))),
+    "shift": (plain_reducers.shift, lambda keep, n: RepresentationShift((3,), keep)),
 }
 
 
@@ -195,6 +210,7 @@ def test_what_plain_loops_say(case: str, seed: int, keep: float, n: int) -> None
     for b in range(3):
         one = image(tokens, b)
         about = {name: v[b] for name, v in vars(context).items() if v is not None}
+        about["alive"] = tokens.alive[b]
         by_hand(one, about, reducer)
         expected, found = one.groups(), image(got, b).groups()
         assert found.keys() == expected.keys()
@@ -202,7 +218,7 @@ def test_what_plain_loops_say(case: str, seed: int, keep: float, n: int) -> None
             assert_close(found[patches], x, atol=1e-5, rtol=1e-5)
     assert torch.equal(got.size[got.alive], _patches(got)[got.alive].float())
     gone = (got.source < 0) & (tokens.source >= 0)
-    if isinstance(reducer, PiToMe) or (isinstance(reducer, EViT) and reducer.fuse):
+    if isinstance(reducer, PiToMe | ATC | MCTF) or (isinstance(reducer, EViT) and reducer.fuse):
         assert not gone.any(), "who merges loses no patch"
 
 
@@ -219,9 +235,10 @@ SPECS = (
     "evit:keep=0.7,blocks=1/2", "evit:keep=0.6,blocks=0/2/3,fuse=0", "pitome:keep=0.8",
     "ats:tokens=20/9,blocks=1/2", "zerotprune:keep=0.7,blocks=0/2",
     "diffrate:prune=1/2/0/3,merge=3/0/2/1", "tome:r=5/4/0/1", "tome:r=3,schedule=decreasing",
-    "tome:r=4,proportional=0",
+    "tome:r=4,proportional=0", "tofu:r=5/4/3/1", "atc:keep=0.7,blocks=0/2", "mctf:r=7/4/3/2",
+    "shift:keep=0.7,blocks=1/3",
 )  # fmt: skip
-NO_CLASS_TOKEN = [s for s in SPECS if s.startswith(("pitome", "zerotprune", "tome"))]
+NO_CLASS_TOKEN = [s for s in SPECS if not s.startswith(("evit", "ats", "diffrate"))]
 KINDS = ("deit", "distilled", "registers (DINOv2)", "average and max pooling", "qk-norm",
          "average pooling, no class token", "attention pooling (SigLIP)",
          "register, average pooling")  # fmt: skip
@@ -270,7 +287,8 @@ def test_images_differ_in_how_many_tokens_ats_keeps() -> None:
 
 @pytest.mark.parametrize("spec", ["evit:keep=1", "evit:keep=1,fuse=0", "pitome:keep=1",
                                   "zerotprune:keep=1", "diffrate:prune=0,merge=0", "tome:r=0",
-                                  "ats:tokens=100000"])  # fmt: skip
+                                  "ats:tokens=100000", "tofu:r=0", "atc:keep=1", "mctf:r=0",
+                                  "shift:keep=1"])  # fmt: skip
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_nothing_to_do_gives_timms_logits(spec: str, execution: str) -> None:
     backbone = family_model("registers (DINOv2)")
@@ -362,6 +380,12 @@ def test_a_reducer_survives_the_disk(spec: str, tmp_path) -> None:
         ("tome:r=8/6,schedule=decreasing", "r takes one number"),
         ("tome:r=8,proportional=yes", "proportional=yes must be 0 or 1"),
         ("tome:r=8/-1,blocks=0/1", "r=-1 pairs to merge"),
+        ("tofu", "needs r="),
+        ("tofu:r=8,merge_from=-2", "merge_from=-2: give the index of a block"),
+        ("atc:keep=0", r"outside \(0, 1\]"),
+        ("mctf:r=8/6", "r=8/6 gives 2 numbers for 12 blocks"),
+        ("mctf:r=-1", "give whole numbers from 0"),
+        ("shift:keep=0.7,blocks=0/3", "no MLP runs before block 0"),
         ("resize", "needs size="),
         ("resize:size=192,blocks=3", "resize takes no blocks"),
         ("resize:size=0", "size=0 must be"),

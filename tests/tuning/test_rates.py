@@ -55,7 +55,7 @@ def test_an_outcome_is_what_evaluation_says(search: RateSearch) -> None:
 def test_the_first_move_is_the_cheapest_of_all(search: RateSearch) -> None:
     now, moves = search.outcome(NOTHING), []
     for kind in ("prune", "merge"):
-        for block in range(DEPTH):
+        for block in range(DEPTH - search.backbone.reads_prefix):
             numbers = tuple(4 * (i == block) for i in range(DEPTH))
             more = replace(NOTHING, **{kind: numbers})
             then = search.outcome(more)
@@ -63,6 +63,15 @@ def test_the_first_move_is_the_cheapest_of_all(search: RateSearch) -> None:
             moves.append((price, -then.saving, more))
     _, saved, cheapest = min(moves, key=lambda move: move[:2])
     assert search.run(-saved, 4) == cheapest
+
+
+@torch.inference_mode()
+def test_nothing_is_removed_where_it_saves_nothing(search: RateSearch) -> None:
+    """The published cost would pay for dropping every patch in the last block."""
+    seen: list[int] = []
+    rates = replace(search, batch=8, passed=seen.append).run(0.3, 8)
+    assert search.backbone.reads_prefix and rates.prune[-1] == rates.merge[-1] == 0
+    assert set(seen) == {8} and len(seen) > 2 * 2 * (DEPTH - 1), "from the first move on"
 
 
 @torch.inference_mode()

@@ -27,13 +27,15 @@ from tokenenv.measure.comparison import (
     Comparison,
     Row,
     best_row,
+    dense_exact_row,
     dense_row,
     expand,
+    in_nats,
     make_row,
     top1_change,
     tuning,
 )
-from tokenenv.measure.evaluation import Evaluation, dense_predictions
+from tokenenv.measure.evaluation import Evaluation, dense_logits
 from tokenenv.measure.latex import latex
 from tokenenv.measure.opening import named_model, text
 from tokenenv.measure.pareto import picture
@@ -65,6 +67,7 @@ def compare(
     preprocessing: Preprocessing | None = None,
     trust: bool = False,
     seeds: bool = False,
+    published_cost: bool = False,
 ) -> Comparison:
     """Evaluate methods on one model and the same images, then time them; as ``tokenenv compare``.
 
@@ -89,6 +92,10 @@ def compare(
         trust: see :func:`tokenenv.evaluate`.
         seeds: whether runs that differ in nothing but the seed, and words in nothing but
             ``seed=``, are also summarised: mean, standard deviation, interval of the mean.
+        published_cost: whether multiply-adds count the last block in full, as papers do. By default
+            they are those executed, of the last block what the head reads, if that is the class
+            token; a row ``dense, exact`` then shows what that saves without removing any token.
+            Savings are always of the dense model in full.
 
     Raises:
         UserError: an argument is wrong; the message names it and the remedy.
@@ -118,7 +125,7 @@ def compare(
         )
         print(f"preprocessing: {source.preprocessing}")
         print(_HEADER)
-        work = Work(opened, source, state, rounds, batches, series)
+        work = Work(opened, source, state, rounds, batches, series, published=published_cost)
         try:
             work.evaluate()
             report_skipped(source)
@@ -170,6 +177,7 @@ class Work:
         rounds: number of timings of each.
         batches: batch sizes to time.
         series: the name of each candidate's series, by its own.
+        published: whether multiply-adds are counted as published, the last block in full.
         restrict: predict only among the classes of the images.
         go_on: whether a candidate that fails is left out, and noted in :attr:`failed`.
 
@@ -188,12 +196,13 @@ class Work:
         batches: list[int],
         series: Mapping[str, str] | None = None,
         *,
+        published: bool = False,
         restrict: bool = False,
         go_on: bool = False,
     ) -> None:
         self.opened, self.source, self.state = opened, source, state
         self.rounds, self.batches, self.series = rounds, batches, series or {}
-        self.restrict, self.go_on = restrict, go_on
+        self.published, self.restrict, self.go_on = published, restrict, go_on
         self.failed: dict[str, str] = {}
         self.done: dict[str, Evaluation] = {}
         self.times: dict[int, list[Speed]] = {}
@@ -212,16 +221,21 @@ class Work:
         missing = [each for each in candidates if each.what not in self.done]
         if not missing:
             return
-        images, passes = len(self.source), len(missing) + (not self.done)
+        images, passes = len(self.source), len(missing) + 1
         with tqdm(total=passes * images, unit="image", leave=False, disable=None) as bar:
-            dense = self._dense(bar)
+            bar.set_description(DENSE)
+            dense = dense_logits(
+                self.opened.dense, self.source, batch_size=_BATCH, progress=bar.update
+            )
+            known = next(iter(self.done.values()), None)
+            readable = torch.where(~dense[:, 0].isnan())[0] if known is None else known.index
             for number, candidate in enumerate(missing, passes - len(missing)):
                 bar.update(number * images - bar.n)  # unreadable images were not counted
                 bar.set_description(candidate.what)
                 result = self._evaluate(candidate, dense, bar)
                 if result is None:
                     continue
-                if not torch.equal(torch.where(dense >= 0)[0], result.index):
+                if not torch.equal(readable, result.index):
                     raise UserError(
                         f"other images of '{self.source.name}' can be read than in the rows "
                         "before: restore the files, or give a new --out"
@@ -246,17 +260,6 @@ class Work:
             self.failed[candidate.what] = why(error)
             tqdm.write(f"  {candidate.what:46} failed: {self.failed[candidate.what]}")
             return None
-
-    def _dense(self, bar: tqdm[Any]) -> Tensor:
-        """``(len(source),)`` predictions of the dense model; -1: unreadable."""
-        if self.done:
-            known = next(iter(self.done.values()))
-            return torch.full((len(self.source),), -1).index_put((known.index,), known.dense)
-        bar.set_description(DENSE)
-        return dense_predictions(
-            self.opened.dense, self.source, batch_size=_BATCH, restrict=self.restrict,
-            progress=bar.update,
-        )  # fmt: skip
 
     def time(self) -> None:
         """Fill :attr:`times`: from the saved state where possible, else by timing."""
@@ -302,13 +305,18 @@ class Work:
         )
         rows = self._rows(speeds)
         return Comparison(
-            [dense_row(first, speeds.get(DENSE, ())), *rows],
+            [*self._dense_rows(first, speeds.get(DENSE, ())), *rows],
             model.name,
             self.source.name,
             timing if self.times else "",
             class_rows(self.done, class_names(self.opened.dense.model)),
             seed_rows(rows, self.series),
+            self.published,
         )
+
+    def _dense_rows(self, result: Evaluation, speeds: Sequence[Speed]) -> list[Row]:
+        dense, exact = dense_row(result, speeds), dense_exact_row(result)
+        return [dense] if self.published or not exact.saved else [dense, exact]
 
     def _rows(self, speeds: dict[str, list[Speed]] | None = None) -> list[Row]:
         finished = [each for each in self.opened.candidates if each.what in self.done]
@@ -316,17 +324,20 @@ class Work:
 
     def _row(self, candidate: Candidate, speeds: Sequence[Speed] = ()) -> Row:
         found = self.done[candidate.what]
+        if not self.published:
+            found = found.as_executed()
         return make_row(candidate.what, candidate.group, candidate.frozen, found, speeds)
 
 
 _HEADER = (
-    f"  {'':46}{'top-1 %':>9}{'top-1 change, pp [95 %]':>26}{'same %':>8}{'GMACs':>9}{'saved %':>9}"
+    f"  {'':46}{'top-1 %':>9}{'top-1 change, pp [95 %]':>26}{'same %':>8}{'nats':>9}{'GMACs':>9}"
+    f"{'saved %':>9}"
 )
 
 
 def _line(row: Row) -> str:
     mark = "" if row.frozen else f"  {tuning(row.frozen)}"
     return (
-        f"  {row.what:46}{row.top1:9.2f}{top1_change(row):>26}{row.agreement:8.1f}{row.gmacs:9.4f}"
-        f"{row.saved:9.1f}{mark}"
+        f"  {row.what:46}{row.top1:9.2f}{top1_change(row):>26}{row.agreement:8.1f}"
+        f"{in_nats(row):>9}{row.gmacs:9.4f}{row.saved:9.1f}{mark}"
     )

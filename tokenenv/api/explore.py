@@ -119,7 +119,7 @@ def explore(
             f"sampled {len(source):,} of {len(whole):,} images of {whole.name}, balanced over the "
             "classes: a higher limit takes more"
         )
-    work = Work(opened, source, Memory(), rounds, batches)
+    work = Work(opened, source, Memory(), rounds, batches, published=True)
     work.evaluate()
     report_skipped(source)
     work.time()

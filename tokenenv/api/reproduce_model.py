@@ -267,7 +267,7 @@ class OneModel:
         }
         work = Work(
             opened, source, State(out, common), tier.rounds, [tier.batch] if first else [], series,
-            restrict=data == IMAGENET_A, go_on=True,
+            published=True, restrict=data == IMAGENET_A, go_on=True,
         )  # fmt: skip
         print(f"\n{self.name}: {len(entries)} rows on {len(source)} images of {source.name}")
         work.evaluate()

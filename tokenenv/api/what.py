@@ -169,10 +169,10 @@ class NamedMethod:
         """The method on the dense model."""
         assert isinstance(dense, Backbone)
         self.method.check_fit(dense, model.name)
-        self.method.on(dense.device)
+        method = self.method.calibrated(dense).on(dense.device)
         return MethodCandidate(
             self.what,
-            self.method,
+            method,
             dense,
             key=_key(self.what, self.method),
             group=_kind(self.method),
@@ -224,6 +224,7 @@ class NamedWord:
                 model.name, known.tuned, dense.device, dense.dtype, model.prepare
             )
         method.check_fit(backbone, model.name)
+        method = method.calibrated(backbone)
         key = f"{self.what} {digest.hexdigest()}"
         frozen = known.tuned is None
         group = split_name(self.what)[0]

@@ -54,6 +54,12 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
         help="also summarise runs that differ in their seed alone: mean, standard deviation, "
         "interval of the mean",
     )
+    compare.add_argument(
+        "--published-cost",
+        action="store_true",
+        help="count the last block in full, as papers and 'evaluate' do (default: of it what the "
+        "head reads, which is all that is computed)",
+    )
     add_trust(compare)
 
 
@@ -76,7 +82,10 @@ def run(args: argparse.Namespace) -> int:
         preprocessing=preprocessing(args),
         trust=args.trust,
         seeds=args.seeds,
+        published_cost=args.published_cost,
     )
+    if (exact := comparison.rows[1]).reference:
+        print(f"  {exact.what}: {exact.saved:.1f} % saved without removing a token")
     for each in comparison.seeds:
         print(
             f"{each.what}, {len(each.rows)} seeds: top-1 {each.top1.mean:.2f} +- "

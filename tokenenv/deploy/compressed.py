@@ -119,6 +119,7 @@ class CompressedViT(TimmProtocol):
         # Not registered with nn.Module: it does not belong into state_dict() or parameters().
         self.__dict__["policy"] = copy.deepcopy(policy)
         self.policy.check_fit(self.backbone, self.backbone.architecture)
+        self.__dict__["policy"] = self.policy.calibrated(self.backbone)
         self._place_policy()
         self.eval()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tokenenv.game.episode import Episode
 from tokenenv.game.policy import Method
+from tokenenv.game.reduction import Reduction
 from tokenenv.vit.backbone import Backbone
+from tokenenv.vit.tokens import Tokens
 
 
 def measured_macs(run: Callable[[], Any]) -> float:
@@ -61,6 +64,11 @@ class Cost(Costs):
     Counted are, per block with n tokens of width d, all linear layers (12 n d^2 for a plain block)
     and the two matrix products of attention (2 n^2 d), and besides the patch embedding and the
     head. Norms, softmax and activations are not counted.
+
+    :meth:`dense` and :meth:`of` count the last block in full, as papers do. Of a model whose head
+    reads prefix tokens only, a pass for its logits computes less of that block
+    (:meth:`~tokenenv.vit.backbone.Backbone.finish`), whatever the method is:
+    :meth:`dense_executed` and :meth:`executed` count that.
 
     Args:
         backbone: the model.
@@ -120,6 +128,63 @@ class Cost(Costs):
             return Cost(episode.backbone).of(episode, method)
         total = self.backbone_macs(episode.attended, episode.fed)
         return total + self.decision_macs(method, episode.attended, episode.fed)
+
+    def executed(self, episode: Episode, method: Method) -> Tensor:
+        """``(B,)`` :meth:`of`, but of the last block only what a pass for the logits computes.
+
+        A decision in the last block that changes nothing which the head reads is not counted.
+        """
+        if episode.backbone is not self.backbone:
+            return Cost(episode.backbone).executed(episode, method)
+        return self.executed_macs(method, episode.attended, episode.fed)
+
+    def executed_macs(
+        self, method: Method, attended: Sequence[Tensor], fed: Sequence[Tensor]
+    ) -> Tensor:
+        """:meth:`executed` from the arguments of :meth:`backbone_macs`."""
+        whole = self.backbone_macs(attended, fed)
+        blocks, last = method.reduction.blocks, self.backbone.depth - 1
+        if not self._shortens(method.reduction):
+            return whole + self.decision_macs(method, attended, fed)
+        left_out = method.reduction.between and last in blocks
+        decisions = len(blocks) - 1 if left_out else None
+        spared = self._spared(attended[-1], fed[-1])
+        return whole - spared + self.decision_macs(method, attended, fed, decisions)
+
+    def dense_executed(self) -> float:
+        """Multiply-adds for one image of the dense model run for its logits alone."""
+        count = torch.tensor([self.backbone.prefix + self.backbone.patches])
+        spared = float(self._spared(count, count)) if self.backbone.reads_prefix else 0.0
+        return self.dense() - spared
+
+    def _shortens(self, reduction: Reduction) -> bool:
+        """Whether the last block runs as :meth:`Backbone.finish`; see ``only_logits``."""
+        in_it = reduction.between and self.backbone.depth - 1 in reduction.blocks
+        return self.backbone.reads_prefix and (reduction.keeps_prefix or not in_it)
+
+    def _spared(self, attended: Tensor, fed: Tensor) -> Tensor:
+        """``(B,)`` what :meth:`Backbone.finish` doesn't compute of the last block and the head."""
+        n, m = attended.double(), fed.double()
+        whole = n * self._attention_linear[-1] + n * n * self._attention[-1]
+        whole += m * (self._mlp_linear[-1] + self._head_slope) + self._head
+        start, slope = self._finish
+        return whole - start - slope * n
+
+    @cached_property
+    def _finish(self) -> tuple[float, float]:
+        """MACs of :meth:`Backbone.finish`: intercept and slope in the tokens before it."""
+        backbone, prefix = self.backbone, self.backbone.prefix
+
+        def macs(count: int) -> float:
+            with torch.inference_mode(False):
+                x = torch.zeros(
+                    1, count, backbone.dim, device=backbone.device, dtype=backbone.dtype
+                )
+                return measured_macs(lambda: backbone.finish(Tokens.start(x, prefix, trace=False)))
+
+        few, full = prefix + 1, prefix + backbone.patches
+        slope = (macs(full) - macs(few)) / max(full - few, 1)
+        return macs(full) - slope * full, slope
 
     def dense(self) -> float:
         """Multiply-adds of the dense model for one image."""

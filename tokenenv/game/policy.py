@@ -58,6 +58,16 @@ class Method:
         """
         return None
 
+    def calibrated(self, backbone: Backbone) -> Method:
+        """The method with the numbers that it has to measure on a model first.
+
+        The method itself if there are none.
+
+        Raises:
+            UserError: they can't be measured.
+        """
+        return self
+
     def decision_macs(
         self, backbone: Backbone, block: int, before: Tensor, after: Tensor
     ) -> Tensor:

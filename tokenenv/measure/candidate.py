@@ -37,7 +37,8 @@ class Timing(NamedTuple):
         run: one forward pass of which only the logits are read.
         compiled: gives the same, compiled by ``torch.compile``: the whole pass if all its shapes
             are known before, else from each decision to the next; None if torch doesn't run it.
-        gmacs: 10^9 multiply-adds per image, decisions included (1 MAC = 1 FLOP).
+        gmacs: 10^9 multiply-adds per image that the pass executes, decisions included (1 MAC = 1
+            FLOP).
         limit: the same for the dense model cut to the candidate's token counts, a lower bound of
             the time that these take; None for a model that merges its own tokens.
         dense: forms of the dense model in float32 to time, too, by name, because this one runs like
@@ -127,7 +128,7 @@ class MethodCandidate:
         counted, macs, counts = copy.deepcopy(self.method), [], []
         for part in images.split(_COUNTED):
             episode = play(backbone, counted, part)
-            macs.append(cost.of(episode, counted))
+            macs.append(cost.executed(episode, counted))
             counts.append(torch.stack([*episode.attended, *episode.fed]))
         means = torch.cat(counts, 1).double().mean(1).round().int().tolist()
         attended, fed = means[: len(means) // 2], means[len(means) // 2 :]

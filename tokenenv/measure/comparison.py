@@ -7,7 +7,7 @@ import html
 import io
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from tokenenv.errors import UserError
@@ -18,6 +18,9 @@ from tokenenv.measure.speed import DENSE, Speed
 
 if TYPE_CHECKING:
     from tokenenv.measure.seeds import SeedRow
+
+DENSE_EXACT = "dense, exact"
+"""Name of the dense model's row when it is run for its logits alone, as methods are."""
 
 TOLERATED = 10.0
 """Top-1 below the dense model at which :func:`hypervolume` has its floor, percentage points."""
@@ -61,6 +64,8 @@ class Row:
         gmacs: 10^9 multiply-adds per image, policy included (1 MAC = 1 FLOP).
         saved: share of the dense model's multiply-adds saved, percent.
         speeds: measured times, one entry per batch size.
+        divergence: mean Kullback-Leibler divergence of its predictions from the dense ones, nats;
+            None if it is not known.
     """
 
     what: str
@@ -75,6 +80,12 @@ class Row:
     gmacs: float
     saved: float
     speeds: tuple[Speed, ...] = field(default=())
+    divergence: float | None = None
+
+    @property
+    def reference(self) -> bool:
+        """Whether it is the dense model, in full or run for its logits alone."""
+        return self.what in (DENSE, DENSE_EXACT)
 
 
 def make_row(
@@ -96,6 +107,7 @@ def make_row(
         gmacs=report["gmacs"],
         saved=result.saving,
         speeds=tuple(speeds),
+        divergence=report.get("divergence"),
     )
 
 
@@ -103,7 +115,21 @@ def dense_row(result: Evaluation, speeds: Sequence[Speed] = ()) -> Row:
     """The dense model's row, from the evaluation of any method against it."""
     top1 = 100.0 * (result.dense == result.labels).double().mean().item()
     count, gmacs = len(result.labels), result.dense_macs / 1e9
-    return Row(DENSE, DENSE, True, count, top1, 0.0, 0.0, 0.0, 100.0, gmacs, 0.0, tuple(speeds))
+    return Row(
+        DENSE, DENSE, True, count, top1, 0.0, 0.0, 0.0, 100.0, gmacs, 0.0, tuple(speeds), 0.0
+    )
+
+
+def dense_exact_row(result: Evaluation) -> Row:
+    """The dense model run for its logits alone: what every method saves without removing tokens."""
+    share = result.dense_executed / result.dense_macs
+    return replace(
+        dense_row(result),
+        what=DENSE_EXACT,
+        method=DENSE_EXACT,
+        gmacs=result.dense_executed / 1e9,
+        saved=100.0 * (1 - share),
+    )
 
 
 def hypervolume(
@@ -155,7 +181,7 @@ def methods(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Rows grouped by method, by rising saving; the dense model's is left out."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        if row.what != DENSE:
+        if not row.reference:
             groups.setdefault(row.method, []).append(row)
     return {name: sorted(group, key=lambda r: r.saved) for name, group in groups.items()}
 
@@ -171,6 +197,7 @@ class Comparison:
         timing: device, precision, threads and rounds of the timing; empty if nothing was timed.
         classes: the same images class by class.
         seeds: summaries of runs that differ in their seed alone, if they were asked for.
+        published: whether multiply-adds count the last block in full, as papers do.
     """
 
     rows: list[Row]
@@ -179,6 +206,12 @@ class Comparison:
     timing: str = ""
     classes: list[ClassRow] = field(default_factory=list)
     seeds: list[SeedRow] = field(default_factory=list)
+    published: bool = False
+
+    @property
+    def counted(self) -> str:
+        """How multiply-adds are counted."""
+        return f"1 MAC = 1 FLOP, policy included, {last_block(self.published)}"
 
     @property
     def dense(self) -> Row:
@@ -205,7 +238,7 @@ class Comparison:
             "model": self.model,
             "data": self.data,
             "timing": self.timing,
-            "note": "1 MAC = 1 FLOP, policy included; percent and percentage points",
+            "note": f"{self.counted}; percent, percentage points, nats",
             "rows": [asdict(row) | {"pareto": row.what in front} for row in self.rows],
             "classes": [each.to_dict() for each in self.classes],
             "seeds": [each.to_dict() for each in self.seeds],
@@ -240,14 +273,16 @@ class Comparison:
     def _repr_html_(self) -> str:
         lines = "".join(
             f"<tr><th>{html.escape(r.what)}</th><td>{tuning(r.frozen)}</td><td>{r.top1:.2f}</td>"
-            f"<td>{top1_change(r)}</td><td>{r.agreement:.1f}</td><td>{r.gmacs:.4f}</td>"
+            f"<td>{top1_change(r)}</td><td>{r.agreement:.1f}</td><td>{in_nats(r)}</td>"
+            f"<td>{r.gmacs:.4f}</td>"
             f"<td>{r.saved:.1f}</td></tr>"
             for r in self.rows
         )
-        title = f"{self.model}, {self.dense.images} images of {self.data} (1 MAC = 1 FLOP)"
+        title = f"{self.model}, {self.dense.images} images of {self.data} ({self.counted})"
         return (
             f"<table><caption>{html.escape(title)}</caption><tr><th></th><th>backbone</th>"
-            "<th>top-1 %</th><th>top-1 change, pp [95 %]</th><th>same as dense %</th><th>GMACs</th>"
+            "<th>top-1 %</th><th>top-1 change, pp [95 %]</th><th>same as dense %</th>"
+            "<th>divergence, nats</th><th>GMACs</th>"
             f"<th>saved %</th></tr>{lines}</table>"
         )
 
@@ -256,15 +291,16 @@ class Comparison:
         front, groups = pareto_front(self.rows), methods(self.rows)
         parts = [
             f"# {self.model}, {self.dense.images} images of {self.data}",
-            "1 MAC = 1 FLOP, policy included. Change: top-1 minus that of the dense model, "
-            "percentage points, [95 % interval] (Newcombe's for paired proportions). Front: no "
+            f"{self.counted}. Change: top-1 minus that of the dense "
+            "model, percentage points, [95 % interval] (Newcombe's for paired proportions). "
+            "Divergence: Kullback-Leibler, of the predictions from the dense model's. Front: no "
             "other row is better in MACs or top-1 and no worse in the other.",
             _table(
-                "what | backbone | top-1 % | change, pp | same as dense % | GMACs | saved % "
-                "| front",
+                "what | backbone | top-1 % | change, pp | same as dense % | divergence, nats "
+                "| GMACs | saved % | front",
                 [
                     f"{_code(r.what)} | {tuning(r.frozen)} | {r.top1:.2f} | {top1_change(r)} | "
-                    f"{r.agreement:.1f} | {r.gmacs:.4f} | {r.saved:.1f} | "
+                    f"{r.agreement:.1f} | {in_nats(r)} | {r.gmacs:.4f} | {r.saved:.1f} | "
                     f"{'*' if r in front else ''}"
                     for r in self.rows
                 ],
@@ -311,9 +347,19 @@ def tuning(frozen: bool) -> str:
     return "frozen" if frozen else "fine-tuned"
 
 
+def last_block(published: bool) -> str:
+    """How the last block's multiply-adds are counted, for tables."""
+    return "the last block in full" if published else "of the last block what the head reads"
+
+
+def in_nats(row: Row) -> str:
+    """The divergence of a row, ``-`` if it is not known."""
+    return "-" if row.divergence is None else f"{row.divergence:.4f}"
+
+
 def top1_change(row: Row) -> str:
     """Such as ``"-0.50 [-1.20, +0.20]"``; of the dense model itself there is none."""
-    if row.what == DENSE:
+    if row.reference:
         return "-"
     return str(-Difference(row.lost, row.lost_low, row.lost_high))
 

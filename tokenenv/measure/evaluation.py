@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,14 +31,21 @@ class Evaluation:
     Attributes:
         labels, dense, reduced: ``(n,)`` true classes and both models' predictions.
         losses: ``(n,)`` cross-entropy of the reduced model, in nats.
-        macs: ``(n,)`` multiply-adds of each image, policy included.
+        macs: ``(n,)`` multiply-adds of each image, policy included; the last block in full, as
+            papers count it.
+        executed: ``(n,)`` those that a pass for the logits executes, see
+            :meth:`tokenenv.game.cost.Cost.executed`.
         lengths: ``(n, depth)`` visual tokens left after each block.
         dense_macs: multiply-adds of the dense model for one image.
+        dense_executed: those of the dense model run for its logits alone.
         index: ``(n,)`` positions of the images in the source.
         seconds, dense_seconds: time of all reduced and of all dense passes; ``dense_seconds`` is
             None if the dense model's predictions were given.
         cost: ``(n,)`` predicted seconds of each image, or None.
         dense_cost: those of the dense model for one image, or None.
+        divergence: ``(n,)`` Kullback-Leibler divergence of the reduced model's prediction from the
+            dense one's, over all classes, nats; None if of the dense model only the predicted
+            classes were given.
     """
 
     labels: Tensor
@@ -46,13 +53,20 @@ class Evaluation:
     reduced: Tensor
     losses: Tensor
     macs: Tensor
+    executed: Tensor
     lengths: Tensor
     dense_macs: float
+    dense_executed: float
     index: Tensor
     seconds: float
     dense_seconds: float | None
     cost: Tensor | None = None
     dense_cost: float | None = None
+    divergence: Tensor | None = None
+
+    def as_executed(self) -> Evaluation:
+        """The same with :attr:`executed` as its multiply-adds, those saved included."""
+        return replace(self, macs=self.executed)
 
     @property
     def drop(self) -> float:
@@ -102,9 +116,12 @@ class Evaluation:
             "agreement": percent(self.reduced == self.dense),
             "gmacs": self.macs.mean().item() / 1e9,
             "gmacs_dense": self.dense_macs / 1e9,
+            "gmacs_executed": self.executed.mean().item() / 1e9,
+            "gmacs_dense_executed": self.dense_executed / 1e9,
             "tokens": [round(v, 2) for v in self.lengths.double().mean(0).tolist()],
             "images_per_s": round(n / self.seconds, 2),
             "images_per_s_dense": round(n / self.dense_seconds, 2) if self.dense_seconds else None,
+            **({} if self.divergence is None else {"divergence": self.divergence.mean().item()}),
             **times,
         }
 
@@ -134,8 +151,8 @@ def evaluate(
         batch_size: images per batch.
         restrict: predict only among the classes that occur in the source (the ImageNet-A and -R
             protocol).
-        dense: ``(len(source),)`` predictions of the dense model if they are known; it is then not
-            run again.
+        dense: ``(len(source),)`` predictions of the dense model, or ``(len(source), classes)`` its
+            logits, if they are known; it is then not run again.
         reference: the dense model to compare with if ``backbone`` was fine-tuned; None:
             ``backbone`` itself.
         execution: ``masked``, ``padded`` or ``packed``; None: the device's default.
@@ -155,14 +172,14 @@ def evaluate(
         lengths = torch.stack(episode.fed, 1).cpu() - backbone.prefix
         if cost is not None:
             costs.append(cost.of(episode, policy).cpu())
-        return _Outcome(episode.logits, macs.of(episode, policy).cpu(), lengths)
+        work = (macs.of(episode, policy).cpu(), macs.executed(episode, policy).cpu())
+        return _Outcome(episode.logits, *work, lengths)
 
     found = _side_by_side(
         lambda images: play(backbone, policy, images, execution),
         read,
         backbone if reference is None else reference,
         source,
-        dense_macs=dense_macs(backbone if reference is None else reference, source.shape),
         batch_size=batch_size,
         restrict=restrict,
         dense=dense,
@@ -197,7 +214,7 @@ def evaluate_model(
         run_dense: runs the dense model; None: as ``reference`` does itself.
         batch_size: images per batch.
         restrict: predict only among the classes that occur in the source.
-        dense: ``(len(source),)`` predictions of the dense model, if known.
+        dense: as for :func:`evaluate`.
         progress: called with the number of images done.
 
     Raises:
@@ -211,11 +228,13 @@ def evaluate_model(
     return _side_by_side(
         model,
         lambda logits: _Outcome(
-            logits, work.expand(len(logits)), tokens.expand(len(logits), len(lengths))
+            logits,
+            work.expand(len(logits)),
+            work.expand(len(logits)),
+            tokens.expand(len(logits), len(lengths)),
         ),
         reference,
         source,
-        dense_macs=dense_macs(reference, source.shape),
         batch_size=batch_size,
         restrict=restrict,
         dense=dense,
@@ -225,40 +244,57 @@ def evaluate_model(
 
 
 @torch.inference_mode()
+def dense_logits(
+    model: Dense,
+    source: ImageSource,
+    *,
+    batch_size: int = 64,
+    progress: Callable[[int], object] = lambda n: None,
+) -> Tensor:
+    """``(len(source), classes)`` float32 logits of the dense model, on the CPU; NaN: unreadable.
+
+    ``progress``: called with the number of images done after each batch.
+
+    Raises:
+        UserError: a logit is not finite.
+    """
+    found = torch.full((len(source), model.classes), torch.nan)
+    for index in torch.arange(len(source)).split(batch_size):
+        batch = source.batch(index)
+        if len(batch.index):
+            images = batch.images.to(model.device, model.dtype)
+            logits = model(images)
+            _predicted(logits, source)
+            found[batch.index] = logits.float().cpu()
+            progress(len(batch.index))
+    return found
+
+
 def dense_predictions(
     model: Dense,
     source: ImageSource,
     *,
     batch_size: int = 64,
-    restrict: bool = False,
     progress: Callable[[int], object] = lambda n: None,
 ) -> Tensor:
     """``(len(source),)`` class that the dense model predicts for each image; -1: unreadable.
 
-    Args:
-        model: the dense model.
-        source: the images.
-        batch_size: images per batch.
-        restrict: predict only among the classes that occur in the source.
-        progress: called with the number of images done after each batch.
-
-    Raises:
-        UserError: a logit is not finite.
+    Arguments and errors as for :func:`dense_logits`.
     """
-    allowed = _allowed(model, source, restrict)
-    found = torch.full((len(source),), -1)
-    for index in torch.arange(len(source)).split(batch_size):
-        batch = source.batch(index)
-        if len(batch.index):
-            images = batch.images.to(model.device, model.dtype)
-            found[batch.index] = _predicted(model(images), source, allowed)
-            progress(len(batch.index))
-    return found
+    logits = dense_logits(model, source, batch_size=batch_size, progress=progress)
+    return torch.where(logits[:, 0].isnan(), -1, logits.argmax(1))
 
 
 def dense_macs(model: Dense, shape: Sequence[int]) -> float:
     """Multiply-adds of a dense model for one image of ``shape (C, H, W)``."""
     return Cost(model).dense() if isinstance(model, Backbone) else model_macs(model, shape)
+
+
+def dense_executed(model: Dense, shape: Sequence[int]) -> float:
+    """:func:`dense_macs` of a model that is run for its logits alone."""
+    if isinstance(model, Backbone):
+        return Cost(model).dense_executed()
+    return model_macs(model, shape)
 
 
 def model_macs(model: nn.Module, shape: Sequence[int]) -> float:
@@ -274,12 +310,13 @@ class _Outcome(NamedTuple):
 
     Attributes:
         logits: ``(B, classes)``.
-        macs: ``(B,)`` multiply-adds.
+        macs, executed: ``(B,)`` multiply-adds.
         lengths: ``(B, depth)`` visual tokens left after each block.
     """
 
     logits: Tensor
     macs: Tensor
+    executed: Tensor
     lengths: Tensor
 
 
@@ -290,7 +327,6 @@ def _side_by_side(
     model: Dense,
     source: ImageSource,
     *,
-    dense_macs: float,
     batch_size: int,
     restrict: bool,
     dense: Tensor | None,
@@ -302,7 +338,7 @@ def _side_by_side(
     device = model.device
     allowed = _allowed(model, source, restrict)
     rows: dict[str, list[Tensor]] = {
-        name: [] for name in ("labels", "dense", "reduced", "losses", "macs", "lengths", "index")
+        name: [] for name in ("labels", "dense", "reduced", "losses", "divergence", *_WORK, "index")
     }
     seconds = dense_seconds = 0.0
     for turn, index in enumerate(torch.arange(len(source)).split(batch_size)):
@@ -316,25 +352,32 @@ def _side_by_side(
                 found = run(images)
                 seconds += _now(device) - start
             elif dense is None:
-                logits = run_dense(images)
+                known = run_dense(images)
                 dense_seconds += _now(device) - start
-                rows["dense"].append(_predicted(logits, source, allowed))
             else:
-                rows["dense"].append(dense[batch.index])
+                known = dense[batch.index].to(device)
         outcome = read(found)
+        if known.ndim == 2:
+            rows["divergence"].append(_divergence(known, outcome.logits))
+            known = _predicted(known, source, allowed)
+        rows["dense"].append(known.cpu())
         rows["labels"].append(batch.labels)
         rows["reduced"].append(_predicted(outcome.logits, source, allowed))
         loss = F.cross_entropy(outcome.logits.float(), batch.labels.to(device), reduction="none")
         rows["losses"].append(loss.cpu())
-        rows["macs"].append(outcome.macs)
-        rows["lengths"].append(outcome.lengths)
+        for name in _WORK:
+            rows[name].append(getattr(outcome, name))
         rows["index"].append(batch.index)
         progress(len(batch.index))
     if not rows["labels"]:
         raise UserError(f"no image of '{source.name}' could be read: check the files")
-    table: dict[str, Any] = {name: torch.cat(parts) for name, parts in rows.items()}
+    table: dict[str, Any] = {name: torch.cat(parts) for name, parts in rows.items() if parts}
     return Evaluation(
-        **table, dense_macs=dense_macs, seconds=seconds, dense_seconds=dense_seconds or None
+        **table,
+        dense_macs=dense_macs(model, source.shape),
+        dense_executed=dense_executed(model, source.shape),
+        seconds=seconds,
+        dense_seconds=dense_seconds or None,
     )
 
 
@@ -344,6 +387,15 @@ def _allowed(model: Dense, source: ImageSource, restrict: bool) -> Tensor:
     if restrict:
         allowed[source.classes.to(model.device)] = True
     return allowed
+
+
+_WORK = ("macs", "executed", "lengths")
+
+
+def _divergence(dense: Tensor, reduced: Tensor) -> Tensor:
+    """``(B,)`` Kullback-Leibler divergence of reduced from dense predictions, from logits."""
+    of, told = (F.log_softmax(logits.float(), -1) for logits in (dense, reduced))
+    return F.kl_div(told, of, reduction="none", log_target=True).sum(-1).cpu()
 
 
 def _predicted(logits: Tensor, source: ImageSource, allowed: Tensor | None = None) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from tokenenv.measure.comparison import Comparison, top1_change, tuning
-from tokenenv.measure.speed import DENSE
 
 _ESCAPES = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#",
@@ -29,7 +28,7 @@ def latex(comparison: Comparison) -> str:
     ]  # fmt: skip
     lines = [
         f"% {comparison.model}, {comparison.dense.images} images of {comparison.data}; "
-        "1 MAC = 1 FLOP, decisions included",
+        f"{comparison.counted}",
         r"\begin{tabular}{ll" + "r" * (len(heads) - 2) + "}",
         r"\toprule",
         " & ".join(heads) + r" \\",
@@ -38,9 +37,9 @@ def latex(comparison: Comparison) -> str:
     for row in comparison.rows:
         cells = [
             escaped(row.what),
-            "--" if row.what == DENSE else tuning(row.frozen),
+            "--" if row.reference else tuning(row.frozen),
             f"{row.top1:.2f}",
-            "--" if row.what == DENSE else f"${top1_change(row)}$",
+            "--" if row.reference else f"${top1_change(row)}$",
             f"{row.gmacs:.4f}",
             f"{row.saved:.1f}",
             *(f"{speed.speedup:.2f}" for speed in row.speeds),

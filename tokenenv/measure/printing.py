@@ -57,6 +57,11 @@ def print_result(source: ImageSource, result: Evaluation, frozen: bool = True) -
         f"{r['images_per_s_dense']:10.1f}"
     )
     print(f"  {'reduced':8}{r['top1']:9.2f}{r['gmacs']:13.4f}{r['images_per_s']:10.1f}")
+    if result.dense_executed < result.dense_macs:
+        print(
+            f"  executed: {r['gmacs_executed']:.4f} GMACs/image, dense "
+            f"{r['gmacs_dense_executed']:.4f}; of the last block only what the head reads"
+        )
     if result.cost is not None:
         print(
             f"  predicted: {r['predicted_ms']:.3f} ms/image, dense {r['predicted_ms_dense']:.3f} "
@@ -64,6 +69,7 @@ def print_result(source: ImageSource, result: Evaluation, frozen: bool = True) -
         )
     print(
         f"  {saving_in_words(result.saving, result.drop)}, {r['agreement']:.1f} % same prediction"
+        f"{f', divergence {nats:.4f} nats' if (nats := r.get('divergence')) is not None else ''}"
     )
     print(
         f"  top-1 change {result.change()} points (95 % interval); +-{_CERTIFIED} points would "

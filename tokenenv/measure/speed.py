@@ -43,8 +43,8 @@ class Speed:
         speedup: time of the dense model in its fastest form over this one's in the same round,
             median.
         speedup_q25, speedup_q75: its quartiles.
-        gmacs: 10^9 multiply-adds per image, policy included (1 MAC = 1 FLOP).
-        gmacs_dense: those of the dense model.
+        gmacs: 10^9 multiply-adds per image that are executed, policy included (1 MAC = 1 FLOP).
+        gmacs_dense: those of the dense model, its last block in full.
         peak_mib: peak memory that torch allocates in one forward pass, without weights and images,
             MiB; ONNX Runtime's is not known.
         slice_speedup: ``speedup`` of :func:`~tokenenv.measure.candidate.sliced` in its fastest

@@ -18,10 +18,18 @@ from tokenenv.measure.evaluation import Evaluation
 from tokenenv.measure.speed import DENSE, Speed
 from tokenenv.storage import LOCK, read_tensors, write_json, write_tensors
 
-_WHOLE, _REAL = ("labels", "dense", "reduced", "lengths", "index"), ("losses", "macs")
+_WHOLE, _REAL = (
+    ("labels", "dense", "reduced", "lengths", "index"),
+    ("losses", "divergence", "macs", "executed"),
+)
 _TENSORS = (*_WHOLE, *_REAL)
 _POSITIVE = Within(1e-12, 1e24)
-_NUMBERS = {"dense_macs": _POSITIVE, "seconds": _POSITIVE, "dense_seconds": float | None}
+_NUMBERS = {
+    "dense_macs": _POSITIVE,
+    "dense_executed": _POSITIVE,
+    "seconds": _POSITIVE,
+    "dense_seconds": float | None,
+}
 _SPEED = {
     name: Within(0.0, 1e24) if kind is float else kind
     for name, kind in get_type_hints(Speed).items()
@@ -183,8 +191,10 @@ def _check_rows(tensors: dict[str, Tensor], most: int) -> None:
             raise Unfit(f"'{name}' is of shape {list(tensor.shape)}")
         if not tensor.isfinite().all():
             raise Unfit(f"'{name}' is not finite")
-    index, macs = tensors["index"], tensors["macs"]
+    index = tensors["index"]
     if int(index[0]) < 0 or int(index[-1]) >= most or not bool((index.diff() > 0).all()):
         raise Unfit("'index' does not rise within the images")
-    if not bool(((macs >= 0) & (macs <= _POSITIVE.high)).all()):
-        raise Unfit("'macs' is out of range")
+    for name in ("macs", "executed"):
+        macs = tensors[name]
+        if not bool(((macs >= 0) & (macs <= _POSITIVE.high)).all()):
+            raise Unfit(f"'{name}' is out of range")

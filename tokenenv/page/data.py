@@ -15,7 +15,7 @@ from PIL import Image
 from tokenenv.game.render import Pixels
 from tokenenv.measure.comparison import Comparison, Row, pareto_front
 from tokenenv.measure.episodes import Recorded, Step
-from tokenenv.measure.speed import DENSE, Speed
+from tokenenv.measure.speed import Speed
 from tokenenv.measure.watching import Seen
 
 PRUNED = 2**16 - 1
@@ -101,7 +101,7 @@ def _row(row: Row, dense_top1: float, front: bool) -> dict[str, Any]:
         "what": row.what,
         "method": row.method,
         "frozen": row.frozen,
-        "dense": row.what == DENSE,
+        "dense": row.reference,
         "top1": round(row.top1, 3),
         "low": round(max(dense_top1 - row.lost_high, 0.0), 3),
         "high": round(min(dense_top1 - row.lost_low, 100.0), 3),

@@ -6,13 +6,17 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from tokenenv.own import check_free
+from tokenenv.reducers.atc import ATC
 from tokenenv.reducers.ats import ATS
 from tokenenv.reducers.base import Reducer
 from tokenenv.reducers.diffrate import DiffRate
 from tokenenv.reducers.evit import EViT
+from tokenenv.reducers.mctf import MCTF
 from tokenenv.reducers.mstm import MSTM
 from tokenenv.reducers.pitome import PiToMe
 from tokenenv.reducers.resize import Resize
+from tokenenv.reducers.shift import RepresentationShift
+from tokenenv.reducers.tofu import ToFu
 from tokenenv.reducers.zero_tprune import ZeroTPrune
 
 REDUCERS: dict[str, type[Reducer]] = {
@@ -22,6 +26,10 @@ REDUCERS: dict[str, type[Reducer]] = {
     "ats": ATS,
     "zerotprune": ZeroTPrune,
     "diffrate": DiffRate,
+    "tofu": ToFu,
+    "atc": ATC,
+    "mctf": MCTF,
+    "shift": RepresentationShift,
     "resize": Resize,
 }
 """Classes of reducers by the name that commands take; files have the name of the class."""
@@ -47,14 +55,18 @@ def register_reducer(name: str) -> Callable[[R], R]:
 
 
 __all__ = [
+    "ATC",
     "ATS",
+    "MCTF",
     "MSTM",
     "REDUCERS",
     "DiffRate",
     "EViT",
     "PiToMe",
     "Reducer",
+    "RepresentationShift",
     "Resize",
+    "ToFu",
     "ZeroTPrune",
     "register_reducer",
 ]

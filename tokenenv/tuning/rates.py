@@ -33,7 +33,8 @@ class RateSearch:
 
     DiffRate (Chen et al., ICCV 2023) learns its rates by gradient. Here each step prunes or merges
     more tokens in the block where the divergence from the dense model's predictions grows least per
-    unit of cost saved.
+    unit of cost saved. In the last block nothing is removed if the head reads prefix tokens only: a
+    pass for the logits computes nothing else of it, so that it would save nothing.
 
     Args:
         backbone: the model.
@@ -42,6 +43,8 @@ class RateSearch:
         cost: what is saved: multiply-adds, or predicted time with the curves of a decision in each
             block. A block without rates takes no decision.
         batch: images per pass.
+        passed: called after each batch with its number of images. The first step takes a pass over
+            the images for every move there is.
     """
 
     backbone: Backbone
@@ -49,6 +52,7 @@ class RateSearch:
     dense: Tensor
     cost: Cost | TimeCost
     batch: int = 64
+    passed: Callable[[int], object] = lambda images: None
 
     def outcome(self, rates: DiffRate) -> Outcome:
         """The outcome of rates, from one pass over the images."""
@@ -59,6 +63,7 @@ class RateSearch:
             assert logits is not None
             log_probs = F.log_softmax(logits.float(), -1)
             damage += F.kl_div(log_probs, dense, reduction="sum", log_target=True).item()
+            self.passed(len(images))
         return Outcome(damage / len(self.images), self.saving(rates))
 
     def saving(self, rates: DiffRate) -> float:
@@ -95,6 +100,7 @@ class RateSearch:
             last: the saving after which the path ends.
         """
         depth = self.backbone.depth
+        removing = depth - self.backbone.reads_prefix
         rates = DiffRate(tuple(range(depth)), (0,) * depth, (0,) * depth)
         now, turn = self.outcome(rates), 0
         # price when last tried (of equals the one that saves most), when that was, what came of it
@@ -102,7 +108,7 @@ class RateSearch:
             (-math.inf, 0.0, -1, kind, block, size, now)
             for size in sizes
             for kind in ("prune", "merge")
-            for block in range(depth)
+            for block in range(removing)
         ]
         yield rates, now
         while moves and now.saving < last:

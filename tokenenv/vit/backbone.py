@@ -34,6 +34,7 @@ class Context:
             the heads; 0 for removed ones.
         value_norms: ``(B, N)`` float32 norms of the values, all heads together.
         attention: ``(B, heads, N, N)`` float32 attention of queries to kept keys.
+        embeddings: ``(B, N, D)`` the tokens after the attention, before the MLP.
     """
 
     keys: Tensor | None = None
@@ -41,6 +42,7 @@ class Context:
     cls_attention: Tensor | None = None
     value_norms: Tensor | None = None
     attention: Tensor | None = None
+    embeddings: Tensor | None = None
 
 
 class Backbone(Dense):
@@ -149,6 +151,7 @@ class Backbone(Dense):
         cls_attention: bool = False,
         value_norms: bool = False,
         matrix: bool = False,
+        embeddings: bool = False,
         proportional: bool = False,
     ) -> tuple[Tokens, Context]:
         """Attention and its residual of block ``block``.
@@ -163,6 +166,7 @@ class Backbone(Dense):
             value_norms: whether to return the norms of the values.
             matrix: whether to return the whole attention matrix, which is computed in addition to
                 the fused kernel.
+            embeddings: whether to return the tokens themselves, for who compares them later.
             proportional: whether a token counts as a key once for each patch it stands for (ToMe's
                 proportional attention, equation 1: softmax(q k + log size)).
 
@@ -188,7 +192,7 @@ class Backbone(Dense):
         ran = self._run(
             lambda now: blocks.attend(self.family.parts, b, now, seen, want, drop), tokens
         )
-        if not any(want):
+        if not any(want) and not embeddings:
             return tokens.with_x(ran.x), Context()
 
         def lay(values: Tensor | None) -> Tensor | None:
@@ -203,6 +207,7 @@ class Backbone(Dense):
             else None,
             value_norms=lay(ran.value_norms),
             attention=attention.matrix(q, k, mask) if q is not None and k is not None else None,
+            embeddings=lay(ran.x) if embeddings else None,
         )
 
     def finish(self, tokens: Tokens, *, proportional: bool = False) -> Tensor:
