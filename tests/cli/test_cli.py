@@ -110,7 +110,8 @@ def test_doras_settings_are_listed(
     listed = capsys.readouterr().out
     for words in (line, meaning, "price of damage before"):
         assert words in listed
-    assert "  batch=64  (digits_vit and digits_vit_16 and scenes_vit: 128)\n" in listed
+    embedded = "digits_vit and digits_vit_16 and scenes_vit and scenes_vit_patch2"
+    assert f"  batch=64  ({embedded}: 128)\n" in listed
     assert "  updates=240  (digits_vit and scenes_vit: " in listed
     assert "; digits_vit_16: 40)\n" in listed
     assert ("  blocks=  (digits_vit and scenes_vit: empty; digits_vit_16: 0/" in listed) == (
