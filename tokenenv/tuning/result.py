@@ -80,8 +80,8 @@ class Tuned:
         fastest = max(self.dense, key=lambda row: row.images_per_s)
         where = "" if fastest.runtime == "torch" else f", {fastest.runtime}"
         start = (
-            f"nothing faster than the dense model ({fastest.dtype}{where}) was found here that loses "
-            f"at most {self.budget:g} points"
+            f"nothing faster than the dense model ({fastest.dtype}{where}) was found here that "
+            f"loses at most {self.budget:g} points"
         )
         if not self.rows:
             return start
