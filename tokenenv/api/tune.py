@@ -223,7 +223,7 @@ class _Tuning:
         table = open_table(backbone, asked.batch, budget=5.0)
         compiled = asked.compile and compiler_found()
         search = Search(
-            backbone, reference, self.state, table, asked.budget, compiled, clock=not alone
+            backbone, reference, self.state, table, asked.budget, compiled, clock=forms is None
         )
         best = self._own(backbone)
         if not asked.only_methods:

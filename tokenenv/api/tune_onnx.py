@@ -167,6 +167,8 @@ class OnnxForms:
             fastest one.
         """
         self._export(self._picked(search, best))
+        if not self.alone:
+            search.time(best)
         runs: dict[str, Run] = {what: form.candidate.model for what, form in self.found.items()}
         speedups, trials = self._speedups(search.backbone, runs), search.state.trials
         for what, form in self.found.items():
@@ -196,17 +198,18 @@ class OnnxForms:
     def _picked(self, search: Search, best: Sequence[MethodCandidate]) -> list[MethodCandidate]:
         """The fastest that are expected to stay within the budget, one of a kind.
 
-        What decisions take in ONNX Runtime is not known before. It is alike for methods of the
-        same kind with as many decisions, of which the fastest is taken.
+        What decisions take in ONNX Runtime is not known before, and torch's clock does not tell. It
+        is alike for methods of the same kind with as many decisions; the table of times, which
+        leaves decisions out, tells the fastest of these.
         """
         expected, trials = search.expected(), search.state.trials
         within = [
             each
             for each in best
-            if expected[each.what] <= search.budget and trials[each.what].speed > 1
+            if expected[each.what] <= search.budget and trials[each.what].limit > 1
         ]
         kinds: dict[tuple[str, int], MethodCandidate] = {}
-        for each in sorted(within, key=lambda each: -trials[each.what].speed):
+        for each in sorted(within, key=lambda each: -trials[each.what].limit):
             kinds.setdefault((each.group, len(each.method.reduction.blocks)), each)
         return list(kinds.values())[:EXPORTED]
 

@@ -78,9 +78,10 @@ class Tuned:
 
     def _nothing(self) -> str:
         fastest = max(self.dense, key=lambda row: row.images_per_s)
+        where = "" if fastest.runtime == "torch" else f", {fastest.runtime}"
         start = (
-            f"nothing faster than the dense model ({fastest.dtype}, {fastest.runtime}) was found "
-            f"here that loses at most {self.budget:g} points"
+            f"nothing faster than the dense model ({fastest.dtype}{where}) was found here that "
+            f"loses at most {self.budget:g} points"
         )
         if not self.rows:
             return start

@@ -53,7 +53,8 @@ class Search:
         compiled: whether the best are compiled in the end. The eager clock then says little of
             those that compile as one graph, whose decisions cost less: the table's limit ranks
             them.
-        clock: whether candidates are timed in torch; else the table's limit ranks them all.
+        clock: whether :meth:`halve` and :meth:`complete` time candidates; else the table's limit
+            ranks them all.
 
     Attributes:
         backbone, reference, state, table, budget, compiled, clock: as given.
@@ -84,16 +85,18 @@ class Search:
         count = len(candidates)
         left = self._best(self._try(candidates, FIRST), max(count // 2, 2 * SURVIVORS))
         print(f"{count} candidates on {FIRST} images and by the table of times: {len(left)} left")
-        self._time(left)
-        left = self._best(left, max(count // 4, SURVIVORS))
-        print(f"{'on the clock' if self.clock else 'by the same'}: {len(left)} left")
+        if self.clock:
+            self.time(left)
+            left = self._best(left, max(count // 4, SURVIVORS))
+            print(f"on the clock: {len(left)} left")
         left = self._best(self._try(left, 4 * FIRST), SURVIVORS)
         print(f"on {4 * FIRST} images: {len(left)} left")
         return self._try(left, len(self.reference))
 
     def complete(self, candidates: Sequence[MethodCandidate]) -> list[MethodCandidate]:
         """The same candidates, timed and tried on all choosing images, however they are."""
-        self._time(candidates)
+        if self.clock:
+            self.time(candidates)
         return self._try(candidates, len(self.reference))
 
     def _try(self, candidates: Sequence[MethodCandidate], count: int) -> list[MethodCandidate]:
@@ -116,13 +119,12 @@ class Search:
         hopeful = [t for t in trials if t.speed > 1 and not hopeless(t.pairs, self.budget)]
         return [named[trial.what] for trial in front_first(hopeful)[:count]]
 
-    def _time(self, candidates: Sequence[MethodCandidate]) -> None:
+    def time(self, candidates: Sequence[MethodCandidate]) -> None:
         """Time those that were not, a few at a time in turns with the dense model."""
         due = [
             each
             for each in candidates
-            if self.clock
-            and self._speedup(each) is None
+            if self._speedup(each) is None
             and not (self.compiled and lengths_known(self.backbone, each.method))
         ]
         if not due:
