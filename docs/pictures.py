@@ -3,7 +3,7 @@
 With names only those: ``python docs/pictures.py environments scenes``. Pictures of measured figures
 (docs/plots.py) come with their tables (docs/measured.py), which are written into the pages. The
 others are drawn from generated scenes; no picture shows an image of a data set. ``before_after``
-and ``systems`` train for minutes, the others take seconds.
+trains for one to three minutes, the others take seconds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import gymnasium
@@ -24,7 +24,6 @@ import plots
 from PIL import Image
 
 import tokenenv
-from tokenenv.data.scenes import scenes
 from tokenenv.envs.ids import IDS
 from tokenenv.game.animation import save_gif
 from tokenenv.storage import write_bytes
@@ -37,12 +36,6 @@ METHODS = (
     "evit:keep=0.5,blocks=1/2/4", "tome:r=16", "random-merge:r=16", "merge-above:similarity=0.9",
     "mstm:keep=0.5,blocks=1/2/4", "pitome:keep=0.85", "diffrate:prune=8,merge=8",
 )  # fmt: skip
-SYSTEMS = ("rl4evit", "dora", "dora-prune", "dynamicvit")
-"""Those that decide otherwise than a word does."""
-
-SHORT, SCENES = {"updates": 20, "evaluate_every": 20}, 600
-"""How long systems are trained for their picture, and on how many scenes."""
-
 SCENE = 3
 """Which test scene all methods reduce."""
 
@@ -91,33 +84,15 @@ def random_action(env: gymnasium.Env, choose: np.random.Generator) -> object:
 
 
 def methods() -> None:
-    """What each method leaves of one scene in the end, with what it saves."""
-    save_ends("methods", METHODS)
-
-
-def systems() -> None:
-    """What each system leaves of the same scene after a short training on few scenes."""
-    with empty_folder():  # the pictures name the runs
-        pixels, labels = scenes("train", SCENES)[:2]
-        for number in range(SCENES):
-            place = Path("few_scenes", str(int(labels[number])), f"{number}.png")
-            place.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels[number, 0].numpy()).save(place)
-        for name in SYSTEMS:
-            tokenenv.train(name, model="scenes_vit", data="few_scenes", out=f"runs/{name}", **SHORT)
-        save_ends("systems", [f"runs/{name}" for name in SYSTEMS])
-
-
-def save_ends(name: str, whats: Sequence[str]) -> None:
-    """A sheet, three in a row, of what methods leave of the scene."""
+    """A sheet, three in a row, of what each method leaves of one scene, with what it saves."""
     last = [
-        tokenenv.watch(what, index=[SCENE], model="scenes_vit").episodes[0][-1] for what in whats
+        tokenenv.watch(what, index=[SCENE], model="scenes_vit").episodes[0][-1] for what in METHODS
     ]
     width, height = (max(frame.shape[axis] for frame in last) for axis in (1, 0))
     sheet = Image.new("RGB", (3 * width, -(-len(last) // 3) * height), "white")
     for number, frame in enumerate(last):
         sheet.paste(Image.fromarray(frame), (number % 3 * width, number // 3 * height))
-    sheet.quantize(64).save(PICTURES / f"{name}.png", optimize=True)
+    sheet.quantize(64).save(PICTURES / "methods.png", optimize=True)
 
 
 def show() -> None:
@@ -134,7 +109,7 @@ def write_tables() -> None:
         write_bytes(page, measured.filled(page.read_text(encoding="utf-8")).encode())
 
 
-MAKERS = (before_after, environments, methods, systems, show)
+MAKERS = (before_after, environments, methods, show)
 
 if __name__ == "__main__":
     makers = {f.__name__: f for f in MAKERS}
