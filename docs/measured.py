@@ -24,7 +24,7 @@ from tokenenv.measure.speed import DENSE
 from tokenenv.suite.report import Report, make_report
 from tokenenv.suite.score import Interval
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs/results.md")
 MARKED = re.compile(
     r"^(<!-- table (\w+): python docs/pictures\.py \w+ -->\n).*?^(<!-- end -->)$", re.M | re.S

@@ -3,17 +3,18 @@
 With names only those: ``python docs/pictures.py environments scenes``. Pictures of measured figures
 (docs/plots.py) come with their tables (docs/measured.py), which are written into the pages. The
 others are drawn from generated scenes; no picture shows an image of a data set. ``before_after``
-and ``systems`` train for minutes, the others take seconds.
+trains for one to three minutes, the others take seconds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import gymnasium
@@ -35,10 +36,20 @@ METHODS = (
     "evit:keep=0.5,blocks=1/2/4", "tome:r=16", "random-merge:r=16", "merge-above:similarity=0.9",
     "mstm:keep=0.5,blocks=1/2/4", "pitome:keep=0.85", "diffrate:prune=8,merge=8",
 )  # fmt: skip
-SYSTEMS = ("rl4evit", "dora", "dora-prune", "evit", "mstm", "dynamicvit", "rl4evit-finetune")
-SHORT = {"images": 2000, "updates": 20, "evaluate_every": 10}
 SCENE = 3
 """Which test scene all methods reduce."""
+
+
+@contextlib.contextmanager
+def empty_folder() -> Iterator[None]:
+    """Work in a folder that is then removed."""
+    before = os.getcwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            yield
+        finally:
+            os.chdir(before)
 
 
 def before_after() -> None:
@@ -73,37 +84,21 @@ def random_action(env: gymnasium.Env, choose: np.random.Generator) -> object:
 
 
 def methods() -> None:
-    """What each method leaves of one scene in the end, with what it saves."""
-    save_ends("methods", METHODS)
-
-
-def systems() -> None:
-    """What each system leaves of the same scene after a short training."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)  # the pictures name the runs
-        for name in SYSTEMS:
-            settings = SHORT | ({"policy": "runs/rl4evit"} if name == "rl4evit-finetune" else {})
-            tokenenv.train(name, model="scenes_vit", out=f"runs/{name}", **settings)
-        save_ends("systems", [f"runs/{name}" for name in SYSTEMS])
-
-
-def save_ends(name: str, whats: Sequence[str]) -> None:
-    """A sheet, three in a row, of what methods leave of the scene."""
+    """A sheet, three in a row, of what each method leaves of one scene, with what it saves."""
     last = [
-        tokenenv.watch(what, index=[SCENE], model="scenes_vit").episodes[0][-1] for what in whats
+        tokenenv.watch(what, index=[SCENE], model="scenes_vit").episodes[0][-1] for what in METHODS
     ]
     width, height = (max(frame.shape[axis] for frame in last) for axis in (1, 0))
     sheet = Image.new("RGB", (3 * width, -(-len(last) // 3) * height), "white")
     for number, frame in enumerate(last):
         sheet.paste(Image.fromarray(frame), (number % 3 * width, number // 3 * height))
-    sheet.quantize(64).save(PICTURES / f"{name}.png", optimize=True)
+    sheet.quantize(64).save(PICTURES / "methods.png", optimize=True)
 
 
 def show() -> None:
     """Two methods block by block, as in docs/exploring.md, whose code this is."""
     page = (PICTURES.parent / "exploring.md").read_text(encoding="utf-8")
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
+    with empty_folder():
         exec(re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)[0], {})
         shutil.copy("show.png", PICTURES / "show.png")
 
@@ -114,7 +109,7 @@ def write_tables() -> None:
         write_bytes(page, measured.filled(page.read_text(encoding="utf-8")).encode())
 
 
-MAKERS = (before_after, environments, methods, systems, show)
+MAKERS = (before_after, environments, methods, show)
 
 if __name__ == "__main__":
     makers = {f.__name__: f for f in MAKERS}
