@@ -120,6 +120,7 @@ def test_the_papers_numbers_stand_beside_ours_marked_as_claims(
     text = (done[1] / "table.md").read_text()
     assert "paper's claim: top-1 %" in text and "deit_base_patch16_224" in text
     assert "| Absent (not run) |" in text and "A note." in text
+    assert "| Broken | failed, see below |" in text and "- digits_vit, Broken: Broken" in text
     page = (done[1] / "report.html").read_text()
     assert "A tiny paper" in page and "Absent (not run)" in page
 
