@@ -127,7 +127,8 @@ def test_python_blocks(
 
 
 # Commands -----------------------------------------------------------------------------------------
-SITE = ("docs/index.md", "docs/concepts.md", "docs/results.md", "docs/suite.md", *sorted(
+SITE = ("docs/index.md", "docs/concepts.md", "docs/results.md", "docs/reproducing.md",
+        "docs/suite.md", *sorted(
     page.relative_to(ROOT).as_posix() for page in (ROOT / "docs/start").glob("*.md")
 ))  # fmt: skip
 """More pages whose commands and links are looked at; tests/docs runs the quick starts."""

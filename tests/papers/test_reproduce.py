@@ -120,6 +120,7 @@ def test_the_papers_numbers_stand_beside_ours_marked_as_claims(
     text = (done[1] / "table.md").read_text()
     assert "paper's claim: top-1 %" in text and "deit_base_patch16_224" in text
     assert "| Absent (not run) |" in text and "A note." in text
+    assert "| Broken | failed, see below |" in text and "- digits_vit, Broken: Broken" in text
     page = (done[1] / "report.html").read_text()
     assert "A tiny paper" in page and "Absent (not run)" in page
 
@@ -181,3 +182,19 @@ def test_ctrl_c_keeps_what_is_finished(
     assert main(["reproduce", "rl4evit", "--out", str(tmp_path / "r")]) == 130
     assert "interrupted" in capfd.readouterr().err
     assert not list((tmp_path / "r").glob("**/.lock"))
+
+
+def test_baselines_are_matched_to_a_model_that_merges_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LTM has no policy, and its model is opened beside a dense one of another kind."""
+    tier = Tier(
+        ("digits_vit",), seeds=1, images=60, limit=20, rounds=1, batch=8, settings={"LTM": TUNED}
+    )
+    tome = Baseline("ToMe", "tome:r={}", 0.0, 0.5, whole=True)
+    paper = Paper("own", "T", "F", "macs", (Study("LTM", "ltm"),), (tome,), (), {"smoke": tier})
+    monkeypatch.setitem(PAPERS, "own", paper)
+    (table,) = tokenenv.reproduce("own", out=tmp_path / "r").tables
+    here = {line.label: line.here for line in table.lines}
+    assert not any(line.failure for line in table.lines)
+    assert here["LTM"] and here["ToMe"] and here["ToMe"].saved >= here["LTM"].saved

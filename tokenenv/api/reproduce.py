@@ -264,6 +264,6 @@ def _write(done: Reproduction, works: Sequence[OneModel]) -> None:
                 "title": done.paper.title,
                 "about": f"Tier {done.tier}. The charts are of {page['title']}.",
                 "tables": [page_table(table) for table in done.tables],
-                "notes": done.all_notes() + done.failures,
+                "notes": [*done.all_notes(), *(f"failed: {each}" for each in done.failures)],
             },
         )

@@ -294,6 +294,8 @@ class OneModel:
         if done and len(works) == 1:
             comparison = works[0].comparison()
             timing = comparison.timing and f"{comparison.timing}, batch {self.asked.tier.batch}"
+            if "times" in self.failed:
+                timing = f"failed ({self.failed['times']})"
             write_comparison(comparison, self.folder / "compared" / _slug(data))
             self.comparison = self.comparison or comparison
         return with_claims(self.asked.paper, Table(self.name, data, images, lines, timing))
@@ -363,17 +365,16 @@ class Judge:
 
     def __init__(self, one: OneModel, study: Study) -> None:
         request = make_request(study.system, **one.arguments(study))
-        folder = one.run_folder(study, 0)
-        opened = open_candidates([str(folder)], request.model, data=request.data)
-        if not isinstance(opened.dense, Backbone):
-            raise UserError(f"methods without training don't run on '{one.name}'")
-        self.backbone: Backbone = opened.dense
+        self.backbone: Backbone = request.model.open_backbone(request.data)
+        # Apart from it, as a model with LTM blocks is opened beside one that is not cut in stages.
+        (candidate,) = open_candidates(
+            [str(one.run_folder(study, 0))], request.model, data=request.data
+        ).candidates
         images = request.training_images(self.backbone)
         held = request.divide(images)[1]
         tries = one.asked.tier.tries
         self.source: ImageSource = held if tries is None else held.subset(tries, 0)
         self.dense = dense_predictions(self.backbone, self.source)
-        (candidate,) = opened.candidates
         self.reference = _measured(candidate.evaluate(self.backbone, self.source, dense=self.dense))
 
     def measure(self, word: str) -> Measured:

@@ -156,8 +156,9 @@ def _image_files(root: Path, folder: str) -> list[str]:
             if identities[name] in seen:
                 subfolders.remove(name)
             seen.add(identities[name])
+        start = Path(place).relative_to(root).as_posix()
         found += [
-            (Path(place) / name).relative_to(root).as_posix()
+            name if start == "." else f"{start}/{name}"
             for name in names
             if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
             if os.path.isfile(path := os.path.join(place, name)) or not os.path.exists(path)

@@ -21,6 +21,9 @@ _TRAIN = 1_281_167
 _TWO_PER_MAC = "1 MAC = 2 FLOPs, agent included"
 _ONE_PER_MAC = "1 MAC = 1 FLOP"
 
+_EPOCH = {"updates": _TRAIN // 64, "batch": 64 * 4, "evaluate_every": 500}
+"""One epoch of a policy in rollouts of 64 images, each of them four times."""
+
 RL4EVIT = Paper(
     "rl4evit",
     "RL4EViT: Reinforcement Learning-based Token Pruning in Vision Transformers "
@@ -53,11 +56,20 @@ RL4EVIT = Paper(
         "paper": Tier(
             (DEIT_S, DEIT_B),
             settings={
-                "RL4EViT": {"updates": _TRAIN // 64, "batch": 64 * 4, "target_saving": 34.0},
-                "RL4EViT, paper's reward": {"updates": _TRAIN // 64, "batch": 64 * 4},
-                "RL4EViT, IPPO": {"updates": _TRAIN // 64, "batch": 64 * 4, "target_saving": 34.0},
-                "RL4EViT, fine-tuned": {"updates": _TRAIN // 128, "lr": 1e-5},
-                "DynamicViT": {"updates": 30 * _TRAIN // 1024, "batch": 1024, "lr": 1e-3},
+                "RL4EViT": {**_EPOCH, "target_saving": 34.0},
+                "RL4EViT, paper's reward": _EPOCH,
+                "RL4EViT, IPPO": {**_EPOCH, "target_saving": 34.0},
+                "RL4EViT, fine-tuned": {
+                    "updates": _TRAIN // 128,
+                    "lr": 1e-5,
+                    "evaluate_every": 500,
+                },
+                "DynamicViT": {
+                    "updates": 30 * _TRAIN // 1024,
+                    "batch": 1024,
+                    "lr": 1e-3,
+                    "evaluate_every": 1250,
+                },
             },
             batch=128,
         ),
@@ -104,7 +116,7 @@ DORA = Paper(
                     "critic_depth": 2,
                     "held_most": 10_240,
                     "target_drop": 0.0005,
-                    "evaluate_every": 8,
+                    "evaluate_every": 40,
                 }
             },
             batch=320,
@@ -149,7 +161,7 @@ DORA_PRUNE = Paper(
                     "critic_depth": 2,
                     "width": 128,
                     "penalty": 30.0,
-                    "held_most": 10_240,
+                    "held_most": 2048,
                     "target_drop": 0.01,
                     "evaluate_every": 8,
                 }
@@ -185,7 +197,14 @@ LTM = Paper(
         # trains from scratch for 300.
         "paper": Tier(
             ("vit_small_patch16_224", "vit_base_patch16_224", "swin_tiny_patch4_window7_224"),
-            settings={"": {"updates": 50 * _TRAIN // 256, "batch": 256, "lr": 2e-4}},
+            settings={
+                "": {
+                    "updates": 50 * _TRAIN // 256,
+                    "batch": 256,
+                    "lr": 2e-4,
+                    "evaluate_every": 5000,
+                }
+            },
             batch=128,
         ),
     },
@@ -214,7 +233,14 @@ MSTM = Paper(
         "small": Tier((DEIT_T,), settings={"": {"updates": 400}}),
         "paper": Tier(
             (DEIT_S,),
-            settings={"": {"updates": 30 * _TRAIN // 512, "batch": 512, "lr": 2e-5}},
+            settings={
+                "": {
+                    "updates": 30 * _TRAIN // 512,
+                    "batch": 512,
+                    "lr": 2e-5,
+                    "evaluate_every": 2500,
+                }
+            },
             batch=128,
         ),
     },

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,9 @@ from tokenenv.measure.evaluation import Evaluation
 from tokenenv.measure.paired import Difference, paired_difference
 from tokenenv.measure.speed import Speed
 from tokenenv.papers.protocol import DENSE, Claim, Paper
+
+_ROOM = 32
+"""Characters of a setting in a table."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,11 @@ class Line:
     claim: Claim | None = None
     failure: str = ""
 
+    @property
+    def short(self) -> str:
+        """:attr:`setting` as far as a table has room for it."""
+        return self.setting if len(self.setting) <= _ROOM else f"{self.setting[: _ROOM - 4]} ..."
+
     def to_dict(self) -> dict[str, Any]:
         """All attributes, as JSON; the paper's numbers are under ``paper``."""
         values = {k: v for k, v in vars(self).items() if k not in ("here", "claim")}
@@ -160,7 +168,6 @@ class Reproduction:
     device: str
     estimate: float
     seconds: float
-    notes: list[str] = field(default_factory=list)
 
     @property
     def failures(self) -> list[str]:
@@ -209,8 +216,18 @@ class Reproduction:
             "against its own dense model.",
             f"Baselines are set, by bisection of their knob, {matched}.",
             *self.paper.notes,
-            *self.notes,
+            *self._long_settings(),
         ]
+
+    def _long_settings(self) -> list[str]:
+        """The settings that the tables have no room for."""
+        found = [
+            f"{table.model}, {line.label}: {line.setting}"
+            for table in self.tables
+            for line in table.lines
+            if line.short != line.setting
+        ]
+        return list(dict.fromkeys(found))
 
     def as_markdown(self) -> str:
         """All tables, then notes."""
@@ -266,7 +283,7 @@ def _cells(line: Line) -> list[str]:
             f"{here.saved:.1f}", _number(here.speedup),
         ]  # fmt: skip
     label = {"untrained": f"{line.label}, untrained", "absent": f"{line.label} (not run)"}
-    setting = f"failed: {line.failure}" if line.failure else line.setting
+    setting = "failed, see below" if line.failure else line.short
     theirs = [
         _number(claim.top1, 1 if claim.top1 and round(claim.top1, 1) == claim.top1 else 2),
         "" if claim.change is None or line.part == DENSE else f"{claim.change:+.2f}",
