@@ -51,7 +51,7 @@ def test_the_policy_is_the_actor_that_learnt(monkeypatch: pytest.MonkeyPatch) ->
     opened = open_task(TINY)
     opened.stages = Stages(128)
     policy: Any = benchmarl.learn("ippo", opened, 0, Path("run"), "float32")
-    assert opened.played == 128  # the second of 256 ended with the training
+    assert opened.played == TINY.budget
     actor = experiments[0].algorithm.get_policy_for_loss("agents")
     seen = torch.randn(3, TINY.agents, policy.call[0].in_features)
     mask = torch.ones(3, TINY.agents, 2, dtype=torch.bool)

@@ -81,7 +81,7 @@ def test_a_replay_with_another_curve_differs(capsys: pytest.CaptureFixture[str])
     assert run(command) == 0
     stored = read_result(MAPPO)
     first, second = stored.curve
-    changed = dataclasses.replace(first.points[0], top1=first.points[0].top1 + 0.025)
+    changed = dataclasses.replace(first.points[0], macs=first.points[0].macs + 1e-4)
     edited = Stage(first.episodes, (changed, *first.points[1:]))
     MAPPO.write_text(json.dumps(dataclasses.replace(stored, curve=(edited, second)).as_json()))
     capsys.readouterr()
@@ -124,7 +124,7 @@ def test_curves_of_several_seeds_have_what_all_have() -> None:
     assert row.curve[-1][1] == row.interval and row.curve[0][1].iqm <= row.interval.iqm
 
 
-def test_a_stopped_training_has_all_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_training_has_all_stages() -> None:
     command = "run tiny-prune-v0 --learner mappo --seeds 0 --evaluate-every 128"
     assert run(command) == 0
     before = kept()["tiny-prune-v0-mappo-0"]

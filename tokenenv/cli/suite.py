@@ -68,6 +68,11 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
     validate.add_argument("file", metavar="FILE", help="a result that 'run' wrote")
     for command in (run, validate):
         _add_means(command)
+    _add_readers(actions)
+
+
+def _add_readers(actions: argparse._SubParsersAction[Parser]) -> None:
+    """The parsers of the commands that show results."""
     score = actions.add_parser("score", help="tables of scores, beside the reference results")
     plot = actions.add_parser("plot", help="draw the fronts and the intervals of the scores")
     for reader in (score, plot):
