@@ -102,7 +102,8 @@ class Segments:
             function = _later if step else _first
             # A copy for each step: torch limits the number of graphs that it makes of one function.
             copy = FunctionType(function.__code__.replace(), function.__globals__)
-            self._graphs.append(torch.compile(copy, fullgraph=True, options=_OPTIONS))
+            options: Any = {"guard_filter_fn": _of_inputs} if _CHOOSES else None  # torch empties it
+            self._graphs.append(torch.compile(copy, fullgraph=True, options=options))
         return self._graphs[step]
 
 
@@ -162,13 +163,12 @@ def _decided(episode: Episode, method: Method) -> State | Tensor:
 def _of_inputs(guards: Any) -> list[bool]:
     """Which conditions torch checks before it reuses a graph: those of tensors and of numbers.
 
-    Model and method don't change, and checking all their attributes takes longer than a decision.
+    Model, method and the package's own functions don't change, and checking all their attributes
+    takes longer than a decision.
     """
-    fixed = ("backbone", "method")
+    fixed = ("backbone", "method", "G[")
     return [not (each.is_global or any(name in each.name for name in fixed)) for each in guards]
 
 
-# Before torch 2.8 there is no such choice.
-_OPTIONS: Any = (
-    {"guard_filter_fn": _of_inputs} if hasattr(torch.compiler, "skip_all_guards_unsafe") else None
-)
+_CHOOSES = hasattr(torch.compiler, "skip_all_guards_unsafe")
+"""Whether torch lets conditions be chosen, as it does since 2.8."""
