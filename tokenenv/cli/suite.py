@@ -58,6 +58,13 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
         metavar="N",
         help="also measure the policies in training, once in N episodes, for a curve of the score",
     )
+    _add_means(run)
+    _add_validate(actions)
+    _add_readers(actions)
+
+
+def _add_validate(actions: argparse._SubParsersAction[Parser]) -> None:
+    """The parser of the command that runs a stored result again."""
     validate = actions.add_parser(
         "validate",
         help="run a stored result again and say whether it is the same",
@@ -66,9 +73,7 @@ def add_parser(commands: argparse._SubParsersAction[Parser]) -> None:
         "depends on the processor and on the number of threads, which the result names.",
     )
     validate.add_argument("file", metavar="FILE", help="a result that 'run' wrote")
-    for command in (run, validate):
-        _add_means(command)
-    _add_readers(actions)
+    _add_means(validate)
 
 
 def _add_readers(actions: argparse._SubParsersAction[Parser]) -> None:
