@@ -160,10 +160,10 @@ def opened(backbone: Backbone, source: ImageSource, batch: int, **kwargs: Any) -
 def prepare(game: Game) -> None:
     """The dense model's logits of all images, computed once for all games of a source."""
     if game.source in DENSE:
-        game.answers.add(*DENSE[game.source])
+        game.answers = DENSE[game.source].copy()
     for _ in game.prepare():
         pass
-    DENSE[game.source] = game.answers.export()
+    DENSE[game.source] = game.answers
 
 
 def bare(backbone: Backbone, game: Game, name: str) -> Contestant:

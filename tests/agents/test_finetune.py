@@ -334,7 +334,11 @@ def test_a_run_by_two_paths_is_one_row(
     command = "compare mstm/ ./mstm ././mstm/ --limit 8 --batch 1 --rounds 1 --out"
     assert main([*command.split(), str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
-    assert [row["what"] for row in rows] == ["dense", "dense, exact", "./mstm"]  # mstm is the method
+    assert [row["what"] for row in rows] == [
+        "dense",
+        "dense, exact",
+        "./mstm",
+    ]  # mstm is the method
 
 
 def test_a_run_is_compressed_with_its_own_weights(run: Path, tmp_path: Path) -> None:

@@ -112,11 +112,12 @@ def test_doras_settings_are_listed(
         assert words in listed
     embedded = "digits_vit and digits_vit_16 and scenes_vit and scenes_vit_patch2"
     assert f"  batch=64  ({embedded}: 128)\n" in listed
-    assert "  updates=240  (digits_vit and scenes_vit: " in listed
+    assert "  updates=240  (digits_vit and scenes_vit and scenes_vit_patch2: " in listed
     assert "; digits_vit_16: 40)\n" in listed
-    assert ("  blocks=  (digits_vit and scenes_vit: empty; digits_vit_16: 0/" in listed) == (
-        system == "dora"
-    )
+    assert (
+        "  blocks=  (digits_vit and scenes_vit and scenes_vit_patch2: empty; digits_vit_16: 0/"
+        in listed
+    ) == (system == "dora")
     assert not Path("runs").exists()
 
 

@@ -112,8 +112,8 @@ def test_a_threshold_is_rounded_as_what_it_is_compared_with(bar: float) -> None:
         scores.append(torch.nextafter(scores[-1], torch.tensor(1.0)))
     score = torch.stack([*scores, torch.tensor(-torch.inf)])[None]
     token = torch.zeros_like(score, dtype=torch.long)
-    moment = SimpleNamespace(match=Match(token, token, score))
-    found = policy.next_action(SimpleNamespace(moment=moment))
+    moment = SimpleNamespace(match=Match(token, token, score), step=0)
+    found = policy.next_action(SimpleNamespace(moment=moment, step=0))
     possible = score > -torch.inf
     seen = Observation(
         scaled(torch.where(possible, score, 0.0))[..., None],

@@ -136,7 +136,8 @@ class Model:
             if self.named or self.weights is None or "don't fit" not in str(error):
                 raise
             raise UserError(
-                f"{error} (no --model was given, so they were read for '{self.name}')"
+                f"{error} (no --model was given, so they were read for '{self.name}': give "
+                "--model NAME)"
             ) from None
 
 

@@ -40,16 +40,18 @@ def picture(comparison: Comparison) -> bytes:
         [row.gmacs for row in front], [row.top1 for row in front],
         where="pre", color="0.8", lw=5, zorder=0, label="Pareto front",
     )  # fmt: skip
+    labels_of_points: list[Any] = []
     looks = zip(groups.items(), itertools.cycle(PALETTE), itertools.cycle("os^DvPXp<>h"))
     for (name, group), colour, mark in looks:
         for axis, place in panels:
             _draw_method(axis, name, group, [place(row) for row in group], colour, mark)
         if len(group) > 1 and len(comparison.rows) <= _LABELLED:
             for row, words in zip(group, swept([r.what for r in group]), strict=True):
-                by_cost.annotate(
-                    words, (row.gmacs, row.top1), (5, -4), textcoords="offset points",
-                    fontsize=7, color=colour, va="top", path_effects=[_paper()],
+                label = by_cost.annotate(
+                    words, (row.gmacs, row.top1), _PLACES[0], textcoords="offset points",
+                    fontsize=7, color=colour, path_effects=[_paper()],
                 )  # fmt: skip
+                labels_of_points.append(label)
     for axis, place in panels:
         axis.plot(place(dense), dense.top1, "*", color="k", ms=15, zorder=5, label="dense")
         axis.axhline(dense.top1, color="0.4", ls=":", lw=1, zorder=0)
@@ -66,7 +68,28 @@ def picture(comparison: Comparison) -> bytes:
     figure.suptitle("\n".join(fill(line, _TITLE) for line in lines), fontsize=10)
     handles, labels = by_cost.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    _keep_apart(figure, labels_of_points)
     return png(figure)
+
+
+_PLACES = ((5, -11), (5, 5), (-5, -11), (-5, 5))
+"""Where a label may stand beside its point, in points; left of it where the first is negative."""
+
+
+def _keep_apart(figure: Any, labels: Sequence[Any]) -> None:
+    """Give each label the first place where it covers no other one; hide it if there is none."""
+    figure.canvas.draw()  # the layout has to be known
+    taken: list[Any] = []
+    for label in labels:
+        for place in _PLACES:
+            label.set_position(place)
+            label.set_horizontalalignment("left" if place[0] > 0 else "right")
+            box = label.get_window_extent()
+            if not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+        else:
+            label.set_visible(False)
 
 
 def _paper() -> Any:

@@ -133,7 +133,13 @@ class Reducer(Method, Reduction):
 
     def apply(self, moment: Moment, action: Tensor | None) -> Tokens:
         """:meth:`reduce`; there is no action."""
-        return self.reduce(moment.tokens, moment.context, moment.step)
+        found = self.reduce(moment.tokens, moment.context, moment.step)
+        if not isinstance(found, Tokens):
+            raise UserError(
+                f"{type(self).__name__}.reduce returned {found!r:.40}: return tokens, as prune, "
+                "merge and fuse of tokenenv.reduction give them"
+            )
+        return found
 
     def config(self) -> dict[str, Any]:
         """The class and its settings."""

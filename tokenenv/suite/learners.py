@@ -175,7 +175,7 @@ def checked(name: str, returned: Any) -> Policies:
         except UserError:
             raise UserError(
                 f"learner '{name}' returned {policy!r:.60}: return a policy, with rules, act and "
-                "macs, or a list of policies"
+                "macs, a list of policies, or tokenenv.suite.policy_from(NETWORK, GAME)"
             ) from None
     if not 1 <= len(policies) <= POINTS:
         raise UserError(f"learner '{name}' returned {len(policies)} policies: return 1 to {POINTS}")

@@ -285,7 +285,8 @@ def make_yardstick(task: Task, results: Sequence[Result]) -> Yardstick:
     if heuristic is None or not set(range(task.seeds)) <= random.keys():
         raise UserError(
             f"scores on '{task.name}' need the learners random (seeds 0 to {task.seeds - 1}) and "
-            f"heuristic: tokenenv suite run {task.name} --learner random --learner heuristic"
+            f"heuristic: tokenenv suite run {task.name} --learner random --learner heuristic "
+            "--out FOLDER, the one that is scored, or score the tasks with references alone"
         )
     plans = [*heuristic.points, *random[0].points]
     right = [unpack_hits(packed, heuristic.images) for packed in (p.right for p in plans)]

@@ -33,14 +33,15 @@ function shape(kind, x, y, r, attributes) {
 
 /** Colour and shape of each method; the settings of a sweep share one. */
 function looks() {
-  const names = [...new Set(data.rows.filter((row) => !row.dense).map((row) => row.method))];
+  const names = [...new Set(data.rows.map((row) => row.method))].filter((name) => name !== "dense");
   return new Map([["dense", { colour: "var(--ink)", kind: "star" }],
     ...names.map((name, i) => [name, { colour: `var(--c${i % 8})`, kind: SHAPES[i % SHAPES.length] }])]);
 }
 
 /** A chart of the rows, `wide` pixels wide so that text has its size; `cost(row)` is a number. */
 function chart(title, axis, cost, onPick, wide) {
-  const WIDE = Math.min(WIDEST, wide), rows = data.rows, styles = looks();
+  const WIDE = Math.min(WIDEST, wide), styles = looks();
+  const rows = data.rows.filter((row) => cost(row) !== undefined); // not all were timed
   const [x0, x1] = range(rows.map(cost), 0, Infinity);
   const [y0, y1] = range(rows.flatMap((row) => [row.low, row.high]), -2, 102);
   const px = (value) => LEFT + ((value - x0) / (x1 - x0)) * (WIDE - LEFT - RIGHT);

@@ -31,7 +31,7 @@ if (parts.methods) {
     const wide = Math.max(260, byId("charts").clientWidth - 26);
     const charts = [chart("Accuracy against multiply-adds", "GMACs per image", (row) => row.gmacs, pick, wide)];
     if (batches.length) {
-      const time = (row) => row.times.find((each) => each.batch === batch).ms;
+      const time = (row) => row.times.find((each) => each.batch === batch)?.ms;
       charts.push(chart("Accuracy against measured time", `milliseconds per image, batch ${batch}`, time, pick, wide));
     }
     byId("charts").replaceChildren(...charts);

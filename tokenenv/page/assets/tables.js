@@ -19,7 +19,10 @@ function methodTable(onShow) {
     if (row.front) name.append(make("span", { role: "img", "aria-label": "on the Pareto front" }, " ★"));
     const cells = [row.dense ? "–" : row.frozen ? "frozen" : "fine-tuned", row.top1.toFixed(2)];
     const rest = [row.agreement.toFixed(1), row.gmacs.toPrecision(4), row.saved.toFixed(1),
-      ...row.times.flatMap((time) => [time.ms.toPrecision(3), `${time.speedup.toFixed(2)} ×`])];
+      ...batches.flatMap((batch) => {
+        const time = row.times.find((each) => each.batch === batch);  // the row of exact savings has none
+        return time ? [time.ms.toPrecision(3), `${time.speedup.toFixed(2)} ×`] : ["–", "–"];
+      })];
     body.append(make("tr", { id: rowId(row), tabindex: "-1" }, name, ...cells.map((c) => make("td", {}, c)),
       make("td", { class: tone }, change), ...rest.map((c) => make("td", {}, c))));
   }
