@@ -66,6 +66,7 @@ def test_compare_and_its_sweeps() -> None:
     saved = {row["what"]: row["saved"] for row in rows}
     assert list(saved) == [
         "dense",
+        "dense, exact",
         "own_module:make:keep=0.4",
         "own_module:make:keep=0.6",
         "methods.py:First:keep=0.5",

@@ -143,7 +143,8 @@ def test_portions_tell_decisions_the_same(
         episode.act(accept[:, : rules.agents(backbone)].long())
     tokens = episode.tokens
     assert tokens.ragged and tokens.merged
-    wanted = dict.fromkeys(("keys", "mean_keys", "cls_attention", "value_norms", "matrix"), True)
+    names = ("keys", "mean_keys", "cls_attention", "value_norms", "matrix", "embeddings")
+    wanted = dict.fromkeys(names, True)
     with torch.no_grad():
         whole, told = backbone.attend(1, tokens, proportional=proportional, **wanted)
         monkeypatch.setattr(blocks, "_NUMBERS", 0)
