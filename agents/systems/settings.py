@@ -120,6 +120,7 @@ RESERVED = (
     "dtype",
     "preprocessing",
     "resume",
+    "after_update",
 )
 """Arguments of :func:`agents.training.train`; no setting may have one of these names."""
 
