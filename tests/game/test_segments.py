@@ -100,6 +100,18 @@ def test_what_cannot_be_compiled_runs_as_it_is() -> None:
         assert_close(found, play(backbone, again, images).logits, atol=1e-5, rtol=0)
 
 
+def test_after_the_limit_of_graphs_it_runs_as_it_is() -> None:
+    backbone = family_model("deit")
+    method = agents.parse_policy("merge-above:similarity=0.3,blocks=1", backbone.depth)
+    segments = Segments(backbone, method)
+    with torch.inference_mode(), torch._dynamo.config.patch(recompile_limit=1):
+        segments(images_for(backbone, 3))
+        alone = images_for(backbone, 1)  # takes graphs of its own
+        with pytest.warns(UserWarning, match="can't be compiled and runs as it is"):
+            found = segments(alone)
+        assert_close(found, play(backbone, method, alone).logits, atol=1e-5, rtol=0)
+
+
 def test_hooks_see_blocks() -> None:
     backbone = family_model("deit")
     method = agents.parse_policy("merge-above:similarity=0.3", backbone.depth)

@@ -278,25 +278,23 @@ class CompressedViT(TimmProtocol):
         *,
         only_logits: bool = False,
     ) -> Episode:
-        if self._one_graph:
-            return self._played(x, after_block, only_logits)
-        return self._outside(x, after_block, only_logits)
+        if self._compiled and lengths_known(self.backbone, self.policy):
+            return self._played(x, after_block, only_logits=only_logits)
+        return self._outside(x, after_block, only_logits=only_logits)
 
     @property
-    def _one_graph(self) -> bool:
-        """Whether torch compiles the whole pass now."""
-        compiled = torch.compiler.is_dynamo_compiling() and not self.training
-        return compiled and lengths_known(self.backbone, self.policy)
+    def _compiled(self) -> bool:
+        """Whether torch compiles now, and the model is not in ``train`` mode."""
+        return torch.compiler.is_dynamo_compiling() and not self.training
 
     def _logits(self, x: Tensor) -> Tensor:
-        compiled = torch.compiler.is_dynamo_compiling() and not self.training
-        if compiled and not torch.is_grad_enabled() and not self._one_graph:
+        wanted = self._compiled and not torch.is_grad_enabled()
+        if wanted and not lengths_known(self.backbone, self.policy):
             return self._segmented(x)
         logits = self._play(x, only_logits=True).logits
         assert logits is not None
         return logits
 
-    # Token counts depend on the data: a trace of the whole pass would recompile at each decision.
     @torch.compiler.disable
     def _segmented(self, x: Tensor) -> Tensor:
         known, backbone = self.__dict__.get("_segments"), self.backbone
@@ -304,14 +302,12 @@ class CompressedViT(TimmProtocol):
             known = self.__dict__["_segments"] = Segments(backbone, self.policy)
         return known(x)
 
-    @torch.compiler.disable
-    def _outside(
-        self, x: Tensor, after_block: Callable[[int, Tokens], object] | None, only_logits: bool
-    ) -> Episode:
-        return self._played(x, after_block, only_logits)
-
     def _played(
-        self, x: Tensor, after_block: Callable[[int, Tokens], object] | None, only_logits: bool
+        self,
+        x: Tensor,
+        after_block: Callable[[int, Tokens], object] | None,
+        *,
+        only_logits: bool,
     ) -> Episode:
         return play(
             self.backbone,
@@ -321,6 +317,9 @@ class CompressedViT(TimmProtocol):
             only_logits=only_logits,
             after_block=after_block,
         )
+
+    # Token counts depend on the data: a trace of the whole pass would recompile at each decision.
+    _outside = torch.compiler.disable(_played)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedViT:
         """Move or convert the model, and move the policy to its device."""

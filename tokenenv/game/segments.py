@@ -16,6 +16,12 @@ from tokenenv.vit import packing
 from tokenenv.vit.backbone import Backbone
 from tokenenv.vit.tokens import Tokens
 
+# Reaching torch's limit of graphs per function is no TorchDynamoException.
+_FAILURES = (
+    torch._dynamo.exc.TorchDynamoException,
+    torch._dynamo.exc.FailOnRecompileLimitHit,
+)
+
 
 class State(NamedTuple):
     """Images between two segments, after a decision whose removed tokens are not cut out yet.
@@ -47,7 +53,8 @@ class Segments:
 
     The first call compiles, some seconds for each decision; a decision that first removes nothing
     of the longest image is compiled again. A method that torch can't compile, such as one that
-    draws from a generator of its own, runs as it is after one warning.
+    draws from a generator of its own, runs as it is after one warning; so does every method where
+    there is no C++ compiler, or once torch has reached its limit of graphs.
 
     Args:
         backbone: the model, in ``eval`` mode. Its layers must not be replaced or converted.
@@ -72,7 +79,7 @@ class Segments:
         if self._compiles and not self.backbone.watched:
             try:
                 return self._compiled(images)
-            except torch._dynamo.exc.TorchDynamoException as error:
+            except _FAILURES as error:
                 self._compiles = False
                 reason = str(error).strip().partition("\n")[0]
                 warnings.warn(
