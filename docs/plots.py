@@ -150,7 +150,7 @@ def draw_speeds(axis: Any, speeds: dict[str, dict[str, Any]]) -> None:
         at, low, high = (speed[f"speedup{end}"] for end in ("", "_q25", "_q75"))
         draw_lost(
             axis, [row], [at], xerr=[[at - low], [high - at]], label=row["method"],
-            color=line_colour(number), fmt=MARKS[number], ms=8,
+            color=line_colour(number), fmt=MARKS[number % len(MARKS)], ms=8,
         )  # fmt: skip
 
 

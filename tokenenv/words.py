@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import re
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from tokenenv.errors import UserError
 
-_OUTSIDE = re.compile(r",(?![^(]*\))")
-"""A comma outside of brackets."""
-
 _READERS = {bool: "flag", int: "whole", float: "number", str: "text"}
 """The method of :class:`Words` that reads a plain type."""
+
+
+def split_outside(text: str, mark: str) -> list[str]:
+    """``text`` split at each character ``mark`` that stands in no brackets."""
+    parts, depth = [""], 0
+    for sign in text:
+        depth += (sign == "(") - (sign == ")")
+        if sign == mark and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return parts
 
 
 def is_readable(hint: Any) -> bool:
@@ -38,7 +46,7 @@ class Words:
     """
 
     def __init__(self, what: str, rest: str, usage: str) -> None:
-        pairs = [part.partition("=") for part in _OUTSIDE.split(rest) if part]
+        pairs = [part.partition("=") for part in split_outside(rest, ",") if part]
         if any(not sep or not value for _, sep, value in pairs):
             raise UserError(f"'{what}': arguments have the form key=value, separated by commas")
         self.what, self.usage = what, usage
@@ -62,7 +70,10 @@ class Words:
             found: list[int] = []
             for part in text.split("/"):
                 low, dots, high = part.partition("..")
-                found += range(int(low), int(high if dots else low) + 1)
+                first, last = int(low), int(high if dots else low)
+                if not first <= last < 2**16:
+                    raise ValueError
+                found += range(first, last + 1)
             return tuple(found)
         except ValueError:
             raise UserError(
@@ -109,7 +120,7 @@ class Words:
 
     def wholes(self, key: str) -> tuple[int, ...]:
         """Read whole numbers separated by ``/``."""
-        numbers = [self._float(key, text) for text in self.text(key).split("/")]
+        numbers = self.numbers(key)
         for value in numbers:
             if not value.is_integer() or abs(value) >= 2**31:
                 raise UserError(f"'{self.what}': {key}={value:g} is not a whole number")

@@ -28,14 +28,17 @@ class Uncalibrated(Policy):
 
     def next_action(self, episode: Episode) -> NoReturn:
         """Raise :class:`UserError`: :meth:`calibrated` gives the policy that acts."""
-        raise UserError(f"{type(self).__name__} isn't calibrated: call calibrated(backbone) first")
+        self._refuse()
 
     def act(self, observation: Observation) -> NoReturn:
         """As :meth:`next_action`."""
-        raise UserError(f"{type(self).__name__} isn't calibrated: call calibrated(backbone) first")
+        self._refuse()
 
     def config(self) -> dict[str, Any]:
         """Raise :class:`UserError`: :meth:`calibrated` gives the policy to save."""
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
         raise UserError(f"{type(self).__name__} isn't calibrated: call calibrated(backbone) first")
 
 

@@ -10,6 +10,7 @@ from agents.policies.words import folder_of, split_name
 from agents.training.run import CONFIG
 from tokenenv.artefact import read_object
 from tokenenv.errors import UserError
+from tokenenv.words import split_outside
 
 
 def series_of(whats: Sequence[str]) -> dict[str, str]:
@@ -47,7 +48,7 @@ def _without_seed(what: str) -> str:
         config = read_object(folder / CONFIG, {}, "restore it")
         config.pop("seed", None)
         return json.dumps({"config": config, "set": more}, sort_keys=True)
-    kept = [part for part in more.split(",") if part and not part.startswith("seed=")]
+    kept = [part for part in split_outside(more, ",") if part and not part.startswith("seed=")]
     return ":".join([name, ",".join(kept)]).rstrip(":")
 
 

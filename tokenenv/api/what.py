@@ -174,7 +174,7 @@ class NamedMethod:
             self.what,
             method,
             dense,
-            key=_key(self.what, self.method),
+            key=_key(self.what, method),
             group=_kind(self.method),
         )
 
@@ -224,11 +224,13 @@ class NamedWord:
                 model.name, known.tuned, dense.device, dense.dtype, model.prepare
             )
         method.check_fit(backbone, model.name)
-        method = method.calibrated(backbone)
+        ready = method.calibrated(backbone)
+        if ready is not method:  # what images told counts as well
+            digest.update(_key("", ready).encode())
         key = f"{self.what} {digest.hexdigest()}"
         frozen = known.tuned is None
         group = split_name(self.what)[0]
-        return MethodCandidate(self.what, method.on(dense.device), backbone, frozen, key, group)
+        return MethodCandidate(self.what, ready.on(dense.device), backbone, frozen, key, group)
 
 
 @dataclass

@@ -15,6 +15,7 @@ from tokenenv.measure.classes import ClassRow
 from tokenenv.measure.evaluation import Evaluation
 from tokenenv.measure.paired import Difference
 from tokenenv.measure.speed import DENSE, Speed
+from tokenenv.words import split_outside
 
 if TYPE_CHECKING:
     from tokenenv.measure.seeds import SeedRow
@@ -37,13 +38,14 @@ def expand(what: str) -> list[str]:
     """
     name, colon, rest = what.partition(":")
     choices = []
-    for part in rest.split(","):
+    for part in split_outside(rest, ","):
         key, equals, values = part.partition("=")
-        if "|" in part and not (equals and all(values.split("|"))):
+        several = split_outside(values, "|")
+        if len(split_outside(part, "|")) > 1 and not (equals and all(several)):
             raise UserError(
                 f"'{what}': '{part}' lacks a value: a sweep has the form key=1|2|3, without blanks"
             )
-        choices.append([key + equals + value for value in values.split("|")])
+        choices.append([key + equals + value for value in several])
     return [name + colon + ",".join(chosen) for chosen in itertools.product(*choices)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -259,17 +259,12 @@ def dense_logits(
         UserError: a logit is not finite.
     """
     found = torch.full((len(source), model.classes), torch.nan)
-    for index in torch.arange(len(source)).split(batch_size):
-        batch = source.batch(index)
-        if len(batch.index):
-            images = batch.images.to(model.device, model.dtype)
-            logits = model(images)
-            _predicted(logits, source)
-            found[batch.index] = logits.float().cpu()
-            progress(len(batch.index))
+    for index, logits in _dense_batches(model, source, batch_size, progress):
+        found[index] = logits.float().cpu()
     return found
 
 
+@torch.inference_mode()
 def dense_predictions(
     model: Dense,
     source: ImageSource,
@@ -281,8 +276,23 @@ def dense_predictions(
 
     Arguments and errors as for :func:`dense_logits`.
     """
-    logits = dense_logits(model, source, batch_size=batch_size, progress=progress)
-    return torch.where(logits[:, 0].isnan(), -1, logits.argmax(1))
+    found = torch.full((len(source),), -1)
+    for index, logits in _dense_batches(model, source, batch_size, progress):
+        found[index] = logits.argmax(1).cpu()
+    return found
+
+
+def _dense_batches(
+    model: Dense, source: ImageSource, batch_size: int, progress: Callable[[int], object]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Positions ``(b,)`` and logits ``(b, classes)`` of the readable images, batch by batch."""
+    for index in torch.arange(len(source)).split(batch_size):
+        batch = source.batch(index)
+        if len(batch.index):
+            logits = model(batch.images.to(model.device, model.dtype))
+            _check_finite(logits, source)
+            yield batch.index, logits
+            progress(len(batch.index))
 
 
 def dense_macs(model: Dense, shape: Sequence[int]) -> float:
@@ -318,6 +328,10 @@ class _Outcome(NamedTuple):
     macs: Tensor
     executed: Tensor
     lengths: Tensor
+
+
+_WORK = ("macs", "executed", "lengths")
+"""Fields of :class:`_Outcome` that go into an evaluation as they are."""
 
 
 @torch.inference_mode()
@@ -389,29 +403,28 @@ def _allowed(model: Dense, source: ImageSource, restrict: bool) -> Tensor:
     return allowed
 
 
-_WORK = ("macs", "executed", "lengths")
-
-
 def _divergence(dense: Tensor, reduced: Tensor) -> Tensor:
     """``(B,)`` Kullback-Leibler divergence of reduced from dense predictions, from logits."""
     of, told = (F.log_softmax(logits.float(), -1) for logits in (dense, reduced))
     return F.kl_div(told, of, reduction="none", log_target=True).sum(-1).cpu()
 
 
-def _predicted(logits: Tensor, source: ImageSource, allowed: Tensor | None = None) -> Tensor:
+def _predicted(logits: Tensor, source: ImageSource, allowed: Tensor) -> Tensor:
     """``(B,)`` the class of the largest logit, on the CPU; ``allowed``: ``(classes,)`` bool.
 
     Raises:
         UserError: a logit is not finite, so that the largest means nothing.
     """
+    _check_finite(logits, source)
+    return logits.masked_fill(~allowed, -torch.inf).argmax(1).cpu()
+
+
+def _check_finite(logits: Tensor, source: ImageSource) -> None:
     if not logits.isfinite().all():
         raise UserError(
             f"the model gives values that are not finite for images of '{source.name}': check its "
             "weights, or take --dtype float32"
         )
-    if allowed is not None:
-        logits = logits.masked_fill(~allowed, -torch.inf)
-    return logits.argmax(1).cpu()
 
 
 def _now(device: torch.device) -> float:

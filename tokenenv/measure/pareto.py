@@ -9,6 +9,7 @@ from typing import Any
 
 from tokenenv.game.figures import PALETTE, new_figure, png
 from tokenenv.measure.comparison import Comparison, Row, methods, pareto_front, tuning
+from tokenenv.words import split_outside
 
 _LABELLED = 24
 """Largest number of rows for which the values of a sweep are written beside its points."""
@@ -101,7 +102,7 @@ def _paper() -> Any:
 
 def swept(whats: Sequence[str]) -> list[str]:
     """The arguments in which the settings of a method differ: ``tome:r=4,...`` -> ``r=4``."""
-    parts = [what.partition(":")[2].split(",") for what in whats]
+    parts = [split_outside(what.partition(":")[2], ",") for what in whats]
     return [
         ", ".join(part for part in own if not all(part in other for other in parts))
         for own in parts

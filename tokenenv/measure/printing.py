@@ -67,9 +67,10 @@ def print_result(source: ImageSource, result: Evaluation, frozen: bool = True) -
             f"  predicted: {r['predicted_ms']:.3f} ms/image, dense {r['predicted_ms_dense']:.3f} "
             f"({result.cost_saving:.1f} % less)"
         )
+    nats = "" if result.divergence is None else f", divergence {r['divergence']:.4f} nats"
     print(
         f"  {saving_in_words(result.saving, result.drop)}, {r['agreement']:.1f} % same prediction"
-        f"{f', divergence {nats:.4f} nats' if (nats := r.get('divergence')) is not None else ''}"
+        f"{nats}"
     )
     print(
         f"  top-1 change {result.change()} points (95 % interval); +-{_CERTIFIED} points would "

@@ -81,8 +81,8 @@ class MCTF(Reducer):
         asking = tokens.alive / tokens.alive.sum(1, keepdim=True)
         received = (context.attention.mean(1) * asking[..., None]).sum(1)
         # The sets alternate over the kept tokens, wherever the removed ones are.
-        place = torch.sort((~tokens.visual_alive).to(torch.uint8), dim=1, stable=True).indices
-        one, other = place[:, ::2] + tokens.prefix, place[:, 1::2] + tokens.prefix
+        place = packing.kept_first(tokens)[:, tokens.prefix :]
+        one, other = place[:, ::2], place[:, 1::2]
         half = self.r[step] // 2
         tokens, received = _fuse(tokens, received, one, other, self.r[step] - half)
         return _fuse(tokens, received, other, one, half)[0]
