@@ -8,7 +8,14 @@ from textwrap import fill
 from typing import Any
 
 from tokenenv.game.figures import PALETTE, new_figure, png
-from tokenenv.measure.comparison import Comparison, Row, methods, pareto_front, tuning
+from tokenenv.measure.comparison import (
+    DENSE_EXACT,
+    Comparison,
+    Row,
+    methods,
+    pareto_front,
+    tuning,
+)
 from tokenenv.words import split_outside
 
 _LABELLED = 24
@@ -56,6 +63,9 @@ def picture(comparison: Comparison) -> bytes:
     for axis, place in panels:
         axis.plot(place(dense), dense.top1, "*", color="k", ms=15, zorder=5, label="dense")
         axis.axhline(dense.top1, color="0.4", ls=":", lw=1, zorder=0)
+    for row in comparison.rows:
+        if row.what == DENSE_EXACT:
+            by_cost.plot(row.gmacs, row.top1, "*", color="k", mfc="w", ms=11, label=row.what)
     by_cost.set_xlabel("GMACs per image, policy included (1 MAC = 1 FLOP); less is better")
     by_cost.set_ylabel("top-1, %")
     for axis in (by_cost, by_time):

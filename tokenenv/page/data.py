@@ -44,7 +44,7 @@ def page_of_comparison(comparison: Comparison) -> dict[str, Any]:
         "names": {},
         "methods": [],
         "images": [],
-        "note": "",
+        "note": f"Multiply-adds: {comparison.counted}.",
         "tables": [],
         "notes": [],
     }
@@ -62,7 +62,8 @@ def page_of_exploration(
         files: their names.
         note: a line above them.
     """
-    return page_of_comparison(comparison) | _images(seen, labels, files) | {"note": note}
+    page = page_of_comparison(comparison)
+    return page | _images(seen, labels, files) | {"note": f"{note} {page['note']}"}
 
 
 def page_of_images(
