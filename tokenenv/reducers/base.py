@@ -30,6 +30,7 @@ class Reducer(Method, Reduction):
         blocks: indices of the blocks where tokens are removed, between attention and MLP;
             strictly increasing.
         reads: what it needs of a block's attention: arguments of ``Backbone.attend``.
+        everywhere: whether it removes tokens in every block by default, and not in three of them.
         proportional: whether a merged token counts in attention as all its patches.
         usage: its words on the command line, and what it does, in one line.
         required: the fields that the command line must give.
@@ -40,6 +41,7 @@ class Reducer(Method, Reduction):
 
     blocks: tuple[int, ...]
     reads: ClassVar[tuple[str, ...]] = ()
+    everywhere: ClassVar[bool] = False
     proportional: ClassVar[bool] = False
     usage: ClassVar[str] = ""
     required: ClassVar[tuple[str, ...]] = ()
@@ -62,8 +64,8 @@ class Reducer(Method, Reduction):
 
     @classmethod
     def default_blocks(cls, depth: int) -> tuple[int, ...]:
-        """The default blocks for a model of ``depth`` blocks: 3, 6 and 9 of 12."""
-        return spread_blocks(depth)
+        """The default blocks for a model of ``depth`` blocks: all, or 3, 6 and 9 of 12."""
+        return tuple(range(depth)) if cls.everywhere else spread_blocks(depth)
 
     @classmethod
     def from_words(cls, words: Words, depth: int) -> Reducer:

@@ -40,6 +40,7 @@ class DiffRate(Reducer):
     prune: tuple[int, ...] = (4,) * 12
     merge: tuple[int, ...] = (4,) * 12
     reads: ClassVar[tuple[str, ...]] = ("cls_attention",)
+    everywhere: ClassVar[bool] = True
     proportional: ClassVar[bool] = True
     required: ClassVar[tuple[str, ...]] = ("prune", "merge")
     traces = False
@@ -47,11 +48,6 @@ class DiffRate(Reducer):
         "diffrate:prune=4,merge=4[,blocks=0/1/2]: prunes the tokens of least class attention, "
         "merges the next (DiffRate); prune=6/4/2 block by block"
     )
-
-    @classmethod
-    def default_blocks(cls, depth: int) -> tuple[int, ...]:
-        """All blocks."""
-        return tuple(range(depth))
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -46,6 +46,7 @@ class MCTF(Reducer):
     blocks: tuple[int, ...] = tuple(range(12))
     r: tuple[int, ...] = (8,) * 12
     reads: ClassVar[tuple[str, ...]] = ("matrix",)
+    everywhere: ClassVar[bool] = True
     proportional: ClassVar[bool] = True
     required: ClassVar[tuple[str, ...]] = ("r",)
     traces = False
@@ -53,11 +54,6 @@ class MCTF(Reducer):
         "mctf:r=8[,blocks=0/1/2]: merges by similarity, attention received and size (MCTF); "
         "r=8/6/4 block by block"
     )
-
-    @classmethod
-    def default_blocks(cls, depth: int) -> tuple[int, ...]:
-        """All blocks."""
-        return tuple(range(depth))
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -56,17 +56,13 @@ class PiToMe(Reducer):
     depth: int = 12
     alpha: float = 1.0
     reads: ClassVar[tuple[str, ...]] = ("mean_keys",)
+    everywhere: ClassVar[bool] = True
     proportional: ClassVar[bool] = True
     required: ClassVar[tuple[str, ...]] = ("keep",)
     traces = False
     usage: ClassVar[str] = (
         "pitome:keep=0.9[,blocks=0/1/2][,alpha=1]: merges tokens similar to many others (PiToMe)"
     )
-
-    @classmethod
-    def default_blocks(cls, depth: int) -> tuple[int, ...]:
-        """All blocks."""
-        return tuple(range(depth))
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -42,6 +42,7 @@ class ToFu(Reducer):
     merge_from: int = -1
     depth: int = 12
     reads: ClassVar[tuple[str, ...]] = ("mean_keys",)
+    everywhere: ClassVar[bool] = True
     proportional: ClassVar[bool] = True
     required: ClassVar[tuple[str, ...]] = ("r",)
     traces = False
@@ -49,11 +50,6 @@ class ToFu(Reducer):
         "tofu:r=8[,blocks=0/1/2][,merge_from=6]: prunes the 8 most similar tokens in early blocks, "
         "merges them later (ToFu); r=8/6/4 block by block"
     )
-
-    @classmethod
-    def default_blocks(cls, depth: int) -> tuple[int, ...]:
-        """All blocks."""
-        return tuple(range(depth))
 
     def __post_init__(self) -> None:
         super().__post_init__()
